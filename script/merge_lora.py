@@ -1,0 +1,8 @@
+"""The tutorial's door: python script/merge_lora.py --model_name_or_path B --adapter_name_or_path A --save_path S"""
+
+import sys
+
+from firefly.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["merge", *sys.argv[1:]]))

@@ -1,0 +1,3 @@
+"""Firefly: from a base model and data to a trained, checked and served model."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,143 @@
+"""The command line. Heavy imports wait until a command needs them, so `firefly --help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from firefly.errors import FireflyError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Firefly takes a base model and data to a trained, checked and served model.",
+)
+
+ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+ModelOption = Annotated[str, typer.Option("--model_name_or_path", help="Model folder, hub id, or smollm2-135m-instruct.")]
+AdapterOption = Annotated[str, typer.Option("--adapter_name_or_path", help="Folder of a LoRA or QLoRA adapter.")]
+HubOption = Annotated[str, typer.Option("--hub", help="huggingface or modelscope.")]
+RemoteCodeOption = Annotated[bool, typer.Option("--trust_remote_code", help="Run code that the model brings along.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        from firefly import __version__
+
+        print(f"firefly {__version__}")
+        raise typer.Exit
+
+
+@app.command("train", context_settings=ANY_KEY)
+def train_command(
+    context: typer.Context,
+    config: Annotated[str, typer.Argument(help="JSON or YAML file; every key can be given as --key value too.")] = "",
+    train_args_file: Annotated[str, typer.Option("--train_args_file", help="The same file, as the tutorial names it.")] = "",
+) -> None:
+    """Train: firefly train CONFIG [--key value …]"""
+    from firefly.config import load_config, parse_overrides
+    from firefly.errors import UsageError
+
+    extra = list(context.args)
+    if config.startswith("--"):  # an override came first: no positional configuration was given
+        extra.insert(0, config)
+        config = ""
+    source = config or train_args_file
+    if not source:
+        raise UsageError("cli.no_config")
+    resolved = load_config(source, parse_overrides(extra))
+    from firefly.train import train
+
+    print(train(resolved))
+
+
+@app.command("merge")
+def merge_command(
+    adapter_name_or_path: AdapterOption,
+    save_path: Annotated[str, typer.Option("--save_path", help="Folder for the merged model.")],
+    model_name_or_path: ModelOption = "",
+    onto: Annotated[str, typer.Option("--onto", help="original, or dequantized (QLoRA: the weights as trained).")] = "original",
+    dtype: Annotated[str, typer.Option("--dtype", help="auto (the base model's), float32, bfloat16 or float16.")] = "auto",
+    hub: HubOption = "huggingface",
+    trust_remote_code: RemoteCodeOption = False,
+) -> None:
+    """Merge an adapter into its base model, reload the result and compare it with the trained model."""
+    from firefly.config import ModelConfig
+    from firefly.export.merge import merge
+
+    model = ModelConfig(name_or_path=model_name_or_path, hub=hub, trust_remote_code=trust_remote_code)
+    print(merge(model, adapter_name_or_path, save_path, onto=onto, dtype=dtype))
+
+
+@app.command("chat")
+def chat_command(
+    model_name_or_path: ModelOption = "",
+    adapter_name_or_path: AdapterOption = "",
+    template_name: Annotated[str, typer.Option("--template_name", help="auto (saved with the model), a name, or a .jinja file.")] = "auto",
+    system: Annotated[str, typer.Option("--system", help="System prompt.")] = "",
+    load_in_4bit: Annotated[bool, typer.Option("--load_in_4bit", help="Hold the weights in NF4.")] = False,
+    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens")] = 500,
+    top_p: Annotated[float, typer.Option("--top_p")] = 0.9,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 always takes the likeliest token.")] = 0.35,
+    repetition_penalty: Annotated[float, typer.Option("--repetition_penalty")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="Repeatable answers; negative: none.")] = -1,
+    hub: HubOption = "huggingface",
+    trust_remote_code: RemoteCodeOption = False,
+) -> None:
+    """Talk with a model in the terminal."""
+    from firefly.config import ModelConfig
+    from firefly.inference.chat import chat
+    from firefly.inference.engine import Engine, GenerationSettings
+
+    settings = GenerationSettings(
+        max_new_tokens=max_new_tokens,
+        top_p=top_p,
+        temperature=temperature,
+        repetition_penalty=repetition_penalty,
+        seed=seed if seed >= 0 else None,
+    )
+    model = ModelConfig(name_or_path=model_name_or_path, hub=hub, trust_remote_code=trust_remote_code)
+    engine = Engine.load(model, adapter_name_or_path or None, template_name, load_in_4bit)
+    chat(engine, settings, system or None)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code (DESIGN.md, "Errors")."""
+    from firefly.console import print_error
+
+    try:
+        result = app(args=sys.argv[1:] if arguments is None else arguments, prog_name="firefly", standalone_mode=False)
+        return int(result) if isinstance(result, int) else 0
+    except FireflyError as error:
+        print_error(str(error))
+        return error.exit_code
+    except typer.Exit as exit_request:
+        return exit_request.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        from firefly.messages import render
+
+        print_error(render("cli.interrupted"))
+        return 130
+    except Exception as error:
+        if show := getattr(error, "show", None):  # click's own complaints about options
+            show(file=sys.stderr)
+            return 2
+        if _is_out_of_memory(error):
+            from firefly.messages import render
+
+            print_error(render("cli.out_of_memory", problem=str(error).splitlines()[0]))
+        raise
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+
+
+def run() -> None:
+    """The `firefly` console script."""
+    sys.exit(main())

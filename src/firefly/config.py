@@ -1,0 +1,391 @@
+"""Configuration: one flat file (JSON or YAML) becomes one frozen, checked `Config`.
+
+Keys are Firefly's own (the fields of the dataclasses below, under the names given by `key`) and every field of
+transformers' `TrainingArguments`. Anything else is an error that names the nearest known key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from firefly import legacy
+from firefly.console import notice
+from firefly.errors import UsageError
+
+
+def key(
+    name: str, default: Any, kind: type | tuple[type, ...], choices: tuple[Any, ...] = (), minimum: float | None = None
+) -> Any:
+    """A dataclass field that is read from the flat configuration key `name`."""
+    return field(default=default, metadata={"key": name, "kind": kind, "choices": choices, "minimum": minimum})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model, from where."""
+
+    name_or_path: str = key("model_name_or_path", "", str)
+    hub: str = key("hub", "huggingface", str, ("huggingface", "modelscope"))
+    revision: str | None = key("model_revision", None, str)
+    trust_remote_code: bool = key("trust_remote_code", False, bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which records, and how they become tokens."""
+
+    train_file: str = key("train_file", "", str)
+    eval_file: str | None = key("eval_file", None, str)
+    template_name: str = key("template_name", "auto", str)
+    max_seq_length: int = key("max_seq_length", 1024, int, minimum=2)
+    train_on: str = key("train_on", "all", str, ("all", "last"))
+    allow_special_in_content: bool = key("allow_special_in_content", False, bool)
+    max_malformed_rows: int = key("max_malformed_rows", 0, int, minimum=0)
+    max_lost_share: float = key("max_lost_share", 0.01, float, minimum=0)
+    shuffle: bool = key("shuffle", True, bool)
+    tokenize_num_workers: int = key("tokenize_num_workers", 10, int, minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What is updated: all weights (full), or low-rank adapters on frozen 16-bit (lora) or 4-bit (qlora) weights."""
+
+    mode: str = key("train_mode", "qlora", str, ("full", "lora", "qlora"))
+    rank: int = key("lora_rank", 64, int, minimum=1)
+    alpha: float = key("lora_alpha", 16, float, minimum=0)
+    dropout: float = key("lora_dropout", 0.05, float, minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """How many examples make an optimizer step, and how many tokens a microbatch may hold."""
+
+    per_device_examples: int = key("per_device_train_batch_size", 8, int, minimum=1)
+    accumulation: int = key("gradient_accumulation_steps", 1, int, minimum=1)
+    tokens_per_microbatch: int | str = key("tokens_per_microbatch", "auto", (int, str), minimum=1)
+    gradient_checkpointing: bool | str = key("gradient_checkpointing", "auto", (bool, str), (True, False, "auto"))
+
+    @property
+    def examples_per_rank(self) -> int:
+        """Examples of one optimizer step on one rank."""
+        return self.per_device_examples * self.accumulation
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """What the user asked for; `models.precision` decides what the hardware gives. None: not said."""
+
+    fp16: bool | None = key("fp16", None, bool)
+    bf16: bool | None = key("bf16", None, bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceConfig:
+    """Keys of preference training. Known everywhere, so that a shared file loads; without effect in SFT."""
+
+    beta: float = key("beta", 0.1, float, minimum=0)
+    max_prompt_length: int = key("max_prompt_length", 512, int, minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run, resolved from one file and its overrides. Nothing in it changes afterwards."""
+
+    task_type: str = key("task_type", "sft", str, ("pretrain", "sft", "dpo"))
+    output_dir: str = key("output_dir", "", str)
+    resume_from_checkpoint: bool | str | None = key("resume_from_checkpoint", None, (bool, str))
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    step: StepConfig = field(default_factory=StepConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments for `TrainingArguments`, without those that Firefly consumes itself."""
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """The file and its overrides as the user wrote them (saved as train_args.json)."""
+
+    def flat(self) -> dict[str, Any]:
+        """Every resolved key with its value, as one flat JSON-able object."""
+        own = {name: value for section in self.sections() for name, value in _flat_fields(section).items()}
+        return own | dict(self.training)
+
+    def sections(self) -> tuple[Any, ...]:
+        return (self, self.model, self.data, self.adapter, self.step, self.precision, self.preference)
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "adapter": AdapterConfig,
+    "step": StepConfig,
+    "precision": PrecisionConfig,
+    "preference": PreferenceConfig,
+}
+
+# Firefly's own choices for TrainingArguments; the user's file overrides them.
+TRAINING_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": "tensorboard", "optim": "adamw_torch"}
+
+REQUIRED = ("output_dir", "model_name_or_path", "train_file")
+
+
+def load_config(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a configuration file (or a mapping), apply overrides, check everything, return a frozen `Config`.
+
+    Raises:
+        UsageError: unreadable file, unknown key, wrong type or value, missing required key, or a feature that
+            this version does not have.
+    """
+    given = dict(source) if isinstance(source, Mapping) else read_config_file(Path(source))
+    given |= dict(overrides or {})
+    known = known_keys()
+    values = legacy.translate(given, known, notice)
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            raise UsageError("config.unknown_key", key=name, near=near[0] if near else "output_dir")
+    missing = [name for name in REQUIRED if not values.get(name)]
+    if missing:
+        raise UsageError("config.missing_key", key=", ".join(missing))
+    config = _build(values, given)
+    refuse_unfinished(config)
+    return config
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Read one flat JSON or YAML object; duplicate and nested surprises are named with file and line."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UsageError("config.no_file", path=path) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError("config.unreadable", path=path, problem=error) from None
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return _checked_object(path, _parse_yaml(path, text))
+    try:
+        return _checked_object(path, json.loads(text, object_pairs_hook=_reject_duplicates(path)))
+    except json.JSONDecodeError as error:
+        raise UsageError("config.bad_json", path=path, line=error.lineno, problem=error.msg) from None
+    except RecursionError:
+        raise UsageError("config.unreadable", path=path, problem="nested too deeply") from None
+
+
+def _parse_yaml(path: Path, text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        problem = getattr(error, "problem", None) or error
+        raise UsageError("config.bad_json", path=path, line=line, problem=problem) from None
+
+
+def _reject_duplicates(path: Path) -> Any:
+    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in result:
+                raise UsageError("config.duplicate_key", path=path, key=name)
+            result[name] = value
+        return result
+
+    return build
+
+
+def _checked_object(path: Path, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise UsageError("config.not_an_object", path=path)
+    return value
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """Turn `--key value`, `--key=value` and bare `--flag` into a mapping; values are read as JSON where they are JSON."""
+    overrides: dict[str, Any] = {}
+    position = 0
+    while position < len(arguments):
+        argument = arguments[position]
+        if not argument.startswith("--") or argument == "--":
+            raise UsageError("cli.unexpected_argument", argument=argument)
+        name, equals, value = argument[2:].partition("=")
+        position += 1
+        if not equals:
+            if position < len(arguments) and not arguments[position].startswith("--"):
+                value = arguments[position]
+                position += 1
+            else:
+                value = "true"
+        overrides[name.replace("-", "_")] = _parse_value(value)
+    return overrides
+
+
+def _parse_value(text: str) -> Any:
+    if text in ("True", "False", "None"):
+        return {"True": True, "False": False, "None": None}[text]
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def own_fields() -> dict[str, tuple[str | None, dataclasses.Field[Any]]]:
+    """Flat key → (section name or None for `Config` itself, dataclass field)."""
+    result: dict[str, tuple[str | None, dataclasses.Field[Any]]] = {}
+    for section, cls in ((None, Config), *SECTIONS.items()):
+        for spec in dataclasses.fields(cls):
+            if "key" in spec.metadata:
+                result[spec.metadata["key"]] = (section, spec)
+    return result
+
+
+def training_fields() -> dict[str, str]:
+    """Fields of transformers' TrainingArguments with their annotations as text."""
+    from transformers import TrainingArguments
+
+    return {spec.name: str(spec.type) for spec in dataclasses.fields(TrainingArguments) if spec.init}
+
+
+def known_keys() -> list[str]:
+    return sorted(own_fields().keys() | training_fields().keys())
+
+
+def _build(values: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
+    own = own_fields()
+    sections: dict[str | None, dict[str, Any]] = {None: {}} | {name: {} for name in SECTIONS}
+    training = dict(TRAINING_DEFAULTS)
+    annotations = training_fields()
+    for name, value in values.items():
+        if name in own:
+            section, spec = own[name]
+            sections[section][spec.name] = _checked(name, value, spec)
+        else:
+            training[name] = _checked_training(name, value, annotations[name])
+    parts = {name: cls(**sections[name]) for name, cls in SECTIONS.items()}
+    _check_together(parts["step"], parts["precision"], parts["adapter"])
+    # An evaluation file is there to be used: without a strategy it is evaluated every `eval_steps`, else each epoch.
+    if parts["data"].eval_file and "eval_strategy" not in training:
+        training["eval_strategy"] = "steps" if training.get("eval_steps") else "epoch"
+    return Config(
+        **sections[None],
+        **parts,
+        training=MappingProxyType(training),
+        given=MappingProxyType(dict(given)),
+    )
+
+
+def _check_together(step: StepConfig, precision: PrecisionConfig, adapter: AdapterConfig) -> None:
+    if isinstance(step.tokens_per_microbatch, str) and step.tokens_per_microbatch != "auto":
+        raise UsageError(
+            "config.bad_type", key="tokens_per_microbatch", value=step.tokens_per_microbatch, expected='integer or "auto"'
+        )
+    if precision.fp16 and precision.bf16:
+        raise UsageError("config.two_precisions")
+    if adapter.dropout >= 1:
+        raise UsageError("config.bad_choice", key="lora_dropout", value=adapter.dropout, choices="0 ≤ x < 1")
+
+
+def _checked(name: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
+    """Return `value` as the type of its field, or raise UsageError naming key, value and what is expected."""
+    kind, choices, minimum = spec.metadata["kind"], spec.metadata["choices"], spec.metadata["minimum"]
+    if value is None or (value == "" and spec.default is None):
+        if spec.default is None:
+            return None
+        raise UsageError("config.bad_type", key=name, value=value, expected=_kind_name(kind))
+    if name == "template_name" and value == "":
+        return spec.default  # upstream writes "" for "not said"
+    value = convert(name, value, kind)
+    if choices and value not in choices:
+        shown = ", ".join(json.dumps(choice) for choice in choices)
+        raise UsageError("config.bad_choice", key=name, value=json.dumps(value), choices=shown)
+    if minimum is not None and not isinstance(value, (str, bool)) and not value >= minimum:
+        raise UsageError("config.too_small", key=name, value=value, minimum=minimum)
+    return value
+
+
+def convert(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:
+    """Convert a JSON, YAML or command-line value to the one of `kind` that it plainly is (YAML reads 1e-4 as text)."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    for candidate in kinds:
+        if type(value) is candidate:
+            return value
+        if candidate is float and type(value) is int:
+            return float(value)
+        if candidate is int and type(value) is float and value.is_integer():
+            return int(value)
+        if isinstance(value, str) and candidate in (int, float):
+            try:
+                return candidate(value)
+            except ValueError:
+                continue
+        if isinstance(value, str) and candidate is bool and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        if candidate is str and isinstance(value, os.PathLike):
+            return os.fspath(value)
+        # A path or name made of digits comes off the command line as a number.
+        if candidate is str and kinds == (str,) and type(value) in (int, float):
+            return str(value)
+    raise UsageError("config.bad_type", key=name, value=json.dumps(value, default=str), expected=_kind_name(kind))
+
+
+def _checked_training(name: str, value: Any, annotation: str) -> Any:
+    """Light conversion by TrainingArguments' annotation; its own checks follow when it is built."""
+    for word, kind in (("float", float), ("int", int), ("bool", bool)):
+        alone = annotation in (f"<class '{word}'>", word) or annotation in (f"{word} | None", f"typing.Optional[{word}]")
+        if alone and value is not None:
+            return convert(name, value, kind)
+    if "float" in annotation and isinstance(value, str) and name not in ("optim", "fsdp"):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _kind_name(kind: type | tuple[type, ...]) -> str:
+    names = {str: "text", int: "integer", float: "number", bool: "true or false"}
+    return " or ".join(names[item] for item in (kind if isinstance(kind, tuple) else (kind,)))
+
+
+def _flat_fields(section: Any) -> dict[str, Any]:
+    return {
+        spec.metadata["key"]: getattr(section, spec.name)
+        for spec in dataclasses.fields(section)
+        if "key" in spec.metadata
+    }
+
+
+# What later versions bring. Each entry: the key, the values that ask for nothing, and what is missing.
+UNFINISHED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "task_type": (("sft",), "feature.task"),
+    "deepspeed": ((None, ""), "feature.many_ranks"),
+    "fsdp": ((None, "", False, []), "feature.many_ranks"),
+    "torch_compile": ((None, False), "feature.compile"),
+    "use_liger_kernel": ((None, False), "feature.liger"),
+}
+
+# TrainingArguments that would change what a step or its loss means, and are therefore refused.
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "auto_find_batch_size": ((None, False), "refused.auto_find_batch_size"),
+    "label_smoothing_factor": ((None, 0, 0.0), "refused.label_smoothing_factor"),
+    "train_sampling_strategy": ((None, "random"), "refused.train_sampling_strategy"),
+    "push_to_hub": ((None, False), "refused.push_to_hub"),
+}
+
+
+def refuse_unfinished(config: Config) -> None:
+    """Exit 2 for what this version does not do, by name: nothing is accepted and then ignored."""
+    flat = config.flat()
+    for name, (harmless, reason) in (UNFINISHED | REFUSED).items():
+        if flat.get(name) not in harmless:
+            raise UsageError(reason, key=name, value=json.dumps(flat[name], default=str))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("feature.world_size", value=os.environ["WORLD_SIZE"])

@@ -1,0 +1,39 @@
+"""What a person sees: one-line notices and rich output, always on stderr (stdout is for results)."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from firefly.messages import render
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_notices: list[dict[str, str]] = []
+
+
+def notice(code: str, **values: object) -> None:
+    """Print one line that says what Firefly did differently from what was asked, and remember it for run.json."""
+    text = render(code, **values)
+    _notices.append({"code": code, "message": text})
+    print(f"{render('label.notice')} {text}", file=sys.stderr, flush=True)
+
+
+def take_notices() -> list[dict[str, str]]:
+    """Return the notices given so far and forget them, so that each run records its own."""
+    taken = list(_notices)
+    _notices.clear()
+    return taken
+
+
+def stderr_console() -> Console:
+    """A rich console on stderr; colours only where the terminal has them."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def print_error(message: str) -> None:
+    """Print the one message of a failed command."""
+    print(f"{render('label.error')} {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,75 @@
+"""Adapters: which layers get one, and how it is attached."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from firefly.config import AdapterConfig
+from firefly.models.kernels.lora_linear import install_lora_kernels
+
+
+def attach_adapter(model: PreTrainedModel, config: AdapterConfig) -> Any:
+    """Return the model ready to train: itself with fp32 weights (full), or wrapped by peft with fp32 adapters."""
+    if config.mode == "full":
+        return model.requires_grad_(True)
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=config.dropout,
+        target_modules=lora_targets(model),
+        task_type="CAUSAL_LM",
+    )
+    wrapped = get_peft_model(model, lora, autocast_adapter_dtype=True)
+    install_lora_kernels(wrapped)
+    return wrapped
+
+
+def transformers_model(model: Any) -> PreTrainedModel:
+    """The transformers model inside a peft wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def lora_targets(model: PreTrainedModel) -> list[str]:
+    """Every linear layer but the output head and MoE routers, found by module type.
+
+    Short names (`q_proj`) where they mean exactly these layers, as other tools expect them; whole paths otherwise.
+    """
+    head = model.get_output_embeddings()
+    linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    chosen = {name for name, module in linear.items() if module is not head and not _is_router(name, module, model)}
+    short = {name.rpartition(".")[2] for name in chosen}
+    matched = {name for name in linear if name.rpartition(".")[2] in short}
+    return sorted(short if matched == chosen else chosen)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))  # bitsandbytes' Linear4bit is an nn.Linear
+
+
+def _is_router(name: str, module: nn.Module, model: PreTrainedModel) -> bool:
+    """A router scores experts: its output is as wide as there are experts (or 1, for a shared expert's gate)."""
+    config = model.config.get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    experts = {count for field in names if (count := getattr(config, field, None))}
+    width = getattr(module, "out_features", None)
+    return bool(experts) and ("gate" in name.rpartition(".")[2] or "router" in name) and width in {*experts, 1}
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters; a 4-bit weight counts as the numbers it stands for."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        count = parameter.numel()
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            count = int(torch.Size(state.shape).numel())
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total

@@ -1,0 +1,128 @@
+"""Segments through any transformers model: one registered attention function, and proof that it isolates.
+
+`segments` packs many examples into one row; each token attends to its own example only. Architectures that cannot do
+that, or fail the probe, run `solo`: one example per microbatch through the model's own attention. Both are exact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from firefly.models.kernels.segment_attention import attend
+
+NAME = "firefly_segments"
+ISOLATABLE_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class UnsupportedAttention(RuntimeError):
+    """The model asks for something that segment attention does not do; it must run in the solo layout."""
+
+
+def segment_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    segment_borders: tuple[int, ...] | None = None,
+    s_aux: Tensor | None = None,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function for packed rows: query (1, heads, tokens, width) → (1, tokens, heads, width)."""
+    if segment_borders is None:
+        raise UnsupportedAttention(f"{type(module).__name__} did not pass on segment_borders")
+    if s_aux is not None or query.shape[0] != 1 or getattr(module, "is_causal", True) is False:
+        raise UnsupportedAttention(f"{type(module).__name__} uses sinks, rows or masks that segments do not have")
+    if sliding_window is None and _is_sliding(module):
+        sliding_window = module.sliding_window  # pyright: ignore[reportAttributeAccessIssue]  # Qwen2-MoE passes none
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = attend(query[0], key[0], value[0], segment_borders, scale, sliding_window, softcap, dropout)
+    return out.transpose(0, 1)[None], None
+
+
+def _is_sliding(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "sliding_window", None), int) and getattr(module, "is_sliding", True)
+
+
+AttentionInterface.register(NAME, segment_attention)
+AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+
+
+def choose_layout(model: PreTrainedModel) -> tuple[str, str]:
+    """Return ("segments" or "solo", why), leaving the model's attention set accordingly.
+
+    `model` is the transformers model itself, adapters inside it or not. The choice rests on the architecture's
+    declaration, its layer types and a probe (`isolation_fault`).
+    """
+    own = model.config._attn_implementation
+    reason = _declared_fault(model)
+    if reason is None:
+        expected = _hidden(model, _probe_ids(model)[1], None)
+        model.set_attn_implementation(NAME)
+        reason = isolation_fault(model, expected)
+    if reason is None:
+        return "segments", ""
+    model.set_attn_implementation(own if own != NAME else "sdpa")
+    return "solo", reason
+
+
+def _declared_fault(model: PreTrainedModel) -> str | None:
+    if not type(model).is_backend_compatible():
+        return f"{type(model).__name__} has no attention interface"
+    kinds = set(getattr(model.config, "layer_types", None) or ())
+    if not kinds <= ISOLATABLE_LAYERS:
+        return f"layer types {', '.join(sorted(kinds - ISOLATABLE_LAYERS))}"
+    return None
+
+
+def isolation_fault(model: PreTrainedModel, expected: Tensor) -> str | None:
+    """Prove on this model that segments neither leak nor change the result; return what went wrong, or None.
+
+    Two segments are run twice with the first one's ids changed: the second's states must not move at all beyond
+    rounding, and must be those of the segment alone under the model's own attention (`expected`).
+    """
+    first, second = _probe_ids(model)
+    borders = (0, first.shape[1], first.shape[1] + second.shape[1])
+    try:
+        states = [_hidden(model, torch.cat([ids, second], dim=1), borders) for ids in (first, first.flip(1) + 1)]
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    one, other = (state[:, borders[1] :].float() for state in states)
+    size = expected.float().abs().mean()
+    exact = expected.dtype == torch.float32
+    if (one - other).abs().mean() > (1e-5 if exact else 1e-3) * size:
+        return "a segment sees its neighbour"
+    if (one - expected.float()).abs().mean() > (1e-3 if exact else 5e-2) * size:
+        return "a segment differs from the same tokens alone"
+    return None
+
+
+def _probe_ids(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Two short rows of arbitrary ids, longer than small sliding windows."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.arange(40, device=model.device) * 7919 % max(vocabulary - 2, 1)
+    return ids[None, :17], ids[None, 17:]
+
+
+def _hidden(model: PreTrainedModel, ids: Tensor, borders: tuple[int, ...] | None) -> Tensor:
+    """Last hidden states without dropout; positions restart at every border."""
+    ends = borders or (0, ids.shape[1])
+    positions = torch.cat([torch.arange(b - a) for a, b in zip(ends[:-1], ends[1:], strict=True)])[None].to(ids.device)
+    extra = {} if borders is None else {"segment_borders": borders}
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            output = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **extra)
+        return output.last_hidden_state
+    finally:
+        model.train(was_training)

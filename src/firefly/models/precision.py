@@ -1,0 +1,58 @@
+"""Which number type a run computes in: what was asked for, and what the hardware has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from firefly.config import PrecisionConfig
+from firefly.console import notice
+
+
+@dataclass(frozen=True)
+class Precision:
+    """`compute` is the type of frozen weights and activations; trainable weights have fp32 masters besides.
+
+    `scaled` says that gradients need loss scaling (fp16 on GPUs without bf16).
+    """
+
+    compute: torch.dtype
+    scaled: bool = False
+
+    @property
+    def name(self) -> str:
+        return str(self.compute).removeprefix("torch.")
+
+
+def pick_device(use_cpu: bool = False) -> torch.device:
+    """The first CUDA card if there is one, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() and not use_cpu else torch.device("cpu")
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether `device` multiplies bf16 matrices natively. Emulated bf16 is several times slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # pyright: ignore
+
+
+def resolve_precision(request: PrecisionConfig, device: torch.device) -> Precision:
+    """bf16 where the hardware has it, else fp16 with loss scaling on a GPU, else fp32.
+
+    `"bf16": false` (without fp16) asks for fp32 everywhere. What is replaced is said in one line.
+    """
+    if request.bf16 is False and not request.fp16:
+        return Precision(torch.float32)
+    if has_bf16(device):
+        if request.fp16:
+            notice("precision.fp16_to_bf16")
+        return Precision(torch.bfloat16)
+    asked = "bf16" if request.bf16 else "fp16"
+    if device.type == "cuda":
+        if request.bf16:
+            notice("precision.replaced", asked=asked, used="fp16")
+        return Precision(torch.float16, scaled=True)
+    if request.bf16 or request.fp16:
+        notice("precision.replaced", asked=asked, used="fp32")
+    return Precision(torch.float32)

@@ -1,0 +1,114 @@
+"""Which checkpoint to continue from, and whether it is of the same run.
+
+A checkpoint's plan.json is written last: a folder without it was interrupted while it was saved.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from firefly.console import notice
+from firefly.errors import UsageError
+
+REQUIRED_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "plan.json")
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What must not change between a checkpoint and the run that continues it."""
+
+    examples_per_step: int
+    seed: int
+    shuffle: bool
+    data: str
+    train_mode: str
+    tokens_per_microbatch: int
+    world_size: int
+    layout: str
+
+
+# A different value of these would train other examples, or something else.
+BINDING = ("examples_per_step", "seed", "shuffle", "data", "train_mode")
+
+
+class PlanWriter(TrainerCallback):
+    """Completes each checkpoint with its plan.json."""
+
+    def __init__(self, plan: RunPlan) -> None:
+        self.plan = plan
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if folder.is_dir():
+            (folder / "plan.json").write_text(json.dumps(asdict(self.plan), indent=2) + "\n", encoding="utf-8")
+
+
+def find_checkpoint(output_dir: Path, request: bool | str | None) -> Path | None:
+    """Return the checkpoint to continue from: none, the newest complete one (true), or the one at a path.
+
+    Raises:
+        UsageError: the path is no complete checkpoint.
+    """
+    if not request:
+        return None
+    if isinstance(request, str):
+        path = Path(request).expanduser()
+        missing = missing_files(path)
+        if missing:
+            raise UsageError("resume.incomplete", path=path, missing=", ".join(missing))
+        return path
+    for path in reversed(checkpoints(output_dir)):
+        missing = missing_files(path)
+        if not missing:
+            notice("resume.from", path=path)
+            return path
+        notice("resume.skipped", path=path, missing=", ".join(missing))
+    notice("resume.none", path=output_dir)
+    return None
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Folders checkpoint-N of a run, by N."""
+    found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]
+    return [path for _, path in sorted(found) if path.is_dir()]
+
+
+def missing_files(path: Path) -> list[str]:
+    missing = [name for name in REQUIRED_FILES if not (path / name).is_file()]
+    if not any(path.glob("rng_state*.pth")):
+        missing.append("rng_state.pth")
+    if not any(path.glob("*.safetensors")):
+        missing.append("*.safetensors")
+    return missing
+
+
+def check_same_run(checkpoint: Path, plan: RunPlan) -> None:
+    """Refuse to continue a checkpoint with other data, steps, seed or mode: it would be a different run.
+
+    Raises:
+        UsageError: naming what differs, with both values.
+    """
+    stored = json.loads((checkpoint / "plan.json").read_text(encoding="utf-8"))
+    now = asdict(plan)
+    differing = [f"{name}: {stored.get(name)} → {now[name]}" for name in BINDING if stored.get(name) != now[name]]
+    if differing:
+        raise UsageError("resume.changed", path=checkpoint, differences="; ".join(differing))
+
+
+def set_aside_old_checkpoints(output_dir: Path) -> None:
+    """A run that starts anew in a used folder moves earlier checkpoints aside, so that neither run's are lost or mixed."""
+    old = checkpoints(output_dir)
+    if not old:
+        return
+    aside = output_dir / f"earlier-{time.strftime('%Y%m%d-%H%M%S')}"
+    aside.mkdir()
+    for path in old:
+        path.rename(aside / path.name)
+    notice("resume.set_aside", count=len(old), path=aside)

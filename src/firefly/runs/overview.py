@@ -1,0 +1,71 @@
+"""What is shown before training: one example with its trained tokens coloured, the step, parameters, memory forecast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from firefly.data.dataset import Examples
+from firefly.data.schema import IGNORE, Tokens
+from firefly.messages import render
+from firefly.reports.forecast import Forecast
+
+
+def show_example(console: Console, tokens: Tokens, tokenizer: Any, most: int = 400) -> None:
+    """Print an example as the model sees it; tokens with a loss are green and underlined (also without colours: [ ])."""
+    text = Text()
+    ids, labels = tokens.input_ids[:most].tolist(), tokens.labels[:most]
+    for trained, run in _runs(ids, labels):
+        shown = tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if trained and not console.color_system:
+            shown = f"[{shown}]"
+        text.append(shown, style="bold green underline" if trained else "dim")
+    if len(tokens.input_ids) > most:
+        text.append(" …", style="dim")
+    console.print(Panel(text, title=render("overview.example"), title_align="left", border_style="dim"))
+
+
+def _runs(ids: list[int], labels: Any) -> list[tuple[bool, list[int]]]:
+    runs: list[tuple[bool, list[int]]] = []
+    for token, label in zip(ids, labels, strict=True):
+        trained = bool(label != IGNORE)
+        if not runs or runs[-1][0] != trained:
+            runs.append((trained, []))
+        runs[-1][1].append(token)
+    return runs
+
+
+def show_run(
+    console: Console,
+    examples: Examples,
+    steps: str,
+    parameters: tuple[int, int],
+    layout: tuple[str, str],
+    head: str,
+    precision: str,
+    forecast: Forecast,
+    device: torch.device,
+) -> None:
+    """Print the lines that say what will run."""
+    trainable, total = parameters
+    console.print(examples.ledger.summary(), soft_wrap=True)
+    console.print(steps, soft_wrap=True)
+    share = f"{trainable / total:.2%}"
+    console.print(
+        render("overview.parameters", trainable=f"{trainable:,}", total=f"{total:,}", share=share), soft_wrap=True
+    )
+    name, reason = layout
+    how = render("overview.layout", device=device, precision=precision, layout=name, head=head)
+    console.print(how, soft_wrap=True)
+    if reason:
+        console.print(render("overview.solo", reason=reason), soft_wrap=True, style="yellow")
+    parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in forecast.parts.items())
+    available = f"{forecast.available / 2**30:.1f}"
+    console.print(
+        render("overview.forecast", total=f"{forecast.total / 2**30:.2f}", parts=parts, available=available),
+        soft_wrap=True,
+    )

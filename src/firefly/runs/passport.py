@@ -1,0 +1,107 @@
+"""run.json: everything needed to say what a run was, and why another one differs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    "firefly-llm",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "pyarrow",
+    "numpy",
+    "safetensors",
+    "jinja2",
+)
+SAMPLE = 1 << 20
+WHOLE_LIMIT = 2 << 30
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name and rename it: a reader sees the whole file or none."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    scratch.replace(path)
+
+
+def package_versions() -> dict[str, str | None]:
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    return {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}}
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None,
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+        found["gpu_memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
+    return found
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or sys.platform
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit of the working tree that `folder` lies in, with a "+" if files differ from it; None outside git."""
+    command = ["git", "-C", str(folder)]
+    try:
+        head = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        if head.returncode:
+            return None
+        changed = subprocess.run(
+            [*command, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def weights_hash(place: str, commit: str | None) -> dict[str, Any]:
+    """Identify base weights: every byte of a small model, evenly spaced samples of a large one, a hub model's commit."""
+    folder = Path(place)
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not files:
+        return {"method": "hub_commit", "name": place, "commit": commit}
+    whole = sum(file.stat().st_size for file in files) <= WHOLE_LIMIT
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as data:
+            starts = range(0, size, SAMPLE) if whole else range(0, size, max(SAMPLE, size // 32))
+            for start in starts:
+                data.seek(start)
+                digest.update(data.read(SAMPLE))
+    return {"method": "sha256" if whole else "sha256_of_samples", "sha256": digest.hexdigest()}

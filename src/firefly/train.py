@@ -1,0 +1,272 @@
+"""`firefly train`: from a configuration to a trained model, in one straight line."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging as transformers_logging
+
+from firefly.config import Config
+from firefly.console import notice, stderr_console, take_notices
+from firefly.data.dataset import Examples, load_split, tokenizer_hash
+from firefly.data.encoding import Encoder
+from firefly.data.templates import bind_template
+from firefly.errors import UsageError
+from firefly.messages import render
+from firefly.models.adapters import attach_adapter, count_parameters, transformers_model
+from firefly.models.attention import choose_layout
+from firefly.models.heads import install_target_head
+from firefly.models.loading import load_model, load_tokenizer, resolve_model
+from firefly.models.precision import Precision, pick_device, resolve_precision
+from firefly.objectives.trainers import CausalTrainer, StepOptions, training_arguments
+from firefly.reports.forecast import choose_budget, choose_checkpointing, forecast_memory
+from firefly.runs.checkpoints import PlanWriter, RunPlan, check_same_run, find_checkpoint, set_aside_old_checkpoints
+from firefly.runs.metrics import Progress, RunRecorder, read_metrics
+from firefly.runs.overview import show_example, show_run
+from firefly.runs.passport import git_commit, hardware, package_versions, weights_hash, write_json
+from firefly.runs.plots import draw_loss
+
+
+@dataclass(frozen=True)
+class Task:
+    """What differs between pretraining, SFT and DPO: how rows become examples, and which loss trains them."""
+
+    load_examples: Callable[..., tuple[Examples, Examples | None]]
+    make_trainer: Callable[..., CausalTrainer]
+
+
+TASKS: dict[str, Task] = {"sft": Task(load_examples=load_split, make_trainer=CausalTrainer)}
+
+
+def train(config: Config) -> Path:
+    """Train as configured; return the directory that holds the result.
+
+    Raises:
+        UsageError: the configuration, the data or the checkpoint to continue from is at fault; nothing was trained.
+    """
+    started = time.time()
+    leave_one_rank_group()
+    task = TASKS[config.task_type]
+    output_dir = Path(config.output_dir).expanduser()
+    make_output_dir(output_dir)
+    device = pick_device(bool(config.training.get("use_cpu")))
+    precision = resolve_precision(config.precision, device)
+    args = training_arguments(resolved_arguments(config, precision, device))
+    tokenizer = load_tokenizer(config.model)
+    encoder = bind_encoder(config, tokenizer)
+    examples, held_out = task.load_examples(config.data, encoder)  # before any weights: data faults are cheap to find
+    checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
+    set_seed(args.seed)
+    model = load_model(config.model, config.adapter.mode, precision, device)
+    layout = choose_layout(model)
+    model.generation_config.eos_token_id = list(encoder.template.stop_ids)
+    model = attach_adapter(model, config.adapter)
+    head = install_target_head(transformers_model(model))
+    args, options = resolve_step(config, args, model, examples, layout[0], device)
+    plan = RunPlan(
+        examples_per_step=options.examples_per_step,
+        seed=options.seed,
+        shuffle=options.shuffle,
+        data=examples.fingerprint,
+        train_mode=config.adapter.mode,
+        tokens_per_microbatch=options.tokens_per_microbatch,
+        world_size=1,
+        layout=options.layout,
+    )
+    if checkpoint:
+        check_same_run(checkpoint, plan)
+        options = replace(options, tokens_per_microbatch=stored_budget(checkpoint))
+    else:
+        set_aside_old_checkpoints(output_dir)
+    trainer = task.make_trainer(
+        model=model,
+        args=args,
+        examples=examples,
+        held_out=held_out,
+        tokenizer=tokenizer,
+        options=options,
+        precision=precision,
+        masters=config.adapter.mode == "full",
+        callbacks=[PlanWriter(replace(plan, tokens_per_microbatch=options.tokens_per_microbatch))],
+    )
+    recorder = RunRecorder(output_dir, trainer.counts, started)
+    replace_progress(trainer, recorder)
+    console = stderr_console()
+    show_example(console, examples[0], tokenizer)
+    forecast = forecast_memory(model, device, options.tokens_per_microbatch, args.activation_checkpointing)
+    show_run(
+        console,
+        examples,
+        describe_steps(config, options, examples, trainer),
+        count_parameters(model),
+        layout,
+        head,
+        precision.name,
+        forecast,
+        device,
+    )
+    write_records(config, output_dir, encoder, examples, held_out, model, options, precision, device)
+    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_model()
+    if config.adapter.mode != "full":
+        transformers_model(model).generation_config.save_pretrained(output_dir)
+    write_json(output_dir / "train_results.json", recorder.results(result.metrics, device))
+    draw_loss(read_metrics(recorder.path), output_dir / "loss.png")
+    console.print(render("train.done", path=output_dir), soft_wrap=True)
+    return output_dir
+
+
+def leave_one_rank_group() -> None:
+    """torchrun with one process asks for a process group of one; a run without it does the same work with less."""
+    if os.environ.get("WORLD_SIZE") == "1":
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK"):
+            os.environ.pop(name, None)
+
+
+def make_output_dir(path: Path) -> None:
+    """Create the output folder, and find out now rather than at the first checkpoint that it cannot be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".firefly-write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError("config.output_dir", path=path, problem=error.strerror or error) from None
+
+
+def bind_encoder(config: Config, tokenizer: Any) -> Encoder:
+    """The template of the configuration on this tokenizer; the tokenizer carries it from here on, and saves it."""
+    template = bind_template(config.data.template_name, tokenizer)
+    tokenizer.chat_template = template.text
+    return Encoder(tokenizer, template, config.data.allow_special_in_content)
+
+
+def resolved_arguments(config: Config, precision: Precision, device: torch.device) -> dict[str, Any]:
+    """TrainingArguments of this run: the user's, with what Firefly consumes itself folded or switched off."""
+    values = dict(config.training)
+    values |= {
+        "output_dir": str(Path(config.output_dir).expanduser()),
+        "per_device_train_batch_size": config.step.examples_per_rank,
+        "gradient_accumulation_steps": 1,
+        "fp16": precision.scaled,  # loss scaling for GPUs without bf16; types are otherwise ours
+        "bf16": False,
+        "use_cpu": device.type == "cpu",
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,  # it waits for the device in every step
+        "ddp_find_unused_parameters": False,
+        "label_names": [],
+    }
+    values.setdefault("per_device_eval_batch_size", config.step.examples_per_rank)
+    if device.type == "cpu" and str(values.get("optim", "")).startswith("paged_"):
+        notice("optim.paged", asked=values["optim"])
+        values["optim"] = "adamw_torch"
+    if device.type == "cpu" and values.get("dataloader_pin_memory") is None:
+        values["dataloader_pin_memory"] = False
+    return values
+
+
+def resolve_step(
+    config: Config, args: TrainingArguments, model: Any, examples: Examples, layout: str, device: torch.device
+) -> tuple[TrainingArguments, StepOptions]:
+    """Resolve what is "auto": activation checkpointing and the token budget of a microbatch."""
+    longest = int(examples.lengths.max())
+    checkpointing = config.step.gradient_checkpointing
+    if checkpointing == "auto":
+        checkpointing = choose_checkpointing(model, device, longest)
+    args.activation_checkpointing = args.gradient_checkpointing = bool(checkpointing)
+    budget = config.step.tokens_per_microbatch
+    if budget == "auto":
+        budget = choose_budget(model, device, longest, bool(checkpointing))
+    return args, StepOptions(
+        examples_per_step=config.step.examples_per_rank,
+        tokens_per_microbatch=int(budget),
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+        shuffle=config.data.shuffle,
+        layout=layout,
+    )
+
+
+def stored_budget(checkpoint: Path) -> int:
+    """A measured choice is made once: the checkpoint's budget, whatever would be chosen today."""
+    return int(json.loads((checkpoint / "plan.json").read_text(encoding="utf-8"))["tokens_per_microbatch"])
+
+
+def replace_progress(trainer: CausalTrainer, recorder: RunRecorder) -> None:
+    """Our progress line instead of transformers' printed dictionaries, and quiet libraries."""
+    transformers_logging.set_verbosity_error()
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(Progress(show_bar=not trainer.args.disable_tqdm))
+    trainer.add_callback(recorder)
+
+
+def describe_steps(config: Config, options: StepOptions, examples: Examples, trainer: CausalTrainer) -> str:
+    per_epoch = len(trainer.get_train_dataloader())
+    total = trainer.args.max_steps if trainer.args.max_steps > 0 else int(per_epoch * trainer.args.num_train_epochs + 0.999)
+    return render(
+        "overview.steps",
+        examples=options.examples_per_step,
+        device=config.step.per_device_examples,
+        accumulation=config.step.accumulation,
+        budget=options.tokens_per_microbatch,
+        steps=total,
+        count=len(examples),
+    )
+
+
+def write_records(
+    config: Config,
+    output_dir: Path,
+    encoder: Encoder,
+    examples: Examples,
+    held_out: Examples | None,
+    model: Any,
+    options: StepOptions,
+    precision: Precision,
+    device: torch.device,
+) -> None:
+    """train_args.json (as given), data_report.json (the ledger) and run.json (the passport)."""
+    write_json(output_dir / "train_args.json", dict(config.given))
+    report = examples.ledger.as_dict() | {"eval": held_out.ledger.as_dict() if held_out else None}
+    write_json(output_dir / "data_report.json", report)
+    inner = transformers_model(model)
+    write_json(
+        output_dir / "run.json",
+        {
+            "config": config.flat(),
+            "resolved": {
+                "precision": precision.name,
+                "layout": options.layout,
+                "tokens_per_microbatch": options.tokens_per_microbatch,
+                "examples_per_step": options.examples_per_step,
+            },
+            "template": {
+                "name": encoder.template.name,
+                "sha256": encoder.template.hash,
+                "stop_tokens": encoder.template.stop_tokens,
+                "stop_ids": encoder.template.stop_ids,
+            },
+            "hashes": {
+                "data": examples.fingerprint,
+                "eval_data": held_out.fingerprint if held_out else None,
+                "tokenizer": tokenizer_hash(encoder.tokenizer),
+                "base_weights": weights_hash(resolve_model(config.model), getattr(inner.config, "_commit_hash", None)),
+            },
+            "seed": options.seed,
+            "versions": package_versions(),
+            "hardware": hardware(device),
+            "git_commit": git_commit(Path.cwd()),
+            "firefly_commit": git_commit(Path(__file__).parent),
+            "notices": take_notices(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        },
+    )
