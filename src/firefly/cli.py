@@ -16,9 +16,14 @@ app = typer.Typer(
     help="Firefly takes a base model and data to a trained, checked and served model.",
 )
 
+INTERRUPTED = 130
+"""The exit code of a command that Ctrl-C ended, as shells have it."""
+
 ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-ModelOption = Annotated[str, typer.Option("--model_name_or_path", help="Model folder, hub id, or smollm2-135m-instruct.")]
+ModelOption = Annotated[
+    str, typer.Option("--model_name_or_path", help="Model folder, hub id, or smollm2-135m-instruct.")
+]
 AdapterOption = Annotated[str, typer.Option("--adapter_name_or_path", help="Folder of a LoRA or QLoRA adapter.")]
 HubOption = Annotated[str, typer.Option("--hub", help="huggingface or modelscope.")]
 RemoteCodeOption = Annotated[bool, typer.Option("--trust_remote_code", help="Run code that the model brings along.")]
@@ -37,7 +42,9 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def train_command(
     context: typer.Context,
     config: Annotated[str, typer.Argument(help="JSON or YAML file; every key can be given as --key value too.")] = "",
-    train_args_file: Annotated[str, typer.Option("--train_args_file", help="The same file, as the tutorial names it.")] = "",
+    train_args_file: Annotated[
+        str, typer.Option("--train_args_file", help="The same file, as the tutorial names it.")
+    ] = "",
 ) -> None:
     """Train: firefly train CONFIG [--key value …]"""
     from firefly.config import load_config, parse_overrides
@@ -47,6 +54,8 @@ def train_command(
     if config.startswith("--"):  # an override came first: no positional configuration was given
         extra.insert(0, config)
         config = ""
+    if config and train_args_file:
+        raise UsageError("cli.unexpected_argument", argument=config)
     source = config or train_args_file
     if not source:
         raise UsageError("cli.no_config")
@@ -61,8 +70,12 @@ def merge_command(
     adapter_name_or_path: AdapterOption,
     save_path: Annotated[str, typer.Option("--save_path", help="Folder for the merged model.")],
     model_name_or_path: ModelOption = "",
-    onto: Annotated[str, typer.Option("--onto", help="original, or dequantized (QLoRA: the weights as trained).")] = "original",
-    dtype: Annotated[str, typer.Option("--dtype", help="auto (the base model's), float32, bfloat16 or float16.")] = "auto",
+    onto: Annotated[
+        str, typer.Option("--onto", help="original, or dequantized (QLoRA: the weights as trained).")
+    ] = "original",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="auto (the base model's), float32, bfloat16 or float16.")
+    ] = "auto",
     hub: HubOption = "huggingface",
     trust_remote_code: RemoteCodeOption = False,
 ) -> None:
@@ -78,7 +91,9 @@ def merge_command(
 def chat_command(
     model_name_or_path: ModelOption = "",
     adapter_name_or_path: AdapterOption = "",
-    template_name: Annotated[str, typer.Option("--template_name", help="auto (saved with the model), a name, or a .jinja file.")] = "auto",
+    template_name: Annotated[
+        str, typer.Option("--template_name", help="auto (saved with the model), a name, or a .jinja file.")
+    ] = "auto",
     system: Annotated[str, typer.Option("--system", help="System prompt.")] = "",
     load_in_4bit: Annotated[bool, typer.Option("--load_in_4bit", help="Hold the weights in NF4.")] = False,
     max_new_tokens: Annotated[int, typer.Option("--max_new_tokens")] = 500,
@@ -109,29 +124,27 @@ def chat_command(
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code (DESIGN.md, "Errors")."""
     from firefly.console import print_error
+    from firefly.messages import render
 
     try:
         result = app(args=sys.argv[1:] if arguments is None else arguments, prog_name="firefly", standalone_mode=False)
-        return int(result) if isinstance(result, int) else 0
+        code = result if isinstance(result, int) else 0  # of an Exit: typer turns Ctrl-C into one, too
     except FireflyError as error:
         print_error(str(error))
         return error.exit_code
-    except typer.Exit as exit_request:
-        return exit_request.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        from firefly.messages import render
-
-        print_error(render("cli.interrupted"))
-        return 130
+    except typer.Abort:
+        code = INTERRUPTED
     except Exception as error:
         if show := getattr(error, "show", None):  # click's own complaints about options
             show(file=sys.stderr)
             return 2
         if _is_out_of_memory(error):
-            from firefly.messages import render
-
-            print_error(render("cli.out_of_memory", problem=str(error).splitlines()[0]))
+            problem = next(iter(str(error).splitlines()), type(error).__name__)
+            print_error(render("cli.out_of_memory", problem=problem))
         raise
+    if code == INTERRUPTED:
+        print_error(render("cli.interrupted"))
+    return code
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,20 +136,36 @@ SECTIONS: dict[str, type] = {
 # Firefly's own choices for TrainingArguments; the user's file overrides them.
 TRAINING_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": "tensorboard", "optim": "adamw_torch"}
 
+# The least values of TrainingArguments that transformers and torch would only refuse with a traceback.
+TRAINING_MINIMUM: dict[str, float] = {
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "num_train_epochs": 0,
+    "warmup_steps": 0,
+    "seed": 0,
+    "data_seed": 0,
+    "dataloader_num_workers": 0,
+    "per_device_eval_batch_size": 1,
+}
+
 REQUIRED = ("output_dir", "model_name_or_path", "train_file")
 
 
-def load_config(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
+def load_config(
+    source: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> Config:
     """Read a configuration file (or a mapping), apply overrides, check everything, return a frozen `Config`.
 
     Raises:
         UsageError: unreadable file, unknown key, wrong type or value, missing required key, or a feature that
             this version does not have.
     """
-    given = dict(source) if isinstance(source, Mapping) else read_config_file(Path(source))
-    given |= dict(overrides or {})
+    file = dict(source) if isinstance(source, Mapping) else read_config_file(Path(source))
+    overrides = dict(overrides or {})
     known = known_keys()
-    values = legacy.translate(given, known, notice)
+    # Each in today's spelling first: an override wins under whichever name the file has the key.
+    values = legacy.translate(file, known, notice) | legacy.translate(overrides, known, notice)
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -155,8 +173,9 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any], overrides: M
     missing = [name for name in REQUIRED if not values.get(name)]
     if missing:
         raise UsageError("config.missing_key", key=", ".join(missing))
-    config = _build(values, given)
+    config = _build(values, file | overrides)
     refuse_unfinished(config)
+    note_unused(config, values)
     return config
 
 
@@ -168,38 +187,54 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise UsageError("config.no_file", path=path) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError("config.unreadable", path=path, problem=error) from None
-    if path.suffix.lower() in (".yaml", ".yml"):
-        return _checked_object(path, _parse_yaml(path, text))
+    parse = _parse_yaml if path.suffix.lower() in (".yaml", ".yml") else _parse_json
     try:
-        return _checked_object(path, json.loads(text, object_pairs_hook=_reject_duplicates(path)))
-    except json.JSONDecodeError as error:
-        raise UsageError("config.bad_json", path=path, line=error.lineno, problem=error.msg) from None
+        return _checked_object(path, parse(path, text))
     except RecursionError:
         raise UsageError("config.unreadable", path=path, problem="nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits, a date that is none
+        raise UsageError("config.unreadable", path=path, problem=error) from None
+
+
+def _parse_json(path: Path, text: str) -> Any:
+    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in result:
+                places = [match.start() for match in re.finditer(re.escape(json.dumps(name)) + r"\s*:", text)]
+                line = text.count("\n", 0, places[-1] if places else 0) + 1
+                raise UsageError("config.duplicate_key", path=path, line=line, key=name)
+            result[name] = value
+        return result
+
+    try:
+        return json.loads(text, object_pairs_hook=build)
+    except json.JSONDecodeError as error:
+        raise UsageError("config.bad_json", path=path, line=error.lineno, problem=error.msg) from None
 
 
 def _parse_yaml(path: Path, text: str) -> Any:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """YAML's own loader lets the last of two equal keys win in silence."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names: set[str] = set()
+            for name_node, _ in node.value:
+                name = str(name_node.value)
+                if name in names:
+                    raise UsageError("config.duplicate_key", path=path, line=name_node.start_mark.line + 1, key=name)
+                names.add(name)
+            return super().construct_mapping(node, deep)
+
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
         problem = getattr(error, "problem", None) or error
         raise UsageError("config.bad_json", path=path, line=line, problem=problem) from None
-
-
-def _reject_duplicates(path: Path) -> Any:
-    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in result:
-                raise UsageError("config.duplicate_key", path=path, key=name)
-            result[name] = value
-        return result
-
-    return build
 
 
 def _checked_object(path: Path, value: Any) -> dict[str, Any]:
@@ -209,7 +244,7 @@ def _checked_object(path: Path, value: Any) -> dict[str, Any]:
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """Turn `--key value`, `--key=value` and bare `--flag` into a mapping; values are read as JSON where they are JSON."""
+    """Turn `--key value`, `--key=value` and bare `--flag` into a mapping; what is plainly JSON is read as JSON."""
     overrides: dict[str, Any] = {}
     position = 0
     while position < len(arguments):
@@ -232,9 +267,12 @@ def _parse_value(text: str) -> Any:
     if text in ("True", "False", "None"):
         return {"True": True, "False": False, "None": None}[text]
     try:
-        return json.loads(text)
-    except ValueError:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
         return text
+    # `--model_revision 1.10` or `--output_dir 1e3` may be a name: a number stays text unless it reads back the same.
+    # The key's type decides later.
+    return text if type(value) in (int, float) and str(value) != text else value
 
 
 def own_fields() -> dict[str, tuple[str | None, dataclasses.Field[Any]]]:
@@ -270,7 +308,7 @@ def _build(values: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
         else:
             training[name] = _checked_training(name, value, annotations[name])
     parts = {name: cls(**sections[name]) for name, cls in SECTIONS.items()}
-    _check_together(parts["step"], parts["precision"], parts["adapter"])
+    _check_together(parts["step"], parts["precision"], parts["adapter"], parts["data"], training)
     # An evaluation file is there to be used: without a strategy it is evaluated every `eval_steps`, else each epoch.
     if parts["data"].eval_file and "eval_strategy" not in training:
         training["eval_strategy"] = "steps" if training.get("eval_steps") else "epoch"
@@ -282,15 +320,23 @@ def _build(values: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
     )
 
 
-def _check_together(step: StepConfig, precision: PrecisionConfig, adapter: AdapterConfig) -> None:
+def _check_together(
+    step: StepConfig, precision: PrecisionConfig, adapter: AdapterConfig, data: DataConfig, training: Mapping[str, Any]
+) -> None:
     if isinstance(step.tokens_per_microbatch, str) and step.tokens_per_microbatch != "auto":
         raise UsageError(
-            "config.bad_type", key="tokens_per_microbatch", value=step.tokens_per_microbatch, expected='integer or "auto"'
+            "config.bad_type",
+            key="tokens_per_microbatch",
+            value=step.tokens_per_microbatch,
+            expected='integer or "auto"',
         )
     if precision.fp16 and precision.bf16:
         raise UsageError("config.two_precisions")
     if adapter.dropout >= 1:
         raise UsageError("config.bad_choice", key="lora_dropout", value=adapter.dropout, choices="0 ≤ x < 1")
+    for name in ("eval_strategy", "eval_on_start"):
+        if not data.eval_file and training.get(name) not in (None, "no", False):
+            raise UsageError("config.no_eval_file", key=name, value=json.dumps(training[name], default=str))
 
 
 def _checked(name: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
@@ -299,7 +345,7 @@ def _checked(name: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
     if value is None or (value == "" and spec.default is None):
         if spec.default is None:
             return None
-        raise UsageError("config.bad_type", key=name, value=value, expected=_kind_name(kind))
+        raise UsageError("config.bad_type", key=name, value=json.dumps(value), expected=_kind_name(kind))
     if name == "template_name" and value == "":
         return spec.default  # upstream writes "" for "not said"
     value = convert(name, value, kind)
@@ -315,17 +361,13 @@ def convert(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:
     """Convert a JSON, YAML or command-line value to the one of `kind` that it plainly is (YAML reads 1e-4 as text)."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
     for candidate in kinds:
+        if candidate in (int, float):
+            number = _number(value, candidate)
+            if number is not None:
+                return number
+            continue
         if type(value) is candidate:
             return value
-        if candidate is float and type(value) is int:
-            return float(value)
-        if candidate is int and type(value) is float and value.is_integer():
-            return int(value)
-        if isinstance(value, str) and candidate in (int, float):
-            try:
-                return candidate(value)
-            except ValueError:
-                continue
         if isinstance(value, str) and candidate is bool and value.lower() in ("true", "false"):
             return value.lower() == "true"
         if candidate is str and isinstance(value, os.PathLike):
@@ -336,17 +378,37 @@ def convert(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:
     raise UsageError("config.bad_type", key=name, value=json.dumps(value, default=str), expected=_kind_name(kind))
 
 
+def _number(value: Any, kind: type) -> int | float | None:
+    """`value` as an int or a float if it plainly is one; None if it is not, and for NaN, which no key means."""
+    if type(value) is int and kind is int:
+        return value
+    if type(value) not in (int, float, str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    if kind is int:
+        return int(number) if number.is_integer() else None
+    return None if math.isnan(number) else number
+
+
 def _checked_training(name: str, value: Any, annotation: str) -> Any:
     """Light conversion by TrainingArguments' annotation; its own checks follow when it is built."""
+    if value is None:
+        if "None" in annotation:
+            return None
+        raise UsageError("config.bad_type", key=name, value="null", expected="a value")
+    if value is False and "Strategy" in annotation:
+        return "no"  # what YAML makes of `eval_strategy: no`
     for word, kind in (("float", float), ("int", int), ("bool", bool)):
-        alone = annotation in (f"<class '{word}'>", word) or annotation in (f"{word} | None", f"typing.Optional[{word}]")
-        if alone and value is not None:
-            return convert(name, value, kind)
-    if "float" in annotation and isinstance(value, str) and name not in ("optim", "fsdp"):
-        try:
-            return float(value)
-        except ValueError:
-            return value
+        if annotation in (f"<class '{word}'>", f"{word} | None"):
+            value = convert(name, value, kind)
+    if annotation in ("<class 'str'>", "str | None") and type(value) in (int, float):
+        value = str(value)  # `--run_name 7`
+    minimum = TRAINING_MINIMUM.get(name)
+    if minimum is not None and value < minimum:
+        raise UsageError("config.too_small", key=name, value=value, minimum=minimum)
     return value
 
 
@@ -389,3 +451,19 @@ def refuse_unfinished(config: Config) -> None:
             raise UsageError(reason, key=name, value=json.dumps(flat[name], default=str))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("feature.world_size", value=os.environ["WORLD_SIZE"])
+
+
+# Keys that a setting leaves without effect: (setting, its value, keys).
+UNUSED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("task_type", "sft", ("beta", "max_prompt_length", "tokenize_num_workers")),
+    ("train_mode", "full", ("lora_rank", "lora_alpha", "lora_dropout")),
+)
+
+
+def note_unused(config: Config, values: Mapping[str, Any]) -> None:
+    """Say which of the given keys do nothing in this run."""
+    flat = config.flat()
+    for setting, value, names in UNUSED:
+        for name in names:
+            if flat[setting] == value and name in values:
+                notice("key.no_effect", key=name, setting=f"{setting} {value}")

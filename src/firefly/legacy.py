@@ -12,6 +12,7 @@ RENAMED: dict[str, str] = {
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "include_tokens_per_second": "include_num_input_tokens_seen",
     "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
     "torchdynamo": "torch_compile_backend",
     "xpu_backend": "ddp_backend",
     "warmup_ratio": "warmup_steps",  # transformers 5: a value below 1 is a share of all steps
@@ -37,6 +38,9 @@ IGNORED: tuple[str, ...] = (
     "split_batches",
     "fsdp_min_num_params",
     "fsdp_transformer_layer_cls_to_wrap",
+    "push_to_hub_organization",
+    "tpu_metrics_debug",
+    "use_legacy_prediction_loop",
     "overwrite_output_dir",
     "logging_dir",
 )
@@ -51,9 +55,7 @@ OPTIMIZERS: dict[str, str] = {
 }
 
 
-def translate(
-    given: Mapping[str, Any], known: list[str], notice: Callable[..., None]
-) -> dict[str, Any]:
+def translate(given: Mapping[str, Any], known: list[str], notice: Callable[..., None]) -> dict[str, Any]:
     """Return `given` in today's spelling. `notice(code, **values)` is called once for each thing changed.
 
     A key that transformers still knows is never touched: this table only speaks where the library fell silent.
@@ -65,14 +67,16 @@ def translate(
     }
     # Two names of one thing in today's transformers.
     if "activation_checkpointing" in values:
-        values.setdefault("gradient_checkpointing", values.pop("activation_checkpointing"))
+        other = values.pop("activation_checkpointing")
+        if values.setdefault("gradient_checkpointing", other) != other:
+            notice("legacy.both", old="activation_checkpointing", new="gradient_checkpointing")
     for name, value in given.items():
         if name in known:
             continue
         if name in RENAMED:
             new = RENAMED[name]
-            if new in given:
-                # upstream files sometimes carry both; today's spelling wins, and warmup 0 means "not set"
+            # Files sometimes carry both: today's spelling wins, but for warmup_steps 0, which used to mean "not set".
+            if new in given and not (name == "warmup_ratio" and given[new] == 0):
                 notice("legacy.both", old=name, new=new)
             else:
                 values[new] = value
@@ -83,7 +87,7 @@ def translate(
             values["optim"] = "adafactor"
             notice("legacy.value", key="adafactor", old=True, new='optim "adafactor"')
     optim = values.get("optim")
-    if optim in OPTIMIZERS:
+    if isinstance(optim, str) and optim in OPTIMIZERS:
         values["optim"] = OPTIMIZERS[optim]
         notice("legacy.value", key="optim", old=optim, new=OPTIMIZERS[optim])
     if "report_to" in values and values["report_to"] in (None, []):

@@ -114,7 +114,8 @@ def plan_microbatches(lengths: Sequence[int], budget: int) -> list[list[int]]:
         place = even_loads.index(min(even_loads))
         even[place].append(i)
         even_loads[place] += lengths[i]
-    chosen = even if max(even_loads, default=0) <= max(budget, max(lengths, default=0)) else bins
+    keeps_budget = all(load <= budget or len(items) == 1 for items, load in zip(even, even_loads, strict=True))
+    chosen = even if keeps_budget else bins
     return sorted(sorted(items) for items in chosen)
 
 

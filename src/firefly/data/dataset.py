@@ -29,11 +29,9 @@ from firefly.data.readers import read_records
 from firefly.data.schema import IGNORE, Conversation, RawRecord, Rendered, Source, Tokens
 from firefly.data.templates import TemplateFailure
 from firefly.errors import UsageError
-from firefly.messages import render
+from firefly.messages import language, render
 
-SCHEMA = pa.schema(
-    [("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("line", pa.int32())]
-)
+SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("line", pa.int32())])
 CHUNK = 1000
 """Rows that are tokenised in one call and written as one Arrow batch."""
 
@@ -96,21 +94,24 @@ def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int64)
 
 
-def load_examples(file: str, config: DataConfig, encoder: Encoder) -> Examples:
+def load_examples(file: str, config: DataConfig, encoder: Encoder, key: str = "train_file") -> Examples:
     """Return the examples of `file`, from the cache or prepared now, after the ledger has been checked.
+
+    Args:
+        key: the configuration key that names the file, for messages.
 
     Raises:
         UsageError: unreadable file, malformed rows, too many rows lost, or no example left.
     """
     path = Path(file).expanduser()
-    next_record = read_records(path)  # names a missing or unknown file before it is hashed
-    key = fingerprint(path, config, encoder)
-    folder = cache_folder() / "examples" / key
+    records = read_records(path, key)  # names a missing or unknown file before it is hashed
+    shape = fingerprint(path, config, encoder)
+    folder = cache_folder() / "examples" / shape
     if not (folder / "ledger.json").is_file():
-        prepare(next_record, str(path), config, encoder, folder)
+        prepare(records, str(path), config, encoder, folder)
     ledger = Ledger.from_dict(json.loads((folder / "ledger.json").read_text(encoding="utf-8")))
     ledger.check(config.max_malformed_rows, config.max_lost_share)
-    return Examples(folder / "examples.arrow", key, ledger)
+    return Examples(folder / "examples.arrow", shape, ledger)
 
 
 def prepare(records: Iterator[RawRecord], file: str, config: DataConfig, encoder: Encoder, folder: Path) -> None:
@@ -188,7 +189,10 @@ def _fit_row(source: Source, examples: list[Tokens], max_length: int, ledger: Le
     """Fit a row's examples to `max_length` and write its fate on the ledger."""
     fitted = [fit(tokens, max_length) for tokens in examples]
     kept = [tokens for tokens in fitted if tokens is not None and tokens.num_targets]
-    total, longest = sum(len(tokens.input_ids) for tokens in examples), max((len(t.input_ids) for t in examples), default=0)
+    total, longest = (
+        sum(len(tokens.input_ids) for tokens in examples),
+        max((len(t.input_ids) for t in examples), default=0),
+    )
     left = sum(len(tokens.input_ids) for tokens in kept)
     if not kept:
         if any(tokens.num_targets for tokens in examples):
@@ -200,9 +204,7 @@ def _fit_row(source: Source, examples: list[Tokens], max_length: int, ledger: Le
         ledger.cut += 1
         ledger.cut_tokens += total - left
         targets = sum(tokens.num_targets for tokens in examples) - sum(tokens.num_targets for tokens in kept)
-        ledger.note(
-            source, "cut", render("row.cut", tokens=total, kept=left, targets=targets, limit=max_length)
-        )
+        ledger.note(source, "cut", render("row.cut", tokens=total, kept=left, targets=targets, limit=max_length))
     else:
         ledger.kept += 1
     ledger.examples += len(kept)
@@ -242,11 +244,12 @@ def fingerprint(path: Path, config: DataConfig, encoder: Encoder) -> str:
         hash_file(path),
         encoder.template.text,
         encoder.template.stop_tokens,
+        encoder.template.variables,
         tokenizer_hash(encoder.tokenizer),
         config.max_seq_length,
         config.train_on,
         config.allow_special_in_content,
-        os.environ.get("FIREFLY_LANG", ""),  # findings are stored as text
+        language(),  # findings are stored as text
         code_hash(),
     ]
     return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()[:32]
@@ -294,5 +297,5 @@ def load_split(config: DataConfig, encoder: Encoder) -> tuple[Examples, Examples
     if not config.train_file:
         raise UsageError("config.missing_key", key="train_file")
     train = load_examples(config.train_file, config, encoder)
-    held_out = load_examples(config.eval_file, config, encoder) if config.eval_file else None
+    held_out = load_examples(config.eval_file, config, encoder, "eval_file") if config.eval_file else None
     return train, held_out

@@ -41,6 +41,18 @@ class Encoder:
         self.tokenizer.backend_tokenizer.no_padding()
 
     @cached_property
+    def _plain_tokenizer(self) -> Any:
+        """The tokenizer, less a post-processor that moves the start of a token behind its white space."""
+        from tokenizers import Tokenizer
+
+        backend = self.tokenizer.backend_tokenizer
+        if backend.post_processor is None or b'"trim_offsets":true' not in backend.post_processor.__getstate__():
+            return backend
+        plain = Tokenizer.from_str(backend.to_str())
+        plain.post_processor = None
+        return plain
+
+    @cached_property
     def special_tokens(self) -> tuple[str, ...]:
         """Special tokens of the tokenizer, longest first."""
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
@@ -64,9 +76,7 @@ class Encoder:
         """Tokenise texts in one call. A token is a target if its first character lies in a trained span."""
         plain = [i for i, item in enumerate(rendered) if BREAK not in item.text]
         result: list[Tokens | None] = [None] * len(rendered)
-        encodings = self.tokenizer.backend_tokenizer.encode_batch(
-            [rendered[i].text for i in plain], add_special_tokens=False
-        )
+        encodings = self._plain_tokenizer.encode_batch([rendered[i].text for i in plain], add_special_tokens=False)
         for i, encoding in zip(plain, encodings, strict=True):
             result[i] = _label(encoding, rendered[i])
         for i, item in enumerate(rendered):
@@ -86,7 +96,7 @@ class Encoder:
         """Break special-looking text in contents, so that the rendered text holds only the template's own tokens."""
         if self.allow_special_in_content:
             return conversation
-        contents = [self._special.sub(_broken, item.content.replace(BREAK, "")) for item in conversation.messages]
+        contents = [self._special.sub(_broken, _plain(item.content)) for item in conversation.messages]
         if all(new == item.content for new, item in zip(contents, conversation.messages, strict=True)):
             return conversation
         messages = zip(conversation.messages, contents, strict=True)
@@ -137,8 +147,14 @@ class Encoder:
         return aliased
 
 
+def _plain(content: str) -> str:
+    """Without the two private-use characters: typed, they could spell an alias."""
+    return content.replace(BREAK, "").replace(ALIAS, "")
+
+
 def _broken(match: re.Match[str]) -> str:
-    return match.group()[0] + BREAK + match.group()[1:]
+    """Broken after every character: a special token may hold a shorter one."""
+    return BREAK.join(match.group())
 
 
 def _respell(token: str) -> str:
@@ -156,4 +172,3 @@ def _label(encoding: Any, rendered: Rendered) -> Tokens:
             left, right = np.searchsorted(starts, [first, end])
             labels[left:right] = ids[left:right]
     return Tokens(ids, labels)
-

@@ -51,7 +51,7 @@ class FireflyFormat:
                 )
             messages.append(Message("user", _text(turn, "human", f"conversation[{number}].human")))
             content = _text(turn, "assistant", f"conversation[{number}].assistant")
-            messages.append(Message("assistant", content, _trained(turn)))
+            messages.append(Message("assistant", content, _trained(turn, f"conversation[{number}]")))
         return Conversation(tuple(messages))
 
 
@@ -95,7 +95,7 @@ class MessagesFormat:
             for name in ("tool_calls", "reasoning_content"):
                 if item.get(name):
                     raise MalformedRecord("row.not_yet", field=f"{place}.{name}")
-            messages.append(Message(_role(item, place), _text(item, "content", f"{place}.content"), _trained(item)))
+            messages.append(Message(_role(item, place), _text(item, "content", f"{place}.content"), _trained(item, place)))
         _check_order(messages)
         return Conversation(tuple(messages))
 
@@ -138,7 +138,8 @@ def parse_record(value: Any) -> tuple[str, Conversation | Tokens]:
         raise MalformedRecord("row.not_an_object", got=_kind(value))
     fitting = [name for name, fmt in FORMATS.items() if fmt.recognises(value)]
     if not fitting:
-        keys = ", ".join(sorted(map(str, value))[:8]) or "–"
+        # repr: a key may hold anything, also what no terminal or file takes.
+        keys = ", ".join(map(repr, sorted(value)[:8])) or "–"
         raise MalformedRecord("row.unknown_format", keys=keys, known=", ".join(FORMATS))
     if len(fitting) > 1:
         raise MalformedRecord("row.two_formats", formats=", ".join(fitting))
@@ -184,10 +185,10 @@ def _system(value: Any) -> list[Message]:
     return [Message("system", _text({"system": value}, "system", "system"))]
 
 
-def _trained(item: Record) -> bool:
+def _trained(item: Record, place: str) -> bool:
     flag = item.get("loss", True)
     if not isinstance(flag, bool):
-        raise MalformedRecord("row.wrong_type", field="loss", expected="true or false", got=_kind(flag))
+        raise MalformedRecord("row.wrong_type", field=f"{place}.loss", expected="true or false", got=_kind(flag))
     return flag
 
 

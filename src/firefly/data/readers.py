@@ -11,16 +11,24 @@ from firefly.errors import UsageError
 from firefly.messages import render
 
 
-def read_records(path: Path) -> Iterator[RawRecord]:
+def read_records(path: Path, key: str = "train_file") -> Iterator[RawRecord]:
     """Yield the records of one .jsonl or .json file (a list, or one object) in file order; blank lines are skipped.
 
+    Args:
+        key: the configuration key that names the file, for messages.
+
     Raises:
-        UsageError: the file is missing, a folder, empty, of an unknown kind, or not text.
+        UsageError: at once, if the file is missing, a folder, unreadable or of an unknown kind; while reading, if it is
+            not text, or a list that breaks off (nothing after that place can be told apart).
     """
-    if not path.exists():
-        raise UsageError("data.no_file", path=path)
-    if path.is_dir():
-        raise UsageError("data.is_folder", path=path)
+    try:
+        path.open("rb").close()
+    except FileNotFoundError:
+        raise UsageError("data.no_file", key=key, path=path) from None
+    except IsADirectoryError:
+        raise UsageError("data.is_folder", path=path) from None
+    except OSError as error:
+        raise UsageError("data.unreadable", key=key, path=path, problem=error.strerror or error) from None
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise UsageError("data.unknown_suffix", path=path, suffix=path.suffix, known=", ".join(READERS))
@@ -34,7 +42,7 @@ def read_json_lines(path: Path) -> Iterator[RawRecord]:
             if number == 1:
                 _refuse_binary(path, line)
                 line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
+            if line := line.rstrip():
                 yield _parse(Source(str(path), number), line)
 
 
@@ -46,14 +54,14 @@ def read_json(path: Path) -> Iterator[RawRecord]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        yield RawRecord(Source(str(path), line), problem=render("row.not_utf8", position=error.start))
+        yield RawRecord(Source(str(path), line), problem=_problem(error))
         return
     start = len(text) - len(text.lstrip())
     if text[start : start + 1] == "[":
         yield from _read_array(path, text, start + 1)
         return
     try:
-        value = _loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         yield from read_json_lines(path)
         return
@@ -61,7 +69,11 @@ def read_json(path: Path) -> Iterator[RawRecord]:
 
 
 def _read_array(path: Path, text: str, position: int) -> Iterator[RawRecord]:
-    """Decode the elements one by one, so that each knows its line and one broken element is named where it stands."""
+    """Decode the elements one by one, so that each knows its line.
+
+    Where one is broken, the rest of the list cannot be told apart: no count of malformed rows would be true, so the
+    whole file is refused.
+    """
     decoder = json.JSONDecoder()
     line, counted = 1, 0
     while True:
@@ -69,21 +81,19 @@ def _read_array(path: Path, text: str, position: int) -> Iterator[RawRecord]:
         line, counted = line + text.count("\n", counted, position), position
         source = Source(str(path), line)
         if position >= len(text):
-            yield RawRecord(source, problem=render("row.array_not_closed"))
-            return
+            raise UsageError("data.broken_list", place=source, problem=render("row.array_not_closed"))
         if text[position] == "]":
-            return
+            break
         try:
             value, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            yield RawRecord(
-                Source(str(path), error.lineno), problem=render("row.bad_json", problem=error.msg, column=error.colno)
-            )
-            return
-        except RecursionError:
-            yield RawRecord(source, problem=render("row.too_deep"))
-            return
+        except (ValueError, RecursionError) as error:
+            place = Source(str(path), error.lineno) if isinstance(error, json.JSONDecodeError) else source
+            raise UsageError("data.broken_list", place=place, problem=_problem(error)) from None
         yield RawRecord(source, value)
+    position = _skip(text, position + 1, " \t\r\n")
+    if position < len(text):
+        source = Source(str(path), line + text.count("\n", counted, position))
+        raise UsageError("data.broken_list", place=source, problem=render("row.after_array"))
 
 
 def _skip(text: str, position: int, characters: str) -> int:
@@ -94,19 +104,20 @@ def _skip(text: str, position: int, characters: str) -> int:
 
 def _parse(source: Source, line: bytes) -> RawRecord:
     try:
-        return RawRecord(source, _loads(line.decode("utf-8")))
-    except UnicodeDecodeError as error:
-        return RawRecord(source, problem=render("row.not_utf8", position=error.start))
-    except json.JSONDecodeError as error:
-        return RawRecord(source, problem=render("row.bad_json", problem=error.msg, column=error.colno))
-    except RecursionError:
-        return RawRecord(source, problem=render("row.too_deep"))
-    except ValueError as error:  # an integer of thousands of digits
-        return RawRecord(source, problem=render("row.bad_json", problem=str(error), column=1))
+        return RawRecord(source, json.loads(line.decode("utf-8")))
+    except (ValueError, RecursionError) as error:
+        return RawRecord(source, problem=_problem(error))
 
 
-def _loads(text: str) -> object:
-    return json.loads(text)
+def _problem(error: ValueError | RecursionError) -> str:
+    """What is wrong with a text that json cannot read."""
+    if isinstance(error, RecursionError):
+        return render("row.too_deep")
+    if isinstance(error, UnicodeDecodeError):
+        return render("row.not_utf8", position=error.start)
+    if isinstance(error, json.JSONDecodeError):
+        return render("row.bad_json", problem=error.msg, column=error.colno)
+    return render("row.bad_json", problem=error, column=1)  # an integer of thousands of digits
 
 
 def _refuse_binary(path: Path, head: bytes) -> None:

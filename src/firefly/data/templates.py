@@ -76,9 +76,11 @@ class ChatTemplate:
         """
         replies = [i for i, item in enumerate(conversation.messages) if item.role == "assistant"]
         if self.is_marked:
-            return [self._render_marked(conversation, replies)]
+            return self._render_marked(conversation, replies)
         text = self._render(conversation.as_dicts(), add_generation_prompt=False)[0]
         parts = [self._reply(conversation, index) for index in replies]
+        if not parts:
+            return [Rendered(text, ())]
         if all(text.startswith(part.upto_stop) for part in parts[:-1]) and text.startswith(parts[-1].official):
             # Only the last reply can lack its stop token: text that follows would have brought one.
             whole = parts[-1].closed if text == parts[-1].official else text
@@ -89,22 +91,42 @@ class ChatTemplate:
             if conversation.messages[index].trained
         ]
 
-    def _render_marked(self, conversation: Conversation, replies: list[int]) -> Rendered:
-        text, spans = self._render(conversation.as_dicts(), add_generation_prompt=False)
-        spans = [tuple(span) for span in spans]
-        if len(spans) != len(replies):
-            raise TemplateFailure(message("template.span_count", spans=len(spans), replies=len(replies)))
-        if spans and replies[-1] == len(conversation.messages) - 1:
-            text, spans[-1] = self._close(text, spans[-1])
-        return _select(Rendered(text, tuple(spans)), conversation, replies)
+    def _render_marked(self, conversation: Conversation, replies: list[int]) -> list[Rendered]:
+        whole = self._render_spans(conversation.as_dicts(), len(replies))
+        prompts = [] if self.name in TEMPLATES else [self.render_prompt(conversation.as_dicts(i)) for i in replies]
+        if all(whole.text.startswith(prompt) for prompt in prompts):
+            return [_select(whole, conversation, replies)]
+        parts = [self._render_spans(conversation.as_dicts(i + 1), number) for number, i in enumerate(replies, start=1)]
+        if not all(part.text.startswith(prompt) for part, prompt in zip(parts, prompts, strict=True)):
+            raise TemplateFailure(message("template.no_prefix"))
+        return [
+            Rendered(part.text, part.spans[-1:])
+            for part, i in zip(parts, replies, strict=True)
+            if conversation.messages[i].trained
+        ]
 
-    def _close(self, text: str, span: tuple[int, int]) -> tuple[str, tuple[int, int]]:
-        """Append the stop token where the official text leaves the last reply open (Qwen1.5, GLM-4, …)."""
+    def _render_spans(self, messages: list[dict[str, str]], replies: int) -> Rendered:
+        text, marked = self._render(messages, add_generation_prompt=False)
+        if len(marked) != replies:
+            raise TemplateFailure(message("template.span_count", spans=len(marked), replies=replies))
+        spans = [self._end_at_stop(text, span) for span in marked]
+        if messages[-1]["role"] == "assistant":
+            start, end = spans[-1]
+            if not text[start:end].endswith(self.stop_tokens) and not text[end:].strip():
+                # The official text leaves the last reply open (Qwen1.5, GLM-4, …).
+                text = text[:end] + self.stop_tokens[0]
+                spans[-1] = (start, len(text))
+        return Rendered(text, tuple(spans))
+
+    def _end_at_stop(self, text: str, span: tuple[int, int]) -> tuple[int, int]:
+        """Let a marked span end with the reply's stop token, where the marks leave it out or go on after it."""
         start, end = span
-        if text[start:end].rstrip("\n").endswith(self.stop_tokens) or text[end:].strip():
-            return text, span
-        closed = text[:end] + self.stop_tokens[0]
-        return closed, (start, len(closed))
+        upto = start + len(text[start:end].rstrip())
+        if text[start:upto].endswith(self.stop_tokens):
+            return start, upto
+        following = text[end:].lstrip()
+        stop = next((stop for stop in self.stop_tokens if following.startswith(stop)), None)
+        return (start, end) if stop is None else (start, len(text) - len(following) + len(stop))
 
     def _reply(self, conversation: Conversation, index: int) -> _Reply:
         """Find reply `index`: it starts where the generation prompt ends, and ends with its stop token."""
@@ -123,11 +145,11 @@ class ChatTemplate:
         ends = [place + len(stop) for stop in self.stop_tokens if (place := official.find(stop, after)) >= 0]
         if ends:
             return _Reply(official, official, (len(prompt), min(ends)))
-        closed = official[:after] + self.stop_tokens[0]
+        # The last place: a short content may also stand in what the template writes before it.
+        closed = official[: official.rfind(content) + len(content)] + self.stop_tokens[0]
         return _Reply(official, closed, (len(prompt), len(closed)))
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
-        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
@@ -138,9 +160,9 @@ class ChatTemplate:
                 return_assistant_tokens_mask=self.is_marked,
                 **self.variables,
             )
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+        except Exception as error:  # a template is a program from outside: whatever it raises is its refusal
             raise TemplateFailure(message("template.refused", name=self.name, problem=error)) from error
-        return texts[0], spans[0] if spans else []
+        return texts[0], list(spans[0]) if spans else []
 
 
 @dataclass(frozen=True)
@@ -158,9 +180,7 @@ class _Reply:
 
 def _select(rendered: Rendered, conversation: Conversation, replies: list[int]) -> Rendered:
     """Keep the spans of replies that are to be trained."""
-    kept = (
-        span for span, i in zip(rendered.spans, replies, strict=True) if conversation.messages[i].trained
-    )
+    kept = (span for span, i in zip(rendered.spans, replies, strict=True) if conversation.messages[i].trained)
     return Rendered(rendered.text, tuple(kept))
 
 
@@ -178,18 +198,18 @@ def bind_template(name: str, tokenizer: Any, eos_ids: tuple[int, ...] = ()) -> C
         if tokenizer.eos_token is None:
             raise UsageError("template.no_stop", name=name)
         stops = (tokenizer.eos_token,)
-    ids = []
+    ids: dict[str, int] = {}
     for stop in stops:
         encoded = tokenizer.encode(stop, add_special_tokens=False)
-        if len(encoded) == 1:
-            ids.append(encoded[0])
+        if len(encoded) == 1 and (encoded[0] != tokenizer.unk_token_id or stop == tokenizer.unk_token):
+            ids[stop] = encoded[0]
         elif stop == stops[0]:
-            raise UsageError("template.stop_not_one_token", name=name, stop=stop, count=len(encoded))
+            raise UsageError("template.stop_not_one_token", name=name, stop=stop)
     return ChatTemplate(
         name=name,
         text=text,
-        stop_tokens=tuple(stop for stop, _ in zip(stops, ids, strict=False)),
-        stop_ids=tuple(dict.fromkeys((*ids, *eos_ids))),
+        stop_tokens=tuple(ids),
+        stop_ids=tuple(dict.fromkeys((*ids.values(), *eos_ids))),
         variables=_variables(tokenizer),
     )
 
@@ -209,31 +229,38 @@ def _find_template(name: str, tokenizer: Any) -> tuple[str, tuple[str, ...]]:
             text = text.get("default")
         if not text:
             raise UsageError("template.tokenizer_has_none", known=", ".join(TEMPLATES))
-        return text, _own_stops(text, tokenizer)
+        return text, _own_stops(name, text, tokenizer)
     if name.endswith(".jinja"):
         path = Path(name).expanduser()
         if not path.is_file():
             raise UsageError("template.no_file", path=path)
-        text = path.read_text(encoding="utf-8").removesuffix("\n")
-        return text, _own_stops(text, tokenizer)
+        try:
+            text = path.read_text(encoding="utf-8").removesuffix("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError("template.unusable", name=name, problem=error) from None
+        return text, _own_stops(name, text, tokenizer)
     near = difflib.get_close_matches(name, [*TEMPLATES, "auto"], n=1, cutoff=0.0)
     raise UsageError("template.unknown", name=name, near=near[0], known=", ".join([*TEMPLATES, "auto"]))
 
 
-def _own_stops(text: str, tokenizer: Any) -> tuple[str, ...]:
+def _own_stops(name: str, text: str, tokenizer: Any) -> tuple[str, ...]:
     """What a template without an entry here writes after a reply: the special token that first follows a known answer.
 
     Base models often carry a chat template whose turn end (`<|im_end|>`) is not their EOS (`<|endoftext|>`).
     """
     answer = "firefly-reply"
-    probe = ChatTemplate("auto", text, ("",), (), _variables(tokenizer))
+    probe = ChatTemplate(name, text, ("",), (), _variables(tokenizer))
     try:
         shown = probe._render(
-            [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}, {"role": "user", "content": "?"}],
+            [
+                {"role": "user", "content": "?"},
+                {"role": "assistant", "content": answer},
+                {"role": "user", "content": "?"},
+            ],
             add_generation_prompt=False,
         )[0]
     except TemplateFailure as error:
-        raise UsageError("template.auto_failed", problem=error) from None
+        raise UsageError("template.unusable", name=name, problem=error) from None
     tail = shown.split(answer)[-1]
     specials = [token for token in tokenizer.all_special_tokens if token]
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]

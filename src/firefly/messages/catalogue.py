@@ -29,12 +29,12 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "{path}:{line}：配置文件格式有误：{problem}。请改正此行附近的语法。",
     ),
     "config.duplicate_key": (
-        "{path}: the key {key!r} stands there twice. Keep one.",
-        "{path}：键 {key!r} 出现了两次，请只保留一个。",
+        "{path}:{line}: the key {key!r} stands there twice. Keep one.",
+        "{path}:{line}：键 {key!r} 出现了两次，请只保留一个。",
     ),
     "config.not_an_object": (
-        "{path} must hold one object of keys and values: {{\"key\": value, …}}.",
-        "{path} 的内容必须是一个由键和值组成的对象：{{\"key\": value, …}}。",
+        '{path} must hold one object of keys and values: {{"key": value, …}}.',
+        '{path} 的内容必须是一个由键和值组成的对象：{{"key": value, …}}。',
     ),
     "config.unknown_key": (
         "unknown key {key!r}; did you mean {near!r}? Remove or correct it.",
@@ -60,6 +60,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "fp16 and bf16 are both true; set one of them to false.",
         "fp16 和 bf16 同时为 true；请把其中一个设为 false。",
     ),
+    "config.no_eval_file": (
+        "{key} = {value} needs held-out data: set eval_file, or remove {key}.",
+        "{key} = {value} 需要评估数据：请设置 eval_file，或删除 {key}。",
+    ),
     "config.training_arguments": (
         "the training arguments are not valid: {problem}",
         "训练参数无效：{problem}",
@@ -70,8 +74,8 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     ),
     # what this version does not have yet, and what it refuses
     "feature.task": (
-        "{key} = {value} is not in this version yet; it has \"sft\".",
-        "{key} = {value} 尚未包含在此版本中；目前支持 \"sft\"。",
+        '{key} = {value} is not in this version yet; it has "sft".',
+        '{key} = {value} 尚未包含在此版本中；目前支持 "sft"。',
     ),
     "feature.many_ranks": (
         "{key} = {value}: DeepSpeed and FSDP are not in this version yet; remove the key to run on one device.",
@@ -99,8 +103,8 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "不支持 {key} = {value}；请删除。",
     ),
     "refused.train_sampling_strategy": (
-        "{key} = {value} is not supported: steps follow the seeded order (\"shuffle\": false keeps the file's). Remove it.",
-        "不支持 {key} = {value}：训练步按随机种子决定的顺序进行（\"shuffle\": false 保持文件顺序）。请删除。",
+        '{key} = {value} is not supported: steps follow the seeded order ("shuffle": false keeps the file\'s). Remove it.',
+        '不支持 {key} = {value}：训练步按随机种子决定的顺序进行（"shuffle": false 保持文件顺序）。请删除。',
     ),
     "refused.push_to_hub": (
         "{key} = {value} is not supported; upload output_dir after training.",
@@ -116,8 +120,8 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "optim {asked} 用于显存分页；在此 CPU 上改用不分页的 AdamW（adamw_torch）。",
     ),
     "key.no_effect": (
-        "{key} has no effect with task_type {task}.",
-        "{key} 在 task_type {task} 中不起作用。",
+        "{key} has no effect with {setting}.",
+        "{key} 在 {setting} 时不起作用。",
     ),
     # precision
     "precision.fp16_to_bf16": (
@@ -162,9 +166,9 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     ),
     "model.not_found": (
         "model_name_or_path = {name} is neither a folder here nor reachable on the hub: {problem}\n"
-        "Give an existing folder, check the name, set HF_ENDPOINT to a mirror, or use \"hub\": \"modelscope\".",
+        'Give an existing folder, check the name, set HF_ENDPOINT to a mirror, or use "hub": "modelscope".',
         "model_name_or_path = {name} 既不是本地目录，也无法从 hub 获取：{problem}\n"
-        "请给出已存在的目录、检查名称、用 HF_ENDPOINT 指定镜像，或设置 \"hub\": \"modelscope\"。",
+        '请给出已存在的目录、检查名称、用 HF_ENDPOINT 指定镜像，或设置 "hub": "modelscope"。',
     ),
     "model.no_bitsandbytes": (
         "4-bit weights need a package: pip install bitsandbytes (or use train_mode lora).",
@@ -197,21 +201,24 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "or a path to a .jinja file.",
         "template_name = auto 使用分词器自带的对话模板，但此分词器没有模板。请指定：{known}，或 .jinja 文件路径。",
     ),
-    "template.auto_failed": (
-        "the tokenizer's own chat template cannot be used: {problem} Name one with template_name.",
-        "无法使用分词器自带的对话模板：{problem} 请用 template_name 指定模板。",
+    "template.unusable": (
+        "template_name = {name} cannot be used: {problem}. Correct the template, or name another.",
+        "template_name = {name} 无法使用：{problem}。请改正该模板，或指定其他模板。",
     ),
     "template.no_stop": (
         "template_name = {name} ends a reply with the tokenizer's EOS token, and this tokenizer has none.",
         "template_name = {name} 以分词器的 EOS 结束回复，但此分词器没有 EOS。",
     ),
     "template.stop_not_one_token": (
-        "template_name = {name} ends a reply with {stop!r}, which is {count} tokens in this tokenizer, not one: "
-        "the model could not stop on it. Use the template of this model's family, or auto.",
-        "template_name = {name} 以 {stop!r} 结束回复，它在此分词器中是 {count} 个 token 而不是一个，模型无法据此停止。"
+        "template_name = {name} ends a reply with {stop!r}, which is not one token of this tokenizer: the model could "
+        "not stop on it. Use the template of this model's family, or auto.",
+        "template_name = {name} 以 {stop!r} 结束回复，它不是此分词器中的单个 token，模型无法据此停止。"
         "请使用与模型同系列的模板，或 auto。",
     ),
-    "template.refused": ("the chat template {name} refuses this conversation: {problem}", "对话模板 {name} 拒绝此对话：{problem}"),
+    "template.refused": (
+        "the chat template {name} refuses this conversation: {problem}",
+        "对话模板 {name} 拒绝此对话：{problem}",
+    ),
     "template.span_count": (
         "the chat template marks {spans} trained spans for {replies} replies.",
         "对话模板为 {replies} 条回复标出了 {spans} 个训练区间。",
@@ -226,8 +233,13 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     ),
     # data files
     "data.no_file": (
-        "train_file = {path} does not exist. Check the path (relative paths start where the command runs).",
-        "train_file = {path} 不存在。请检查路径（相对路径以命令运行的目录为起点）。",
+        "{key} = {path} does not exist. Check the path (relative paths start where the command runs).",
+        "{key} = {path} 不存在。请检查路径（相对路径以命令运行的目录为起点）。",
+    ),
+    "data.unreadable": ("{key} = {path} cannot be read: {problem}.", "{key} = {path} 无法读取：{problem}。"),
+    "data.broken_list": (
+        "{place}: {problem}. What follows in this JSON list cannot be read. Correct it, or give one object a line (.jsonl).",
+        "{place}：{problem}。此 JSON 列表后面的内容无法读取。请改正，或改用每行一个对象的 .jsonl 文件。",
     ),
     "data.is_folder": (
         "{path} is a folder; this version reads one file. Give a .jsonl or .json file.",
@@ -258,7 +270,6 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "请调大 max_seq_length、改正这些行，或调大 max_lost_share。",
     ),
     "data.more_rows": ("… and {count} more", "……另有 {count} 行"),
-    "data.listed": ("{count} row(s) of {file} were cut or left out:{rows}", "{file} 中有 {count} 行被截断或跳过：{rows}"),
     "data.summary": (
         "data: {file}: {rows} rows, {kept} kept, {cut} cut, lost: {lost}; {tokens} tokens, {share} trained",
         "数据：{file}：共 {rows} 行，保留 {kept}，截断 {cut}，丢弃：{lost}；{tokens} 个 token，其中 {share} 参与训练",
@@ -268,6 +279,7 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "row.not_utf8": ("not UTF-8 text (byte {position})", "不是 UTF-8 文本（第 {position} 字节）"),
     "row.too_deep": ("nested too deeply", "嵌套过深"),
     "row.array_not_closed": ("the JSON list is not closed by ]", "JSON 列表缺少结尾的 ]"),
+    "row.after_array": ("there is more text after the closing ]", "结尾的 ] 之后还有内容"),
     "row.not_an_object": ("a record must be an object, not {got}", "记录必须是对象，而不是 {got}"),
     "row.unknown_format": (
         "no known format has the keys {keys} (known formats: {known})",
@@ -278,7 +290,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "row.empty_field": ("{field} is empty", "{field} 为空"),
     "row.wrong_type": ("{field} must be {expected}, not {got}", "{field} 应为 {expected}，而不是 {got}"),
     "row.surrogate": ("{field} has a lone surrogate, which is no character", "{field} 中含有无效字符（单独的代理项）"),
-    "row.unknown_role": ("{field} = {role!r} is unknown; roles are system, user, assistant", "{field} = {role!r} 未知；角色应为 system、user、assistant"),
+    "row.unknown_role": (
+        "{field} = {role!r} is unknown; roles are system, user, assistant",
+        "{field} = {role!r} 未知；角色应为 system、user、assistant",
+    ),
     "row.role_order": ("{field} should be from {expected}, not {got}", "{field} 应来自 {expected}，而不是 {got}"),
     "row.not_yet": ("{field} is not supported by this version", "此版本尚不支持 {field}"),
     "row.lengths_differ": (
@@ -290,7 +305,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "某个 label 既不是 -100 也不等于对应位置的 id（labels 不应移位）",
     ),
     "row.id_too_large": ("id {id} is not in the vocabulary of {vocabulary}", "id {id} 超出词表大小 {vocabulary}"),
-    "row.no_target": ("nothing in it is trained (no reply, or none that is selected)", "没有可训练的内容（没有回复，或没有被选中的回复）"),
+    "row.no_target": (
+        "nothing in it is trained (no reply, or none that is selected)",
+        "没有可训练的内容（没有回复，或没有被选中的回复）",
+    ),
     "row.too_long": (
         "{tokens} tokens; no reply begins within max_seq_length {limit}",
         "共 {tokens} 个 token；在 max_seq_length {limit} 之内没有任何回复",
@@ -352,7 +370,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     ),
     # merging
     "merge.merging": ("merging {adapter} into {base} ({dtype})", "正在将 {adapter} 合并到 {base}（{dtype}）"),
-    "merge.verifying": ("reloading from disk and comparing with the unmerged model …", "从磁盘重新加载，并与未合并的模型比较……"),
+    "merge.verifying": (
+        "reloading from disk and comparing with the unmerged model …",
+        "从磁盘重新加载，并与未合并的模型比较……",
+    ),
     "merge.done": (
         "merged model in {path}; verified on {prompts} prompts: largest logit gap {gap:.2e}, mean KL {kl:.2e}, "
         "top-1 agreement {agreement:.2%}",
@@ -378,7 +399,14 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "--onto dequantized is for adapters of a QLoRA run; {path} was not trained on 4-bit weights.",
         "--onto dequantized 只用于 QLoRA 训练的适配器；{path} 不是在 4 比特权重上训练的。",
     ),
-    "merge.bad_choice": ("--{option} = {value!r}; choose one of: {choices}.", "--{option} = {value!r} 无效；可选值：{choices}。"),
+    "merge.not_finite": (
+        "merging {layer} gives numbers that are not finite. Check the adapter, or try --dtype float32.",
+        "合并 {layer} 时得到了非有限的数值。请检查适配器，或尝试 --dtype float32。",
+    ),
+    "merge.bad_choice": (
+        "--{option} = {value!r}; choose one of: {choices}.",
+        "--{option} = {value!r} 无效；可选值：{choices}。",
+    ),
     # chat
     "chat.welcome": (
         "Chatting with {name}. /reset forgets, /system TEXT sets the system prompt, /save FILE keeps the conversation, "

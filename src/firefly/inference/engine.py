@@ -1,0 +1,191 @@
+"""One way to serve a model: loaded once, prompted with the template it was trained with, streamed token by token."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from firefly.config import ModelConfig, PrecisionConfig
+from firefly.data.encoding import Encoder
+from firefly.data.schema import Message
+from firefly.data.templates import bind_template
+from firefly.errors import UsageError
+from firefly.models.loading import load_model, load_tokenizer, resolve_model
+from firefly.models.precision import pick_device, resolve_precision
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How an answer is drawn; the defaults are the tutorial's. Temperature 0 takes the likeliest token each time."""
+
+    max_new_tokens: int = 500
+    top_p: float = 0.9
+    temperature: float = 0.35
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, valid, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "≥ 1"),
+            ("top_p", 0 < self.top_p <= 1, "0 < x ≤ 1"),
+            ("temperature", self.temperature >= 0, "≥ 0"),
+            ("repetition_penalty", self.repetition_penalty > 0, "> 0"),
+        ):
+            if not valid:
+                raise UsageError("chat.bad_setting", option=name, value=getattr(self, name), expected=expected)
+
+    def generate_options(self) -> dict[str, Any]:
+        """Keyword arguments of transformers' `generate`."""
+        options: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "repetition_penalty": self.repetition_penalty,
+            "do_sample": self.temperature > 0,
+        }
+        if self.temperature > 0:
+            options |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        else:
+            options |= {"temperature": None, "top_p": None, "top_k": None}
+        return options
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A model, its tokenizer and template, ready to answer."""
+
+    model: Any
+    encoder: Encoder
+    name: str
+
+    @classmethod
+    def load(
+        cls, model: ModelConfig, adapter: str | None = None, template_name: str = "auto", load_in_4bit: bool = False
+    ) -> Engine:
+        """Load a model, or an unmerged adapter on its base (which the adapter names if `model` does not).
+
+        Raises:
+            UsageError: nothing found there, adapter and base do not fit, or no usable template.
+        """
+        if adapter is None and not model.name_or_path:
+            raise UsageError("cli.missing_option", option="--model_name_or_path", usage="")
+        if adapter is None and (Path(model.name_or_path).expanduser() / "adapter_config.json").is_file():
+            adapter, model = model.name_or_path, replace(model, name_or_path="")
+        model = base_of_adapter(adapter, model) if adapter else model
+        device = pick_device()
+        precision = resolve_precision(PrecisionConfig(), device)
+        loaded = load_model(model, "qlora" if load_in_4bit else "lora", precision, device)
+        if adapter:
+            loaded = load_adapter(loaded, adapter)
+        loaded.eval()
+        loaded.config.use_cache = True
+        tokenizer = load_tokenizer(model, tokenizer_source(model, adapter))
+        stops = loaded.generation_config.eos_token_id
+        stops = tuple(stops) if isinstance(stops, (list, tuple)) else () if stops is None else (stops,)
+        template = bind_template(template_name, tokenizer, eos_ids=stops)
+        return cls(loaded, Encoder(tokenizer, template), adapter or model.name_or_path)
+
+    def stream(
+        self, messages: Sequence[Message], settings: GenerationSettings, stop: threading.Event | None = None
+    ) -> Iterator[str]:
+        """Yield the answer's text as it is generated. Setting `stop` ends it after the current token.
+
+        Raises:
+            TemplateFailure: the template refuses these messages.
+        """
+        ids = torch.tensor([self.encoder.encode_prompt(messages)], device=self.model.device)
+        if settings.seed is not None:
+            torch.manual_seed(settings.seed)
+        streamer = TextIteratorStreamer(self.encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stop = stop or threading.Event()
+        failure: list[BaseException] = []
+
+        def generate() -> None:
+            try:
+                with torch.inference_mode():
+                    self.model.generate(
+                        input_ids=ids,
+                        attention_mask=torch.ones_like(ids),
+                        eos_token_id=list(self.encoder.template.stop_ids),
+                        pad_token_id=self.encoder.template.stop_ids[0],
+                        streamer=streamer,
+                        stopping_criteria=StoppingCriteriaList([_Stopped(stop)]),
+                        **settings.generate_options(),
+                    )
+            except BaseException as error:  # handed to the reader, who waits on the streamer
+                failure.append(error)
+                streamer.end()
+
+        worker = threading.Thread(target=generate, daemon=True)
+        worker.start()
+        try:
+            yield from streamer
+        finally:
+            stop.set()
+            worker.join()
+        if failure:
+            raise failure[0]
+
+    def answer(self, messages: Sequence[Message], settings: GenerationSettings) -> str:
+        """The whole answer, without surrounding white space."""
+        return "".join(self.stream(messages, settings)).strip()
+
+
+class _Stopped(StoppingCriteria):
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
+def base_of_adapter(adapter: str, model: ModelConfig) -> ModelConfig:
+    """The base model that an adapter belongs to: the one given, else the one its run recorded, else its config's.
+
+    Raises:
+        UsageError: no adapter there, or no base named anywhere.
+    """
+    folder = Path(adapter).expanduser()
+    config_file = folder / "adapter_config.json"
+    if not config_file.is_file():
+        raise UsageError("model.no_adapter", path=adapter)
+    if model.name_or_path:
+        return model
+    for parent in (folder, folder.parent):  # a checkpoint lies inside its run's folder
+        if (parent / "run.json").is_file():
+            run = json.loads((parent / "run.json").read_text(encoding="utf-8"))["config"]
+            return replace(model, name_or_path=run["model_name_or_path"], hub=run["hub"], revision=run["model_revision"])
+    name = json.loads(config_file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not name:
+        raise UsageError("model.no_base", path=adapter)
+    return replace(model, name_or_path=name)
+
+
+def load_adapter(base: Any, adapter: str) -> Any:
+    """Wrap `base` with a saved adapter.
+
+    Raises:
+        UsageError: the adapter's layers or shapes are not the base's.
+    """
+    from peft import PeftModel
+
+    folder = str(Path(adapter).expanduser())
+    try:
+        return PeftModel.from_pretrained(base, folder)
+    except (RuntimeError, ValueError, KeyError) as error:
+        problem = str(error).strip().splitlines()
+        raise UsageError(
+            "model.adapter_mismatch", path=adapter, base=base.config.name_or_path, problem=" ".join(problem[:3])
+        ) from error
+
+
+def tokenizer_source(model: ModelConfig, adapter: str | None) -> str:
+    """A run saves its tokenizer with its template beside the adapter; older adapters may have none."""
+    if adapter and (Path(adapter).expanduser() / "tokenizer_config.json").is_file():
+        return str(Path(adapter).expanduser())
+    return resolve_model(model)
