@@ -30,6 +30,7 @@ from firefly.models.precision import Precision, pick_device, resolve_precision
 from firefly.objectives.trainers import CausalTrainer, StepOptions, training_arguments
 from firefly.reports.forecast import choose_budget, choose_checkpointing, forecast_memory
 from firefly.runs.checkpoints import PlanWriter, RunPlan, check_same_run, find_checkpoint, set_aside_old_checkpoints
+from firefly.runs.memory import keep_freed_memory
 from firefly.runs.metrics import Progress, RunRecorder, read_metrics
 from firefly.runs.overview import show_example, show_run
 from firefly.runs.passport import git_commit, hardware, package_versions, weights_hash, write_json
@@ -115,6 +116,7 @@ def train(config: Config) -> Path:
         device,
     )
     write_records(config, output_dir, encoder, examples, held_out, model, options, precision, device)
+    keep_freed_memory(device)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model()
     if config.adapter.mode != "full":

@@ -103,7 +103,7 @@ class Encoder:
         return Conversation(tuple(replace(item, content=content) for item, content in messages))
 
     def _alias(self, rendered: Rendered) -> Rendered:
-        """Respell the template's own special tokens for the aliased tokenizer, drop BREAKs, and move the spans along."""
+        """Respell the template's own special tokens for the aliased tokenizer, drop BREAKs, move the spans along."""
         pieces: list[str] = []
         moved: dict[int, int] = {}  # positions of span borders in the new text
         borders = sorted({border for span in rendered.spans for border in span})

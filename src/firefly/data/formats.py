@@ -95,7 +95,9 @@ class MessagesFormat:
             for name in ("tool_calls", "reasoning_content"):
                 if item.get(name):
                     raise MalformedRecord("row.not_yet", field=f"{place}.{name}")
-            messages.append(Message(_role(item, place), _text(item, "content", f"{place}.content"), _trained(item, place)))
+            messages.append(
+                Message(_role(item, place), _text(item, "content", f"{place}.content"), _trained(item, place))
+            )
         _check_order(messages)
         return Conversation(tuple(messages))
 

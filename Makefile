@@ -1,0 +1,36 @@
+# Everything rests on `setup`: a virtual environment in .venv with the firefly command in it.
+# It is made again only when what it is made from changes, so a second run needs no network.
+
+PYTHON ?= python3
+VENV := .venv
+# Paths stay relative, so a folder name with spaces is no matter.
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.firefly-setup
+
+.PHONY: setup demo test test-slow test-gpu check clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt script/setup.sh
+	sh script/setup.sh "$(PYTHON)" "$(VENV)"
+	touch "$(STAMP)"
+
+demo: setup
+	"$(PY)" examples/demo.py
+
+test: setup
+	"$(PY)" -m pytest -m "not slow and not gpu"
+
+test-slow: setup
+	"$(PY)" -m pytest -m "slow and not gpu"
+
+test-gpu: setup
+	"$(PY)" -m pytest -m gpu
+
+check: setup
+	"$(PY)" -m ruff format --check .
+	"$(PY)" -m ruff check .
+	"$(PY)" -m pyright
+
+clean:
+	rm -rf "$(VENV)" output checkpoint

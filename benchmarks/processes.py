@@ -1,0 +1,73 @@
+"""Run one side of a benchmark in a fresh process and read its result line."""
+
+import json
+import os
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Result = dict[str, Any]
+
+
+class SideFailed(RuntimeError):
+    """A side ended without a result; the message carries the end of what it printed."""
+
+
+class SideStopped(RuntimeError):
+    """A side was stopped at its time limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """A program with the Python it runs in and the arguments common to all its runs."""
+
+    python: str
+    program: Path
+    arguments: Sequence[str]
+    threads: int
+
+    def run(self, tuning: "Tuning", *, timeout_seconds: float | None = None) -> Result:
+        """Run once and return the parsed line, with the load average seen before the start."""
+        load_before = os.getloadavg()[0]
+        command = [self.python, str(self.program), *self.arguments, *shlex.split(tuning.arguments)]
+        with tempfile.TemporaryFile("w+") as log:
+            try:
+                done = subprocess.run(
+                    command,
+                    env=environment(self.threads) | tuning.environment,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    timeout=timeout_seconds,
+                    check=False,
+                )
+            except subprocess.TimeoutExpired as error:
+                raise SideStopped(f"stopped after {timeout_seconds:.0f} s") from error
+            log.seek(0)
+            end_of_log = log.read()[-4000:]
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        if done.returncode or not lines:
+            raise SideFailed(f"{shlex.join(command)} ended with {done.returncode}:\n{end_of_log}")
+        return json.loads(lines[-1]) | {"load_average_before": load_before}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """One way to run a side: what its user would type, and export, to have it so."""
+
+    name: str
+    arguments: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Make the environment of every run: as many threads on both sides, and no network."""
+    return os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }

@@ -1,0 +1,42 @@
+"""Memory of this process: its peak, and an allocator that keeps what a step frees for the next one."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import torch
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: peak allocation on a GPU, peak resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        with open("/proc/self/status", encoding="ascii") as lines:
+            for line in lines:
+                # getrusage's figure would start at the parent's peak: it survives exec.
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def keep_freed_memory(device: torch.device) -> bool:
+    """On a CPU with glibc, let malloc serve activations from the heap and not give the heap back between steps.
+
+    By default every large tensor is a fresh mapping whose pages the kernel has to clear at first touch; a training step
+    frees and takes the same sizes again and again. Returns whether it was done.
+    """
+    if device.type != "cpu" or not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # musl has none
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))

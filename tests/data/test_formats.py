@@ -1,0 +1,197 @@
+"""Record shapes: what each becomes, and that a wrong one is named by its field."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from firefly.data.formats import FORMATS, MalformedRecord, parse_record
+from firefly.data.schema import Conversation, Message, Tokens
+
+USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
+
+
+def parse(record: Any) -> tuple[str, list[tuple[str, str]]]:
+    name, conversation = parse_record(record)
+    assert isinstance(conversation, Conversation)
+    return name, [(message.role, message.content) for message in conversation.messages]
+
+
+def malformed(record: Any) -> str:
+    with pytest.raises(MalformedRecord) as caught:
+        parse_record(record)
+    return str(caught.value)
+
+
+def firefly(**changes: Any) -> dict[str, Any]:
+    return {"conversation": [{"human": "q", "assistant": "a"}]} | changes
+
+
+def messages(*pairs: tuple[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in pairs]}
+
+
+# ---- what each becomes ----
+
+
+def test_the_tutorials_records_are_turns_in_order_with_their_system_prompt():
+    record = {
+        "conversation_id": 7,
+        "category": "Brainstorming",
+        "system": "be brief",
+        "conversation": [{"human": "q1", "assistant": "a1"}, {"human": "q2", "assistant": "a2", "extra": 1}],
+    }
+    turns = [(SYSTEM, "be brief"), (USER, "q1"), (ASSISTANT, "a1"), (USER, "q2"), (ASSISTANT, "a2")]
+    assert parse(record) == ("firefly", turns)
+
+
+@pytest.mark.parametrize("system", [None, ""])
+def test_no_system_prompt_is_no_message(system):
+    assert parse(firefly(system=system)) == parse(firefly()) == ("firefly", [(USER, "q"), (ASSISTANT, "a")])
+
+
+def test_an_alpaca_question_is_its_instruction_and_input():
+    record = {"instruction": "Translate.", "input": "你好", "output": "Hello", "system": "s"}
+    assert parse(record) == ("alpaca", [(SYSTEM, "s"), (USER, "Translate.\n你好"), (ASSISTANT, "Hello")])
+    for absent in ({"input": ""}, {"input": None}, {}):
+        assert parse({"instruction": "Say hi", "output": "hi"} | absent)[1] == [(USER, "Say hi"), (ASSISTANT, "hi")]
+
+
+def test_messages_are_taken_as_they_stand():
+    record = messages((SYSTEM, "s"), (USER, "q"), (ASSISTANT, "a"), (USER, "more")) | {"prompt": "q", "prompt_id": "1"}
+    assert parse(record) == ("messages", [(SYSTEM, "s"), (USER, "q"), (ASSISTANT, "a"), (USER, "more")])
+
+
+def test_loss_false_leaves_a_reply_untrained():
+    turns = [{"human": "q", "assistant": "a", "loss": False}, {"human": "q", "assistant": "b"}]
+    _, conversation = parse_record({"conversation": turns})
+    assert isinstance(conversation, Conversation)
+    assert [item.trained for item in conversation.messages if item.role == ASSISTANT] == [False, True]
+    record = messages((USER, "q"), (ASSISTANT, "a"))
+    record["messages"][1]["loss"] = False
+    assert parse_record(record)[1] == Conversation((Message(USER, "q"), Message(ASSISTANT, "a", trained=False)))
+
+
+def test_tokens_are_taken_as_they_are():
+    name, tokens = parse_record({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]})
+    assert name == "tokens"
+    assert isinstance(tokens, Tokens)
+    np.testing.assert_array_equal(tokens.input_ids, [5, 6, 7])
+    np.testing.assert_array_equal(tokens.labels, [-100, 6, 7])
+    assert tokens.input_ids.dtype == tokens.labels.dtype == np.int32
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.text(st.characters(exclude_categories=["Cs"])))
+def test_no_character_of_a_content_is_changed(question, answer):
+    turns = [(USER, question), (ASSISTANT, answer)]
+    assert parse({"conversation": [{"human": question, "assistant": answer}]})[1] == turns
+    assert parse({"instruction": question, "output": answer})[1] == turns
+    assert parse(messages(*turns))[1] == turns
+
+
+@pytest.mark.parametrize("text", ["{x} {{y}} {0}", "100% %s", "{% raw %}{{ 1 + 1 }}{% endraw %}", "$HOME \\n", ""])
+def test_braces_and_percent_signs_in_a_content_stay(text):
+    assert parse({"conversation": [{"human": text, "assistant": text}]})[1] == [(USER, text), (ASSISTANT, text)]
+
+
+# ---- what is malformed ----
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ([1], "a record must be an object, not list"),
+        ("text", "a record must be an object, not text"),
+        (None, "a record must be an object, not null"),
+        (3.5, "a record must be an object, not number"),
+        ({}, "no known format has the keys –"),
+        ({"text": "x"}, "no known format has the keys 'text'"),
+        ({"instruction": "x"}, "no known format has the keys 'instruction'"),
+        ({"input_ids": [1]}, "no known format"),
+        (firefly(messages=[]), "the record fits two formats: firefly, messages"),
+        (firefly(instruction="x", output="y"), "the record fits two formats: firefly, alpaca"),
+        # the tutorial's shape
+        (firefly(conversation={}), "conversation must be list, not object"),
+        (firefly(conversation="hi"), "conversation must be list, not text"),
+        (firefly(conversation=None), "conversation must be list, not null"),
+        (firefly(conversation=[]), "conversation is empty"),
+        (firefly(conversation=["hi"]), "conversation[0] must be object, not text"),
+        (firefly(conversation=[{"assistant": "a"}]), "conversation[0].human is missing"),
+        (firefly(conversation=[{"human": "q", "assistant": "a"}, {"human": "q"}]), "[1].assistant is missing"),
+        (firefly(conversation=[{"human": 1, "assistant": "a"}]), "conversation[0].human must be text, not number"),
+        (firefly(conversation=[{"human": "q", "assistant": None}]), "conversation[0].assistant must be text, not null"),
+        (firefly(conversation=[{"human": "q", "assistant": True}]), "assistant must be text, not true/false"),
+        (firefly(conversation=[{"human": "q", "assistant": "\ud800"}]), "[0].assistant has a lone surrogate"),
+        (firefly(system=5), "system must be text, not number"),
+        (firefly(system=["s"]), "system must be text, not list"),
+        (firefly(system="a\udfff"), "system has a lone surrogate"),
+        (
+            firefly(conversation=[{"human": "q", "assistant": "a", "loss": 0}]),
+            "conversation[0].loss must be true or false, not number",
+        ),
+        # Alpaca
+        ({"instruction": 1, "output": "a"}, "instruction must be text, not number"),
+        ({"instruction": "q", "output": None}, "output must be text, not null"),
+        ({"instruction": "q", "output": "a", "input": 5}, "input must be text, not number"),
+        ({"instruction": "q", "output": "a", "history": [["q", "a"]]}, "history is not supported"),
+        # messages
+        ({"messages": {}}, "messages must be list, not object"),
+        ({"messages": []}, "messages is empty"),
+        ({"messages": [1]}, "messages[0] must be object, not number"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role is missing"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content is missing"),
+        (messages((USER, [{"type": "text"}])), "messages[0].content must be text, not list"),
+        (messages(("bot", "x")), "messages[0].role = 'bot' is unknown"),
+        (messages((3, "x")), "messages[0].role must be text, not number"),  # type: ignore[arg-type]
+        (messages(("tool", "x")), "messages[0].role = tool is not supported"),
+        (messages((ASSISTANT, "a")), "messages[0] should be from user, not assistant"),
+        (messages((USER, "q"), (USER, "q")), "messages[1] should be from assistant, not user"),
+        (messages((USER, "q"), (ASSISTANT, "a"), (ASSISTANT, "a")), "messages[2] should be from user, not assistant"),
+        (messages((USER, "q"), (SYSTEM, "s")), "messages[1] should be from assistant, not system"),
+        (messages((SYSTEM, "s"), (SYSTEM, "s")), "messages[1] should be from user, not system"),
+        (messages((SYSTEM, "s"), (ASSISTANT, "a")), "messages[1] should be from user, not assistant"),
+        (messages((USER, "q")) | {"tools": [{}]}, "tools is not supported"),
+        ({"messages": [{"role": "user", "content": "", "tool_calls": [{}]}]}, "[0].tool_calls is not supported"),
+        ({"messages": [{"role": "user", "content": "q", "loss": "no"}]}, "messages[0].loss must be true or false"),
+        # tokens
+        ({"input_ids": [1, 2], "labels": [1]}, "input_ids has 2 numbers and labels 1"),
+        ({"input_ids": [], "labels": []}, "input_ids is empty"),
+        ({"input_ids": "1 2", "labels": [1]}, "input_ids must be list of integers, not text"),
+        ({"input_ids": [1.5], "labels": [1]}, "input_ids must be list of integers"),
+        ({"input_ids": [True], "labels": [1]}, "input_ids must be list of integers"),
+        ({"input_ids": [2**40], "labels": [2**40]}, "input_ids must be list of integers"),
+        ({"input_ids": [-5], "labels": [-5]}, "input_ids must be ids ≥ 0"),
+        ({"input_ids": [5, 6], "labels": [6, -100]}, "a label is neither -100 nor the id"),
+    ],
+)  # fmt: skip
+def test_a_wrong_shape_is_named_by_its_field(record, said):
+    assert said in malformed(record)
+
+
+def test_a_key_that_no_file_can_hold_is_still_shown():
+    message = malformed({"\ud800": 1, "\x1b[31m": 2})
+    message.encode("utf-8")
+    assert "\x1b" not in message
+
+
+KEYS = "conversation messages human assistant role content instruction output system input_ids labels loss user".split()
+record_like = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=50)
+@given(record_like)
+def test_any_json_value_is_parsed_or_called_malformed(value):
+    try:
+        name, parsed = parse_record(json.loads(json.dumps(value)))
+    except MalformedRecord as error:
+        name, parsed = None, str(error)
+    assert parsed if name is None else name in FORMATS and isinstance(parsed, (Conversation, Tokens))

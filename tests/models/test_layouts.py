@@ -1,0 +1,252 @@
+"""Segments through whole models: packed = alone, and a model that cannot is found out."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from firefly.data.batching import pack
+from firefly.data.schema import IGNORE, Tokens
+from firefly.models import attention
+from firefly.models.attention import NAME, choose_layout
+from firefly.models.heads import install_target_head
+from firefly.models.kernels.segment_attention import attend
+from tiny import (
+    ARCHITECTURES,
+    WINDOW,
+    assert_same,
+    gradients,
+    random_examples,
+    tiny_model,
+    with_our_lora,
+    with_plain_lora,
+)
+
+SOLO = {  # and the words by which each is refused
+    "bloom": "no attention interface",
+    "gpt_oss": "sinks",
+    "llama4": "chunked_attention",
+    "phimoe_window": "differs",
+}
+WINDOWED = ("mistral_window", "qwen2_window", "gemma2", "gemma3", "phi3", "qwen2_moe_window")
+PACKABLE = [name for name in ARCHITECTURES if name not in SOLO]
+LENGTHS = (3, 40, WINDOW + 1, 1, 70)
+
+
+def alone_loss(model: Any, example: Tokens) -> Tensor:
+    """Σ NLL of one example from the logits of an untouched transformers model."""
+    ids = torch.from_numpy(example.input_ids).long()
+    labels = torch.from_numpy(example.labels).long()
+    logits = model(input_ids=ids[None], use_cache=False).logits[0]
+    return F.cross_entropy(logits[:-1].float(), labels[1:], ignore_index=IGNORE, reduction="sum")
+
+
+def packed_inputs(examples: list[Tokens]) -> dict[str, Any]:
+    return pack(examples).model_inputs()
+
+
+@pytest.mark.parametrize("name", PACKABLE)
+def test_packed_hidden_states_and_logits_are_those_of_each_example_alone(name: str) -> None:
+    model = tiny_model(name)
+    own = copy.deepcopy(model)
+    assert choose_layout(model) == ("segments", "")
+    inputs = packed_inputs(random_examples(*LENGTHS))
+    shared = {key: inputs[key] for key in ("input_ids", "position_ids", "segment_borders")}
+    with torch.no_grad():
+        states = model.base_model(**shared, use_cache=False).last_hidden_state[0]
+        logits = model(**shared, use_cache=False).logits[0]
+        for start, end in zip(inputs["segment_borders"], inputs["segment_borders"][1:], strict=False):
+            ids = inputs["input_ids"][:, start:end]
+            alone = {
+                "states": own.base_model(ids, use_cache=False).last_hidden_state[0],
+                "logits": own(ids, use_cache=False).logits[0],
+            }
+            assert_same({"states": states[start:end], "logits": logits[start:end]}, alone, 1e-5)
+
+
+@pytest.mark.parametrize("name", PACKABLE)
+def test_packed_losses_and_full_gradients_are_the_sum_over_examples_alone(name: str) -> None:
+    model = tiny_model(name)
+    own = copy.deepcopy(model)
+    choose_layout(model)
+    install_target_head(model)
+    examples = random_examples(*LENGTHS)
+    loss = model(**packed_inputs(examples))["loss"]
+    loss.backward()
+    expected = torch.stack([alone_loss(own, example) for example in examples if example.num_targets]).sum()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert_same(gradients(model), gradients(own), 1e-5)
+
+
+@pytest.mark.parametrize("name", PACKABLE)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+def test_packed_lora_gradients_are_the_sum_over_examples_alone(name: str, checkpointing: bool) -> None:
+    model = tiny_model(name)
+    own = with_plain_lora(copy.deepcopy(model))
+    choose_layout(model)
+    model = with_our_lora(model)
+    install_target_head(model.get_base_model())
+    if checkpointing:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    examples = random_examples(*LENGTHS)
+    model(**packed_inputs(examples))["loss"].backward()
+    torch.stack([alone_loss(own, example) for example in examples if example.num_targets]).sum().backward()
+    found, expected = gradients(model), gradients(own)
+    assert all(".lora_" in key for key in found)
+    assert_same(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_the_windows_of_these_tests_matter(name: str) -> None:
+    (example,) = random_examples(WINDOW + 30)
+    ids = torch.from_numpy(example.input_ids).long()[None]
+    model = tiny_model(name)
+    without = copy.deepcopy(model)
+    without.config.sliding_window = 4096
+    for module in without.modules():
+        if getattr(module, "sliding_window", None):
+            module.sliding_window = 4096
+    with torch.no_grad():
+        assert (model(ids).logits - without(ids).logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", [*WINDOWED, "phimoe_window"])
+def test_a_window_longer_than_the_probe_is_honoured_or_the_model_refused(name: str) -> None:
+    model = tiny_model(name, sliding_window=64)
+    own = copy.deepcopy(model)
+    if choose_layout(model)[0] == "segments":
+        (example,) = random_examples(110)
+        install_target_head(model)
+        with torch.no_grad():
+            found, expected = model(**packed_inputs([example]))["loss"], alone_loss(own, example)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", PACKABLE)
+def test_architectures_with_an_isolating_attention_are_packed(name: str) -> None:
+    model = tiny_model(name)
+    assert choose_layout(model) == ("segments", "")
+    assert model.config._attn_implementation == NAME
+
+
+@pytest.mark.parametrize("name", SOLO)
+def test_architectures_that_cannot_be_packed_run_solo_with_a_reason_and_their_own_attention(name: str) -> None:
+    model = tiny_model(name)
+    own = copy.deepcopy(model)
+    layout, reason = choose_layout(model)
+    assert layout == "solo"
+    assert SOLO[name] in reason
+    assert model.config._attn_implementation == own.config._attn_implementation
+    install_target_head(model)
+    examples = random_examples(20, 5)
+    for example in examples:
+        inputs = packed_inputs([example])
+        del inputs["segment_borders"]
+        loss = model(**inputs)["loss"]
+        loss.backward()
+        expected = alone_loss(own, example)
+        expected.backward()
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert_same(gradients(model), gradients(own), 1e-5)
+
+
+def leaking(query: Tensor, key: Tensor, value: Tensor, borders: tuple[int, ...], *rest: Any) -> Tensor:
+    return attend(query, key, value, (0, query.shape[1]), *rest)
+
+
+def windowless(
+    query: Tensor, key: Tensor, value: Tensor, borders: Any, scale: float, window: Any, *rest: Any
+) -> Tensor:
+    return attend(query, key, value, borders, scale, None, *rest)
+
+
+def misscaled(query: Tensor, key: Tensor, value: Tensor, borders: Any, scale: float, *rest: Any) -> Tensor:
+    return attend(query, key, value, borders, 1.02 * scale, *rest)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "verdict"),
+    [
+        ("llama", leaking, "neighbour"),
+        ("gemma2", leaking, "neighbour"),
+        ("mixtral", leaking, "neighbour"),
+        ("mistral_window", windowless, "differs"),
+        ("qwen2_window", windowless, "differs"),
+        ("llama", misscaled, "differs"),
+    ],
+)
+def test_the_probe_refuses_an_attention_that_leaks_or_is_another(
+    name: str, wrong: Any, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "attend", wrong)
+    model = tiny_model(name)
+    own = model.config._attn_implementation
+    layout, reason = choose_layout(model)
+    assert layout == "solo"
+    assert verdict in reason
+    assert model.config._attn_implementation == own
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_the_probe_refuses_a_model_of_which_one_layer_ignores_the_borders(layer: int) -> None:
+    model = tiny_model("llama")
+    inner = model.model.layers[layer].self_attn
+    original = inner.forward
+
+    def one_segment(*args: Any, **kwargs: Any) -> Any:
+        kwargs["segment_borders"] = (0, args[0].shape[1] if args else kwargs["hidden_states"].shape[1])
+        return original(*args, **kwargs)
+
+    inner.forward = one_segment
+    assert choose_layout(model) == ("solo", "a segment sees its neighbour")
+
+
+def test_the_probe_refuses_a_model_that_drops_the_borders_on_the_way() -> None:
+    model = tiny_model("llama")
+    inner = model.model.layers[1].self_attn
+    original = inner.forward
+
+    def without_borders(*args: Any, segment_borders: Any = None, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    inner.forward = without_borders
+    layout, reason = choose_layout(model)
+    assert layout == "solo"
+    assert "segment_borders" in reason
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_window", "gemma2", "cohere"])
+def test_the_probe_lets_bf16_models_pass_and_still_refuses_a_leak(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_layout(tiny_model(name).bfloat16())[0] == "segments"
+    monkeypatch.setattr(attention, "attend", leaking)
+    assert choose_layout(tiny_model(name).bfloat16()) == ("solo", "a segment sees its neighbour")
+
+
+def test_the_probe_leaves_weights_mode_and_random_state_alone() -> None:
+    model = tiny_model("llama", attention_dropout=0.3).train()
+    weights = copy.deepcopy(model.state_dict())
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    assert choose_layout(model)[0] == "segments"
+    assert torch.equal(torch.rand(4), expected)
+    assert model.training
+    assert_same(model.state_dict(), weights, 0)
+    assert not gradients(model)
+
+
+def test_attention_dropout_is_active_in_training_only() -> None:
+    model = tiny_model("llama", attention_dropout=0.3)
+    choose_layout(model)
+    inputs = {key: value for key, value in packed_inputs(random_examples(20, 8)).items() if "target" not in key}
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+        model.train()
+        assert not torch.equal(model(**inputs).logits, model(**inputs).logits)

@@ -1,0 +1,137 @@
+"""The attention kernels against a masked softmax in float64."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from firefly.models.kernels import segment_attention
+from firefly.models.kernels.segment_attention import BLOCK, GEMM_LONGEST, attend
+
+KERNELS = ["_gemm", "_sdpa", "_plain"]
+
+
+def naive(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    borders: tuple[int, ...],
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """The definition, one mask of tokens × tokens."""
+    groups = query.shape[0] // key.shape[0]
+    query, key, value = (
+        query.double(),
+        key.double().repeat_interleave(groups, 0),
+        value.double().repeat_interleave(groups, 0),
+    )
+    segment = torch.cat([torch.full((b - a,), n) for n, (a, b) in enumerate(itertools.pairwise(borders))])
+    distance = torch.arange(len(segment))[:, None] - torch.arange(len(segment))
+    visible = (segment[:, None] == segment) & (distance >= 0) & (distance < (window or len(segment)))
+    scores = query @ key.transpose(1, 2) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    return torch.softmax(scores.masked_fill(~visible, -torch.inf), dim=-1) @ value
+
+
+def random_heads(
+    heads: int, key_heads: int, tokens: int, width: int = 8, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """Query, key, value as a model hands them over: views of (tokens, heads, width)."""
+    generator = torch.Generator().manual_seed(tokens)
+    shapes = [(tokens, count, width) for count in (heads, key_heads, key_heads)]
+    made = [2 * torch.randn(shape, generator=generator) for shape in shapes]
+    return [x.to(dtype).transpose(0, 1).requires_grad_() for x in made]
+
+
+def outputs_and_gradients(function: Any, inputs: list[Tensor], *args: Any) -> list[Tensor]:
+    out = function(*inputs, *args)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), inputs)]
+
+
+def assert_matches(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for name, one, other in zip(("output", "query", "key", "value"), found, expected, strict=True):
+        size = max(1, other.abs().max().item())
+        torch.testing.assert_close(
+            one.double(), other.double(), rtol=0, atol=tolerance * size, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def use_kernel(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    chosen = getattr(segment_attention, kernel)
+    monkeypatch.setattr(segment_attention, "pick", lambda *_: chosen)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("window", [None, 1, 8, 40, BLOCK, 1000])
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2), (3, 1)])
+def test_a_kernel_gives_the_outputs_and_gradients_of_a_masked_softmax(
+    kernel: str, window: int | None, heads: int, key_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_kernel(monkeypatch, kernel)
+    borders = (0, 1, 8, 17, 18, 60, 60 + BLOCK, 60 + BLOCK + BLOCK + 9)
+    inputs = random_heads(heads, key_heads, borders[-1])
+    found = outputs_and_gradients(attend, inputs, borders, 0.3, window)
+    expected = outputs_and_gradients(naive, inputs, borders, 0.3, window)
+    assert_matches(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 5, 400])
+def test_soft_caps_bend_the_scores_before_the_softmax(window: int | None) -> None:
+    borders = (0, 3, 40, 40 + BLOCK + 5)
+    inputs = random_heads(4, 2, borders[-1])
+    found = outputs_and_gradients(attend, inputs, borders, 0.5, window, 1.5)
+    assert_matches(found, outputs_and_gradients(naive, inputs, borders, 0.5, window, 1.5), 1e-5)
+    uncapped = naive(*inputs, borders, 0.5, window)
+    assert (found[0] - uncapped).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 30])
+def test_whatever_is_picked_by_itself_is_the_same_attention(dtype: torch.dtype, window: int | None) -> None:
+    borders = (0, 100, 100 + GEMM_LONGEST + 10)
+    inputs = random_heads(2, 1, borders[-1], dtype=dtype)
+    found = outputs_and_gradients(attend, inputs, borders, 0.35, window)
+    expected = outputs_and_gradients(naive, inputs, borders, 0.35, window)
+    assert_matches(found, expected, 1e-5 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_in_bf16_stays_near_float64(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_kernel(monkeypatch, kernel)
+    borders = (0, 7, 50, 50 + BLOCK + 30)
+    for window in (None, 16):
+        inputs = random_heads(4, 2, borders[-1], dtype=torch.bfloat16)
+        found = outputs_and_gradients(attend, inputs, borders, 0.35, window)
+        assert all(x.dtype == torch.bfloat16 for x in found)
+        assert_matches(found, outputs_and_gradients(naive, inputs, borders, 0.35, window), 3e-2)
+
+
+def test_a_segment_is_blind_to_every_other_one() -> None:
+    borders = (0, 9, 20, 31)
+    query, key, value = random_heads(4, 2, 31)
+    before = attend(query, key, value, borders, 0.3)
+    with torch.no_grad():
+        for x in (query, key, value):
+            x[:, 9:20] += 5
+    after = attend(query, key, value, borders, 0.3)
+    assert torch.equal(before[:, :9], after[:, :9])
+    assert torch.equal(before[:, 20:], after[:, 20:])
+    assert not torch.allclose(before[:, 9:20], after[:, 9:20])
+
+
+def test_dropout_zeroes_a_share_of_the_probabilities_and_keeps_their_sum_on_average() -> None:
+    length = 200
+    query, key, _ = random_heads(2, 2, length)
+    value = torch.ones(2, length, 1)
+    torch.manual_seed(0)
+    dropped = attend(query, key, value, (0, length), 0.3, dropout=0.5)
+    assert dropped.std() > 0.1
+    assert dropped.mean().item() == pytest.approx(1, abs=0.1)

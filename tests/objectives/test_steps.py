@@ -1,0 +1,198 @@
+"""A step is its examples' mean loss per target: as one padded batch gives it, however it is cut up."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from firefly.data.schema import Tokens
+from firefly.models.adapters import transformers_model
+from firefly.models.attention import choose_layout
+from firefly.models.heads import install_target_head
+from firefly.models.precision import Precision
+from firefly.objectives.trainers import CausalTrainer, StepOptions, training_arguments
+from tiny import (
+    ListedExamples,
+    assert_same,
+    gradients,
+    padded_batch,
+    padded_loss,
+    random_examples,
+    tiny_model,
+    tiny_tokenizer,
+    with_our_lora,
+    with_plain_lora,
+)
+
+EIGHT = random_examples(5, 33, 12, 70, 2, 21, 40, 9)
+ONE_EACH, ALL_IN_ONE = 1, 10**6
+
+
+def make_trainer(
+    model: Any,
+    folder: Path,
+    examples: list[Tokens],
+    budget: int = 64,
+    layout: str = "segments",
+    mode: str = "full",
+    compute: torch.dtype = torch.float32,
+    held_out: list[Tokens] | None = None,
+    **arguments: Any,
+) -> CausalTrainer:
+    values = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": len(examples),
+        "use_cpu": True,
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "label_names": [],
+        "dataloader_pin_memory": False,
+    }
+    return CausalTrainer(
+        model=model,
+        args=training_arguments(values | arguments),
+        examples=ListedExamples(examples),  # type: ignore[arg-type]
+        held_out=None if held_out is None else ListedExamples(held_out),  # type: ignore[arg-type]
+        tokenizer=tiny_tokenizer(),
+        options=StepOptions(len(examples), budget, seed=0, shuffle=True, layout=layout),
+        precision=Precision(compute),
+        masters=mode == "full",
+        callbacks=[],
+    )
+
+
+def prepare(name: str, mode: str) -> tuple[Any, str, Any]:
+    """(a model as `train` prepares it, its layout, the plain transformers and peft model)."""
+    model = tiny_model(name)
+    own = copy.deepcopy(model)
+    layout, _ = choose_layout(model)
+    if mode == "lora":
+        model, own = with_our_lora(model), with_plain_lora(own)
+    else:
+        model.requires_grad_(True)
+    install_target_head(transformers_model(model))
+    return model, layout, own
+
+
+def one_step(trainer: CausalTrainer) -> tuple[Tensor, dict[str, Tensor], int]:
+    """Loss, gradients and number of microbatches of the first step."""
+    (step,) = list(trainer.get_train_dataloader())
+    trainer.model.zero_grad()
+    loss = trainer.training_step(trainer.model, step)
+    return loss, gradients(trainer.model), len(step.microbatches)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen2_window", "gemma2", "granite", "mixtral", "bloom"])
+def test_a_step_has_the_loss_and_gradients_of_one_padded_batch(name: str, mode: str, tmp_path: Path) -> None:
+    model, layout, own = prepare(name, mode)
+    loss, found, count = one_step(make_trainer(model, tmp_path, EIGHT, budget=64, layout=layout, mode=mode))
+    assert count > 1
+    expected = padded_loss(own, EIGHT)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
+    assert_same(found, gradients(own), 2e-5)
+
+
+def test_the_reference_is_what_transformers_calls_the_loss() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        torch.testing.assert_close(padded_loss(model, EIGHT), model(**padded_batch(EIGHT)).loss, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("name", ["llama_tied", "qwen2_window", "gemma2"])
+def test_the_token_budget_changes_neither_loss_nor_gradients(name: str, mode: str, tmp_path: Path) -> None:
+    model, _, _ = prepare(name, mode)
+    loss, expected, count = one_step(make_trainer(model, tmp_path, EIGHT, ONE_EACH, mode=mode))
+    assert count == len(EIGHT)
+    for budget, least in ((ALL_IN_ONE, 1), (70, 3)):
+        other_loss, found, count = one_step(make_trainer(model, tmp_path, EIGHT, budget, mode=mode))
+        assert count == least
+        torch.testing.assert_close(other_loss, loss, rtol=1e-6, atol=0)
+        assert_same(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_the_solo_layout_changes_neither_loss_nor_gradients(mode: str, tmp_path: Path) -> None:
+    model, _, _ = prepare("qwen2_window", mode)
+    loss, expected, _ = one_step(make_trainer(model, tmp_path, EIGHT, ALL_IN_ONE, mode=mode))
+    transformers_model(model).set_attn_implementation("sdpa")
+    solo_loss, found, count = one_step(make_trainer(model, tmp_path, EIGHT, ALL_IN_ONE, layout="solo", mode=mode))
+    assert count == len(EIGHT)
+    torch.testing.assert_close(solo_loss, loss, rtol=1e-6, atol=0)
+    assert_same(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("name", ["llama_tied", "gemma2", "gpt_neox", "qwen2_moe"])
+def test_activation_checkpointing_changes_neither_loss_nor_gradients(name: str, mode: str, tmp_path: Path) -> None:
+    model, _, _ = prepare(name, mode)
+    loss, expected, _ = one_step(make_trainer(model, tmp_path, EIGHT, mode=mode))
+    transformers_model(model).gradient_checkpointing_enable()
+    other_loss, found, _ = one_step(make_trainer(model, tmp_path, EIGHT, mode=mode))
+    torch.testing.assert_close(other_loss, loss, rtol=1e-6, atol=0)
+    assert_same(found, expected, 1e-5)
+
+
+def test_full_training_in_16_bit_keeps_fp32_weights_and_gradients(tmp_path: Path) -> None:
+    model, _, own = prepare("llama_tied", "full")
+    loss, found, _ = one_step(make_trainer(model, tmp_path, EIGHT, compute=torch.bfloat16))
+    assert {p.dtype for p in model.parameters()} == {g.dtype for g in found.values()} == {torch.float32}
+    expected = padded_loss(own, EIGHT)
+    expected.backward()
+    assert loss.item() != pytest.approx(expected.item(), rel=1e-7)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
+    assert_same(found, gradients(own), 5e-2)
+
+
+def test_lora_in_16_bit_stays_near_fp32(tmp_path: Path) -> None:
+    model, _, own = prepare("llama", "lora")
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    loss, found, _ = one_step(make_trainer(model, tmp_path, EIGHT, mode="lora", compute=torch.bfloat16))
+    expected = padded_loss(own, EIGHT)
+    expected.backward()
+    assert {g.dtype for g in found.values()} == {torch.float32}
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
+    assert_same(found, gradients(own), 8e-2)
+
+
+def test_the_counts_are_those_of_the_examples(tmp_path: Path) -> None:
+    model, _, _ = prepare("llama", "lora")
+    trainer = make_trainer(model, tmp_path, EIGHT, mode="lora")
+    one_step(trainer), one_step(trainer)
+    assert trainer.counts.steps == 2
+    assert trainer.counts.examples == 16
+    assert trainer.counts.tokens == 2 * sum(len(example.input_ids) for example in EIGHT)
+    assert trainer.counts.targets == 2 * sum(int((example.labels[1:] != -100).sum()) for example in EIGHT)
+
+
+def test_an_evaluation_is_the_mean_over_all_held_out_targets(tmp_path: Path) -> None:
+    model, _, own = prepare("gemma2", "lora")
+    held_out = random_examples(30, 4, 55, 17, 8, 23, 61, 12, 9, 40, 3, seed=9)
+    trainer = make_trainer(model, tmp_path, EIGHT, held_out=held_out, mode="lora")
+    before = torch.get_rng_state()
+    metrics = trainer.evaluate()
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.no_grad():
+        expected = padded_loss(own, held_out)
+    assert metrics["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert metrics["eval_perplexity"] == pytest.approx(expected.exp().item(), rel=1e-4)
+    assert metrics["eval_target_tokens"] == sum(example.num_targets for example in held_out)
+    assert not gradients(model)
+
+
+def test_dropout_rests_in_evaluation_and_is_back_in_the_next_step(tmp_path: Path) -> None:
+    model = with_our_lora(tiny_model("llama"), dropout=0.5)
+    choose_layout(transformers_model(model))
+    install_target_head(transformers_model(model))
+    trainer = make_trainer(model, tmp_path, EIGHT, held_out=EIGHT, mode="lora")
+    assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
+    assert one_step(trainer)[0] != one_step(trainer)[0]

@@ -1,0 +1,199 @@
+"""The command line: arguments, exit codes, and that nothing heavy is loaded to answer a question."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import firefly
+from firefly.cli import main
+from firefly.errors import UsageError, VerificationError
+
+LEAST = {"output_dir": "out", "model_name_or_path": "model", "train_file": "data.jsonl"}
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LEAST), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[Any]:
+    """Replaces training: the configurations that `train` was called with."""
+    calls: list[Any] = []
+
+    class FakeTraining:
+        @staticmethod
+        def train(config: Any) -> str:
+            calls.append(config)
+            return config.output_dir
+
+    monkeypatch.setitem(sys.modules, "firefly.train", FakeTraining)
+    return calls
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(Path(firefly.__file__).parents[1]), "NO_COLOR": "1"}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_help_answers_at_once_without_the_heavy_libraries():
+    heavy = ("torch", "transformers", "numpy", "pyarrow", "datasets", "jinja2")
+    code = (
+        "import sys; from firefly.cli import main; code = main(['--help']); "
+        f"print([name for name in {heavy} if name in sys.modules], file=sys.stderr); sys.exit(code)"
+    )
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        answer = python(code)
+        seconds.append(time.perf_counter() - started)
+        assert answer.returncode == 0, answer.stderr
+        assert answer.stderr.strip() == "[]"
+        assert all(command in answer.stdout for command in ("train", "merge", "chat"))
+        if seconds[-1] < 0.6:
+            break
+    assert min(seconds) < 0.6
+
+
+@pytest.mark.parametrize("arguments", [["train", "--help"], ["merge", "--help"], ["chat", "--help"]])
+def test_each_command_has_help(capsys, arguments):
+    assert main(arguments) == 0
+    assert arguments[0] in capsys.readouterr().out
+
+
+def test_version_is_one_line(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"firefly {firefly.__version__}\n"
+
+
+def test_no_command_shows_the_help(capsys):
+    assert main([]) == 2
+    captured = capsys.readouterr()
+    assert "Usage: firefly" in captured.out + captured.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "{config}"],
+        ["train", "--train_args_file", "{config}"],
+        ["train", "--train_args_file={config}"],
+        ["train", "--local_rank=0", "--train_args_file", "{config}"],
+    ],
+)
+def test_a_configuration_is_given_by_place_or_as_the_tutorial_does(capsys, trained, config_file, arguments):
+    assert main([argument.format(config=config_file) for argument in arguments]) == 0
+    assert [config.model.name_or_path for config in trained] == ["model"]
+    assert capsys.readouterr().out == "out\n"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--seed", "7", "--learning_rate=1e-4", "--fp16", "--max_steps", "-1", "--output_dir", "a b"],
+        ["--fp16", "True", "--output_dir=a b", "--max_steps=-1", "--learning-rate", "1e-4", "--seed", "7"],
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_overrides_may_stand_before_or_after_the_tutorials_option(trained, config_file, overrides, first):
+    file = ["--train_args_file", str(config_file)]
+    assert main(["train", *(overrides + file if first else file + overrides)]) == 0
+    (config,) = trained
+    assert (config.training["seed"], config.training["learning_rate"], config.training["max_steps"]) == (7, 1e-4, -1)
+    assert config.precision.fp16 is True
+    assert config.output_dir == "a b"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["train"], "CONFIG"),
+        (["train", "missing.json"], "missing.json"),
+        (["train", "{config}", "stray"], "stray"),
+        (["train", "{config}", "--train_args_file", "other.json"], "{config}"),
+        (["train", "--seed", "1", "{config}"], "CONFIG"),
+        (["train", "{config}", "--lora_rnk", "8"], "lora_rank"),
+        (["train", "{config}", "--lora_rank", "many"], "lora_rank"),
+        (["train", "{config}", "--lora_rank"], "lora_rank"),
+        (["train", "{config}", "--task_type", "dpo"], "task_type"),
+        (["merge", "--adapter_name_or_path", "a"], "save_path"),
+        (["merge", "--adapter_name_or_path", "a", "--save_path", "s", "--bogus"], "bogus"),
+        (["chat", "--top_p", "much"], "top_p"),
+        (["trian"], "trian"),
+    ],
+)
+def test_a_fault_of_the_input_is_one_message_and_exit_2(capsys, trained, config_file, arguments, named):
+    assert main([argument.format(config=config_file) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    assert named.format(config=config_file) in captured.err
+    assert captured.err.lower().count("error") == 1
+    assert trained == []
+
+
+def test_messages_are_chinese_with_firefly_lang_zh(capsys, monkeypatch):
+    monkeypatch.setenv("FIREFLY_LANG", "zh")
+    assert main(["train", "没有.json"]) == 2
+    assert capsys.readouterr().err == "错误： 配置文件 没有.json 不存在。\n"
+
+
+def test_legacy_notices_stand_on_stderr_before_the_result(capsys, trained, config_file):
+    assert main(["train", str(config_file), "--use_unsloth", "true"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "out\n"
+    assert captured.err == "note: use_unsloth has no effect any more and is ignored.\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UsageError("config.no_file", path="x"), 2),
+        (VerificationError("config.no_file", path="x"), 3),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_each_kind_of_failure_has_its_exit_code(capsys, monkeypatch, trained, config_file, error, code):
+    def fail(config: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(sys.modules["firefly.train"], "train", fail)
+    assert main(["train", str(config_file)]) == code
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("error:")
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, trained, config_file):
+    def fail(config: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(sys.modules["firefly.train"], "train", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["train", str(config_file)])
+
+
+@pytest.mark.parametrize(
+    ("error", "problem"),
+    [(MemoryError("cannot allocate 8 GiB\nmore"), "cannot allocate 8 GiB."), (MemoryError(), "MemoryError.")],
+)
+def test_running_out_of_memory_names_a_remedy(capsys, monkeypatch, trained, config_file, error, problem):
+    def fail(config: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(sys.modules["firefly.train"], "train", fail)
+    with pytest.raises(MemoryError):
+        main(["train", str(config_file)])
+    message = capsys.readouterr().err
+    assert problem in message
+    assert "tokens_per_microbatch" in message
