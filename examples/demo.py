@@ -37,14 +37,18 @@ def main() -> int:
     shutil.rmtree(OUTPUT, ignore_errors=True)
     OUTPUT.mkdir(parents=True)
     rows = OUTPUT / "rows.jsonl"
-    rows.write_text("".join((ROOT / "data" / name).read_text("utf-8") for name in ("identity.jsonl", "general.jsonl")), "utf-8")
+    rows.write_text(
+        "".join((ROOT / "data" / name).read_text("utf-8") for name in ("identity.jsonl", "general.jsonl")), "utf-8"
+    )
     config = load_config(CONFIG, {"train_file": str(rows), "output_dir": str(OUTPUT / "adapter")})
     base = answers(Engine.load(config.model))
     adapter = train(config)
     merged = merge(ModelConfig(), str(adapter), str(OUTPUT / "merged"))
     tuned = answers(Engine.load(ModelConfig(name_or_path=str(merged))))
     show(base, tuned)
-    print(f"{time.time() - began:.0f} seconds. Talk to it: .venv/bin/firefly chat --model_name_or_path output/demo/merged")
+    print(
+        f"{time.time() - began:.0f} seconds. Talk to it: .venv/bin/firefly chat --model_name_or_path output/demo/merged"
+    )
     return 0
 
 

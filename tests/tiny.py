@@ -55,6 +55,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("Olmo2", {}),
     "granite": ("Granite", {"logits_scaling": 4.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7}),
     "cohere": ("Cohere", {"logit_scale": 0.25}),
+    "minicpm3": (
+        "MiniCPM3",
+        {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8}
+        | {"qk_nope_head_dim": 8, "v_head_dim": 8, "dim_model_base": 8, "scale_emb": 3.0, "scale_depth": 1.4},
+    ),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
     "qwen2_moe": ("Qwen2Moe", EXPERTS | {"num_experts": 4}),
     "qwen2_moe_window": (
@@ -76,6 +81,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt2": ("GPT2", {"n_inner": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "bloom": ("Bloom", {}),
+    "gptj": ("GPTJ", {"rotary_dim": 8, "n_inner": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "gpt_oss": ("GptOss", HALF_SLIDING | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 

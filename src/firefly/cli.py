@@ -123,9 +123,14 @@ def chat_command(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code (DESIGN.md, "Errors")."""
+    import warnings
+
     from firefly.console import print_error
     from firefly.messages import render
 
+    # Libraries' notes to their own developers; what concerns the user passes through the catalogue.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     try:
         result = app(args=sys.argv[1:] if arguments is None else arguments, prog_name="firefly", standalone_mode=False)
         code = result if isinstance(result, int) else 0  # of an Exit: typer turns Ctrl-C into one, too

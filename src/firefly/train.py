@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,14 @@ from firefly.models.loading import load_model, load_tokenizer, resolve_model
 from firefly.models.precision import Precision, pick_device, resolve_precision
 from firefly.objectives.trainers import CausalTrainer, StepOptions, training_arguments
 from firefly.reports.forecast import choose_budget, choose_checkpointing, forecast_memory
-from firefly.runs.checkpoints import PlanWriter, RunPlan, check_same_run, find_checkpoint, set_aside_old_checkpoints
+from firefly.runs.checkpoints import (
+    OPTIMIZER_SETTINGS,
+    PlanWriter,
+    RunPlan,
+    check_same_run,
+    find_checkpoint,
+    set_aside_old_checkpoints,
+)
 from firefly.runs.memory import keep_freed_memory
 from firefly.runs.metrics import Progress, RunRecorder, read_metrics
 from firefly.runs.overview import show_example, show_run
@@ -73,12 +80,17 @@ def train(config: Config) -> Path:
     model = attach_adapter(model, config.adapter)
     head = install_target_head(transformers_model(model))
     args, options = resolve_step(config, args, model, examples, layout[0], device)
+    base = weights_hash(resolve_model(config.model), getattr(transformers_model(model).config, "_commit_hash", None))
     plan = RunPlan(
         examples_per_step=options.examples_per_step,
         seed=options.seed,
         shuffle=options.shuffle,
         data=examples.fingerprint,
         train_mode=config.adapter.mode,
+        lora_rank=0 if config.adapter.mode == "full" else config.adapter.rank,
+        lora_alpha=0 if config.adapter.mode == "full" else config.adapter.alpha,
+        base_weights=str(base.get("sha256") or base.get("commit")),
+        optimizer={name: getattr(args, name) for name in OPTIMIZER_SETTINGS},
         tokens_per_microbatch=options.tokens_per_microbatch,
         world_size=1,
         layout=options.layout,
@@ -103,7 +115,7 @@ def train(config: Config) -> Path:
     replace_progress(trainer, recorder)
     console = stderr_console()
     show_example(console, examples[0], tokenizer)
-    forecast = forecast_memory(model, device, options.tokens_per_microbatch, args.activation_checkpointing)
+    forecast = forecast_memory(model, device, options.tokens_per_microbatch, bool(args.activation_checkpointing))
     show_run(
         console,
         examples,
@@ -115,7 +127,7 @@ def train(config: Config) -> Path:
         forecast,
         device,
     )
-    write_records(config, output_dir, encoder, examples, held_out, model, options, precision, device)
+    write_records(config, output_dir, encoder, examples, held_out, base, options, precision, device)
     keep_freed_memory(device)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model()
@@ -213,7 +225,9 @@ def replace_progress(trainer: CausalTrainer, recorder: RunRecorder) -> None:
 
 def describe_steps(config: Config, options: StepOptions, examples: Examples, trainer: CausalTrainer) -> str:
     per_epoch = len(trainer.get_train_dataloader())
-    total = trainer.args.max_steps if trainer.args.max_steps > 0 else int(per_epoch * trainer.args.num_train_epochs + 0.999)
+    total = (
+        trainer.args.max_steps if trainer.args.max_steps > 0 else int(per_epoch * trainer.args.num_train_epochs + 0.999)
+    )
     return render(
         "overview.steps",
         examples=options.examples_per_step,
@@ -225,26 +239,30 @@ def describe_steps(config: Config, options: StepOptions, examples: Examples, tra
     )
 
 
+def without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Access tokens stay out of files that people pass on."""
+    return {name: value for name, value in values.items() if not name.endswith("_token")}
+
+
 def write_records(
     config: Config,
     output_dir: Path,
     encoder: Encoder,
     examples: Examples,
     held_out: Examples | None,
-    model: Any,
+    base_weights: dict[str, Any],
     options: StepOptions,
     precision: Precision,
     device: torch.device,
 ) -> None:
     """train_args.json (as given), data_report.json (the ledger) and run.json (the passport)."""
-    write_json(output_dir / "train_args.json", dict(config.given))
+    write_json(output_dir / "train_args.json", without_secrets(config.given))
     report = examples.ledger.as_dict() | {"eval": held_out.ledger.as_dict() if held_out else None}
     write_json(output_dir / "data_report.json", report)
-    inner = transformers_model(model)
     write_json(
         output_dir / "run.json",
         {
-            "config": config.flat(),
+            "config": without_secrets(config.flat()),
             "resolved": {
                 "precision": precision.name,
                 "layout": options.layout,
@@ -261,7 +279,7 @@ def write_records(
                 "data": examples.fingerprint,
                 "eval_data": held_out.fingerprint if held_out else None,
                 "tokenizer": tokenizer_hash(encoder.tokenizer),
-                "base_weights": weights_hash(resolve_model(config.model), getattr(inner.config, "_commit_hash", None)),
+                "base_weights": base_weights,
             },
             "seed": options.seed,
             "versions": package_versions(),

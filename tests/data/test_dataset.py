@@ -393,15 +393,16 @@ def test_the_cache_knows_everything_that_shapes_an_example(write, encoder, chatm
     assert is_new(DataConfig(train_on="last"))
     assert is_new(DataConfig(allow_special_in_content=True))
     assert is_new(changed=Encoder(chatml_tokenizer, bind_template("qwen2.5", chatml_tokenizer)))
+    assert is_new(changed=Encoder(chatml_tokenizer, replace(encoder.template, stop_tokens=("<|endoftext|>",))))
     assert is_new(changed=with_tokenizer(bos_token="<|im_start|>"))
     larger = copy.deepcopy(chatml_tokenizer)
     larger.add_tokens(["helpful assistant"])
     assert is_new(changed=Encoder(larger, bind_template("qwen", larger)))
     monkeypatch.setenv("FIREFLY_LANG", "")
+    monkeypatch.setenv("LC_ALL", "C")
+    assert not is_new()  # English, as before
     monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
     assert is_new()
-    monkeypatch.setenv("LC_ALL", "C")
-    assert not is_new()  # English again
     path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     assert is_new()
     monkeypatch.setattr(dataset, "code_hash", lambda: "other code")

@@ -146,6 +146,17 @@ def test_multi_byte_characters_at_the_borders_of_a_span_fall_on_their_side(qwen_
     assert runs(encoder, tokens) == [unicodedata.normalize("NFC", reply) + "<|im_end|>"] * 2
 
 
+@given(st.text("ab <|é🎉\n", max_size=30), st.lists(st.integers(0, 30), max_size=6), st.booleans())
+def test_a_token_is_trained_if_its_first_character_lies_in_a_span(chatml_tokenizer, text, borders, aliased):
+    encoder = Encoder(chatml_tokenizer, bind_template("qwen", chatml_tokenizer))
+    borders = sorted({border for border in borders if border <= len(text)})
+    spans = tuple(zip(borders[::2], borders[1::2], strict=False))
+    (tokens,) = encoder.encode_rendered([Rendered(text + BREAK * aliased, spans)])
+    starts = [start for start, _ in encoder.tokenizer.backend_tokenizer.encode(text).offsets]
+    inside = [any(first <= start < end for first, end in spans) for start in starts]
+    assert (tokens.labels != IGNORE).tolist() == inside
+
+
 def test_a_token_across_the_border_is_the_prompts(qwen_tokenizer):
     # The price of official ids: Qwen joins a reply's first line breaks to the one before it.
     encoder = Encoder(qwen_tokenizer, bind_template("qwen", qwen_tokenizer))
@@ -166,10 +177,11 @@ def test_a_tokenizer_that_trims_its_offsets_trains_the_same_tokens(chatml_tokeni
     text = "<|im_start|>user\nq <|im_end|>  [INST] a b<|im_end|>"
     start = text.index(" a b")
     for spans in (((start, len(text)),), ((start + 1, len(text)),)):
-        (expected,) = Encoder(chatml_tokenizer, template).encode_rendered([Rendered(text, spans)])
-        (tokens,) = Encoder(trimming, template).encode_rendered([Rendered(text, spans)])
-        np.testing.assert_array_equal(tokens.input_ids, expected.input_ids)
-        np.testing.assert_array_equal(tokens.labels, expected.labels)
+        for typed in ("", BREAK):  # the second sends the text through the aliased tokenizer
+            (expected,) = Encoder(chatml_tokenizer, template).encode_rendered([Rendered(text + typed, spans)])
+            (tokens,) = Encoder(trimming, template).encode_rendered([Rendered(text + typed, spans)])
+            np.testing.assert_array_equal(tokens.input_ids, expected.input_ids)
+            np.testing.assert_array_equal(tokens.labels, expected.labels)
     assert trimming.backend_tokenizer.post_processor is not None  # the tokenizer that is saved stays as it was
 
 

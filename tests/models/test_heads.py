@@ -18,7 +18,7 @@ from firefly.models.kernels import token_nll
 from firefly.models.kernels.token_nll import summed_nll
 from tiny import ARCHITECTURES, VOCABULARY, assert_same, gradients, random_examples, tiny_model
 
-TRANSFORMS_LOGITS = ("gemma2", "granite", "cohere")
+TRANSFORMS_LOGITS = ("gemma2", "granite", "cohere", "minicpm3")
 
 
 def naive_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -113,6 +113,7 @@ def test_plain_heads_are_fused(name: str) -> None:
         ("gemma2", {"final_logit_softcapping": 30.0}),
         ("granite", {"logits_scaling": 8.0}),
         ("cohere", {"logit_scale": 0.0625}),
+        ("minicpm3", {"dim_model_base": 16}),
     ],
 )
 def test_heads_whose_logits_are_transformed_are_not_fused(

@@ -29,6 +29,7 @@ from tiny import (
 
 SOLO = {  # and the words by which each is refused
     "bloom": "no attention interface",
+    "gptj": "no attention interface",
     "gpt_oss": "sinks",
     "llama4": "chunked_attention",
     "phimoe_window": "differs",

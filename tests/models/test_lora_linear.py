@@ -186,6 +186,7 @@ def test_a_4_bit_weight_is_not_kept_in_16_bit_for_the_backward_pass() -> None:
 
 # ---- which layers ----
 
+ROUTERS = ("gate", "wg", "router", "shared_expert_gate")
 PROJECTIONS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
 
@@ -214,9 +215,21 @@ def test_routers_and_shared_gates_get_no_adapter(name: str) -> None:
     wrapped = attach_adapter(tiny_model(name), AdapterConfig(mode="lora", rank=2))
     adapted = [path for path, module in wrapped.named_modules() if hasattr(module, "lora_A")]
     assert any(path.endswith("q_proj") for path in adapted)
-    assert not [
-        path for path in adapted if path.rpartition(".")[2] in ("gate", "wg", "router", "shared_expert_gate", "lm_head")
-    ]
+    assert not [path for path in adapted if path.rpartition(".")[2] in (*ROUTERS, "lm_head")]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3", "hunyuan_moe", "llama4"])
+def test_linear_layers_beside_experts_get_an_adapter_of_the_asked_rank(name: str, dropout: float) -> None:
+    """peft takes some names for the experts' stacked weights, which know no dropout: those layers are left out."""
+    model = tiny_model(name)
+    expected = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    left_out = ("gate_proj", "up_proj", "down_proj") if name in ("deepseek_v3", "hunyuan_moe") else ()
+    expected -= {path for path in expected if path.rpartition(".")[2] in (*ROUTERS, *left_out, "lm_head")}
+    wrapped = attach_adapter(model, AdapterConfig(mode="lora", rank=2, dropout=dropout))
+    adapted = {path: module for path, module in wrapped.get_base_model().named_modules() if hasattr(module, "lora_A")}
+    assert adapted.keys() == expected
+    assert {module.r["default"] for module in adapted.values()} == {2}
 
 
 def test_a_layer_that_shares_its_name_with_the_head_is_told_apart_by_its_path() -> None:

@@ -88,7 +88,9 @@ def one_step(trainer: CausalTrainer) -> tuple[Tensor, dict[str, Tensor], int]:
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen2_window", "gemma2", "granite", "mixtral", "bloom"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama_tied", "qwen2_window", "gemma2", "granite", "mixtral", "bloom", "gptj"]
+)
 def test_a_step_has_the_loss_and_gradients_of_one_padded_batch(name: str, mode: str, tmp_path: Path) -> None:
     model, layout, own = prepare(name, mode)
     loss, found, count = one_step(make_trainer(model, tmp_path, EIGHT, budget=64, layout=layout, mode=mode))

@@ -175,7 +175,7 @@ class StepPlan(Sampler[PlannedStep]):
         )
 
 
-class PackedExamples(Dataset[Step]):
+class PackedExamples(Dataset[Tokens]):
     """Examples as the data loader sees them: asked for a planned step, it returns the step packed."""
 
     def __init__(self, examples: Examples) -> None:
@@ -192,7 +192,7 @@ class PackedExamples(Dataset[Step]):
         return Step(batches, step.targets, step.tokens)
 
 
-class StepLoader(DataLoader[Step]):
+class StepLoader(DataLoader[Tokens]):
     """A loader of whole steps that passes the epoch on to its plan."""
 
     def set_epoch(self, epoch: int) -> None:
@@ -209,7 +209,7 @@ def step_loader(examples: Examples, plan: StepPlan, **options: Any) -> StepLoade
     return StepLoader(
         PackedExamples(examples),
         batch_sampler=plan,  # type: ignore[arg-type]
-        collate_fn=keep_step,
+        collate_fn=keep_step,  # type: ignore[arg-type]
         generator=torch.Generator(),
         **options,
     )

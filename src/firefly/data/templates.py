@@ -156,7 +156,7 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, spans = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 conversations=[messages],
                 chat_template=self.text,
                 add_generation_prompt=add_generation_prompt,
@@ -166,6 +166,7 @@ class ChatTemplate:
             )
         except Exception as error:  # a template is a program from outside: whatever it raises is its refusal
             raise TemplateFailure(message("template.refused", name=self.name, problem=error)) from error
+        texts, spans = rendered
         return texts[0], list(spans[0]) if spans else []
 
 

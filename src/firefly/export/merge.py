@@ -92,7 +92,7 @@ def merge(model: ModelConfig, adapter: str, save_path: str, onto: str = "origina
     quantised = trained_in_4bit(adapter)
     if onto == "dequantized" and not quantised:
         raise UsageError("merge.not_quantised", path=adapter)
-    target = empty_folder(save_path)
+    target = empty_folder(save_path, keep=(adapter, model.name_or_path))
     weights = base_type(model) if dtype == "auto" else TYPES[dtype]
     notice("merge.merging", adapter=adapter, base=model.name_or_path, dtype=str(weights).removeprefix("torch."))
 
@@ -127,9 +127,16 @@ def trained_in_4bit(adapter: str) -> bool:
     return False
 
 
-def empty_folder(save_path: str) -> Path:
-    """The folder to write into; one that holds an earlier merge is replaced, anything else is left alone."""
+def empty_folder(save_path: str, keep: tuple[str, ...] = ()) -> Path:
+    """The folder to write into; one that holds an earlier merge is replaced, anything else is left alone.
+
+    Raises:
+        UsageError: it holds something else, or is one of `keep` (the base may itself be an earlier merge) or above one.
+    """
     path = Path(save_path).expanduser()
+    kept = [Path(name).expanduser().resolve() for name in keep]
+    if any(path.resolve() in (folder, *folder.parents) for folder in kept):
+        raise UsageError("merge.save_path", path=path)
     if path.is_dir() and (path / "merge_report.json").is_file():
         shutil.rmtree(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -145,12 +152,12 @@ def base_type(model: ModelConfig) -> torch.dtype:
     from firefly.models.loading import _hub_options, resolve_model
 
     config = AutoConfig.from_pretrained(resolve_model(model), **_hub_options(model))
-    dtype = config.get_text_config().dtype or config.dtype
+    dtype: Any = config.get_text_config().dtype or config.dtype
     return dtype if dtype in TYPES.values() else torch.float32
 
 
 def load_base(model: ModelConfig, weights: torch.dtype, onto: str) -> Any:
-    """The base in the type to merge in; "dequantized" puts each 4-bit weight back as the 16-bit matrix it stands for."""
+    """The base in the type to merge in; "dequantized" turns 4-bit weights into the matrices they stand for."""
     device = pick_device()
     if onto == "original":
         return load_model(model, "lora", Precision(weights), device)
@@ -195,9 +202,8 @@ def merge_layers(model: Any, seed: int = 0) -> None:
     from peft.tuners.lora import LoraLayer
 
     generator = torch.Generator().manual_seed(seed)
-    for name, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
+    layers: list[tuple[str, Any]] = [item for item in model.named_modules() if isinstance(item[1], LoraLayer)]
+    for name, layer in layers:
         if any(getattr(layer, "lora_variant", {}).values()) or len(layer.active_adapters) != 1:
             layer.merge(safe_merge=True)  # peft knows its variants (DoRA, …)
             continue
@@ -209,7 +215,7 @@ def merge_layers(model: Any, seed: int = 0) -> None:
 
 
 def round_unbiased(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Round fp32 numbers to one of their two neighbours in `dtype`, each with the probability that makes the mean exact."""
+    """Round fp32 numbers to one of their two neighbours in `dtype`; the probabilities make the mean exact."""
     nearest = x.to(dtype)
     error = x - nearest.float()
     if dtype == torch.float32:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from firefly.data.schema import Message
@@ -41,10 +42,8 @@ def chat(engine: Engine, settings: GenerationSettings, system: str | None = None
 
 def enable_line_editing() -> None:
     """Arrow keys and history in `input`, where the platform has readline."""
-    try:
+    with suppress(ImportError):
         import readline  # noqa: F401
-    except ImportError:
-        pass
 
 
 class ChatSession:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ class Engine:
 
     def stream(
         self, messages: Sequence[Message], settings: GenerationSettings, stop: threading.Event | None = None
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Yield the answer's text as it is generated. Setting `stop` ends it after the current token.
 
         Raises:
@@ -159,7 +159,9 @@ def base_of_adapter(adapter: str, model: ModelConfig) -> ModelConfig:
     for parent in (folder, folder.parent):  # a checkpoint lies inside its run's folder
         if (parent / "run.json").is_file():
             run = json.loads((parent / "run.json").read_text(encoding="utf-8"))["config"]
-            return replace(model, name_or_path=run["model_name_or_path"], hub=run["hub"], revision=run["model_revision"])
+            return replace(
+                model, name_or_path=run["model_name_or_path"], hub=run["hub"], revision=run["model_revision"]
+            )
     name = json.loads(config_file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not name:
         raise UsageError("model.no_base", path=adapter)

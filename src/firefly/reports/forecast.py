@@ -12,7 +12,7 @@ from firefly.models.kernels.token_nll import LOGITS_PER_CHUNK
 
 # Budgets of `tokens_per_microbatch: auto`. A CPU's matrix products reach their rate with a few hundred rows; a GPU's
 # with some thousands, and NF4 weights are dequantised once per microbatch.
-CPU_BUDGET = 1024
+CPU_BUDGET = 512
 GPU_BUDGET = 16384
 USABLE = 0.8
 """Share of the free memory that a forecast may fill."""

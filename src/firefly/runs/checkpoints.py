@@ -29,13 +29,20 @@ class RunPlan:
     shuffle: bool
     data: str
     train_mode: str
+    lora_rank: int
+    lora_alpha: float
+    base_weights: str
+    optimizer: dict[str, Any]
     tokens_per_microbatch: int
     world_size: int
     layout: str
 
 
 # A different value of these would train other examples, or something else.
-BINDING = ("examples_per_step", "seed", "shuffle", "data", "train_mode")
+BINDING = ("examples_per_step", "seed", "shuffle", "data", "train_mode", "lora_rank", "lora_alpha", "base_weights")
+
+# Settings that live in the optimizer's and the scheduler's saved state, which a resumed run takes as they were.
+OPTIMIZER_SETTINGS = ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 class PlanWriter(TrainerCallback):
@@ -76,7 +83,11 @@ def find_checkpoint(output_dir: Path, request: bool | str | None) -> Path | None
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """Folders checkpoint-N of a run, by N."""
-    found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]
+    found = [
+        (int(match[1]), path)
+        for path in output_dir.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
     return [path for _, path in sorted(found) if path.is_dir()]
 
 
@@ -100,10 +111,14 @@ def check_same_run(checkpoint: Path, plan: RunPlan) -> None:
     differing = [f"{name}: {stored.get(name)} → {now[name]}" for name in BINDING if stored.get(name) != now[name]]
     if differing:
         raise UsageError("resume.changed", path=checkpoint, differences="; ".join(differing))
+    for name, value in plan.optimizer.items():
+        before = stored.get("optimizer", {}).get(name, value)
+        if before != value:
+            notice("resume.kept", key=name, value=value, before=before)
 
 
 def set_aside_old_checkpoints(output_dir: Path) -> None:
-    """A run that starts anew in a used folder moves earlier checkpoints aside, so that neither run's are lost or mixed."""
+    """A run that starts anew in a used folder moves earlier checkpoints aside: none is lost, none is mixed up."""
     old = checkpoints(output_dir)
     if not old:
         return

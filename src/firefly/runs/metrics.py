@@ -33,6 +33,8 @@ class RunRecorder(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.training_began = time.time()
+        # A checkpoint brings its own logging_steps, eval_steps and save_steps along: today's apply.
+        state.compute_steps(args, state.max_steps)
         lines = read_metrics(self.path) if state.global_step else []
         kept = [line for line in lines if line.get("step", 0) <= state.global_step and "train_loss" not in line]
         self.path.parent.mkdir(parents=True, exist_ok=True)

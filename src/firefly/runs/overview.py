@@ -1,4 +1,4 @@
-"""What is shown before training: one example with its trained tokens coloured, the step, parameters, memory forecast."""
+"""What is shown before training: one example with its trained tokens coloured, the step, parameters, memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from firefly.reports.forecast import Forecast
 
 
 def show_example(console: Console, tokens: Tokens, tokenizer: Any, most: int = 400) -> None:
-    """Print an example as the model sees it; tokens with a loss are green and underlined (also without colours: [ ])."""
+    """Print an example as the model sees it; tokens with a loss are green and underlined ([ ] without colours)."""
     text = Text()
     ids, labels = tokens.input_ids[:most].tolist(), tokens.labels[:most]
     for trained, run in _runs(ids, labels):

@@ -89,7 +89,7 @@ def git_commit(folder: Path) -> str | None:
 
 
 def weights_hash(place: str, commit: str | None) -> dict[str, Any]:
-    """Identify base weights: every byte of a small model, evenly spaced samples of a large one, a hub model's commit."""
+    """Identify base weights: all bytes of a small model, even samples of a large one, a hub model's commit."""
     folder = Path(place)
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     if not files:

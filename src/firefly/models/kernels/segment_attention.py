@@ -9,6 +9,7 @@ Three ways to compute a segment, chosen per call by measurement on CPUs (see `pi
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def attend(
         (heads, tokens, width).
     """
     pieces = []
-    for start, end in zip(borders[:-1], borders[1:], strict=True):
+    for start, end in pairwise(borders):
         part = slice(start, end)
         q, k, v = query[:, part], key[:, part], value[:, part]
         near = window if window is not None and window < end - start else None
@@ -55,7 +56,9 @@ def pick(query: Tensor, window: int | None, softcap: float | None, dropout: floa
     if softcap or dropout:
         return _plain
     length = query.shape[1]
-    if query.device.type == "cpu" and (window is not None or (query.dtype == torch.bfloat16 and length <= GEMM_LONGEST)):
+    if query.device.type == "cpu" and (
+        window is not None or (query.dtype == torch.bfloat16 and length <= GEMM_LONGEST)
+    ):
         return _gemm
     return _sdpa
 
@@ -63,7 +66,9 @@ def pick(query: Tensor, window: int | None, softcap: float | None, dropout: floa
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: Any, dropout: float) -> Tensor:
     grouped = q.shape[0] != k.shape[0]
     if window is None:
-        return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=grouped)[0]
+        return F.scaled_dot_product_attention(
+            q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=grouped
+        )[0]
     outputs = []
     for first, last, low in _blocks(q.shape[1], window):
         mask = _visible(last - first, last - low, first - low, window, q.device)
@@ -124,8 +129,10 @@ class _GemmAttention(torch.autograd.Function):
             rows, grads = _fold(q[:, first:last], groups), _fold(grad[:, first:last], groups)
             grad_v[:, low:last] += torch.bmm(p.transpose(1, 2), grads)
             grad_p = torch.bmm(grads, v[:, low:last].transpose(1, 2))
-            grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
-            grad_q[:, first:last] = torch.bmm(grad_scores, k[:, low:last]).mul_(ctx.scale).view(heads, last - first, width)
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
+            grad_q[:, first:last] = (
+                torch.bmm(grad_scores, k[:, low:last]).mul_(ctx.scale).view(heads, last - first, width)
+            )
             grad_k[:, low:last] += torch.bmm(grad_scores.transpose(1, 2), rows).mul_(ctx.scale)
         return grad_q, grad_k, grad_v, None, None
 

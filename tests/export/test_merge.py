@@ -1,0 +1,133 @@
+"""The merged model is the trained one, and a merge that is not says so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from firefly.cli import main
+from firefly.config import ModelConfig, load_config
+from firefly.errors import UsageError, VerificationError
+from firefly.export import merge as merging
+from firefly.export.merge import merge, round_unbiased
+from firefly.inference.engine import load_adapter
+from firefly.train import train
+from tiny import save_tiny_model, write_rows
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA and a QLoRA run on a tiny model."""
+    folder = tmp_path_factory.mktemp("merge")
+    save_tiny_model(folder / "model", "llama")
+    write_rows(folder / "train.jsonl", 12)
+    for mode in ("lora", "qlora"):
+        settings: dict[str, Any] = {
+            "model_name_or_path": str(folder / "model"),
+            "train_file": str(folder / "train.jsonl"),
+            "output_dir": str(folder / mode),
+            "template_name": "default",
+            "train_mode": mode,
+            "lora_rank": 4,
+            "lora_dropout": 0,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 0.02,
+            "max_steps": 4,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "bf16": False,
+        }
+        train(load_config(settings))
+    return folder
+
+
+def logits(model: Any, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits
+
+
+def test_a_merged_model_has_the_logits_of_the_unmerged_adapter(place: Path, tmp_path: Path) -> None:
+    merged = merge(ModelConfig(), str(place / "lora"), str(tmp_path / "merged"))
+    base = AutoModelForCausalLM.from_pretrained(place / "model")
+    ids = [5, 9, 20, 31, 7, 44]
+    untrained = logits(base, ids)
+    expected = logits(load_adapter(base, str(place / "lora")), ids)
+    found = logits(AutoModelForCausalLM.from_pretrained(merged), ids)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert (untrained - expected).abs().max() > 1e-2  # the adapter does something
+
+
+def test_a_merged_model_carries_stop_tokens_tokenizer_and_template(place: Path, tmp_path: Path) -> None:
+    merged = merge(ModelConfig(), str(place / "lora"), str(tmp_path / "merged"))
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    assert "Assistant:" in tokenizer.chat_template
+    stops = json.loads((merged / "generation_config.json").read_text())["eos_token_id"]
+    assert tokenizer.eos_token_id in stops
+    assert json.loads((merged / "merge_report.json").read_text())["passed"] is True
+
+
+def test_a_qlora_adapter_merges_onto_the_original_and_onto_the_dequantised_weights(place: Path, tmp_path: Path) -> None:
+    original = merge(ModelConfig(), str(place / "qlora"), str(tmp_path / "original"))
+    assert json.loads((original / "merge_report.json").read_text())["distance_to_4bit"]["kl"] > 0
+    dequantised = merge(ModelConfig(), str(place / "qlora"), str(tmp_path / "dequantised"), onto="dequantized")
+    ids = [5, 9, 20, 31, 7, 44]
+    one, other = (logits(AutoModelForCausalLM.from_pretrained(path), ids) for path in (original, dequantised))
+    assert (one - other).abs().max() > 1e-4
+
+
+def test_a_merge_that_changed_the_model_is_refused_with_exit_code_3(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(merging, "merge_layers", lambda model: None)  # forgets the adapter
+    arguments = ["--adapter_name_or_path", str(place / "lora"), "--save_path", str(tmp_path / "merged")]
+    assert main(["merge", *arguments]) == VerificationError.exit_code == 3
+    assert "differs from the trained one" in capsys.readouterr().err
+    assert json.loads((tmp_path / "merged" / "merge_report.json").read_text())["passed"] is False
+
+
+def test_a_folder_with_other_files_is_not_overwritten(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(UsageError, match="not empty"):
+        merge(ModelConfig(), str(place / "lora"), str(tmp_path))
+    assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+def test_a_base_that_is_itself_a_merge_is_never_overwritten(place: Path, tmp_path: Path) -> None:
+    base = merge(ModelConfig(), str(place / "lora"), str(tmp_path / "base"))
+    with pytest.raises(UsageError, match="holds the base"):
+        merge(ModelConfig(name_or_path=str(base)), str(place / "lora"), str(base))
+    assert (base / "model.safetensors").is_file()
+
+
+def test_an_adapter_that_is_none_or_of_another_model_is_named(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"adapter_config\.json is missing"):
+        merge(ModelConfig(), str(tmp_path), str(tmp_path / "merged"))
+    other = save_tiny_model(tmp_path / "other", "llama", hidden_size=64)
+    with pytest.raises(UsageError, match="does not fit"):
+        merge(ModelConfig(name_or_path=str(other)), str(place / "lora"), str(tmp_path / "merged"))
+
+
+def test_only_a_qlora_adapter_merges_onto_dequantised_weights(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="QLoRA"):
+        merge(ModelConfig(), str(place / "lora"), str(tmp_path / "merged"), onto="dequantized")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_unbiased_rounding_keeps_updates_that_rounding_to_nearest_would_lose(dtype: torch.dtype) -> None:
+    weight = torch.full((400_000,), 1.0)
+    update = torch.finfo(dtype).eps / 10
+    rounded = round_unbiased(weight + update, dtype, torch.Generator().manual_seed(0)).float()
+    assert torch.equal((weight + update).to(dtype).float(), weight)  # to nearest: nothing is left of it
+    assert (rounded - weight).mean().item() == pytest.approx(update, rel=0.02)
+    assert set(rounded.unique().tolist()) == {1.0, 1.0 + torch.finfo(dtype).eps}
+
+
+def test_unbiased_rounding_leaves_numbers_of_the_type_alone() -> None:
+    numbers = torch.randn(10_000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(round_unbiased(numbers.float(), torch.bfloat16, torch.Generator().manual_seed(1)), numbers)

