@@ -82,7 +82,7 @@ def _is_router(name: str, module: nn.Module, model: PreTrainedModel) -> bool:
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     experts = {count for field in names if (count := getattr(config, field, None))}
     width = getattr(module, "out_features", None)
-    named = any(word in name for word in ("gate", "router"))
+    named = any(part in ("gate", "router") or part.endswith("_gate") for part in name.split("."))
     return bool(experts) and named and width in {*experts, 1}
 
 

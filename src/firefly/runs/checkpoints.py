@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from firefly.console import notice
 from firefly.errors import UsageError
+from firefly.runs.passport import write_json
 
 REQUIRED_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "plan.json")
 
@@ -54,7 +55,7 @@ class PlanWriter(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if folder.is_dir():
-            (folder / "plan.json").write_text(json.dumps(asdict(self.plan), indent=2) + "\n", encoding="utf-8")
+            write_json(folder / "plan.json", asdict(self.plan))
 
 
 def find_checkpoint(output_dir: Path, request: bool | str | None) -> Path | None:
