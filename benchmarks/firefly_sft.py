@@ -17,6 +17,7 @@ import torch
 import transformers
 from measuring import (
     Work,
+    common_parser,
     current_rss,
     measure,
     peak_rss,
@@ -69,15 +70,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line: the same names as on TRL's side, then our own."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--dump", type=Path, required=True)
-    parser.add_argument("--max_seq_length", type=int, default=512)
-    parser.add_argument("--examples_per_step", type=int, default=8)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser = common_parser(__doc__, torch.get_num_threads())
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--overrides", type=json.loads, default={}, help="JSON object of configuration keys")
     return parser.parse_args()

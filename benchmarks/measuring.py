@@ -3,6 +3,7 @@
 Standard library only: the peer's program imports this file inside the peer's own virtual environment.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -116,6 +117,20 @@ def measure(
         settings=settings,
         checks=checks,
     )
+
+
+def common_parser(description: str | None, threads: int) -> argparse.ArgumentParser:
+    """Begin a side's command line with the options that are equal on both sides."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dump", type=Path, required=True)
+    parser.add_argument("--max_seq_length", type=int, default=512)
+    parser.add_argument("--examples_per_step", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--threads", type=int, default=threads)
+    return parser
 
 
 def print_measurement(measurement: Measurement) -> None:

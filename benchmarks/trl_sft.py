@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import accelerate  # noqa: F401  (loaded before memory is read, as on our side)
@@ -21,6 +20,7 @@ import trl
 from measuring import (
     IGNORE_INDEX,
     Work,
+    common_parser,
     current_rss,
     measure,
     peak_rss,
@@ -85,15 +85,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line: what is equal on both sides first, then TRL's own tuning."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--dump", type=Path, required=True)
-    parser.add_argument("--max_seq_length", type=int, default=512)
-    parser.add_argument("--examples_per_step", type=int, default=8)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser = common_parser(__doc__, torch.get_num_threads())
     tuning = parser.add_argument_group("tuning")
     tuning.add_argument("--precision", choices=PRECISIONS, default="float32")
     tuning.add_argument("--packing", action="store_true", help="best-fit decreasing, to --max_seq_length")

@@ -81,20 +81,7 @@ def train(config: Config) -> Path:
     head = install_target_head(transformers_model(model))
     args, options = resolve_step(config, args, model, examples, layout[0], device)
     base = weights_hash(resolve_model(config.model), getattr(transformers_model(model).config, "_commit_hash", None))
-    plan = RunPlan(
-        examples_per_step=options.examples_per_step,
-        seed=options.seed,
-        shuffle=options.shuffle,
-        data=examples.fingerprint,
-        train_mode=config.adapter.mode,
-        lora_rank=0 if config.adapter.mode == "full" else config.adapter.rank,
-        lora_alpha=0 if config.adapter.mode == "full" else config.adapter.alpha,
-        base_weights=str(base.get("sha256") or base.get("commit")),
-        optimizer={name: getattr(args, name) for name in OPTIMIZER_SETTINGS},
-        tokens_per_microbatch=options.tokens_per_microbatch,
-        world_size=1,
-        layout=options.layout,
-    )
+    plan = run_plan(config, args, options, examples, base)
     if checkpoint:
         check_same_run(checkpoint, plan)
         options = replace(options, tokens_per_microbatch=stored_budget(checkpoint))
@@ -206,6 +193,27 @@ def resolve_step(
         seed=args.data_seed if args.data_seed is not None else args.seed,
         shuffle=config.data.shuffle,
         layout=layout,
+    )
+
+
+def run_plan(
+    config: Config, args: TrainingArguments, options: StepOptions, examples: Examples, base: dict[str, Any]
+) -> RunPlan:
+    """What a checkpoint of this run is bound to."""
+    adapted = config.adapter.mode != "full"
+    return RunPlan(
+        examples_per_step=options.examples_per_step,
+        seed=options.seed,
+        shuffle=options.shuffle,
+        data=examples.fingerprint,
+        train_mode=config.adapter.mode,
+        lora_rank=config.adapter.rank if adapted else 0,
+        lora_alpha=config.adapter.alpha if adapted else 0,
+        base_weights=str(base.get("sha256") or base.get("commit")),
+        optimizer={name: getattr(args, name) for name in OPTIMIZER_SETTINGS},
+        tokens_per_microbatch=options.tokens_per_microbatch,
+        world_size=1,
+        layout=options.layout,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -77,7 +76,3 @@ class Tokens:
     def num_targets(self) -> int:
         """Trained tokens; the first token of an example has no position that could predict it."""
         return int(np.count_nonzero(self.labels[1:] != IGNORE))
-
-
-def is_record(value: Any) -> bool:
-    return isinstance(value, Mapping)

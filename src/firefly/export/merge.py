@@ -13,7 +13,6 @@ SmolLM2-135M after six steps of LoRA: mean KL to the trained model 1.5e-4 instea
 from __future__ import annotations
 
 import gc
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,9 +31,9 @@ from firefly.data.encoding import Encoder
 from firefly.data.schema import Message
 from firefly.data.templates import TemplateFailure, bind_template
 from firefly.errors import UsageError, VerificationError
-from firefly.inference.engine import base_of_adapter, load_adapter, tokenizer_source
+from firefly.inference.engine import base_of_adapter, load_adapter, recorded_config, tokenizer_source
 from firefly.models.kernels.lora_linear import dense
-from firefly.models.loading import load_model, load_tokenizer
+from firefly.models.loading import hub_options, load_model, load_tokenizer, resolve_model
 from firefly.models.precision import Precision, pick_device
 from firefly.runs.passport import write_json
 
@@ -89,7 +88,7 @@ def merge(model: ModelConfig, adapter: str, save_path: str, onto: str = "origina
         if value not in choices:
             raise UsageError("merge.bad_choice", option=option, value=value, choices=", ".join(choices))
     model = base_of_adapter(adapter, model)
-    quantised = trained_in_4bit(adapter)
+    quantised = recorded_config(adapter).get("train_mode") == "qlora"
     if onto == "dequantized" and not quantised:
         raise UsageError("merge.not_quantised", path=adapter)
     target = empty_folder(save_path, keep=(adapter, model.name_or_path))
@@ -118,15 +117,6 @@ def merge(model: ModelConfig, adapter: str, save_path: str, onto: str = "origina
     return target
 
 
-def trained_in_4bit(adapter: str) -> bool:
-    """Whether the adapter's run was QLoRA, by its passport (a checkpoint lies inside its run's folder)."""
-    folder = Path(adapter).expanduser()
-    for place in (folder, folder.parent):
-        if (place / "run.json").is_file():
-            return json.loads((place / "run.json").read_text(encoding="utf-8"))["config"]["train_mode"] == "qlora"
-    return False
-
-
 def empty_folder(save_path: str, keep: tuple[str, ...] = ()) -> Path:
     """The folder to write into; one that holds an earlier merge is replaced, anything else is left alone.
 
@@ -149,9 +139,7 @@ def base_type(model: ModelConfig) -> torch.dtype:
     """The number type of the base model's weights, as its config.json says."""
     from transformers import AutoConfig
 
-    from firefly.models.loading import _hub_options, resolve_model
-
-    config = AutoConfig.from_pretrained(resolve_model(model), **_hub_options(model))
+    config = AutoConfig.from_pretrained(resolve_model(model), **hub_options(model))
     dtype: Any = config.get_text_config().dtype or config.dtype
     return dtype if dtype in TYPES.values() else torch.float32
 

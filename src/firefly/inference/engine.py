@@ -156,16 +156,21 @@ def base_of_adapter(adapter: str, model: ModelConfig) -> ModelConfig:
         raise UsageError("model.no_adapter", path=adapter)
     if model.name_or_path:
         return model
-    for parent in (folder, folder.parent):  # a checkpoint lies inside its run's folder
-        if (parent / "run.json").is_file():
-            run = json.loads((parent / "run.json").read_text(encoding="utf-8"))["config"]
-            return replace(
-                model, name_or_path=run["model_name_or_path"], hub=run["hub"], revision=run["model_revision"]
-            )
+    if run := recorded_config(adapter):
+        return replace(model, name_or_path=run["model_name_or_path"], hub=run["hub"], revision=run["model_revision"])
     name = json.loads(config_file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not name:
         raise UsageError("model.no_base", path=adapter)
     return replace(model, name_or_path=name)
+
+
+def recorded_config(adapter: str) -> dict[str, Any]:
+    """The configuration of the run that made an adapter, from its passport; empty if it has none."""
+    folder = Path(adapter).expanduser()
+    for place in (folder, folder.parent):  # a checkpoint lies inside its run's folder
+        if (place / "run.json").is_file():
+            return json.loads((place / "run.json").read_text(encoding="utf-8"))["config"]
+    return {}
 
 
 def load_adapter(base: Any, adapter: str) -> Any:

@@ -45,7 +45,8 @@ def lora_targets(model: PreTrainedModel) -> list[str]:
     head = model.get_output_embeddings()
     linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
     chosen = {name for name, module in linear.items() if module is not head and not _is_router(name, module, model)}
-    claimed = {name for name in chosen if name.rpartition(".")[2] in _names_of_experts(model)}
+    of_experts = _names_of_experts(model)
+    claimed = {name for name in chosen if name.rpartition(".")[2] in of_experts}
     if claimed:
         notice(
             "adapter.beside_experts",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -45,8 +46,8 @@ def resolve_model(config: ModelConfig) -> str:
 
 
 def _modelscope_folder(name: str, revision: str | None) -> str:
-    try:
-        from modelscope import snapshot_download
+    try:  # by name: an optional package is not there for the type checker either
+        snapshot_download = importlib.import_module("modelscope").snapshot_download
     except ImportError:
         raise UsageError("model.no_modelscope") from None
     try:
@@ -116,7 +117,7 @@ def load_tokenizer(config: ModelConfig, source: str | None = None) -> Any:
 
     place = source or resolve_model(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, **_hub_options(config))
+        tokenizer = AutoTokenizer.from_pretrained(place, **hub_options(config))
     except Exception as error:
         raise _loading_error(error, place) from error
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
@@ -135,7 +136,7 @@ def load_model(config: ModelConfig, mode: str, precision: Precision, device: tor
     from transformers import AutoModelForCausalLM
 
     place = resolve_model(config)
-    options = _hub_options(config) | {"use_safetensors": True, "low_cpu_mem_usage": True}
+    options = hub_options(config) | {"use_safetensors": True, "low_cpu_mem_usage": True}
     options["dtype"] = torch.float32 if mode == "full" else precision.compute
     if mode == "qlora":
         options["quantization_config"] = nf4_config(precision.compute)
@@ -165,7 +166,7 @@ def nf4_config(compute: torch.dtype) -> Any:
     )
 
 
-def _hub_options(config: ModelConfig) -> dict[str, Any]:
+def hub_options(config: ModelConfig) -> dict[str, Any]:
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.revision:
         options["revision"] = config.revision
