@@ -34,16 +34,15 @@ def main() -> int:
     report = new_report(arguments)
     save = saver(arguments.out, report)
     with tempfile.TemporaryDirectory() as folder:
-        dump = Path(folder, "dump.jsonl")
-        report["dump"] = write_dump(
-            model=arguments.model,
-            data=arguments.data,
-            num_rows=arguments.rows,
-            max_seq_length=arguments.max_seq_length,
-            path=dump,
-        )
+        dump, sweep_dump = Path(folder, "dump.jsonl"), Path(folder, "sweep.jsonl")
+        report["dump"] = dump_rows(arguments, arguments.rows, dump)
         firefly, trl = make_sides(arguments, dump)
-        tuning = choose_trl_tuning(arguments, trl, report, save)
+        if arguments.sweep:
+            dump_rows(arguments, arguments.sweep_rows or arguments.rows, sweep_dump)
+            tuning = sweep_tunings(make_sides(arguments, sweep_dump)[1], report, save)
+        else:
+            given = parse_environment(arguments.trl_env)
+            tuning = Tuning(name="given", arguments=arguments.trl_args, environment=given)
         report["trl_tuning"] = {
             "name": tuning.name,
             "arguments": tuning.arguments,
@@ -74,6 +73,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--trl_python", required=True, help="the Python of TRL's virtual environment")
     parser.add_argument("--firefly_python", default=sys.executable)
     parser.add_argument("--sweep", action="store_true", help="try TRL's tunings and run against the fastest")
+    parser.add_argument(
+        "--sweep_rows", type=int, help="rows of a sweep's runs: fewer save time (all of --rows when not given)"
+    )
     parser.add_argument(
         "--trl_args",
         default="--precision float32 --packing --batch_size 1",
@@ -138,13 +140,19 @@ def make_sides(arguments: argparse.Namespace, dump: Path) -> tuple[Side, Side]:
     return firefly, trl
 
 
-def choose_trl_tuning(
-    arguments: argparse.Namespace, trl: Side, report: dict[str, Any], save: Callable[[], None]
-) -> Tuning:
-    """Sweep for the fastest tuning, or take the one that was given."""
-    if not arguments.sweep:
-        given = parse_environment(arguments.trl_env)
-        return Tuning(name="given", arguments=arguments.trl_args, environment=given)
+def dump_rows(arguments: argparse.Namespace, num_rows: int, path: Path) -> dict[str, Any]:
+    """Write the first rows as token ids and labels; return what the report says about them."""
+    return write_dump(
+        model=arguments.model,
+        data=arguments.data,
+        num_rows=num_rows,
+        max_seq_length=arguments.max_seq_length,
+        path=path,
+    )
+
+
+def sweep_tunings(trl: Side, report: dict[str, Any], save: Callable[[], None]) -> Tuning:
+    """Find TRL's fastest tuning, recording every attempt."""
     attempts = report["sweep"] = []
 
     def record(attempt: dict[str, Any]) -> None:
