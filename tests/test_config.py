@@ -205,7 +205,7 @@ def test_a_required_key_that_is_missing_or_empty_is_named(missing):
         ("fp16", "yes"),
         ("fp16", 1),
         ("trust_remote_code", "maybe"),
-        ("train_file", ["a.jsonl", "b.jsonl"]),
+        ("train_file", {"path": "a.jsonl"}),
         ("train_file", True),
         ("tokens_per_microbatch", "lots"),
         ("tokens_per_microbatch", 0),

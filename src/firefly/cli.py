@@ -26,6 +26,9 @@ ModelOption = Annotated[
 ]
 AdapterOption = Annotated[str, typer.Option("--adapter_name_or_path", help="Folder of a LoRA or QLoRA adapter.")]
 HubOption = Annotated[str, typer.Option("--hub", help="huggingface or modelscope.")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Go on although the template is not the one that was trained.")
+]
 RemoteCodeOption = Annotated[bool, typer.Option("--trust_remote_code", help="Run code that the model brings along.")]
 
 
@@ -65,6 +68,121 @@ def train_command(
     print(train(resolved))
 
 
+@app.command("check", context_settings=ANY_KEY)
+def check_command(
+    context: typer.Context,
+    config: Annotated[str, typer.Argument(help="JSON or YAML file; or give --train_file alone.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON value on standard output.")] = False,
+    html: Annotated[str, typer.Option("--html", help="Also write a page with a preview.")] = "",
+) -> None:
+    """What a run would train on: every row's fate, token statistics, a preview. Exit 3 if a run would stop."""
+    from pathlib import Path
+
+    from firefly.config import parse_overrides
+    from firefly.errors import VerificationError
+
+    extra = list(context.args)
+    if config.startswith("--"):
+        extra.insert(0, config)
+        config = ""
+    from firefly.reports import check
+
+    checked = check.check_data(config, parse_overrides(extra))
+    if html:
+        check.write_html(checked, Path(html).expanduser())
+    if as_json:
+        print(check.as_json(checked))
+    else:
+        from firefly.console import stdout_console
+
+        check.show_check(checked, stdout_console())
+    if checked.problem:
+        raise VerificationError("check.failed", problem=checked.problem)
+
+
+templates_app = typer.Typer(no_args_is_help=True, help="Chat templates: list, show, render, verify.")
+app.add_typer(templates_app, name="templates")
+
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON value on standard output.")]
+
+
+@templates_app.command("list")
+def templates_list(as_json: JsonOption = False) -> None:
+    """The named templates and their aliases."""
+    import json
+
+    from firefly.reports.template_tools import describe_templates
+
+    described = describe_templates()
+    if as_json:
+        print(json.dumps(described, ensure_ascii=False))
+        return
+    for item in described:
+        print(
+            "  ".join([f"{item['name']:26}", f"{' '.join(item['stop_tokens']):40}", " ".join(item["aliases"])]).rstrip()
+        )
+
+
+@templates_app.command("show")
+def templates_show(name: str) -> None:
+    """The Jinja text of a template."""
+    from firefly.data.templates import read_template
+    from firefly.reports.template_tools import find_spec
+
+    print(read_template(find_spec(name)))
+
+
+@templates_app.command("render")
+def templates_render(
+    name: str,
+    messages: Annotated[str, typer.Option("--messages", help='JSON file {"messages": […], …}, or - for stdin.')],
+    add_generation_prompt: Annotated[bool, typer.Option("--add_generation_prompt")] = False,
+    on_system: Annotated[str, typer.Option("--on_system", help="merge or error, where it is refused.")] = "merge",
+    as_json: JsonOption = False,
+) -> None:
+    """The official text of some messages, and the character spans that carry loss."""
+    import json
+
+    from firefly.errors import UsageError
+    from firefly.reports.template_tools import read_request, render_request
+
+    if on_system not in ("merge", "error"):
+        raise UsageError("merge.bad_choice", option="on_system", value=on_system, choices="merge, error")
+    rendered = render_request(name, read_request(messages), add_generation_prompt, on_system)
+    print(json.dumps(rendered, ensure_ascii=False) if as_json else rendered["text"])
+
+
+@templates_app.command("verify")
+def templates_verify(
+    model_name_or_path: ModelOption,
+    template_name: Annotated[str, typer.Option("--template_name", help="auto, a name, or a .jinja file.")] = "auto",
+    template_date: Annotated[str, typer.Option("--template_date", help="YYYY-MM-DD, for templates with a date.")] = "",
+    as_json: JsonOption = False,
+    hub: HubOption = "huggingface",
+    trust_remote_code: RemoteCodeOption = False,
+) -> None:
+    """Prove a template on a model's tokenizer: ids, prefixes, stop tokens. Exit 3 if a check fails."""
+    import json
+
+    from firefly.config import ModelConfig
+    from firefly.errors import VerificationError
+    from firefly.reports.verify import verify_template
+
+    model = ModelConfig(name_or_path=model_name_or_path, hub=hub, trust_remote_code=trust_remote_code)
+    certificate = verify_template(model, template_name, template_date or None)
+    if as_json:
+        print(json.dumps(certificate.as_dict(), ensure_ascii=False))
+    else:
+        for check in certificate.checks:
+            print(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.detail}")
+        print(f"hash {certificate.hash}")
+    failed = [check.name for check in certificate.checks if not check.passed]
+    if failed:
+        raise VerificationError(
+            "certificate.exit", name=certificate.template, count=len(failed), checks=", ".join(failed)
+        )
+
+
 @app.command("merge")
 def merge_command(
     adapter_name_or_path: AdapterOption,
@@ -76,6 +194,7 @@ def merge_command(
     dtype: Annotated[
         str, typer.Option("--dtype", help="auto (the base model's), float32, bfloat16 or float16.")
     ] = "auto",
+    force: ForceOption = False,
     hub: HubOption = "huggingface",
     trust_remote_code: RemoteCodeOption = False,
 ) -> None:
@@ -84,7 +203,7 @@ def merge_command(
     from firefly.export.merge import merge
 
     model = ModelConfig(name_or_path=model_name_or_path, hub=hub, trust_remote_code=trust_remote_code)
-    print(merge(model, adapter_name_or_path, save_path, onto=onto, dtype=dtype))
+    print(merge(model, adapter_name_or_path, save_path, onto=onto, dtype=dtype, force=force))
 
 
 @app.command("chat")
@@ -101,6 +220,7 @@ def chat_command(
     temperature: Annotated[float, typer.Option("--temperature", help="0 always takes the likeliest token.")] = 0.35,
     repetition_penalty: Annotated[float, typer.Option("--repetition_penalty")] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="Repeatable answers; negative: none.")] = -1,
+    force: ForceOption = False,
     hub: HubOption = "huggingface",
     trust_remote_code: RemoteCodeOption = False,
 ) -> None:
@@ -117,7 +237,7 @@ def chat_command(
         seed=seed if seed >= 0 else None,
     )
     model = ModelConfig(name_or_path=model_name_or_path, hub=hub, trust_remote_code=trust_remote_code)
-    engine = Engine.load(model, adapter_name_or_path or None, template_name, load_in_4bit)
+    engine = Engine.load(model, adapter_name_or_path or None, template_name, load_in_4bit, force)
     chat(engine, settings, system or None)
 
 

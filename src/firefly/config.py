@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from firefly import legacy
 from firefly.console import notice
@@ -44,10 +44,16 @@ class ModelConfig:
 class DataConfig:
     """Which records, and how they become tokens."""
 
-    train_file: str = key("train_file", "", str)
-    eval_file: str | None = key("eval_file", None, str)
+    train_file: str | tuple[Any, ...] = key("train_file", "", (str, list))
+    eval_file: str | tuple[Any, ...] | None = key("eval_file", None, (str, list))
+    data_format: str = key("data_format", "auto", str)
+    text_documents: Literal["line", "file"] = key("text_documents", "line", str, ("line", "file"))
     template_name: str = key("template_name", "auto", str)
+    template_date: str | None = key("template_date", None, str)
+    on_system: str = key("on_system", "merge", str, ("merge", "error"))
+    thinking: str = key("thinking", "keep", str, ("keep", "strip"))
     max_seq_length: int = key("max_seq_length", 1024, int, minimum=2)
+    on_too_long: str = key("on_too_long", "cut_turns", str, ("cut_turns", "cut", "drop", "error"))
     train_on: str = key("train_on", "all", str, ("all", "last"))
     allow_special_in_content: bool = key("allow_special_in_content", False, bool)
     max_malformed_rows: int = key("max_malformed_rows", 0, int, minimum=0)
@@ -153,9 +159,16 @@ REQUIRED = ("output_dir", "model_name_or_path", "train_file")
 
 
 def load_config(
-    source: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    required: tuple[str, ...] = REQUIRED,
+    to_train: bool = True,
 ) -> Config:
     """Read a configuration file (or a mapping), apply overrides, check everything, return a frozen `Config`.
+
+    Args:
+        required: keys that must be there; a command that does not train needs fewer.
+        to_train: refuse what this version cannot train yet.
 
     Raises:
         UsageError: unreadable file, unknown key, wrong type or value, missing required key, or a feature that
@@ -170,12 +183,13 @@ def load_config(
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             raise UsageError("config.unknown_key", key=name, near=near[0] if near else "output_dir")
-    missing = [name for name in REQUIRED if not values.get(name)]
+    missing = [name for name in required if not values.get(name)]
     if missing:
         raise UsageError("config.missing_key", key=", ".join(missing))
     config = _build(values, file | overrides)
-    refuse_unfinished(config)
-    note_unused(config, values)
+    if to_train:
+        refuse_unfinished(config)
+        note_unused(config, values)
     return config
 
 
@@ -349,6 +363,8 @@ def _checked(name: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
     if name == "template_name" and value == "":
         return spec.default  # upstream writes "" for "not said"
     value = convert(name, value, kind)
+    if isinstance(value, list):
+        value = tuple(value)
     if choices and value not in choices:
         shown = ", ".join(json.dumps(choice) for choice in choices)
         raise UsageError("config.bad_choice", key=name, value=json.dumps(value), choices=shown)
@@ -413,7 +429,7 @@ def _checked_training(name: str, value: Any, annotation: str) -> Any:
 
 
 def _kind_name(kind: type | tuple[type, ...]) -> str:
-    names = {str: "text", int: "integer", float: "number", bool: "true or false"}
+    names = {str: "text", int: "integer", float: "number", bool: "true or false", list: "list"}
     return " or ".join(names[item] for item in (kind if isinstance(kind, tuple) else (kind,)))
 
 

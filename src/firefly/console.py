@@ -34,6 +34,13 @@ def stderr_console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+def stdout_console() -> Console:
+    """A rich console on stdout, for a command whose result is meant to be read."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
 def print_error(message: str) -> None:
     """Print the one message of a failed command."""
     print(f"{render('label.error')} {message}", file=sys.stderr, flush=True)

@@ -17,8 +17,11 @@ from transformers.utils import logging as transformers_logging
 
 from firefly.config import Config
 from firefly.console import notice, stderr_console, take_notices
-from firefly.data.dataset import Examples, load_split, tokenizer_hash
+from firefly.data.certificate import FILE_NAME as CERTIFICATE
+from firefly.data.certificate import Certificate, certify
+from firefly.data.dataset import Split, load_split, tokenizer_hash
 from firefly.data.encoding import Encoder
+from firefly.data.examples import Examples
 from firefly.data.templates import bind_template
 from firefly.errors import UsageError
 from firefly.messages import render
@@ -48,7 +51,7 @@ from firefly.runs.plots import draw_loss
 class Task:
     """What differs between pretraining, SFT and DPO: how rows become examples, and which loss trains them."""
 
-    load_examples: Callable[..., tuple[Examples, Examples | None]]
+    load_examples: Callable[..., Split]
     make_trainer: Callable[..., CausalTrainer]
 
 
@@ -71,12 +74,18 @@ def train(config: Config) -> Path:
     args = training_arguments(resolved_arguments(config, precision, device))
     tokenizer = load_tokenizer(config.model)
     encoder = bind_encoder(config, tokenizer)
-    examples, held_out = task.load_examples(config.data, encoder)  # before any weights: data faults are cheap to find
+    data = task.load_examples(
+        config.data, encoder, hub=config.model.hub
+    )  # before weights: its faults are cheap to find
+    write_json(output_dir / "data_report.json", data.report())
+    data.check(config.data)
+    examples, held_out = data.train, data.held_out
     checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
     set_seed(args.seed)
     model = load_model(config.model, config.adapter.mode, precision, device)
     layout = choose_layout(model)
     model.generation_config.eos_token_id = list(encoder.template.stop_ids)
+    certificate = write_certificate(output_dir, encoder)
     model = attach_adapter(model, config.adapter)
     head = install_target_head(transformers_model(model))
     args, options = resolve_step(config, args, model, examples, layout[0], device)
@@ -114,7 +123,7 @@ def train(config: Config) -> Path:
         forecast,
         device,
     )
-    write_records(config, output_dir, encoder, examples, held_out, base, options, precision, device)
+    write_records(config, output_dir, encoder, data, certificate, base, options, precision, device)
     keep_freed_memory(device)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model()
@@ -146,9 +155,24 @@ def make_output_dir(path: Path) -> None:
 
 def bind_encoder(config: Config, tokenizer: Any) -> Encoder:
     """The template of the configuration on this tokenizer; the tokenizer carries it from here on, and saves it."""
-    template = bind_template(config.data.template_name, tokenizer)
+    data = config.data
+    template = bind_template(
+        data.template_name, tokenizer, on_system=data.on_system, thinking=data.thinking, date=data.template_date
+    )
+    if template.system_role != "rendered" and data.on_system == "merge":
+        notice("template.merges_system", name=template.name)
     tokenizer.chat_template = template.text
     return Encoder(tokenizer, template, config.data.allow_special_in_content)
+
+
+def write_certificate(output_dir: Path, encoder: Encoder) -> Certificate:
+    """Prove the template on this tokenizer, and leave the proof beside the weights."""
+    certificate = certify(encoder, encoder.template.stop_ids)
+    write_json(output_dir / CERTIFICATE, certificate.as_dict())
+    for check in certificate.checks:
+        if not check.passed:
+            notice("certificate.failed", name=encoder.template.name, check=check.name, detail=check.detail)
+    return certificate
 
 
 def resolved_arguments(config: Config, precision: Precision, device: torch.device) -> dict[str, Any]:
@@ -256,17 +280,15 @@ def write_records(
     config: Config,
     output_dir: Path,
     encoder: Encoder,
-    examples: Examples,
-    held_out: Examples | None,
+    data: Split,
+    certificate: Certificate,
     base_weights: dict[str, Any],
     options: StepOptions,
     precision: Precision,
     device: torch.device,
 ) -> None:
-    """train_args.json (as given), data_report.json (the ledger) and run.json (the passport)."""
+    """train_args.json (as given) and run.json (the passport)."""
     write_json(output_dir / "train_args.json", without_secrets(config.given))
-    report = examples.ledger.as_dict() | {"eval": held_out.ledger.as_dict() if held_out else None}
-    write_json(output_dir / "data_report.json", report)
     write_json(
         output_dir / "run.json",
         {
@@ -282,10 +304,12 @@ def write_records(
                 "sha256": encoder.template.hash,
                 "stop_tokens": encoder.template.stop_tokens,
                 "stop_ids": encoder.template.stop_ids,
+                "date": certificate.date,
+                "certificate": certificate.hash,
             },
             "hashes": {
-                "data": examples.fingerprint,
-                "eval_data": held_out.fingerprint if held_out else None,
+                "data": data.train.fingerprint,
+                "eval_data": data.held_out.fingerprint if data.held_out else None,
                 "tokenizer": tokenizer_hash(encoder.tokenizer),
                 "base_weights": base_weights,
             },

@@ -14,10 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from firefly.config import DataConfig
-from firefly.data import dataset
-from firefly.data.dataset import Examples, cache_folder, fingerprint, fit, load_examples, load_split
+from firefly.data import dataset, preparation
+from firefly.data.dataset import cache_folder, fingerprint, load_split
 from firefly.data.encoding import Encoder
+from firefly.data.examples import Examples
 from firefly.data.ledger import Ledger
+from firefly.data.preparation import fit
 from firefly.data.schema import IGNORE, Tokens
 from firefly.data.templates import bind_template
 from firefly.errors import UsageError
@@ -67,8 +69,16 @@ def adds_up(ledger: Ledger, examples: Examples) -> bool:
         and ledger.examples == len(examples) == len(examples.lengths) == len(examples.lines)
         and ledger.tokens == examples.lengths.sum()
         and ledger.target_tokens == examples.targets.sum()
-        and len(ledger.findings) == ledger.cut + sum(ledger.lost.values())
+        and sum(ledger.counts[cause] for cause in ("cut", *ledger.lost)) == ledger.cut + sum(ledger.lost.values())
+        and len(ledger.findings) == sum(ledger.counts.values())
     )
+
+
+def load_examples(file: str, config: DataConfig, encoder: Encoder, key: str = "train_file") -> Examples:
+    """The examples of one file, after its ledger has been judged."""
+    split = load_split(replace(config, train_file=file), encoder)
+    split.check(config)
+    return split.train
 
 
 FREE = {"max_lost_share": 1.0, "max_malformed_rows": 10**6}
@@ -94,7 +104,7 @@ def test_real_files_are_read_and_add_up_at_any_length(shared, qwen_tokenizer, fi
     assert short.targets.min() >= 1
     assert short.ledger.cut + sum(short.ledger.lost.values()) == (whole.lengths > 64).sum()
     cut = {finding.line for finding in short.ledger.findings if finding.cause == "cut"}
-    lost = {finding.line for finding in short.ledger.findings if finding.cause != "cut"}
+    lost = {finding.line for finding in short.ledger.findings if finding.cause in short.ledger.lost}
     uncut = [i for i, line in enumerate(whole.lines) if line not in lost]
     assert short.ledger.cut_tokens == sum(whole.lengths[i] for i in uncut) - short.lengths.sum()
     assert len(cut) == short.ledger.cut
@@ -130,12 +140,12 @@ def test_every_row_is_kept_cut_or_lost_with_file_line_and_cause(write, encoder):
     assert ledger.formats == {"firefly": 2, "messages": 1, "tokens": 3}
     said = [(finding.line, finding.cause, finding.message) for finding in ledger.findings]
     assert [(line, cause) for line, cause, _ in sorted(said)] == [
-        (3, "malformed"), (4, "malformed"), (6, "no_target"), (7, "too_long"), (8, "cut"), (9, "malformed"),
+        (2, "blank_line"), (3, "malformed"), (4, "malformed"), (6, "no_target"), (7, "too_long"), (8, "cut"), (9, "malformed"),
         (10, "malformed"),
     ]  # fmt: skip
     messages = {line: message for line, _, message in said}
     assert messages[7] == "205 tokens; no reply begins within max_seq_length 100"
-    assert messages[8] == "cut from 120 to 90 tokens (0 trained tokens lost; max_seq_length 100)"
+    assert messages[8] == "cut from 120 to 90 tokens (0 trained tokens and 0 whole replies lost; max_seq_length 100)"
     assert messages[9] == "id 400 is not in the vocabulary of 400"
     assert str(ledger.findings[0]).startswith(f"{path}:")
 
@@ -191,17 +201,18 @@ def test_typed_special_tokens_become_tokens_only_where_allowed(write, encoder):
         assert (example.input_ids == stop).sum() == count
 
 
-def test_a_row_that_its_template_refuses_is_malformed_with_the_reason(write, chatml_tokenizer):
+def test_a_row_that_its_template_refuses_is_lost_with_the_reason(write, chatml_tokenizer):
     tokenizer = copy.deepcopy(chatml_tokenizer)
     tokenizer.chat_template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% if messages[0]['content'] == 'no' %}{{ raise_exception('No is not supported') }}{% endif %}"
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     encoder = Encoder(tokenizer, bind_template("auto", tokenizer))
-    path = write(chat("q", "a"), chat("q", "a", system="s"))
-    with pytest.raises(UsageError, match=r"data\.jsonl:2: the chat template auto refuses .* System role not supported"):
-        load_examples(path, DataConfig(), encoder)
+    path = write(chat("q", "a"), chat("no", "a"))
+    ledger = load_examples(path, DataConfig(), encoder).ledger
+    assert ledger.lost == {"refused": 1}
+    assert "data.jsonl:2: the chat template auto refuses this conversation: No is not" in str(ledger.findings[0])
 
 
 def test_a_template_that_rewrites_turns_gives_a_row_several_examples(write, chatml_tokenizer):
@@ -333,8 +344,8 @@ def test_a_broken_list_stops_a_run_whatever_is_allowed(tmp_path, encoder):
 
 def test_the_file_at_fault_is_named_by_its_key(write, encoder):
     train = write(chat("q", "a"))
-    assert load_split(DataConfig(train_file=train), encoder)[1] is None
-    _, held_out = load_split(DataConfig(train_file=train, eval_file=train), encoder)
+    assert load_split(DataConfig(train_file=train), encoder).held_out is None
+    held_out = load_split(DataConfig(train_file=train, eval_file=train), encoder).held_out
     assert held_out is not None
     for key, files in (
         ("train_file", {"train_file": "none.jsonl"}),
@@ -354,8 +365,8 @@ def test_a_second_load_reads_the_cache_and_tokenises_nothing(write, encoder, mon
     def refuse(*arguments: Any) -> None:
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(Encoder, "encode_rendered", refuse)
-    monkeypatch.setattr(dataset, "parse_record", refuse)
+    monkeypatch.setattr(Encoder, "tokenize", refuse)
+    monkeypatch.setattr(preparation, "parse_record", refuse)
     again = load_examples(path, DataConfig(), encoder)
     assert again.fingerprint == first.fingerprint
     assert again.ledger == first.ledger
@@ -373,10 +384,10 @@ def test_a_second_load_reads_the_cache_and_tokenises_nothing(write, encoder, mon
 
 def test_the_cache_knows_everything_that_shapes_an_example(write, encoder, chatml_tokenizer, monkeypatch):
     path = Path(write(chat("q", "a")))
-    seen = {fingerprint(path, DataConfig(), encoder)}
+    seen = {fingerprint(path, DataConfig(), encoder, "sft", None)}
 
     def is_new(config: DataConfig = DataConfig(), changed: Encoder = encoder) -> bool:  # noqa: B008
-        key = fingerprint(path, config, changed)
+        key = fingerprint(path, config, changed, "sft", None)
         new = key not in seen
         seen.add(key)
         return new
@@ -426,7 +437,7 @@ def test_a_preparation_that_fails_leaves_nothing_behind(write, encoder, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Encoder, "encode_rendered", fail)
+        patch.setattr(Encoder, "tokenize", fail)
         with pytest.raises(KeyboardInterrupt):
             load_examples(write(chat("q", "a")), DataConfig(), encoder)
     assert list((cache_folder() / "examples").iterdir()) == []
@@ -436,15 +447,15 @@ def test_a_preparation_that_fails_leaves_nothing_behind(write, encoder, monkeypa
 def test_two_runs_that_prepare_at_once_share_one_result(write, encoder, monkeypatch, tmp_path):
     monkeypatch.setenv("FIREFLY_CACHE", str(tmp_path / "cache"))
     path = write(chat("q", "a"))
-    encode = Encoder.encode_rendered
+    encode = Encoder.tokenize
     inner: list[Examples] = []
 
     def first_call(self: Encoder, rendered: Any) -> Any:
-        monkeypatch.setattr(Encoder, "encode_rendered", encode)
+        monkeypatch.setattr(Encoder, "tokenize", encode)
         inner.append(load_examples(path, DataConfig(), encoder))  # the other run finishes first
         return encode(self, rendered)
 
-    monkeypatch.setattr(Encoder, "encode_rendered", first_call)
+    monkeypatch.setattr(Encoder, "tokenize", first_call)
     outer = load_examples(path, DataConfig(), encoder)
     assert outer.fingerprint == inner[0].fingerprint
     assert len(list((cache_folder() / "examples").iterdir())) == 1
@@ -464,7 +475,7 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch):
 def test_examples_are_found_by_number_whatever_the_size_of_a_batch(write, encoder, monkeypatch):
     rows = [tokens_row((3 + i, False), (2 + i % 4, True)) for i in range(7)]
     rows.insert(3, {"input_ids": [1, 2], "labels": [IGNORE, IGNORE]})
-    monkeypatch.setattr(dataset, "CHUNK", 2)
+    monkeypatch.setattr(preparation, "CHUNK", 2)
     monkeypatch.setattr(dataset, "code_hash", lambda: "small chunks")
     examples = load_examples(write(*rows), DataConfig(), encoder)
     expected = [as_tokens(row) for row in rows if row["labels"][-1] != IGNORE]

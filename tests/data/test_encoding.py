@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 from firefly.data.encoding import ALIAS, BREAK, Encoder
 from firefly.data.schema import IGNORE, Conversation, Message, Rendered, Tokens
-from firefly.data.templates import TEMPLATES, bind_template
+from firefly.data.rendering import CLOSE, OPEN
+from firefly.data.templates import TemplateFailure, bind_template
 from firefly.errors import UsageError
 
-CHATML = [name for name in TEMPLATES if name != "default"]
+CHATML = ["qwen", "qwen1.5", "qwen2.5", "smollm2"]
+NAMES = ["default", *CHATML]
 SPECIALS = ("<|im_end|>", "<|im_start|>", "<|endoftext|>", "<s>", "</s>", "<unk>")
 CONTENTS = (
     "Hello, who are you?",
@@ -72,7 +74,7 @@ def fresh(encoder) -> Encoder:
 # ---- official ids ----
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("contents", [CONTENTS[:4], CONTENTS[4:]])
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_ids_are_those_of_apply_chat_template(qwen_tokenizer, name, contents, system):
@@ -124,7 +126,7 @@ def lossy(encoder: Encoder, text: str) -> str:
     return decode(encoder, encoder.tokenizer.encode(text, add_special_tokens=False))
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=40)
 @given(contents=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=12), min_size=2, max_size=4))
 def test_bytes_of_any_reply_are_trained_whole_and_text_is_kept(chatml_tokenizer, name, contents):
@@ -259,12 +261,12 @@ def test_texts_keep_their_order_whichever_way_they_are_encoded(encoder):
 
 
 def test_the_signs_that_mark_typed_text_cannot_be_typed_themselves(encoder):
-    stop, stop_id = encoder.template.stop_tokens[0], encoder.template.stop_ids[0]
-    for typed in (f"{ALIAS}{stop}{ALIAS}", f"{ALIAS}{BREAK}{stop}{ALIAS}", f"<{BREAK}|im_end|>", f"{ALIAS}"):
-        tokens = encode(encoder, turns(typed, "a"))
-        assert np.count_nonzero(tokens.input_ids == stop_id) == np.count_nonzero(
-            encode(encoder, turns("q", "a")).input_ids == stop_id
-        )
+    stop = encoder.template.stop_tokens[0]
+    for typed in (f"{ALIAS}{stop}{ALIAS}", f"<{BREAK}|im_end|>", ALIAS, OPEN, f"a{CLOSE}b"):
+        with pytest.raises(TemplateFailure, match="set aside for programs"):
+            encode(encoder, turns(typed, "a"))
+        with pytest.raises(TemplateFailure, match="set aside for programs"):
+            encoder.encode_prompt(turns(typed, "a")[:1])
 
 
 def test_a_special_token_inside_another_is_broken_too(chatml_tokenizer):

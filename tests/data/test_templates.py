@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -86,6 +87,9 @@ def bind(with_template, tmp_path):
     return bind_text
 
 
+NAMES = ("default", "qwen", "qwen1.5", "qwen2.5", "smollm2")
+"""Templates that the tiny ChatML tokenizer has the tokens for; test_official_templates.py has all."""
+
 # ---- official wording ----
 
 
@@ -101,7 +105,7 @@ def test_named_templates_render_every_official_case_exactly(shared, chatml_token
     counts = dict.fromkeys(FAMILIES, 0)
     for name, case in reference_cases(shared):
         template = bind_template(name, chatml_tokenizer)
-        text, _ = template._render(case["messages"], add_generation_prompt=case["add_generation_prompt"])
+        text, _ = template._render(case["messages"], {}, prompt=case["add_generation_prompt"])
         assert text == case["rendered"], (name, case["case"])
         counts[name] += 1
     assert counts == dict.fromkeys(FAMILIES, 5)
@@ -139,7 +143,7 @@ def test_the_official_texts_in_this_file_are_the_official_ones(shared, with_temp
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=40)
 @given(
     contents=st.lists(words, min_size=2, max_size=6).filter(lambda items: len(items) % 2 == 0), system=st.none() | words
@@ -152,13 +156,13 @@ def test_spans_cover_each_reply_and_its_stop_and_nothing_else(chatml_tokenizer, 
     assert all(left[1] < right[0] for left, right in zip(rendered.spans, rendered.spans[1:], strict=False))
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_generation_prompt_ends_where_the_reply_begins(chatml_tokenizer, name):
     template = bind_template(name, chatml_tokenizer)
     chat = conversation("q1", "a1", "q2", "a2", system="s")
     (rendered,) = template.render(chat)
     for (start, _), replied in zip(rendered.spans, (2, 4), strict=True):
-        assert template.render_prompt(chat.as_dicts(replied)) == rendered.text[:start]
+        assert template.render_prompt(Conversation(chat.messages[:replied])) == rendered.text[:start]
 
 
 def test_an_untrained_reply_has_no_span(chatml_tokenizer, bind):
@@ -232,7 +236,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_one_example_a_reply(bind, 
     assert "<think>x" not in second.text
     # each as it would be served
     for rendered, replied in ((first, 1), (second, 3)):
-        assert rendered.text.startswith(template.render_prompt(chat.as_dicts(replied)))
+        assert rendered.text.startswith(template.render_prompt(Conversation(chat.messages[:replied])))
     narrowed = template.render(conversation("q1", "<think>x</think>a1", "q2", "b", untrained=(1,)))
     assert [trained(item) for item in narrowed] == [["b" + STOP]]
     # without thinking nothing is rewritten, and one text holds all
@@ -258,7 +262,7 @@ def test_marks_that_miss_the_stop_or_go_beyond_it_are_mended(bind, marked, writt
     template = bind(text)
     (rendered,) = template.render(conversation("q1", "a1", "q2", "a2"))
     assert trained(rendered) == ["a1" + written.rstrip("\n"), "a2" + written.rstrip("\n")]
-    assert rendered.text == template._render(conversation("q1", "a1", "q2", "a2").as_dicts(), False)[0]
+    assert rendered.text == template._render(conversation("q1", "a1", "q2", "a2").as_dicts(), {}, prompt=False)[0]
 
 
 def test_marks_around_the_turns_header_do_not_train_it(bind):
@@ -301,25 +305,31 @@ def test_white_space_that_a_template_strips_is_no_reason_to_refuse(bind):
 
 def test_the_saved_template_prompts_and_stops_as_it_trained(chatml_tokenizer, with_template):
     chat = conversation("q1", "a1", "q2", "a2", system="s")
-    for name in TEMPLATES:
+    for name in NAMES:
         named = bind_template(name, chatml_tokenizer)
         saved = bind_template("auto", with_template(named.text))
         assert saved.render(chat) == named.render(chat)
-        assert saved.render_prompt(chat.as_dicts(2)) == named.render_prompt(chat.as_dicts(2))
+        assert saved.render_prompt(Conversation(chat.messages[:2])) == named.render_prompt(
+            Conversation(chat.messages[:2])
+        )
         assert saved.stop_ids[0] == named.stop_ids[0]
 
 
 # ---- what is refused ----
 
 
-def test_a_template_that_refuses_a_system_role_is_named_with_its_reason(bind):
+def test_a_system_prompt_that_a_template_refuses_is_merged_or_an_error_with_its_reason(bind):
     text = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + QWEN2
     )
     template = bind(text)
     assert template.render(conversation("q", "a"))
+    assert template.render(conversation("q", "a", system="s")) == template.render(conversation("s\n\nq", "a"))
+    strict = replace(template, on_system="error")
+    with pytest.raises(TemplateFailure, match="auto has no place for a system prompt"):
+        strict.render(conversation("q", "a", system="s"))
     with pytest.raises(TemplateFailure, match=r"auto refuses this conversation: System role not supported"):
-        template.render(conversation("q", "a", system="s"))
+        strict.render_text(conversation("q", "a", system="s"), prompt=False)
 
 
 @pytest.mark.parametrize(
@@ -408,10 +418,10 @@ def test_further_stops_of_the_model_are_kept(chatml_tokenizer):
 
 
 def test_a_second_stop_that_the_tokenizer_lacks_is_left_out_and_the_rest_keep_their_ids(chatml_tokenizer, monkeypatch):
-    from firefly.data import templates
+    from firefly.data import families
 
-    spec = templates.TemplateSpec("qwen2.jinja", (STOP, "<|no_such|>", "<|endoftext|>"))
-    monkeypatch.setitem(templates.TEMPLATES, "three", spec)
+    spec = families.TemplateSpec("qwen2.jinja", (STOP, "<|no_such|>", "<|endoftext|>"))
+    monkeypatch.setitem(families._BY_NAME, "three", spec)
     template = bind_template("three", chatml_tokenizer)
     assert template.stop_tokens == (STOP, "<|endoftext|>")
     assert list(template.stop_ids) == chatml_tokenizer.convert_tokens_to_ids(list(template.stop_tokens))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from firefly.data.schema import IGNORE, Conversation, Message, Rendered, Tokens
-from firefly.data.templates import ChatTemplate
+from firefly.data.templates import ChatTemplate, TemplateFailure
+from firefly.data.tokenizers import BREAK, SlowTokenizer
 from firefly.errors import UsageError
+from firefly.messages import render as message
 
-# Private-use characters: BREAK is put inside typed special-looking text while the template renders, ALIAS starts the
-# second spelling of a special token.
-BREAK, ALIAS = "\U000f5a1f", "\U000f5a20"
+# Another private-use character: it starts the second spelling of a special token.
+ALIAS = "\U000f5a20"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Encoder:
     allow_special_in_content: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.tokenizer, SlowTokenizer):
+            return
         if not getattr(self.tokenizer, "is_fast", False):
             raise UsageError("tokenizer.not_fast", name=type(self.tokenizer).__name__)
         # Some tokenizer.json files carry a truncation or padding that would silently apply to every text.
@@ -60,7 +63,13 @@ class Encoder:
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
-        return re.compile("|".join(map(re.escape, self.special_tokens)) or r"(?!)")
+        reserved = [BREAK, ALIAS]
+        return re.compile("|".join([*reserved, *map(re.escape, self.special_tokens)]))
+
+    @cached_property
+    def _initials(self) -> tuple[str, ...]:
+        """The characters that typed special text can begin with: a text without them needs no search."""
+        return tuple({BREAK, ALIAS, *(token[0] for token in self.special_tokens)})
 
     def render(self, conversation: Conversation) -> list[Rendered]:
         """Render one conversation: one text, or one for each reply if the template rewrites earlier turns.
@@ -68,39 +77,98 @@ class Encoder:
         Typed special-looking text is broken by BREAK characters until it is encoded.
 
         Raises:
-            TemplateFailure: the template refuses the conversation.
+            TemplateFailure: the template refuses the conversation, or a text holds one of our private characters.
         """
-        return self.template.render(self._protect(conversation))
+        rendered = self.template.render(self._protect(conversation))
+        return self.tokenizer.serve(rendered) if isinstance(self.tokenizer, SlowTokenizer) else rendered
 
     def encode_rendered(self, rendered: Sequence[Rendered]) -> list[Tokens]:
         """Tokenise texts in one call. A token is a target if its first character lies in a trained span."""
+        return self.label(rendered, self.tokenize(rendered))
+
+    def tokenize(self, rendered: Sequence[Rendered]) -> list[Any]:
+        """The encodings of texts in which nothing special was typed, made in one call beside which other threads run;
+        None for the other texts."""
+        if isinstance(self.tokenizer, SlowTokenizer):
+            return [self.tokenizer.encode_rendered(item) for item in rendered]
         plain = [i for i, item in enumerate(rendered) if BREAK not in item.text]
-        result: list[Tokens | None] = [None] * len(rendered)
+        result: list[Any] = [None] * len(rendered)
         encodings = self._plain_tokenizer.encode_batch([rendered[i].text for i in plain], add_special_tokens=False)
         for i, encoding in zip(plain, encodings, strict=True):
-            result[i] = _label(encoding, rendered[i])
-        for i, item in enumerate(rendered):
-            if result[i] is None:
-                aliased = self._alias(item)
-                encoding = self._aliased_tokenizer.encode(aliased.text, add_special_tokens=False)
-                result[i] = _label(encoding, aliased)
-        return [tokens for tokens in result if tokens is not None]
+            result[i] = encoding
+        return result
 
-    def encode_prompt(self, messages: Iterable[Message]) -> list[int]:
+    def label(self, rendered: Sequence[Rendered], encodings: Sequence[Any]) -> list[Tokens]:
+        """Ids and labels of tokenised texts."""
+        if isinstance(self.tokenizer, SlowTokenizer):
+            return list(encodings)
+        return [
+            self._encode_aliased(item) if encoding is None else _label(encoding, item)
+            for item, encoding in zip(rendered, encodings, strict=True)
+        ]
+
+    def _encode_aliased(self, rendered: Rendered) -> Tokens:
+        aliased = self._alias(rendered)
+        return _label(self._aliased_tokenizer.encode(aliased.text, add_special_tokens=False), aliased)
+
+    def encode_prompt(self, messages: Iterable[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Ids of the messages up to and with the generation prompt: what chat and server feed the model."""
-        conversation = self._protect(Conversation(tuple(messages)))
-        text = self.template.render_prompt(conversation.as_dicts())
+        text = self.template.render_prompt(self._protect(Conversation(tuple(messages), tuple(tools))))
         return self.encode_rendered([Rendered(text, ())])[0].input_ids.tolist()
+
+    def encode_documents(self, texts: Sequence[str]) -> list[Tokens]:
+        """Ids of plain texts, special tokens at their borders as the tokenizer adds them; every token is a target."""
+        protected = [self._protect_text(text) for text in texts]
+        if isinstance(self.tokenizer, SlowTokenizer):
+            whole = (np.array(self.tokenizer.encode(text), dtype=np.int32) for text in protected)
+            return [Tokens(ids, ids) for ids in whole]
+        backend = self.tokenizer.backend_tokenizer
+        plain = [i for i, text in enumerate(protected) if BREAK not in text]
+        ids: dict[int, Sequence[int]] = {}
+        for i, encoding in zip(plain, backend.encode_batch([protected[i] for i in plain]), strict=True):
+            ids[i] = encoding.ids
+        for i in range(len(texts)):
+            if i not in ids:
+                aliased = self._alias(Rendered(protected[i], ()))
+                body = self._aliased_tokenizer.encode(aliased.text, add_special_tokens=False).ids
+                ids[i] = self.tokenizer.build_inputs_with_special_tokens(body)
+        arrays = (np.asarray(ids[i], dtype=np.int32) for i in range(len(texts)))
+        return [Tokens(array, array) for array in arrays]
 
     def _protect(self, conversation: Conversation) -> Conversation:
         """Break special-looking text in contents, so that the rendered text holds only the template's own tokens."""
-        if self.allow_special_in_content:
-            return conversation
-        contents = [self._special.sub(_broken, _plain(item.content)) for item in conversation.messages]
-        if all(new == item.content for new, item in zip(contents, conversation.messages, strict=True)):
-            return conversation
-        messages = zip(conversation.messages, contents, strict=True)
-        return Conversation(tuple(replace(item, content=content) for item, content in messages))
+        messages = tuple(self._protect_message(item) for item in conversation.messages)
+        tools = tuple(self._protect_value(tool) for tool in conversation.tools)
+        return Conversation(messages, tools)
+
+    def _protect_message(self, item: Message) -> Message:
+        content = self._protect_text(item.content)
+        if item.reasoning is None and not item.tool_calls and item.name is None and item.tool_call_id is None:
+            return item if content is item.content else replace(item, content=content)
+        optional = (item.reasoning, item.name, item.tool_call_id)
+        reasoning, name, call = (None if text is None else self._protect_text(text) for text in optional)
+        calls = tuple(self._protect_value(call) for call in item.tool_calls)
+        return replace(item, content=content, reasoning=reasoning, tool_calls=calls, name=name, tool_call_id=call)
+
+    def _protect_value(self, value: Any) -> Any:
+        """Protect every text inside a JSON value."""
+        if isinstance(value, str):
+            return self._protect_text(value)
+        if isinstance(value, Mapping):
+            return {self._protect_text(key): self._protect_value(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._protect_value(item) for item in value]
+        return value
+
+    def _protect_text(self, text: str) -> str:
+        for initial in self._initials:
+            if initial in text:
+                break
+        else:
+            return text
+        if BREAK in text or ALIAS in text:
+            raise TemplateFailure(message("row.reserved_character"))
+        return text if self.allow_special_in_content else self._special.sub(_broken, text)
 
     def _alias(self, rendered: Rendered) -> Rendered:
         """Respell the template's own special tokens for the aliased tokenizer, drop BREAKs, move the spans along."""
@@ -147,11 +215,6 @@ class Encoder:
         return aliased
 
 
-def _plain(content: str) -> str:
-    """Without the two private-use characters: typed, they could spell an alias."""
-    return content.replace(BREAK, "").replace(ALIAS, "")
-
-
 def _broken(match: re.Match[str]) -> str:
     """Broken after every character: a special token may hold a shorter one."""
     return BREAK.join(match.group())
@@ -163,12 +226,25 @@ def _respell(token: str) -> str:
 
 
 def _label(encoding: Any, rendered: Rendered) -> Tokens:
-    ids = np.asarray(encoding.ids, dtype=np.int32)
+    ids = np.array(encoding.ids, dtype=np.int32)
     labels = np.full(len(ids), IGNORE, dtype=np.int32)
-    if rendered.spans:
-        starts = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)[:, 0]
-        for first, end in rendered.spans:
-            # Offsets never decrease, so a span is one run of tokens.
-            left, right = np.searchsorted(starts, [first, end])
-            labels[left:right] = ids[left:right]
+    for start, end in rendered.spans:
+        # Offsets never decrease, so a span is one run of tokens.
+        left = _first_token_from(encoding, start, len(ids))
+        right = len(ids) if end == len(rendered.text) else _first_token_from(encoding, end, len(ids))
+        labels[left:right] = ids[left:right]
     return Tokens(ids, labels)
+
+
+def _first_token_from(encoding: Any, position: int, count: int) -> int:
+    """The first token that starts at or after a character.
+
+    Asking the encoding for one place is much cheaper than having it list the offsets of every token.
+    """
+    token = encoding.char_to_token(position)
+    if token is None:  # no token holds the character: the end of the text, or one that the normaliser dropped
+        starts = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)[:, 0]
+        return int(np.searchsorted(starts, position))
+    while token < count and encoding.token_to_chars(token)[0] < position:
+        token += 1
+    return token

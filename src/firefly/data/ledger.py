@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +11,22 @@ from firefly.data.schema import Source
 from firefly.errors import UsageError
 from firefly.messages import render
 
-# Causes that lose a row. "malformed" is the data's fault and stops a run; the others are policy.
-MALFORMED, NO_TARGET, TOO_LONG = "malformed", "no_target", "too_long"
+# Causes that lose a row. Malformed rows are the data's fault and stop a run; the others are limited by a share.
+MALFORMED, REFUSED, NO_TARGET, TOO_LONG = "malformed", "refused", "no_target", "too_long"
+# Causes of findings that lose nothing by themselves.
+CUT, DUPLICATE, BLANK, EMPTY_ANSWER, REPEATED_ANSWER, IN_EVAL = (
+    "cut",
+    "duplicate",
+    "blank_line",
+    "empty_answer",
+    "repeated_answer",
+    "in_eval_file",
+)
+MOST_FINDINGS = 10_000
+"""Findings of one cause that are kept with their place; further ones are counted."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Finding:
     """One thing worth knowing about one row."""
 
@@ -26,10 +38,13 @@ class Finding:
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.message}"
 
+    def as_dict(self) -> dict[str, Any]:
+        return {"file": self.file, "line": self.line, "cause": self.cause, "message": self.message}
+
 
 @dataclass
 class Ledger:
-    """Counts of one data file. rows = kept + cut + the sum of lost."""
+    """Counts of one data file, or of several. rows = kept + cut + the sum of lost."""
 
     file: str
     rows: int = 0
@@ -41,6 +56,9 @@ class Ledger:
     tokens: int = 0
     target_tokens: int = 0
     cut_tokens: int = 0
+    cut_turns: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    """Findings by cause, those beyond MOST_FINDINGS included."""
     findings: list[Finding] = field(default_factory=list)
 
     def lose(self, source: Source, cause: str, message: str) -> None:
@@ -49,7 +67,9 @@ class Ledger:
         self.note(source, cause, message)
 
     def note(self, source: Source, cause: str, message: str) -> None:
-        self.findings.append(Finding(source.file, source.line, cause, message))
+        self.counts[cause] += 1
+        if self.counts[cause] <= MOST_FINDINGS:
+            self.findings.append(Finding(source.file, source.line, cause, message))
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -64,33 +84,52 @@ class Ledger:
             "tokens": self.tokens,
             "target_tokens": self.target_tokens,
             "cut_tokens": self.cut_tokens,
-            "findings": [vars(finding) for finding in self.findings],
+            "cut_turns": self.cut_turns,
+            "counts": dict(self.counts),
+            "findings": [finding.as_dict() for finding in self.findings],
         }
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Ledger:
         values = {name: value for name, value in stored.items() if name != "format"}
-        values["lost"], values["formats"] = Counter(values["lost"]), Counter(values["formats"])
+        values |= {name: Counter(values[name]) for name in ("lost", "formats", "counts")}
         values["findings"] = [Finding(**finding) for finding in values["findings"]]
         return cls(**values)
 
-    def check(self, max_malformed_rows: int, max_lost_share: float) -> None:
+    @classmethod
+    def total(cls, ledgers: Sequence[Ledger]) -> Ledger:
+        """The sum of several files' ledgers."""
+        if len(ledgers) == 1:
+            return ledgers[0]
+        total = cls(", ".join(ledger.file for ledger in ledgers))
+        for ledger in ledgers:
+            for name in ("rows", "kept", "cut", "examples", "tokens", "target_tokens", "cut_tokens", "cut_turns"):
+                setattr(total, name, getattr(total, name) + getattr(ledger, name))
+            total.lost += ledger.lost
+            total.formats += ledger.formats
+            total.counts += ledger.counts
+            total.findings += ledger.findings
+        return total
+
+    def check(self, max_malformed_rows: int, max_lost_share: float, on_too_long: str = "cut_turns") -> None:
         """Stop the run before it starts if too much would be lost.
 
         Raises:
-            UsageError: no example left, more malformed rows than allowed, or a larger share lost (one row is always
-                allowed) than `max_lost_share`.
+            UsageError: no example left, more malformed rows than allowed, a row too long where that is an error, or a
+                larger share lost (one row is always allowed) than `max_lost_share`.
         """
         if self.lost[MALFORMED] > max_malformed_rows:
             raise UsageError(
                 "data.malformed",
                 count=self.lost[MALFORMED],
                 file=self.file,
-                rows=self._list(MALFORMED),
+                rows=self.list(MALFORMED),
                 allowed=max_malformed_rows,
             )
+        if on_too_long == "error" and self.lost[TOO_LONG]:
+            raise UsageError("data.too_long", count=self.lost[TOO_LONG], file=self.file, rows=self.list(TOO_LONG))
         if not self.examples:
-            raise UsageError("data.nothing_left", file=self.file, rows=self._list(*self.lost) or "–")
+            raise UsageError("data.nothing_left", file=self.file, rows=self.list(*self.lost) or "–")
         lost = sum(self.lost.values()) - self.lost[MALFORMED]
         if lost > max(1, max_lost_share * self.rows):
             raise UsageError(
@@ -100,14 +139,14 @@ class Ledger:
                 file=self.file,
                 share=f"{lost / self.rows:.1%}",
                 allowed=f"{max_lost_share:.1%}",
-                rows=self._list(*self.lost),
+                rows=self.list(*self.lost),
             )
 
     def summary(self) -> str:
-        """One line: rows kept, cut and lost, and tokens."""
+        """One line: rows kept, cut and lost, and tokens; below it the rows that lost something, and other findings."""
         lost = ", ".join(f"{cause} {count}" for cause, count in self.lost.items()) or "0"
         share = f"{self.target_tokens / max(self.tokens, 1):.0%}"
-        return render(
+        line = render(
             "data.summary",
             file=self.file,
             rows=self.rows,
@@ -117,8 +156,23 @@ class Ledger:
             tokens=f"{self.tokens:,}",
             share=share,
         )
+        others = [cause for cause in self.counts if cause not in (*self.lost, CUT)]
+        return line + self.list(*self.lost, CUT) + self.list(*others, most=5)
 
-    def _list(self, *causes: str, most: int = 10) -> str:
-        chosen = [str(finding) for finding in self.findings if finding.cause in causes]
-        more = [render("data.more_rows", count=len(chosen) - most)] if len(chosen) > most else []
-        return "".join(f"\n  {line}" for line in chosen[:most] + more)
+    def list(self, *causes: str, most: int = 10) -> str:
+        """Findings of some causes, a line each, lost rows before cut ones."""
+        chosen = [str(finding) for cause in causes for finding in self.findings if finding.cause == cause]
+        left = sum(self.counts[cause] for cause in causes) - min(len(chosen), most)
+        more = [render("data.more_rows", count=left)] if left else []
+        return "".join(f"\n  {line}" for line in [*chosen[:most], *more])
+
+
+def report(ledgers: Iterable[Ledger]) -> dict[str, Any]:
+    """What data_report.json and `firefly check --json` say of some files: their sum and, if several, each one."""
+    each = list(ledgers)
+    total = Ledger.total(each).as_dict()
+    if len(each) > 1:
+        total["files"] = [
+            {key: value for key, value in ledger.as_dict().items() if key != "findings"} for ledger in each
+        ]
+    return total

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 
 IGNORE = -100
 """The label of a token without a loss (the convention of PyTorch's cross-entropy and of transformers)."""
@@ -15,7 +16,8 @@ IGNORE = -100
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a record stands: file and line (for a JSON array: the line its object starts on)."""
+    """Where a record stands: file and line (for a JSON array: the line its object starts on; for tables and archives
+    the row)."""
 
     file: str
     line: int
@@ -26,31 +28,75 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class RawRecord:
-    """One object of a data file, or the problem that kept it from being one."""
+    """One object of a data file, the problem that kept it from being one, or a blank line (which is no row)."""
 
     source: Source
     value: Any = None
     problem: str | None = None
+    blank: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `trained` is false for a reply that its record excludes with `"loss": false`."""
+    """One turn.
+
+    Attributes:
+        trained: false for a reply that its record excludes with `"loss": false`.
+        reasoning: what the model thought before the reply, where the record keeps it apart from `content`.
+        tool_calls: functions the reply calls, each `{"type": "function", "function": {"name", "arguments": object}}`
+            and an `id` where the record has one.
+        name, tool_call_id: of a tool's answer: the function, and the call it answers.
+    """
 
     role: Role
     content: str
     trained: bool = True
+    reasoning: str | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    name: str | None = None
+    tool_call_id: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The message as chat templates take it; keys without a value are left out, as templates test for them."""
+        if self.reasoning is None and not self.tool_calls and self.name is None and self.tool_call_id is None:
+            return {"role": self.role, "content": self.content}
+        # gpt-oss reads `thinking`; transformers gives both names, too.
+        optional = {
+            "reasoning_content": self.reasoning,
+            "thinking": self.reasoning,
+            "tool_calls": [dict(call) for call in self.tool_calls] or None,
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+        }
+        present = {key: value for key, value in optional.items() if value is not None}
+        return {"role": self.role, "content": self.content, **present}
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages in order; a system message, if any, comes first."""
+    """Messages in order; a system message, if any, comes first. `tools` are JSON schemas of callable functions."""
 
     messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
 
-    def as_dicts(self, upto: int | None = None) -> list[dict[str, str]]:
+    def as_dicts(self, upto: int | None = None) -> list[dict[str, Any]]:
         """The first `upto` messages as chat templates take them."""
-        return [{"role": message.role, "content": message.content} for message in self.messages[:upto]]
+        return [message.as_dict() for message in self.messages[:upto]]
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """Two conversations that share their prompt; their last replies are the preferred one and the other."""
+
+    chosen: Conversation
+    rejected: Conversation
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Plain text: every token of it is trained."""
+
+    text: str
 
 
 @dataclass(frozen=True, slots=True)

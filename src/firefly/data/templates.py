@@ -6,19 +6,31 @@ marks, the comparison of the text with and without each reply) give the characte
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import hashlib
+import json
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from firefly.data.schema import Conversation, Rendered
+from firefly.data.families import TEMPLATES, TemplateSpec, family_names, find_family
+from firefly.data.rendering import ReservedCharacter, render_chat
+from firefly.data.schema import Conversation, Message, Rendered
 from firefly.errors import UsageError
 from firefly.messages import render as message
 
+__all__ = ["TEMPLATES", "ChatTemplate", "TemplateFailure", "TemplateSpec", "bind_template", "read_template"]
+
 TEMPLATE_FOLDER = Path(__file__).parent / "chat_templates"
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+END_OF_THOUGHT = "</think>"
+OPENED_THOUGHTS = ("<think>\n", "<think>")
+
+SystemRole = Literal["rendered", "refused", "dropped"]
 
 
 class TemplateFailure(Exception):
@@ -26,34 +38,28 @@ class TemplateFailure(Exception):
 
 
 @dataclass(frozen=True)
-class TemplateSpec:
-    """A named template: its file, and the tokens that end a reply. No stop tokens: the tokenizer's EOS."""
-
-    file: str
-    stop_tokens: tuple[str, ...] = ()
-
-
-# A name means its family's official wording, default system prompt included.
-TEMPLATES: dict[str, TemplateSpec] = {
-    "default": TemplateSpec("default.jinja"),
-    "qwen": TemplateSpec("qwen2.jinja", ("<|im_end|>", "<|endoftext|>")),
-    "qwen1.5": TemplateSpec("qwen1.5.jinja", ("<|im_end|>", "<|endoftext|>")),
-    "qwen2.5": TemplateSpec("qwen2.5.jinja", ("<|im_end|>", "<|endoftext|>")),
-    "smollm2": TemplateSpec("smollm2.jinja", ("<|im_end|>",)),
-}
-
-
-@dataclass(frozen=True)
 class ChatTemplate:
-    """A template bound to one tokenizer: text, the variables it may use, its stop tokens (first: the one trained)."""
+    """A template bound to one tokenizer: text, the variables it may use, its stop tokens (first: the one trained).
+
+    Attributes:
+        stable: whether a longer conversation's text continues a shorter one's; None: not known, looked at each time.
+        on_system: what becomes of a system prompt that the template refuses or drops: it is put in front of the first
+            user turn (`merge`), or it is an error.
+        thinking: `strip` leaves out the reasoning of every reply.
+        date: the day that a template which prints one shows; None: today.
+    """
 
     name: str
     text: str
     stop_tokens: tuple[str, ...]
     stop_ids: tuple[int, ...]
     variables: dict[str, Any] = field(default_factory=dict)
+    stable: bool | None = None
+    on_system: str = "merge"
+    thinking: str = "keep"
+    date: datetime.date | None = None
 
-    @property
+    @cached_property
     def is_marked(self) -> bool:
         return GENERATION_MARK.search(self.text) is not None
 
@@ -61,65 +67,200 @@ class ChatTemplate:
     def hash(self) -> str:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
-    def render_prompt(self, messages: list[dict[str, str]]) -> str:
-        """The text up to and including the generation prompt."""
-        return self._render(messages, add_generation_prompt=True)[0]
+    @cached_property
+    def prints_date(self) -> bool:
+        return "strftime_now" in self.text or "date_string" in self.text
+
+    @cached_property
+    def system_role(self) -> SystemRole:
+        """What the template does with a system prompt, found out by trying."""
+        probe = "firefly-system"
+        turns = (Message("system", probe), Message("user", "?"))
+        try:
+            return "rendered" if probe in self.render_text(Conversation(turns), prompt=True)[0] else "dropped"
+        except TemplateFailure:
+            return "refused"
+
+    @cached_property
+    def call_style(self) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None:
+        """How the template wants tool calls, found out by trying; None if it does not write them at all.
+
+        Templates differ in what they take: arguments as an object or as JSON text, no content beside a call or an
+        empty one, identifiers of nine characters or with the function's name in them.
+        """
+        for style in CALL_STYLES:
+            try:
+                text = self._render(style(PROBE_CALL), {}, prompt=False)[0]
+            except TemplateFailure:
+                continue
+            if all(word in text for word in ("firefly_call", "firefly_key", "firefly-value")) and '\\"' not in text:
+                return style
+        return None
+
+    @cached_property
+    def folds_reasoning(self) -> bool:
+        """Whether reasoning that a record keeps apart has to stand in the content: the template knows thoughts, but not
+        the field (DeepSeek-R1)."""
+        probe = Message("assistant", "?", reasoning="firefly-thought")
+        try:
+            text = self.render_text(Conversation((Message("user", "?"), probe)), prompt=False)[0]
+        except TemplateFailure:
+            return False
+        return "firefly-thought" not in text and END_OF_THOUGHT in self.text
+
+    # ---- what training, chat and server ask for
+
+    def adapt(self, conversation: Conversation) -> Conversation:
+        """The conversation as this template can take it: system prompt merged, reasoning left out, as configured.
+
+        Raises:
+            TemplateFailure: the template has no place for a system prompt and `on_system` is error, or there is no user
+                turn to put it into.
+        """
+        if self.thinking == "strip":
+            conversation = replace(conversation, messages=tuple(map(_without_reasoning, conversation.messages)))
+        if any(item.reasoning for item in conversation.messages) and self.folds_reasoning:
+            conversation = replace(conversation, messages=tuple(map(_with_thought, conversation.messages)))
+        first, *rest = conversation.messages
+        if first.role != "system" or self.system_role == "rendered":
+            return conversation
+        if self.on_system == "error" or not rest or rest[0].role != "user":
+            raise TemplateFailure(message("template.no_system", name=self.name))
+        merged = replace(rest[0], content=f"{first.content}\n\n{rest[0].content}")
+        return replace(conversation, messages=(merged, *rest[1:]))
+
+    def render_prompt(self, conversation: Conversation) -> str:
+        """The text up to and including the generation prompt, as `adapt` has it."""
+        conversation = self.adapt(conversation)
+        text = self.render_text(conversation, prompt=True)[0]
+        self._check_nothing_lost(conversation, text)
+        return text
 
     def render(self, conversation: Conversation) -> list[Rendered]:
         """Render for training: one text with all its trained spans.
 
         A template that rewrites earlier turns once more follow (it is not prefix-stable) gives one text for each
-        reply, rendered as it would be served, with that reply alone as target.
+        trained reply, rendered as it would be served, with that reply alone as target.
 
         Raises:
-            TemplateFailure: the template refuses the conversation, or its trained spans cannot be found.
+            TemplateFailure: the template refuses the conversation, drops a part of it, or its trained spans cannot be
+                found.
         """
+        conversation = self.adapt(conversation)
         replies = [i for i, item in enumerate(conversation.messages) if item.role == "assistant"]
-        if self.is_marked:
-            return self._render_marked(conversation, replies)
-        text = self._render(conversation.as_dicts(), add_generation_prompt=False)[0]
-        parts = [self._reply(conversation, index) for index in replies]
-        if not parts:
-            return [Rendered(text, ())]
-        if all(text.startswith(part.upto_stop) for part in parts[:-1]) and text.startswith(parts[-1].official):
-            # Only the last reply can lack its stop token: text that follows would have brought one.
-            whole = parts[-1].closed if text == parts[-1].official else text
-            return [_select(Rendered(whole, tuple(part.span for part in parts)), conversation, replies)]
-        return [
-            Rendered(part.closed, (part.span,))
-            for part, index in zip(parts, replies, strict=True)
-            if conversation.messages[index].trained
-        ]
+        rendered = self._render_replies(conversation, replies)
+        if len(rendered) == 1:
+            self._check_nothing_lost(conversation, rendered[0].text)
+        return rendered
 
-    def _render_marked(self, conversation: Conversation, replies: list[int]) -> list[Rendered]:
-        whole = self._render_spans(conversation.as_dicts(), len(replies))
-        if self.name in TEMPLATES:  # ours are prefix-stable, and their marks exact
+    def render_text(
+        self, conversation: Conversation, *, prompt: bool, upto: int | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The official text of the first `upto` messages and the spans its marks enclose."""
+        messages = conversation.as_dicts(upto)
+        variables = {"tools": [dict(tool) for tool in conversation.tools]} if conversation.tools else {}
+        if any("tool_calls" in item for item in messages):
+            if self.call_style is None:
+                raise TemplateFailure(message("template.no_tool_calls", name=self.name))
+            messages = self.call_style(messages)
+        return self._render(messages, variables, prompt=prompt)
+
+    def render_messages(
+        self, messages: Sequence[Mapping[str, Any]], *, prompt: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The official text of messages that are given as the template takes them, and the spans that carry loss."""
+        text, spans = self._render(messages, {}, prompt=prompt)
+        return text, [self._end_at_stop(text, span) for span in spans]
+
+    # ---- replies and their spans
+
+    def _render_replies(self, conversation: Conversation, replies: list[int]) -> list[Rendered]:
+        if not replies:
+            return [Rendered(self.render_text(conversation, prompt=False)[0], ())]
+        if self.is_marked and self.stable:
+            whole = self._whole(conversation, len(replies))
+            # Where earlier replies have no stop token (ChatGLM2, Baichuan), each is closed in a text of its own.
+            # So is one whose thinking the official text drops, although the model wrote it (DeepSeek-R1).
+            if all(
+                whole.text[start:end].endswith(self.stop_tokens)
+                and not _lost_thought(conversation.messages[index], whole.text[start:end])
+                for index, (start, end) in zip(replies, whole.spans, strict=True)
+            ):
+                return [_select(whole, conversation, replies)]
+        served = self._served_marked if self.is_marked else self._served_unmarked
+        parts = {index: served(conversation, index, number) for number, index in enumerate(replies, start=1)}
+        if not self.stable and (whole := self._joined(conversation, list(parts.values()))):
             return [_select(whole, conversation, replies)]
-        parts = []
-        for number, index in enumerate(replies, start=1):
-            prompt = self.render_prompt(conversation.as_dicts(index))
-            part = self._render_spans(conversation.as_dicts(index + 1), number)
-            if not part.text.startswith(prompt):
-                raise TemplateFailure(message("template.no_prefix"))
-            start, end = part.spans[-1]
-            parts.append(Rendered(part.text, ((max(start, len(prompt)), end),)))
-        spans = tuple(part.spans[0] for part in parts)
-        if all(whole.text.startswith(part.text[:end]) for part, (_, end) in zip(parts, spans, strict=True)):
-            return [_select(Rendered(whole.text, spans), conversation, replies)]
-        return [part for part, i in zip(parts, replies, strict=True) if conversation.messages[i].trained]
+        trained = [index for index in replies if conversation.messages[index].trained]
+        for index in trained:
+            self._check_nothing_lost(
+                replace(conversation, messages=conversation.messages[: index + 1]), parts[index].text, served=True
+            )
+        return [parts[index] for index in trained]
 
-    def _render_spans(self, messages: list[dict[str, str]], replies: int) -> Rendered:
-        text, marked = self._render(messages, add_generation_prompt=False)
+    def _joined(self, conversation: Conversation, parts: list[Rendered]) -> Rendered | None:
+        """One text for all replies, if the whole conversation's text holds each reply just as it would be served."""
+        if conversation.messages[-1].role == "assistant":
+            text = parts[-1].text
+        else:
+            text = self.render_text(conversation, prompt=False)[0]
+        ends = [part.spans[0][1] for part in parts]
+        if all(text.startswith(part.text[:end]) for part, end in zip(parts, ends, strict=True)):
+            return Rendered(text, tuple(part.spans[0] for part in parts))
+        return None
+
+    def _whole(self, conversation: Conversation, replies: int) -> Rendered:
+        text, marked = self.render_text(conversation, prompt=False)
         if len(marked) != replies:
             raise TemplateFailure(message("template.span_count", spans=len(marked), replies=replies))
         spans = [self._end_at_stop(text, span) for span in marked]
-        if messages[-1]["role"] == "assistant":
-            start, end = spans[-1]
-            if not text[start:end].endswith(self.stop_tokens) and not text[end:].strip():
-                # The official text leaves the last reply open (Qwen1.5, GLM-4, …).
-                text = text[:end] + self.stop_tokens[0]
-                spans[-1] = (start, len(text))
+        if conversation.messages[-1].role == "assistant":
+            text, spans[-1] = self._closed(text, spans[-1])
         return Rendered(text, tuple(spans))
+
+    def _served_marked(self, conversation: Conversation, index: int, number: int) -> Rendered:
+        """Reply `index` behind the prompt it would be asked for with."""
+        prompt = self.render_text(conversation, prompt=True, upto=index)[0]
+        text, marked = self.render_text(conversation, prompt=False, upto=index + 1)
+        if len(marked) != number:
+            raise TemplateFailure(message("template.span_count", spans=len(marked), replies=number))
+        text, (start, end) = self._closed(text, self._end_at_stop(text, marked[-1]))
+        reply = conversation.messages[index]
+        if _lost_thought(reply, text[start:end]):
+            return _behind(prompt, reply.content + self.stop_tokens[0])
+        if text.startswith(prompt):
+            return Rendered(text, ((max(start, len(prompt)), end),))
+        return _behind(prompt, text[start:end])
+
+    def _served_unmarked(self, conversation: Conversation, index: int, number: int) -> Rendered:
+        """Reply `index` in an unmarked template: it starts where the generation prompt ends."""
+        prompt = self.render_text(conversation, prompt=True, upto=index)[0]
+        official = self.render_text(conversation, prompt=False, upto=index + 1)[0]
+        reply = conversation.messages[index]
+        if reply.tool_calls and official.startswith(prompt):
+            return Rendered(*self._closed_rendered(official, (len(prompt), len(official))))
+        content = reply.content
+        if _lost_thought(reply, official[len(_common(prompt, official)) :]):
+            return _behind(prompt, content + self.stop_tokens[0])
+        if not official.startswith(prompt):
+            raise TemplateFailure(message("template.no_prefix"))
+        place = official.find(content, len(prompt))
+        if place < 0:
+            content = content.strip()
+            place = official.find(content, len(prompt))
+        if place < 0:
+            raise TemplateFailure(message("template.content_changed"))
+        after = place + len(content)
+        ends = [place + len(stop) for stop in self.stop_tokens if (place := official.find(stop, after)) >= 0]
+        if ends:
+            return Rendered(official, ((len(prompt), min(ends)),))
+        # The last place: a short content may also stand in what the template writes before it.
+        closed = official[: official.rfind(content) + len(content)] + self.stop_tokens[0]
+        return Rendered(closed, ((len(prompt), len(closed)),))
+
+    def _closed_rendered(self, text: str, span: tuple[int, int]) -> tuple[str, tuple[tuple[int, int], ...]]:
+        text, closed = self._closed(text, self._end_at_stop(text, (span[0], len(text.rstrip()))))
+        return text, (closed,)
 
     def _end_at_stop(self, text: str, span: tuple[int, int]) -> tuple[int, int]:
         """Let a marked span end with the reply's stop token, where the marks leave it out or go on after it."""
@@ -131,56 +272,102 @@ class ChatTemplate:
         stop = next((stop for stop in self.stop_tokens if following.startswith(stop)), None)
         return (start, end) if stop is None else (start, len(text) - len(following) + len(stop))
 
-    def _reply(self, conversation: Conversation, index: int) -> _Reply:
-        """Find reply `index`: it starts where the generation prompt ends, and ends with its stop token."""
-        prompt = self.render_prompt(conversation.as_dicts(index))
-        official = self._render(conversation.as_dicts(index + 1), add_generation_prompt=False)[0]
-        if not official.startswith(prompt):
-            raise TemplateFailure(message("template.no_prefix"))
-        content = conversation.messages[index].content
-        place = official.find(content, len(prompt))
-        if place < 0:
-            content = content.strip()
-            place = official.find(content, len(prompt))
-        if place < 0:
-            raise TemplateFailure(message("template.content_changed"))
-        after = place + len(content)
-        ends = [place + len(stop) for stop in self.stop_tokens if (place := official.find(stop, after)) >= 0]
-        if ends:
-            return _Reply(official, official, (len(prompt), min(ends)))
-        # The last place: a short content may also stand in what the template writes before it.
-        closed = official[: official.rfind(content) + len(content)] + self.stop_tokens[0]
-        return _Reply(official, closed, (len(prompt), len(closed)))
+    def _closed(self, text: str, span: tuple[int, int]) -> tuple[str, tuple[int, int]]:
+        """Append the stop token where the official text leaves the last reply open (Qwen1.5, GLM-4, …)."""
+        start, end = span
+        if text[start:end].endswith(self.stop_tokens) or text[end:].strip():
+            return text, span
+        text = text[:end] + self.stop_tokens[0]
+        return text, (start, len(text))
 
-    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
+    # ---- guards
 
+    def _check_nothing_lost(self, conversation: Conversation, text: str, served: bool = False) -> None:
+        """A template may drop what it has no place for; that would be trained, or asked, in silence."""
+        for tool in conversation.tools:
+            if tool["function"]["name"] not in text:
+                raise TemplateFailure(message("template.no_tools", name=self.name))
+        last = len(conversation.messages) - 1
+        for number, item in enumerate(conversation.messages):
+            if item.role in ("user", "system", "tool"):
+                content = item.content.strip()
+                if content not in text and not (item.role == "tool" and _in_json(content, text)):
+                    raise TemplateFailure(message("template.dropped", name=self.name, role=item.role, number=number))
+            elif item.tool_calls or (item.reasoning and (self.stable or number == last)):
+                self._check_reply(item, text, number == last or not served)
+
+    def _check_reply(self, item: Message, text: str, entire: bool) -> None:
+        if entire and item.reasoning and item.trained and item.reasoning.strip() not in text:
+            raise TemplateFailure(message("template.no_reasoning", name=self.name))
+        for call in item.tool_calls:
+            if entire and call["function"]["name"] not in text:
+                raise TemplateFailure(message("template.no_tool_calls", name=self.name))
+
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], *, prompt: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
+        values = self.variables | dict(variables)
+        if self.date is not None:
+            values = {"date_string": self.date.strftime("%d %b %Y"), "strftime_now": self.date.strftime} | values
         try:
-            rendered: Any = render_jinja_template(
-                conversations=[messages],
-                chat_template=self.text,
-                add_generation_prompt=add_generation_prompt,
-                # Prompts are asked for from many threads of a server, and the marks' tracker belongs to one at a time.
-                return_assistant_tokens_mask=self.is_marked and not add_generation_prompt,
-                **self.variables,
-            )
+            return render_chat(self.text, messages, values, prompt=prompt)
+        except ReservedCharacter:
+            raise TemplateFailure(message("row.reserved_character")) from None
+        except RecursionError as error:
+            raise TemplateFailure(message("row.too_deep")) from error
         except Exception as error:  # a template is a program from outside: whatever it raises is its refusal
             raise TemplateFailure(message("template.refused", name=self.name, problem=error)) from error
-        texts, spans = rendered
-        return texts[0], list(spans[0]) if spans else []
 
 
-@dataclass(frozen=True)
-class _Reply:
-    """One reply found in an unmarked template's text, which may lack a stop token that `closed` then has."""
+def _lost_thought(reply: Message, shown: str) -> bool:
+    """Whether a reply's thinking stands in its content, but not in the text that shows it."""
+    return END_OF_THOUGHT in reply.content and END_OF_THOUGHT not in shown
 
-    official: str
-    closed: str
-    span: tuple[int, int]
 
-    @property
-    def upto_stop(self) -> str:
-        return self.closed[: self.span[1]]
+def _with_thought(item: Message) -> Message:
+    if not item.reasoning:
+        return item
+    thought = f"<think>\n{item.reasoning.strip()}\n{END_OF_THOUGHT}\n\n"
+    return replace(item, content=thought + item.content, reasoning=None)
+
+
+def _behind(prompt: str, reply: str) -> Rendered:
+    """A reply as the model would write it: behind the prompt, without the thought that the prompt has opened.
+
+    Raises:
+        TemplateFailure: the prompt has opened a thought, and the reply has none to close it.
+    """
+    if prompt.endswith(OPENED_THOUGHTS) and END_OF_THOUGHT not in reply:
+        raise TemplateFailure(message("template.no_prefix"))
+    for opened in OPENED_THOUGHTS:
+        if prompt.endswith(opened) and reply.startswith(opened):
+            reply = reply[len(opened) :]
+            break
+    return Rendered(prompt + reply, ((len(prompt), len(prompt) + len(reply)),))
+
+
+def _common(first: str, second: str) -> str:
+    """The longest common beginning."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if first[:middle] == second[:middle] else (low, middle - 1)
+    return first[:low]
+
+
+def _in_json(content: str, text: str) -> bool:
+    return any(json.dumps(content, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
+
+
+def _without_reasoning(item: Message) -> Message:
+    if item.role != "assistant":
+        return item
+    content = item.content
+    if END_OF_THOUGHT in content and content.lstrip().startswith("<think>"):
+        content = content.split(END_OF_THOUGHT, 1)[1].lstrip()
+    return (
+        item if content == item.content and item.reasoning is None else replace(item, content=content, reasoning=None)
+    )
 
 
 def _select(rendered: Rendered, conversation: Conversation, replies: list[int]) -> Rendered:
@@ -189,16 +376,101 @@ def _select(rendered: Rendered, conversation: Conversation, replies: list[int]) 
     return Rendered(rendered.text, tuple(kept))
 
 
-def bind_template(name: str, tokenizer: Any, eos_ids: tuple[int, ...] = ()) -> ChatTemplate:
+# ---- tool calls as templates want them
+
+PROBE_CALL: list[dict[str, Any]] = [
+    {"role": "user", "content": "?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {
+                "type": "function",
+                "function": {"name": "firefly_call", "arguments": {"firefly_key": "firefly-value"}},
+            }
+        ],
+    },
+]
+
+
+def _styled(
+    messages: list[dict[str, Any]], *, text: bool, null: bool, name_call: Callable[[Any, int], str] | None
+) -> list[dict[str, Any]]:
+    """Tool calls with arguments as JSON text, with null for no content, with identifiers as a template wants them."""
+    styled, names = [], list[str]()
+    given: dict[str, str] = {}
+    answered = 0
+    for item in messages:
+        if "tool_calls" in item:
+            calls = []
+            for call in item["tool_calls"]:
+                function = dict(call["function"])
+                if text:
+                    function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+                changed = {**call, "function": function}
+                if name_call:
+                    changed["id"] = name_call(call, len(names))
+                    names.append(changed["id"])
+                    given[call.get("id", "")] = changed["id"]
+                calls.append(changed)
+            item = {**item, "tool_calls": calls, "content": None if null and not item["content"] else item["content"]}
+        elif name_call and item["role"] == "tool":
+            in_order = names[answered] if answered < len(names) else name_call({"function": {"name": "?"}}, answered)
+            item = {**item, "tool_call_id": given.get(item.get("tool_call_id", ""), in_order)}
+            answered += 1
+        styled.append(item)
+    return styled
+
+
+def _nine_characters(call: Mapping[str, Any], number: int) -> str:
+    """What Mistral's templates ask of a call's identifier."""
+    identifier = call.get("id")
+    if identifier is None:
+        return f"call{number:05d}"
+    if len(identifier) == 9 and identifier.isalnum():
+        return identifier
+    return hashlib.sha256(identifier.encode("utf-8", "replace")).hexdigest()[:9]
+
+
+def _named(call: Mapping[str, Any], number: int) -> str:
+    """Kimi's identifiers say which function is called."""
+    return f"functions.{call['function']['name']}:{number}"
+
+
+def _style(**choices: Any) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
+    return lambda messages: _styled(messages, **choices)
+
+
+CALL_STYLES = [
+    _style(text=text, null=null, name_call=name_call)
+    for name_call in (None, _nine_characters, _named)
+    for null in (False, True)
+    for text in (False, True)
+]
+
+
+# ---- from a name to a template
+
+
+def bind_template(
+    name: str,
+    tokenizer: Any,
+    eos_ids: tuple[int, ...] = (),
+    *,
+    on_system: str = "merge",
+    thinking: str = "keep",
+    date: str | None = None,
+) -> ChatTemplate:
     """Return the template `name` (a table name, `auto`, or a path to a .jinja file) bound to `tokenizer`.
 
     Args:
         eos_ids: further stop ids that the model's generation_config names (kept, so that serving stops there too).
+        date: YYYY-MM-DD, for templates that print one; without it they print what they print by themselves.
 
     Raises:
-        UsageError: unknown name, no template in the tokenizer, or a stop that is not one token of it.
+        UsageError: unknown name, no template in the tokenizer, no date, or a stop that is not one token of it.
     """
-    text, stops = _find_template(name, tokenizer)
+    text, stops, stable = _find_template(name, tokenizer)
     if not stops:
         if tokenizer.eos_token is None:
             raise UsageError("template.no_stop", name=name)
@@ -210,13 +482,33 @@ def bind_template(name: str, tokenizer: Any, eos_ids: tuple[int, ...] = ()) -> C
             ids[stop] = encoded[0]
         elif stop == stops[0]:
             raise UsageError("template.stop_not_one_token", name=name, stop=stop)
-    return ChatTemplate(
+    template = ChatTemplate(
         name=name,
         text=text,
         stop_tokens=tuple(ids),
         stop_ids=tuple(dict.fromkeys((*ids.values(), *eos_ids))),
         variables=_variables(tokenizer),
+        stable=stable,
+        on_system=on_system,
+        thinking=thinking,
+        date=None if date is None else parse_date(date),
     )
+    if template.date is None and "strftime_now" in text:
+        # A run that goes on past midnight still trains one text.
+        template = replace(template, date=datetime.date.today())
+    return template
+
+
+def parse_date(date: str) -> datetime.date:
+    """Read YYYY-MM-DD.
+
+    Raises:
+        UsageError: it is no such date.
+    """
+    try:
+        return datetime.date.fromisoformat(date)
+    except ValueError:
+        raise UsageError("template.bad_date", value=date) from None
 
 
 def _variables(tokenizer: Any) -> dict[str, Any]:
@@ -224,17 +516,22 @@ def _variables(tokenizer: Any) -> dict[str, Any]:
     return {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
 
 
-def _find_template(name: str, tokenizer: Any) -> tuple[str, tuple[str, ...]]:
-    if name in TEMPLATES:
-        spec = TEMPLATES[name]
-        return (TEMPLATE_FOLDER / spec.file).read_text(encoding="utf-8").removesuffix("\n"), spec.stop_tokens
+def read_template(spec: TemplateSpec) -> str:
+    """The text of a named template."""
+    return (TEMPLATE_FOLDER / spec.file).read_text(encoding="utf-8").removesuffix("\n")
+
+
+def _find_template(name: str, tokenizer: Any) -> tuple[str, tuple[str, ...], bool | None]:
+    """Text, stop tokens, and whether it is prefix-stable."""
+    if spec := find_family(name):
+        return read_template(spec), spec.stop_tokens, spec.stable
     if name == "auto":
         text = tokenizer.chat_template
         if isinstance(text, dict):
             text = text.get("default")
         if not text:
-            raise UsageError("template.tokenizer_has_none", known=", ".join(TEMPLATES))
-        return text, _own_stops(name, text, tokenizer)
+            raise UsageError("template.tokenizer_has_none", known=", ".join(family_names()))
+        return text, _own_stops(name, text, tokenizer), None
     if name.endswith(".jinja"):
         path = Path(name).expanduser()
         if not path.is_file():
@@ -243,9 +540,15 @@ def _find_template(name: str, tokenizer: Any) -> tuple[str, tuple[str, ...]]:
             text = path.read_text(encoding="utf-8").removesuffix("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError("template.unusable", name=name, problem=error) from None
-        return text, _own_stops(name, text, tokenizer)
-    near = difflib.get_close_matches(name, [*TEMPLATES, "auto"], n=1, cutoff=0.0)
-    raise UsageError("template.unknown", name=name, near=near[0], known=", ".join([*TEMPLATES, "auto"]))
+        return text, _own_stops(name, text, tokenizer), None
+    raise unknown_template(name, extra=("auto",))
+
+
+def unknown_template(name: str, extra: tuple[str, ...] = ()) -> UsageError:
+    """The error that names the nearest known template."""
+    known = [*family_names(), *extra]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return UsageError("template.unknown", name=name, near=near[0], known=", ".join(known))
 
 
 def _own_stops(name: str, text: str, tokenizer: Any) -> tuple[str, ...]:
@@ -259,9 +562,9 @@ def _own_stops(name: str, text: str, tokenizer: Any) -> tuple[str, ...]:
     probe = ChatTemplate(name, text, ("",), (), _variables(tokenizer))
     try:
         # The last turn may be left open, so an earlier one is asked first; a template may drop that one's text.
-        shown = probe._render(turns, add_generation_prompt=False)[0]
+        shown = probe._render(turns, {}, prompt=False)[0]
         if answer not in shown:
-            shown = probe._render(turns[:2], add_generation_prompt=False)[0]
+            shown = probe._render(turns[:2], {}, prompt=False)[0]
     except TemplateFailure as error:
         raise UsageError("template.unusable", name=name, problem=error) from None
     if answer not in shown:

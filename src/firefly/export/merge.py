@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 from firefly.config import ModelConfig
 from firefly.console import notice
+from firefly.data.certificate import FILE_NAME as CERTIFICATE
+from firefly.data.certificate import read_certificate, recheck, stored_choices
 from firefly.data.encoding import Encoder
 from firefly.data.schema import Message
 from firefly.data.templates import TemplateFailure, bind_template
@@ -73,15 +75,23 @@ class Comparison:
         return self.kl <= LARGEST_KL and self.agreement >= LEAST_AGREEMENT
 
 
-def merge(model: ModelConfig, adapter: str, save_path: str, onto: str = "original", dtype: str = "auto") -> Path:
+def merge(
+    model: ModelConfig,
+    adapter: str,
+    save_path: str,
+    onto: str = "original",
+    dtype: str = "auto",
+    force: bool = False,
+) -> Path:
     """Merge `adapter` into its base and write a model that transformers loads; return its folder.
 
     Args:
         onto: "original" weights, or for QLoRA "dequantized": the 4-bit weights as they were trained on.
         dtype: type of the merged weights; "auto" is the base model's own.
+        force: merge although the tokenizer and template are not those of the adapter's certificate.
 
     Raises:
-        UsageError: adapter, base or options are at fault.
+        UsageError: adapter, base or options are at fault, or the template is not the one that was trained.
         VerificationError: the reloaded model is not the trained one; the folder is kept, with the figures inside.
     """
     for option, value, choices in (("onto", onto, ONTO), ("dtype", dtype, ("auto", *TYPES))):
@@ -96,10 +106,13 @@ def merge(model: ModelConfig, adapter: str, save_path: str, onto: str = "origina
     notice("merge.merging", adapter=adapter, base=model.name_or_path, dtype=str(weights).removeprefix("torch."))
 
     tokenizer = load_tokenizer(model, tokenizer_source(model, adapter))
+    certificate = check_template(tokenizer, adapter, force)
     prompts = encode_prompts(tokenizer)
     trained = load_adapter(load_base(model, weights, onto), adapter).eval()
     expected = all_logits(trained, prompts)
     save_merged(trained, tokenizer, target)
+    if certificate:
+        write_json(target / CERTIFICATE, certificate)
     del trained
     gc.collect()
 
@@ -115,6 +128,15 @@ def merge(model: ModelConfig, adapter: str, save_path: str, onto: str = "origina
         raise VerificationError("merge.failed", path=target, **vars(found))
     notice("merge.done", path=target, prompts=len(prompts), **vars(found))
     return target
+
+
+def check_template(tokenizer: Any, adapter: str, force: bool) -> dict[str, Any] | None:
+    """Recheck the adapter's template certificate, if it has one, and return it: it goes on with the merged model."""
+    folder = Path(adapter).expanduser()
+    certificate = read_certificate(folder)
+    if certificate and tokenizer.chat_template:
+        recheck(folder, Encoder(tokenizer, bind_template("auto", tokenizer, **stored_choices(folder))), force)
+    return certificate
 
 
 def empty_folder(save_path: str, keep: tuple[str, ...] = ()) -> Path:

@@ -13,6 +13,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from firefly.config import ModelConfig, PrecisionConfig
+from firefly.data.certificate import recheck, stored_choices
 from firefly.data.encoding import Encoder
 from firefly.data.schema import Message
 from firefly.data.templates import bind_template
@@ -65,12 +66,21 @@ class Engine:
 
     @classmethod
     def load(
-        cls, model: ModelConfig, adapter: str | None = None, template_name: str = "auto", load_in_4bit: bool = False
+        cls,
+        model: ModelConfig,
+        adapter: str | None = None,
+        template_name: str = "auto",
+        load_in_4bit: bool = False,
+        force: bool = False,
     ) -> Engine:
         """Load a model, or an unmerged adapter on its base (which the adapter names if `model` does not).
 
+        Args:
+            force: go on although the prompts are not those that the certificate beside the weights was made of.
+
         Raises:
-            UsageError: nothing found there, adapter and base do not fit, or no usable template.
+            UsageError: nothing found there, adapter and base do not fit, no usable template, or another one than the
+                model was trained with.
         """
         if adapter is None and not model.name_or_path:
             raise UsageError("cli.missing_option", option="--model_name_or_path", usage="")
@@ -87,8 +97,11 @@ class Engine:
         tokenizer = load_tokenizer(model, tokenizer_source(model, adapter))
         stops = loaded.generation_config.eos_token_id
         stops = tuple(stops) if isinstance(stops, (list, tuple)) else () if stops is None else (stops,)
-        template = bind_template(template_name, tokenizer, eos_ids=stops)
-        return cls(loaded, Encoder(tokenizer, template), adapter or model.name_or_path)
+        trained = Path(adapter or model.name_or_path).expanduser()
+        template = bind_template(template_name, tokenizer, eos_ids=stops, **stored_choices(trained))
+        encoder = Encoder(tokenizer, template)
+        recheck(trained, encoder, force)
+        return cls(loaded, encoder, adapter or model.name_or_path)
 
     def stream(
         self, messages: Sequence[Message], settings: GenerationSettings, stop: threading.Event | None = None

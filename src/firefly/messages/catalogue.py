@@ -60,6 +60,13 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "fp16 and bf16 are both true; set one of them to false.",
         "fp16 和 bf16 同时为 true；请把其中一个设为 false。",
     ),
+    "config.bad_source": (
+        '{key}: {value} is not valid: {problem}. An entry is a path or {{"path", "weight" > 0, '
+        '"max_rows" ≥ 1, "name"}}, '
+        "each name once.",
+        '{key}：{value} 无效：{problem}。每一项应为路径，或 {{"path", "weight" > 0, "max_rows" ≥ 1, '
+        '"name"}}，且 name 不重复。',
+    ),
     "config.no_eval_file": (
         "{key} = {value} needs held-out data: set eval_file, or remove {key}.",
         "{key} = {value} 需要评估数据：请设置 eval_file，或删除 {key}。",
@@ -228,6 +235,35 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "the chat template {name} refuses this conversation: {problem}",
         "对话模板 {name} 拒绝此对话：{problem}",
     ),
+    "template.no_system": (
+        "the chat template {name} has no place for a system prompt (on_system: merge puts it into the first user turn)",
+        "对话模板 {name} 没有系统提示的位置（on_system: merge 会将其并入第一条用户消息）",
+    ),
+    "template.merges_system": (
+        "the chat template {name} has no system role; a system prompt is put in front of the first user turn "
+        "(on_system: error refuses instead).",
+        "对话模板 {name} 没有系统角色；系统提示将置于第一条用户消息之前（on_system: error 则改为报错）。",
+    ),
+    "template.no_tools": (
+        "the chat template {name} does not show the functions in tools",
+        "对话模板 {name} 不会写出 tools 中的函数",
+    ),
+    "template.no_tool_calls": (
+        "the chat template {name} does not write tool calls",
+        "对话模板 {name} 不会写出函数调用",
+    ),
+    "template.no_reasoning": (
+        "the chat template {name} does not write the reasoning of a reply (thinking: strip leaves it out)",
+        "对话模板 {name} 不会写出回复的思考过程（thinking: strip 可将其去除）",
+    ),
+    "template.dropped": (
+        "the chat template {name} drops message {number} ({role})",
+        "对话模板 {name} 丢弃了第 {number} 条消息（{role}）",
+    ),
+    "template.bad_date": (
+        "template_date = {value!r} is no date; write YYYY-MM-DD.",
+        "template_date = {value!r} 不是日期；请写成 YYYY-MM-DD。",
+    ),
     "template.span_count": (
         "the chat template marks {spans} trained spans for {replies} replies",
         "对话模板为 {replies} 条回复标出了 {spans} 个训练区间",
@@ -239,6 +275,29 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "template.content_changed": (
         "the chat template changes the text of a reply",
         "对话模板改动了回复的文本",
+    ),
+    "certificate.mismatch": (
+        "{path}: this model was trained with the template {trained}; with {name} its prompts would "
+        "be other ids than those "
+        "it learnt. Use the template and tokenizer saved with it (--template_name auto), or --force.",
+        "{path}：此模型使用模板 {trained} 训练；改用 {name} 会使提示的 id 与训练时不同。"
+        "请使用随模型保存的模板和分词器（--template_name auto），或加 --force。",
+    ),
+    "certificate.forced": (
+        "{path}: trained with the template {trained}, used with {name}: the prompts differ from those it learnt.",
+        "{path}：训练时的模板为 {trained}，现使用 {name}：提示与训练时不同。",
+    ),
+    "certificate.failed": (
+        "the template {name} does not pass {check}: {detail}.",
+        "模板 {name} 未通过 {check}：{detail}。",
+    ),
+    "certificate.exit": (
+        "the template {name} fails {count} check(s) on this tokenizer: {checks}.",
+        "模板 {name} 在此分词器上有 {count} 项检查未通过：{checks}。",
+    ),
+    "templates.not_messages": (
+        '{path} must hold {{"messages": [{{"role", "content"}}, …], …}} as JSON: {problem}.',
+        '{path} 的内容必须是 JSON：{{"messages": [{{"role", "content"}}, …], …}}：{problem}。',
     ),
     # data files
     "data.no_file": (
@@ -252,22 +311,83 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "{place}：{problem}。此 JSON 列表后面的内容无法读取。请改正，或改用每行一个对象的 .jsonl 文件。",
     ),
     "data.is_folder": (
-        "{path} is a folder; this version reads one file. Give a .jsonl or .json file.",
-        "{path} 是目录；此版本只读取单个文件。请给出 .jsonl 或 .json 文件。",
+        "{path} is a folder where one file is needed. Give a file in it.",
+        "{path} 是目录，此处需要单个文件。请给出其中的文件。",
     ),
     "data.unknown_suffix": (
         "{path}: files named *{suffix} are not read by this version; it reads {known}.",
         "{path}：此版本不读取 *{suffix} 文件；可读取 {known}。",
     ),
     "data.not_text": (
-        "{path} is not a text file. Give JSON or JSON lines in UTF-8.",
-        "{path} 不是文本文件。请给出 UTF-8 编码的 JSON 或 JSON lines。",
+        "{path} is not a text file: it begins like an archive, a binary file or UTF-16. Unpack it, "
+        "or save it as UTF-8.",
+        "{path} 不是文本文件：其开头像是压缩包、二进制文件或 UTF-16 文本。请解压，或另存为 UTF-8 编码。",
+    ),
+    "data.not_utf8": (
+        "{place}: the text is not UTF-8. Save the file as UTF-8 (for example: iconv -f GB18030 -t UTF-8 OLD > NEW).",
+        "{place}：文本不是 UTF-8 编码。请将文件另存为 UTF-8（例如：iconv -f GB18030 -t UTF-8 旧文件 > 新文件）。",
+    ),
+    "data.lfs_pointer": (
+        "{path} is a Git LFS pointer, not the data itself. Fetch the data with: git lfs pull",
+        "{path} 只是 Git LFS 指针，不是数据本身。请用 git lfs pull 获取数据。",
+    ),
+    "data.damaged": (
+        "{place}: from about here the file cannot be read: {problem}. It is damaged or incomplete, "
+        "or not what its name "
+        "says. Copy or download it again.",
+        "{place}：文件从此处附近开始无法读取：{problem}。文件已损坏、不完整，或与其后缀不符。请重新复制或下载。",
+    ),
+    "data.broken_table": (
+        "{place}: the row that begins here cannot be told from those after it: {problem}. Correct its quotation marks "
+        '(a cell with "quotes" is written "a cell with ""quotes""").',
+        "{place}：从此处开始的行无法与后面的行区分：{problem}。请改正其中的引号"
+        '（含 "引号" 的单元格应写作 "含 ""引号"" 的单元格"）。',
+    ),
+    "data.duplicate_column": (
+        "{place}: the column {column!r} stands there twice. Rename or remove one.",
+        "{place}：列 {column!r} 出现了两次。请重命名或删除其中一列。",
+    ),
+    "data.no_match": (
+        "{key} = {place} matches no file. Check the pattern (** stands for folders of any depth); "
+        "found there: {found}.",
+        "{key} = {place} 没有匹配到任何文件。请检查通配符（** 表示任意层目录）；其中的文件：{found}。",
+    ),
+    "data.no_known_files": (
+        "{key} = {place} holds no data file. Known kinds: {known}; found there: {found}.",
+        "{key} = {place} 中没有数据文件。可读取的类型：{known}；其中的文件：{found}。",
+    ),
+    "data.unknown_kinds": (
+        "{key} = {place}: {count} file(s) of other kinds are not read: {names}.",
+        "{key} = {place}：有 {count} 个其他类型的文件不会被读取：{names}。",
+    ),
+    "data.split_chosen": (
+        "{key} = {place}: reading {taken}; leaving out {left}.",
+        "{key} = {place}：读取 {taken}；不读取 {left}。",
+    ),
+    "data.many_splits": (
+        "{key} = {place} has several splits. Name one of them:{splits}",
+        "{key} = {place} 包含多个划分（split）。请指定其中之一：{splits}",
+    ),
+    "data.hub_failed": (
+        "{key} = {place} is neither a path here nor a dataset that {hub} gives out: {problem}\n"
+        "Check the name (org/name, or org/name:GLOB for some of its files) and the network, log in for a private or "
+        'gated one, set HF_ENDPOINT to a mirror, or use "hub": "modelscope".',
+        "{key} = {place} 既不是本地路径，也无法作为数据集从 {hub} 获取：{problem}\n"
+        "请检查名称（org/name，或用 org/name:GLOB 指定其中部分文件）和网络；私有或受限数据集需先登录；"
+        '也可用 HF_ENDPOINT 指定镜像，或设置 "hub": "modelscope"。',
     ),
     "data.malformed": (
         "{count} malformed row(s) in {file}; max_malformed_rows allows {allowed}. Nothing was trained.{rows}\n"
         "Correct or remove them, or raise max_malformed_rows to leave them out.",
         "{file} 中有 {count} 行格式错误；max_malformed_rows 允许 {allowed} 行。未开始训练。{rows}\n"
         "请改正或删除，或调大 max_malformed_rows 以跳过它们。",
+    ),
+    "data.too_long": (
+        "{count} row(s) of {file} are longer than max_seq_length, and on_too_long is error. Nothing "
+        "was trained.{rows}\n"
+        "Raise max_seq_length, or set on_too_long to cut_turns, cut or drop.",
+        "{file} 中有 {count} 行超过 max_seq_length，而 on_too_long 为 error。未开始训练。{rows}\n"
+        "请调大 max_seq_length，或将 on_too_long 设为 cut_turns、cut 或 drop。",
     ),
     "data.nothing_left": (
         "no row of {file} can be trained.{rows}\nCheck the file, its format and max_seq_length.",
@@ -284,9 +404,30 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "data: {file}: {rows} rows, {kept} kept, {cut} cut, lost: {lost}; {tokens} tokens, {share} trained",
         "数据：{file}：共 {rows} 行，保留 {kept}，截断 {cut}，丢弃：{lost}；{tokens} 个 token，其中 {share} 参与训练",
     ),
+    # firefly check
+    "check.title": ("Data check", "数据检查"),
+    "check.format": (
+        "format: {formats}; task {task}; template {template}",
+        "格式：{formats}；任务 {task}；模板 {template}",
+    ),
+    "check.lengths": ("tokens per example", "每个样本的 token 数"),
+    "check.target_share": ("share of trained tokens per example", "每个样本中参与训练的 token 占比"),
+    "check.failed": ("a run would not start: {problem}", "训练将不会开始：{problem}"),
+    "check.html_failed": ("--html {path} cannot be written: {problem}.", "--html {path} 无法写入：{problem}。"),
+    "check.embedded_tokenizer": (
+        "no model_name_or_path given: tokens are counted with the tokenizer and template of {name}.",
+        "未给出 model_name_or_path：使用 {name} 的分词器和模板统计 token。",
+    ),
     # rows
     "row.bad_json": ("not valid JSON: {problem} (column {column})", "不是有效的 JSON：{problem}（第 {column} 列）"),
     "row.not_utf8": ("not UTF-8 text (byte {position})", "不是 UTF-8 文本（第 {position} 字节）"),
+    "row.field_not_utf8": ("{field} is not UTF-8 text", "{field} 不是 UTF-8 文本"),
+    "row.nul": ("{field} has a NUL byte, which is no text", "{field} 中含有 NUL 字节，不是文本"),
+    "row.cell_count": (
+        "{cells} cells under a header of {columns} (a cell with the separator in it needs quotation marks)",
+        "有 {cells} 个单元格，而表头有 {columns} 列（含分隔符的单元格需要加引号）",
+    ),
+    "row.bad_cells": ("the row cannot be read: {problem}", "无法读取此行：{problem}"),
     "row.too_deep": ("nested too deeply", "嵌套过深"),
     "row.array_not_closed": ("the JSON list is not closed by ]", "JSON 列表缺少结尾的 ]"),
     "row.after_array": ("there is more text after the closing ]", "结尾的 ] 之后还有内容"),
@@ -295,17 +436,19 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "no known format has the keys {keys} (known formats: {known})",
         "没有已知格式包含这些键：{keys}（已知格式：{known}）",
     ),
-    "row.two_formats": ("the record fits two formats: {formats}", "记录同时符合多种格式：{formats}"),
+    "row.two_formats": (
+        "the record fits several formats: {formats}; say which with data_format",
+        "记录同时符合多种格式：{formats}；请用 data_format 指定",
+    ),
     "row.missing_field": ("{field} is missing", "缺少 {field}"),
     "row.empty_field": ("{field} is empty", "{field} 为空"),
     "row.wrong_type": ("{field} must be {expected}, not {got}", "{field} 应为 {expected}，而不是 {got}"),
     "row.surrogate": ("{field} has a lone surrogate, which is no character", "{field} 中含有无效字符（单独的代理项）"),
     "row.unknown_role": (
-        "{field} = {role!r} is unknown; roles are system, user, assistant",
-        "{field} = {role!r} 未知；角色应为 system、user、assistant",
+        "{field} = {role!r} is unknown; roles are {known}",
+        "{field} = {role!r} 未知；可用的角色：{known}",
     ),
     "row.role_order": ("{field} should be from {expected}, not {got}", "{field} 应来自 {expected}，而不是 {got}"),
-    "row.not_yet": ("{field} is not supported by this version", "此版本尚不支持 {field}"),
     "row.lengths_differ": (
         "input_ids has {ids} numbers and labels {labels}; they must be as many",
         "input_ids 有 {ids} 个数，labels 有 {labels} 个；两者必须相等",
@@ -324,9 +467,45 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "共 {tokens} 个 token；在 max_seq_length {limit} 之内没有任何回复",
     ),
     "row.cut": (
-        "cut from {tokens} to {kept} tokens ({targets} trained tokens lost; max_seq_length {limit})",
-        "由 {tokens} 截断为 {kept} 个 token（损失 {targets} 个训练 token；max_seq_length {limit}）",
+        "cut from {tokens} to {kept} tokens ({targets} trained tokens and {turns} whole replies lost; max_seq_length "
+        "{limit})",
+        "由 {tokens} 截断为 {kept} 个 token（损失 {targets} 个训练 token、{turns} 条完整回复；max_seq_length {limit}）",
     ),
+    "row.other_task": (
+        "a record of the format {format} is for task_type {task}, not {wanted}",
+        "{format} 格式的记录用于 task_type {task}，而不是 {wanted}",
+    ),
+    "row.bad_json_field": ("{field} is not valid JSON: {problem}", "{field} 不是有效的 JSON：{problem}"),
+    "row.two_systems": (
+        "{field} is a system prompt beside the one under system",
+        "{field} 是系统提示，而 system 字段中已有一个",
+    ),
+    "row.not_text_part": (
+        "{field} is of type {type}; this version trains on text",
+        "{field} 的类型为 {type}；此版本只训练文本",
+    ),
+    "row.plugin": (
+        "{field} calls a MOSS plug-in, which this version does not read",
+        "{field} 调用了 MOSS 插件，此版本无法读取",
+    ),
+    "row.prompts_differ": (
+        "chosen and rejected do not continue the same prompt",
+        "chosen 和 rejected 的提示部分不一致",
+    ),
+    "row.no_transcript": (
+        "{field} does not begin with Human: or Assistant:",
+        "{field} 不是以 Human: 或 Assistant: 开头",
+    ),
+    "row.reserved_character": (
+        "the text holds a character set aside for programs (U+FDD0, U+FDD1, U+F5A1F or U+F5A20)",
+        "文本中含有保留给程序内部使用的字符（U+FDD0、U+FDD1、U+F5A1F 或 U+F5A20）",
+    ),
+    # findings that lose nothing
+    "finding.blank_line": ("a blank line", "空行"),
+    "finding.empty_answer": ("the answer is empty: only the stop token is trained", "回答为空：只训练停止符"),
+    "finding.duplicate": ("the same as {place}", "与 {place} 相同"),
+    "finding.repeated_answer": ("this answer stands in {count} rows", "此回答在 {count} 行中出现"),
+    "finding.in_eval": ("the same as {place}, which is held out", "与评估数据 {place} 相同"),
     # overview of a run
     "overview.example": ("first example: trained tokens are green", "第一个样本：绿色部分参与训练"),
     "overview.steps": (

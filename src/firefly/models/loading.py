@@ -17,6 +17,7 @@ import torch
 from firefly.config import ModelConfig
 from firefly.console import notice
 from firefly.data.dataset import cache_folder
+from firefly.data.tokenizers import adapt_tokenizer
 from firefly.errors import UsageError
 from firefly.models.precision import Precision
 
@@ -117,12 +118,23 @@ def load_tokenizer(config: ModelConfig, source: str | None = None) -> Any:
 
     place = source or resolve_model(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, **hub_options(config))
+        tokenizer = adapt_tokenizer(AutoTokenizer.from_pretrained(place, **hub_options(config)))
     except Exception as error:
         raise _loading_error(error, place) from error
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def stop_ids_of(config: ModelConfig) -> list[int] | None:
+    """`eos_token_id` of the model's generation_config; None where it has none (a tokenizer alone, an old model)."""
+    from transformers import GenerationConfig
+
+    try:
+        found = GenerationConfig.from_pretrained(resolve_model(config), **hub_options(config)).eos_token_id
+    except OSError:
+        return None
+    return None if found is None else list(found) if isinstance(found, list | tuple) else [int(found)]
 
 
 def load_model(config: ModelConfig, mode: str, precision: Precision, device: torch.device) -> Any:

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from firefly.data.batching import PackedBatch, PackedExamples, Step, StepLoader, StepPlan, step_loader
-from firefly.data.dataset import Examples
+from firefly.data.examples import Examples
 from firefly.errors import UsageError
 from firefly.models.precision import Precision
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from firefly.data.dataset import Examples
+from firefly.data.examples import Examples
 from firefly.data.schema import IGNORE, Tokens
 from firefly.messages import render
 from firefly.reports.forecast import Forecast
@@ -19,7 +19,7 @@ def show_example(console: Console, tokens: Tokens, tokenizer: Any, most: int = 4
     """Print an example as the model sees it; tokens with a loss are green and underlined ([ ] without colours)."""
     text = Text()
     ids, labels = tokens.input_ids[:most].tolist(), tokens.labels[:most]
-    for trained, run in _runs(ids, labels):
+    for trained, run in token_runs(ids, labels):
         shown = tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if trained and not console.color_system:
             shown = f"[{shown}]"
@@ -29,7 +29,7 @@ def show_example(console: Console, tokens: Tokens, tokenizer: Any, most: int = 4
     console.print(Panel(text, title=render("overview.example"), title_align="left", border_style="dim"))
 
 
-def _runs(ids: list[int], labels: Any) -> list[tuple[bool, list[int]]]:
+def token_runs(ids: list[int], labels: Any) -> list[tuple[bool, list[int]]]:
     runs: list[tuple[bool, list[int]]] = []
     for token, label in zip(ids, labels, strict=True):
         trained = bool(label != IGNORE)

@@ -1,0 +1,263 @@
+"""The template certificate: proof that what is trained is what chat and servers will ask with.
+
+For a battery of conversations, ids equal `apply_chat_template`'s, each prompt is a prefix of the trained text, and
+every reply ends with a trained stop token. The hash of the battery's ids travels with the weights; chat and merge make
+it anew.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from firefly.console import notice
+from firefly.data.encoding import Encoder
+from firefly.data.schema import IGNORE, Conversation, Message, Tokens
+from firefly.data.templates import ChatTemplate, TemplateFailure
+from firefly.data.tokenizers import SlowTokenizer
+from firefly.errors import UsageError
+
+FILE_NAME = "template_certificate.json"
+
+_CONTENTS = (
+    "Hello, who are you?",
+    "I am a language model.\n\n1. One\n2. Two",
+    "  leading and trailing white space \n",
+    "中文回答，带有“引号”和 emoji 🙂。",
+    "{{ braces }} and {% tags %} stay text",
+    "```python\nprint('</b>')\n```",
+)
+
+
+def battery() -> list[Conversation]:
+    """Conversations of one to three turns, with and without a system prompt."""
+    conversations = []
+    for turns in (1, 2, 3):
+        for system in (None, "You answer in one sentence."):
+            messages = [] if system is None else [Message("system", system)]
+            for number in range(turns):
+                messages.append(Message("user", _CONTENTS[2 * number]))
+                messages.append(Message("assistant", _CONTENTS[2 * number + 1]))
+            conversations.append(Conversation(tuple(messages)))
+    return conversations
+
+
+@dataclass(frozen=True)
+class Check:
+    """One property; `detail` says what was compared, or where it failed."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was proved of one template on one tokenizer."""
+
+    template: str
+    template_sha256: str
+    stop_token: str
+    stop_id: int
+    on_system: str
+    thinking: str
+    date: str | None
+    hash: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"passed": self.passed}
+
+
+def certify(encoder: Encoder, stop_ids: Sequence[int] | None = None) -> Certificate:
+    """Put the template to the proof.
+
+    Args:
+        stop_ids: the `eos_token_id` of the model's generation_config, if it is known.
+    """
+    template = encoder.template
+    usable = [item for item in battery() if _accepts(encoder, item)]
+    checks = [
+        _check_ids(encoder, usable),
+        _check_prefixes(encoder, usable),
+        _check_stops(encoder, usable),
+        Check("stop_is_one_token", True, f"{template.stop_tokens[0]} = {template.stop_ids[0]}"),
+    ]
+    if stop_ids is not None:
+        inside = template.stop_ids[0] in stop_ids
+        checks.append(Check("stop_in_generation_config", inside, f"{template.stop_ids[0]} in {list(stop_ids)}"))
+    return Certificate(
+        template=template.name,
+        template_sha256=template.hash,
+        stop_token=template.stop_tokens[0],
+        stop_id=template.stop_ids[0],
+        on_system=template.on_system,
+        thinking=template.thinking,
+        date=None if template.date is None else template.date.isoformat(),
+        hash=battery_hash(encoder),
+        checks=tuple(checks),
+    )
+
+
+def battery_hash(encoder: Encoder) -> str:
+    """Hash of the stop token and of every prompt of the battery, as ids."""
+    digest = hashlib.sha256(str(encoder.template.stop_ids[0]).encode())
+    for conversation in battery():
+        for index, item in enumerate(conversation.messages):
+            if item.role == "assistant":
+                try:
+                    ids = encoder.encode_prompt(conversation.messages[:index])
+                except TemplateFailure:
+                    ids = []
+                digest.update(json.dumps(ids).encode())
+    return digest.hexdigest()
+
+
+def recheck(folder: Path, encoder: Encoder, force: bool = False) -> None:
+    """Compare with the certificate that was stored beside an adapter or model; nothing to do where there is none.
+
+    Raises:
+        UsageError: the prompts or the stop token are not those it was trained with, and `force` is false.
+    """
+    stored = read_certificate(folder)
+    if stored is None or stored.get("hash") == battery_hash(encoder):
+        return
+    values = {"path": folder / FILE_NAME, "name": encoder.template.name, "trained": stored.get("template")}
+    if not force:
+        raise UsageError("certificate.mismatch", **values)
+    notice("certificate.forced", **values)
+
+
+def read_certificate(folder: Path) -> dict[str, Any] | None:
+    """The stored certificate of a folder, or of the run folder it lies in (a checkpoint); None if there is none."""
+    for place in (folder, folder.parent):
+        path = place / FILE_NAME
+        if path.is_file():
+            try:
+                stored = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                return None
+            return stored if isinstance(stored, dict) else None
+    return None
+
+
+def stored_choices(folder: Path) -> dict[str, Any]:
+    """The arguments of `bind_template` that a run was trained with."""
+    stored = read_certificate(folder) or {}
+    return {name: stored[name] for name in ("on_system", "thinking", "date") if stored.get(name) is not None}
+
+
+def _accepts(encoder: Encoder, conversation: Conversation) -> bool:
+    try:
+        encoder.render(conversation)
+    except TemplateFailure:
+        return False
+    return True
+
+
+def _encode(encoder: Encoder, conversation: Conversation) -> list[Tokens]:
+    return encoder.encode_rendered(encoder.render(conversation))
+
+
+def _check_ids(encoder: Encoder, conversations: Sequence[Conversation]) -> Check:
+    """Ids of every prompt, and of whole texts but for a stop token that the official text leaves out."""
+    name, compared = "ids_equal_apply_chat_template", 0
+    by_piece = isinstance(encoder.tokenizer, SlowTokenizer)  # cuts before a reply, where one text has no cut
+    if _dated_otherwise(encoder.template):
+        return Check(name, True, "not compared: apply_chat_template prints today's date")
+    for number, conversation in enumerate(conversations):
+        adapted = encoder.template.adapt(conversation)
+        for index, item in enumerate(adapted.messages):
+            if item.role == "assistant":
+                official = _official(encoder, Conversation(adapted.messages[:index]), prompt=True)
+                if official != encoder.encode_prompt(adapted.messages[:index]):
+                    return Check(name, False, f"prompt {index} of conversation {number}")
+                compared += 1
+        encoded = _encode(encoder, conversation)
+        if len(encoded) == 1 and not by_piece:
+            ids, official = encoded[0].input_ids.tolist(), _official(encoder, adapted, prompt=False)
+            stop = [encoder.template.stop_ids[0]]
+            if ids != official and ids != [*official, *stop] and ids != _trimmed(official, len(ids)):
+                return Check(name, False, f"conversation {number}")
+            compared += 1
+    how = ": prompts, both tokenised by our adapter; the model's own chat code was not compared" if by_piece else ""
+    return Check(name, compared > 0, f"{compared} texts{how}")
+
+
+def _trimmed(official: list[int], length: int) -> list[int]:
+    return official[:length]
+
+
+def _dated_otherwise(template: ChatTemplate) -> bool:
+    return template.date not in (None, datetime.date.today()) and "strftime_now" in template.text
+
+
+def _official(encoder: Encoder, conversation: Conversation, prompt: bool) -> list[int]:
+    template, extra = encoder.template, {}
+    if template.date is not None:
+        extra["date_string"] = template.date.strftime("%d %b %Y")
+    ids = encoder.tokenizer.apply_chat_template(
+        conversation.as_dicts(),
+        chat_template=template.text,
+        add_generation_prompt=prompt,
+        tokenize=True,
+        return_dict=False,
+        **extra,
+    )
+    return list(ids)
+
+
+def _check_prefixes(encoder: Encoder, conversations: Sequence[Conversation]) -> Check:
+    """What is asked with is what the trained reply follows."""
+    name, compared = "prompt_is_prefix_of_training", 0
+    for number, conversation in enumerate(conversations):
+        for tokens, index in _replies(encoder, conversation):
+            prompt = encoder.encode_prompt(conversation.messages[:index])
+            for ids, start in tokens:
+                if ids[:start].tolist() != prompt:
+                    return Check(name, False, f"reply {index} of conversation {number}")
+                compared += 1
+    return Check(name, compared > 0, f"{compared} replies")
+
+
+def _replies(encoder: Encoder, conversation: Conversation) -> list[tuple[list[tuple[np.ndarray, int]], int]]:
+    """For each reply: the trained ids that hold it and the place where it begins."""
+    indices = [i for i, item in enumerate(conversation.messages) if item.role == "assistant"]
+    encoded = _encode(encoder, conversation)
+    if len(encoded) == 1:
+        starts = _starts(encoded[0])
+        return [([(encoded[0].input_ids, start)], index) for start, index in zip(starts, indices, strict=False)]
+    return [([(tokens.input_ids, _starts(tokens)[0])], index) for tokens, index in zip(encoded, indices, strict=False)]
+
+
+def _starts(tokens: Tokens) -> list[int]:
+    trained = tokens.labels != IGNORE
+    return np.flatnonzero(trained & ~np.append(False, trained[:-1])).tolist()
+
+
+def _check_stops(encoder: Encoder, conversations: Sequence[Conversation]) -> Check:
+    """As many trained runs as replies, each with a stop token at its end."""
+    name, count = "stop_trained_in_every_reply", 0
+    for number, conversation in enumerate(conversations):
+        encoded = _encode(encoder, conversation)
+        ends = [
+            int(tokens.input_ids[place])
+            for tokens in encoded
+            for place in np.flatnonzero((tokens.labels != IGNORE) & ~np.append(tokens.labels[1:] != IGNORE, False))
+        ]
+        replies = sum(item.role == "assistant" for item in conversation.messages)
+        if len(ends) != replies or any(end not in encoder.template.stop_ids for end in ends):
+            return Check(name, False, f"conversation {number}: {len(ends)} trained runs for {replies} replies")
+        count += replies
+    return Check(name, count > 0, f"{count} replies")

@@ -1,0 +1,80 @@
+"""What is wrong with rows only when seen together: duplicates, overlap with held-out rows, one answer to all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from firefly.data.examples import ExampleFile
+from firefly.data.ledger import DUPLICATE, IN_EVAL, REPEATED_ANSWER
+from firefly.data.schema import Source
+from firefly.messages import render
+
+REPEATED_SHARE, REPEATED_LEAST = 0.01, 10
+"""An answer is a finding when it stands in that share of the rows, and in that many."""
+
+
+def note_findings(files: Sequence[ExampleFile], held_out: Sequence[ExampleFile] = ()) -> None:
+    """Write duplicates, repeated answers and rows that are also held out on the files' ledgers."""
+    note_duplicates(files)
+    note_duplicates(held_out)
+    note_repeated_answers(files)
+    note_overlap(files, held_out)
+
+
+def note_duplicates(files: Sequence[ExampleFile]) -> None:
+    """Every row that has the same content as an earlier one."""
+    content, place = _column(files, "content"), _Places(files)
+    order = np.argsort(content, kind="stable")
+    ordered = content[order]
+    first = np.ones(len(order), dtype=bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    starts = np.flatnonzero(first)
+    original = order[starts[np.cumsum(first) - 1]] if len(order) else order
+    repeated = ~first
+    for row, earlier in sorted(zip(order[repeated].tolist(), original[repeated].tolist(), strict=True)):
+        place.note(row, DUPLICATE, render("finding.duplicate", place=place.source(earlier)))
+
+
+def note_repeated_answers(files: Sequence[ExampleFile]) -> None:
+    """Each answer that very many rows share, at the first of them."""
+    answers, place = _column(files, "answer"), _Places(files)
+    values, first, counts = np.unique(answers, return_index=True, return_counts=True)
+    often = (counts >= max(REPEATED_LEAST, REPEATED_SHARE * len(answers))) & (values != 0)
+    for row, count in sorted(zip(first[often].tolist(), counts[often].tolist(), strict=True)):
+        place.note(row, REPEATED_ANSWER, render("finding.repeated_answer", count=count))
+
+
+def note_overlap(files: Sequence[ExampleFile], held_out: Sequence[ExampleFile]) -> None:
+    """Every training row that is held out, too."""
+    if not held_out:
+        return
+    content, place = _column(files, "content"), _Places(files)
+    theirs, other = _column(held_out, "content"), _Places(held_out)
+    values, first = np.unique(theirs, return_index=True)
+    at = np.searchsorted(values, content)
+    inside = np.flatnonzero(values[np.minimum(at, len(values) - 1)] == content) if len(values) else []
+    for row in inside:
+        place.note(int(row), IN_EVAL, render("finding.in_eval", place=other.source(int(first[at[row]]))))
+
+
+def _column(files: Sequence[ExampleFile], name: str) -> np.ndarray:
+    return np.concatenate([file.rows[name] for file in files]) if files else np.zeros(0, dtype=np.uint64)
+
+
+class _Places:
+    """From a row's number over all files to its place."""
+
+    def __init__(self, files: Sequence[ExampleFile]) -> None:
+        self._files = files
+        self._starts = np.cumsum([0, *(len(file.rows) for file in files)])
+
+    def source(self, row: int) -> Source:
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        file = self._files[number]
+        return Source(file.ledger.file, int(file.rows["line"][row - self._starts[number]]))
+
+    def note(self, row: int, cause: str, message: str) -> None:
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        self._files[number].ledger.note(self.source(row), cause, message)

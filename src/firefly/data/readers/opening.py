@@ -1,0 +1,77 @@
+"""Opening data files, plain or gzip. What is no text, or breaks while it is read, is refused without a traceback."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import io
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, cast
+
+from firefly.data.schema import RawRecord, Source
+from firefly.errors import UsageError
+
+BUFFER = 1 << 18
+GZIP_BUFFER = 1 << 16
+"""Smaller: what is unpacked into it before a damaged place is lost, and with it the line number."""
+HEAD = 4096
+BOM = b"\xef\xbb\xbf"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+Options = ParamSpec("Options")
+Reader = Callable[Concatenate[Path, Options], Iterator[RawRecord]]
+
+
+def open_bytes(path: Path) -> io.BufferedReader:
+    """The bytes of a file, unpacked if it is named *.gz."""
+    if path.suffix.lower() != ".gz":
+        return io.BufferedReader(io.FileIO(path), BUFFER)
+    return io.BufferedReader(cast(Any, gzip.open(path)), GZIP_BUFFER)
+
+
+def open_text(path: Path) -> io.BufferedReader:
+    """The bytes of a text file after its byte order mark.
+
+    A model file, an archive or UTF-16 text given as data is one mistake, not thousands of malformed rows.
+
+    Raises:
+        UsageError: it does not begin like text.
+    """
+    file = open_bytes(path)
+    head = file.peek(HEAD)[:HEAD]
+    refuse_pointer(path, head)
+    if b"\0" in head.partition(b"\n")[0] or head[:4] in (b"PK\x03\x04", b"PAR1") or head[:2] == b"\x1f\x8b":
+        file.close()
+        raise UsageError("data.not_text", path=path)
+    if head.startswith(BOM):
+        file.read(len(BOM))
+    return file
+
+
+def refuse_pointer(path: Path, head: bytes) -> None:
+    """`git clone` without Git LFS leaves small text files where the data should be.
+
+    Raises:
+        UsageError: `head` begins such a file.
+    """
+    if head.startswith(LFS_POINTER):
+        raise UsageError("data.lfs_pointer", path=path)
+
+
+def stops_at_damage(reader: Reader[Options]) -> Reader[Options]:
+    """Let a reader end with a UsageError that names the place where a damaged or vanished file cannot be read on."""
+
+    @functools.wraps(reader)
+    def records(path: Path, *args: Options.args, **options: Options.kwargs) -> Iterator[RawRecord]:
+        record = None
+        try:
+            for record in reader(path, *args, **options):
+                yield record
+        except (OSError, EOFError, zlib.error) as error:
+            place = record.source if record else Source(str(path), 1)
+            problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UsageError("data.damaged", place=place, problem=problem.rstrip(".")) from error
+
+    return records

@@ -1,0 +1,243 @@
+"""From what a configuration says to files: a file, a folder, a glob, or a dataset of a hub."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import importlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from firefly.console import notice
+from firefly.data.readers import READERS, known_suffix
+from firefly.errors import UsageError
+
+DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:.+)?", re.ASCII)
+METADATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "configuration.json"}
+"""What hubs and `datasets` keep beside the data."""
+NO_DATA = re.compile(r".*\.md|(readme|licen[sc]e)(\.txt)?", re.IGNORECASE)
+
+SPLITS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
+}
+SPLIT_OF_WORD = {word: split for split, words in SPLITS.items() for word in words}
+SHARD = re.compile(r"-\d+-of-\d+.*")
+FEW = 5
+
+
+def find_files(place: str, key: str, hub: str = "huggingface", revision: str | None = None) -> list[Path]:
+    """The data files that `place` names, in a fixed order.
+
+    Args:
+        place: a file; a folder (every file of a known kind below it); a glob (`**` too); or a dataset id of the hub,
+            `org/name` or `org/name:GLOB` (there `*` matches `/` too). `~` is expanded. Of a folder or dataset that has
+            training and held-out files the training ones are taken (for `eval_file`: validation, else test).
+        key: the configuration key that names the place, for messages and for choosing the split.
+        hub: `huggingface` (HF_ENDPOINT and HF_HUB_OFFLINE are honoured) or `modelscope`.
+
+    Raises:
+        UsageError: no such place, no file of a known kind, several splits to choose from, or a hub that fails.
+    """
+    path = os.path.expanduser(place)
+    if os.path.isdir(path):
+        return [Path(path, name) for name in _choose(place, key, _list_folder(path, key))]
+    if os.path.exists(path):
+        return [Path(path)]
+    if matches := _glob(path):
+        return [Path(name) for name in _known(place, key, matches)]
+    if DATASET_ID.fullmatch(place) and not known_suffix(place.partition(":")[0]):
+        return _fetch(place, key, hub, revision)
+    if _is_glob(path):
+        raise UsageError("data.no_match", key=key, place=place, found=_few(_neighbours(path)) or "–")
+    raise UsageError("data.no_file", key=key, path=place)
+
+
+def _is_glob(path: str) -> bool:
+    return any(character in path for character in "*?[")
+
+
+def _glob(path: str) -> list[str]:
+    if not _is_glob(path):
+        return []
+    return sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name))
+
+
+def _neighbours(pattern: str) -> list[str]:
+    """What lies in the deepest folder that a glob names without wildcards."""
+    folder = Path(re.split(r"[*?[]", pattern)[0] + "x").parent
+    return sorted(Path(name).name for name in glob.glob(os.path.join(glob.escape(str(folder)), "*")))
+
+
+def _list_folder(root: str, key: str) -> list[str]:
+    try:
+        return _walk(root)
+    except OSError as error:
+        raise UsageError("data.unreadable", key=key, path=error.filename or root, problem=error.strerror) from None
+
+
+def _walk(root: str) -> list[str]:
+    """Files below a folder, relative to it, sorted; hidden ones are passed over, links to folders followed once."""
+    names, seen = [], set()
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        names += [Path(folder, name).relative_to(root).as_posix() for name in files if not name.startswith(".")]
+    return sorted(names)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _known(place: str, key: str, names: list[str]) -> list[str]:
+    """The files that can be read; a notice names the others, but for what is never data."""
+    data = [name for name in names if not _is_metadata(PurePosixPath(name).name)]
+    known = [name for name in data if known_suffix(name)]
+    others = [name for name in data if not known_suffix(name)]
+    if not known:
+        raise UsageError(
+            "data.no_known_files", key=key, place=place, known=", ".join(READERS), found=_few(others or names) or "–"
+        )
+    if others:
+        notice("data.unknown_kinds", key=key, place=place, count=len(others), names=_few(others))
+    return known
+
+
+def _is_metadata(name: str) -> bool:
+    return name in METADATA or NO_DATA.fullmatch(name) is not None
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:FEW]) + (", …" if len(names) > FEW else "")
+
+
+def _choose(place: str, key: str, names: list[str], *, from_hub: bool = False) -> list[str]:
+    """Of a folder's or a dataset's files those that can be read and belong to the split that `key` asks for.
+
+    A folder without held-out files is read whole, whatever its files are called. Everything else that names splits must
+    name one: `train_sft` and `train_gen` are different data.
+    """
+    known = _known(place, key, names)
+    splits = {name: _split(name) for name in known}
+    held_out = not {"validation", "test"}.isdisjoint(splits.values())
+    wanted = _wanted(key, set(splits.values()))
+    chosen = [name for name in known if splits[name] == wanted] if held_out else known
+    different = _patterns([name for name in chosen if splits[name]])
+    if len(different) > 1 and (held_out or from_hub):
+        start = f"{place}:" if from_hub else f"{place.rstrip('/')}/"
+        listed = "".join(f"\n  {start}{pattern}" for pattern in different)
+        raise UsageError("data.many_splits", key=key, place=place, splits=listed)
+    if left := [name for name in known if name not in set(chosen)]:
+        notice("data.split_chosen", key=key, place=place, taken=_few(_patterns(chosen)), left=_few(_patterns(left)))
+    return chosen
+
+
+def _wanted(key: str, present: set[str | None]) -> str | None:
+    """The split that a key asks for, of those that are there; files that name no split are for training."""
+    order = ("validation", "test", None, "train") if key == "eval_file" else ("train", None, "validation", "test")
+    return next(split for split in order if split in present)
+
+
+def _split(name: str) -> str | None:
+    part = _split_part(name)
+    return None if part is None else part[1]
+
+
+def _split_part(name: str) -> tuple[int, str] | None:
+    """Which part of a path names a split, and the split; the file's own name comes before its folders."""
+    parts = name.split("/")
+    for index in reversed(range(len(parts))):
+        found = {SPLIT_OF_WORD.get(word) for word in re.findall("[a-z]+", parts[index].lower())}
+        for split in SPLITS:
+            if split in found:
+                return index, split
+    return None
+
+
+def _patterns(names: list[str]) -> list[str]:
+    """A glob for each different split, its shards and numbered parts together; files of no split by their names."""
+    return sorted({_pattern(name) for name in names})
+
+
+def _pattern(name: str) -> str:
+    part = _split_part(name)
+    if part is None:
+        return name
+    parts = name.split("/")
+    if part[0] < len(parts) - 1:
+        return "/".join(parts[: part[0] + 1]) + "/**"
+    stem = name.removesuffix(name[-len(known_suffix(name) or "") :])
+    if SHARD.search(stem):
+        return SHARD.sub("-*", stem)
+    return re.sub(r"\d+$", "*", stem) + name[len(stem) :]
+
+
+def _fetch(place: str, key: str, hub: str, revision: str | None) -> list[Path]:
+    """Download a dataset's files, or some of them; the library keeps them in its own cache."""
+    name, _, pattern = place.partition(":")
+    pattern += "*" if pattern.endswith("/") else ""  # as the library does
+    patterns = [pattern] if pattern else [f"*{suffix}" for suffix in (*READERS, *map(str.upper, READERS))]
+    listed = None if hub == "modelscope" else _list_huggingface(name, revision)
+    # Asked before the download: several splits may be many gigabytes, to be refused after all.
+    chosen = None if listed is None else _select(place, key, listed, pattern)
+    with _hub_errors(place, key, hub):
+        download = _modelscope if hub == "modelscope" else _huggingface
+        root = download(name, revision, patterns)
+    if chosen is None:
+        fetched = _walk(root) if os.path.isdir(root) else []  # where nothing matched, the library makes no folder
+        chosen = _select(place, key, fetched, pattern)
+    return [Path(root, name) for name in chosen]
+
+
+def _select(place: str, key: str, names: list[str], pattern: str) -> list[str]:
+    if not pattern:
+        return _choose(place, key, names, from_hub=True)
+    matching = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    if not matching:
+        raise UsageError("data.no_match", key=key, place=place, found=_few(names) or "–")
+    return _known(place, key, matching)
+
+
+def _list_huggingface(name: str, revision: str | None) -> list[str] | None:
+    """Names of the files of a dataset; None where the hub does not say: then the download tells, or the cache."""
+    from huggingface_hub import HfApi
+
+    try:
+        names = HfApi().list_repo_files(name, repo_type="dataset", revision=revision)
+    except Exception:
+        return None
+    return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
+
+
+def _huggingface(name: str, revision: str | None, patterns: list[str]) -> str:
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
+
+
+def _modelscope(name: str, revision: str | None, patterns: list[str]) -> str:
+    try:  # by name: an optional package is not there for the type checker either
+        download = importlib.import_module("modelscope").dataset_snapshot_download
+    except ImportError:
+        raise UsageError("model.no_modelscope") from None
+    options = {"revision": revision} if revision else {}
+    return str(download(name, allow_file_pattern=patterns, **options))
+
+
+@contextmanager
+def _hub_errors(place: str, key: str, hub: str) -> Iterator[None]:
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        problem = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UsageError("data.hub_failed", key=key, place=place, hub=hub, problem=problem) from error

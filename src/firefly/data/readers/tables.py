@@ -1,0 +1,167 @@
+"""Tables: CSV, TSV and Parquet. Every row has every column, so a cell without a value is left out of the record."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from firefly.data.readers.opening import HEAD, open_bytes, open_text, refuse_pointer, stops_at_damage
+from firefly.data.schema import RawRecord, Source
+from firefly.errors import UsageError
+from firefly.messages import render
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+FIELD_LIMIT = 1 << 25
+"""Characters of one CSV cell: more than a book has, less than memory, for a quote that is never closed."""
+BATCH = 128
+"""Rows of a Parquet file that are held at a time."""
+PAGE_BUFFER = 1 << 20
+"""Bytes read at a time of a Parquet column; without a buffer Arrow holds whole row groups, often the whole file."""
+
+
+def read_csv(path: Path) -> Iterator[RawRecord]:
+    """Rows of comma-separated values under a header, all of them text; `""` in a quoted cell is a quotation mark.
+
+    Columns without a name (a data frame's index) and empty cells are left out, blank lines skipped.
+
+    Raises:
+        UsageError: not a text file, a header that is not UTF-8 or names a column twice, or a quoted cell over several
+            lines that does not end as one (rows may be hidden in it).
+    """
+    return _read_delimited(path, ",")
+
+
+def read_tsv(path: Path) -> Iterator[RawRecord]:
+    """As `read_csv`, with tabs between the cells."""
+    return _read_delimited(path, "\t")
+
+
+@stops_at_damage
+def _read_delimited(path: Path, delimiter: str) -> Iterator[RawRecord]:
+    name = str(path)
+    csv.field_size_limit(FIELD_LIMIT)  # of the whole process; the module's own 131,072 is too small for documents
+    with (
+        open_text(path) as raw,
+        io.TextIOWrapper(raw, encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
+        rows = _rows(name, csv.reader(file, delimiter=delimiter, strict=True))
+        columns = _columns(name, rows)
+        for line, cells in rows:
+            yield _row_record(Source(name, line), columns, cells)
+
+
+def _rows(name: str, reader: Any) -> Iterator[tuple[int, list[str] | str]]:
+    """Line and cells of each row that is not blank; text instead of cells says why they cannot be told apart."""
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if reader.line_num > line:
+                raise UsageError("data.broken_table", place=Source(name, line), problem=error) from None
+            yield line, render("row.bad_cells", problem=error)
+        else:
+            if cells:
+                yield line, cells
+
+
+def _columns(name: str, rows: Iterator[tuple[int, list[str] | str]]) -> list[str]:
+    """The names in the header, the first row."""
+    line, cells = next(rows, (1, []))
+    place = Source(name, line)
+    if isinstance(cells, str):
+        raise UsageError("data.broken_table", place=place, problem=cells)
+    if not _is_unicode("".join(cells)):
+        raise UsageError("data.not_utf8", place=place)
+    columns = [cell.strip() for cell in cells]
+    _refuse_duplicates(place, [column for column in columns if column])
+    return columns
+
+
+def _refuse_duplicates(place: Source, columns: list[str]) -> None:
+    for number, column in enumerate(columns):
+        if column in columns[:number]:
+            raise UsageError("data.duplicate_column", place=place, column=column)
+
+
+def _row_record(source: Source, columns: list[str], cells: list[str] | str) -> RawRecord:
+    if isinstance(cells, str):
+        return RawRecord(source, problem=cells)
+    if len(cells) != len(columns):
+        return RawRecord(source, problem=render("row.cell_count", cells=len(cells), columns=len(columns)))
+    row = "".join(cells)
+    if "\0" in row:
+        field = next(column for column, cell in zip(columns, cells, strict=True) if "\0" in cell)
+        return RawRecord(source, problem=render("row.nul", field=field))
+    if not _is_unicode(row):
+        field = next(column for column, cell in zip(columns, cells, strict=True) if not _is_unicode(cell))
+        return RawRecord(source, problem=render("row.field_not_utf8", field=field))
+    return RawRecord(source, {column: cell for column, cell in zip(columns, cells, strict=True) if column and cell})
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it was UTF-8: `surrogateescape` keeps the bytes that were not as lone surrogates."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@stops_at_damage
+def read_parquet(path: Path) -> Iterator[RawRecord]:
+    """Rows of a Parquet file, a few at a time; the line of a record is its row, from 1. Nulls are left out.
+
+    Raises:
+        UsageError: not a Parquet file, damaged, in an encoding that Arrow does not read, or a column name twice.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with open_bytes(path) as head:
+        refuse_pointer(path, head.peek(HEAD))
+    name = str(path)
+    try:
+        with pq.ParquetFile(path, buffer_size=PAGE_BUFFER, pre_buffer=False, page_checksum_verification=True) as file:
+            _refuse_duplicates(Source(name, 1), file.schema_arrow.names)
+            for number, row in enumerate(_parquet_rows(file), start=1):
+                yield _parquet_record(Source(name, number), row)
+    except pa.ArrowException as error:
+        raise OSError(str(error)) from error
+
+
+def _parquet_rows(file: pq.ParquetFile) -> Iterator[dict[str, Any] | str]:
+    """Each row's values, or what is wrong with them."""
+    for batch in file.iter_batches(batch_size=BATCH, use_threads=False):
+        try:
+            yield from batch.to_pylist()
+        except (ValueError, OverflowError):
+            yield from (_single_row(batch, index) for index in range(batch.num_rows))
+
+
+def _single_row(batch: pa.RecordBatch, index: int) -> dict[str, Any] | str:
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = column[index].as_py()
+        except UnicodeDecodeError:
+            return render("row.field_not_utf8", field=name)
+        except (ValueError, OverflowError) as error:  # a date beyond Python's calendar
+            return render("row.bad_cells", problem=f"{name}: {error}")
+    return row
+
+
+def _parquet_record(source: Source, row: dict[str, Any] | str) -> RawRecord:
+    if isinstance(row, str):
+        return RawRecord(source, problem=row)
+    return RawRecord(source, {name: value for name, value in row.items() if value is not None})

@@ -1,0 +1,82 @@
+"""What `train_file` and `eval_file` may say: a place, or a mixture of places with weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from firefly.data.readers.places import find_files
+from firefly.errors import UsageError
+
+KEYS = ("path", "weight", "max_rows", "name")
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One entry of a mixture.
+
+    Attributes:
+        weight: how often an epoch shows each example: 2 twice, 0.5 a fixed half of them.
+        max_rows: only that many rows are read, from the beginning; None: all.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    weight: float = 1.0
+    max_rows: int | None = None
+
+
+def find_sources(value: Any, key: str, hub: str = "huggingface") -> list[DataSource]:
+    """Resolve the value of a configuration key to sources with their files.
+
+    Raises:
+        UsageError: an entry of another shape, a place without data files, or two entries of one name.
+    """
+    entries = list(value) if isinstance(value, list | tuple) else [value]
+    if not entries:
+        raise UsageError("config.missing_key", key=key)
+    sources = [_source(entry, key, hub) for entry in entries]
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError("config.bad_source", key=key, value=json.dumps(name), problem="name ×2")
+    return sources
+
+
+def _source(entry: Any, key: str, hub: str) -> DataSource:
+    if isinstance(entry, str):
+        entry = {"path": entry}
+    shown = json.dumps(entry, ensure_ascii=False, default=str)
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str) or not entry["path"]:
+        raise UsageError("config.bad_source", key=key, value=shown, problem="path")
+    for name in entry:
+        if name not in KEYS:
+            raise UsageError("config.bad_source", key=key, value=shown, problem=name)
+    weight, rows, name = entry.get("weight", 1.0), entry.get("max_rows"), entry.get("name", entry["path"])
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise UsageError("config.bad_source", key=key, value=shown, problem="weight")
+    if rows is not None and (type(rows) is not int or rows < 1):
+        raise UsageError("config.bad_source", key=key, value=shown, problem="max_rows")
+    if not isinstance(name, str) or not name:
+        raise UsageError("config.bad_source", key=key, value=shown, problem="name")
+    return DataSource(name, tuple(find_files(entry["path"], key, hub)), float(weight), rows)
+
+
+def repeat(count: int, weight: float, seed: int) -> np.ndarray:
+    """Indices of `count` examples, each `weight` times: whole rounds first, then a seeded part of them.
+
+    Returns:
+        int64 (round(count × weight),), at least one where there is an example; in order within each round.
+    """
+    whole = int(weight)
+    part = round((weight - whole) * count)
+    if not whole and count:
+        part = max(part, 1)
+    chosen = np.sort(np.random.default_rng(seed).permutation(count)[:part])
+    return np.concatenate([np.tile(np.arange(count), whole), chosen]).astype(np.int64)

@@ -1,0 +1,209 @@
+"""`firefly check`: the ledger of the data a run would train on, before any run."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from firefly.config import Config, DataConfig, load_config
+from firefly.console import notice
+from firefly.data.dataset import Split, find_task, load_split
+from firefly.data.encoding import Encoder
+from firefly.data.formats import TaskName
+from firefly.data.templates import ChatTemplate, bind_template
+from firefly.errors import UsageError
+from firefly.messages import render
+from firefly.models.loading import EMBEDDED, load_tokenizer
+from firefly.runs.overview import token_runs
+
+PREVIEWED = 5
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """What was found of a configuration's data.
+
+    Attributes:
+        problem: why a run would stop; None if it would start.
+    """
+
+    data: Split
+    task: TaskName
+    tokenizer: Any
+    template: ChatTemplate
+    problem: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The value that `firefly check --json` prints."""
+        examples = self.data.train
+        return {
+            "task": self.task,
+            "template": self.template.name,
+            **self.data.report(),
+            "lengths": histogram(examples.lengths),
+            "target_share": target_shares(examples.lengths, examples.targets),
+            "problem": self.problem,
+        }
+
+
+def check_data(config_file: str, overrides: Mapping[str, Any]) -> DataCheck:
+    """Read, encode and judge the data of a configuration (or of overrides alone), as a run would at its start.
+
+    Raises:
+        UsageError: the configuration or a file is at fault so that there is nothing to judge.
+    """
+    config = load_config(config_file or {}, overrides, required=("train_file",), to_train=False)
+    given = config.given.get("task_type")
+    task: TaskName = config.task_type if given else find_task(config.data, config.model.hub)  # type: ignore[assignment]
+    tokenizer = load_tokenizer(named_model(config).model)
+    template = choose_template(config.data, tokenizer, task)
+    encoder = Encoder(tokenizer, template, config.data.allow_special_in_content)
+    data = load_split(config.data, encoder, task, config.model.hub)
+    try:
+        data.check(config.data)
+    except UsageError as error:
+        return DataCheck(data, task, tokenizer, template, str(error))
+    return DataCheck(data, task, tokenizer, template, None)
+
+
+def named_model(config: Config) -> Config:
+    """Tokens are counted with the model's own tokenizer; without a model, with the embedded one's."""
+    if config.model.name_or_path:
+        return config
+    notice("check.embedded_tokenizer", name=EMBEDDED)
+    return replace(config, model=replace(config.model, name_or_path=EMBEDDED))
+
+
+def choose_template(data: DataConfig, tokenizer: Any, task: TaskName) -> ChatTemplate:
+    """The configured template; for plain documents, which need none, any that fits the tokenizer."""
+    choices = {"on_system": data.on_system, "thinking": data.thinking, "date": data.template_date}
+    try:
+        return bind_template(data.template_name, tokenizer, **choices)
+    except UsageError:
+        if task != "pretrain":
+            raise
+        return ChatTemplate("default", "", ("",), ())
+
+
+def histogram(values: np.ndarray, bins: int = 12) -> list[dict[str, int]]:
+    """Counts of token lengths in steps of equal width: `[{"from", "to", "count"}, …]`, `to` included."""
+    if not len(values):
+        return []
+    low, high = int(values.min()), int(values.max())
+    width = max(1, -(-(high - low + 1) // bins))
+    edges = np.arange(low, high + width + 1, width)
+    counts, _ = np.histogram(values, edges)
+    return [
+        {"from": int(start), "to": int(start + width - 1), "count": int(count)}
+        for start, count in zip(edges[:-1], counts, strict=True)
+    ]
+
+
+def target_shares(lengths: np.ndarray, targets: np.ndarray) -> list[dict[str, float]]:
+    """Counts of examples by the share of their tokens that is trained, in tenths."""
+    if not len(lengths):
+        return []
+    counts, _ = np.histogram(targets / lengths, np.linspace(0, 1, 11))
+    return [{"from": tenth / 10, "to": (tenth + 1) / 10, "count": int(count)} for tenth, count in enumerate(counts)]
+
+
+def show_check(check: DataCheck, console: Any) -> None:
+    """Print the ledger, the histograms and a coloured preview."""
+    from firefly.runs.overview import show_example
+
+    data = check.data
+    for examples in (data.train, data.held_out):
+        if examples is not None:
+            console.print(examples.ledger.summary(), soft_wrap=True, markup=False)
+    formats = ", ".join(f"{name} {count}" for name, count in data.train.ledger.formats.items()) or "–"
+    console.print(render("check.format", formats=formats, task=check.task, template=check.template.name))
+    for title, bars in (
+        (render("check.lengths"), [(f"{b['from']}–{b['to']}", b["count"]) for b in histogram(data.train.lengths)]),
+        (
+            render("check.target_share"),
+            [
+                (f"{b['from']:.0%}–{b['to']:.0%}", int(b["count"]))
+                for b in target_shares(data.train.lengths, data.train.targets)
+            ],
+        ),
+    ):
+        show_bars(console, title, bars)
+    if len(data.train):
+        show_example(console, data.train[0], check.tokenizer)
+
+
+def show_bars(console: Any, title: str, bars: list[tuple[str, int]], width: int = 40) -> None:
+    most = max((count for _, count in bars), default=0)
+    if not most:
+        return
+    console.print(title, style="bold")
+    for label, count in bars:
+        console.print(f"  {label:>13} {'█' * round(width * count / most):<{width}} {count}", highlight=False)
+
+
+def write_html(check: DataCheck, path: Path) -> None:
+    """Write a page with the ledger and the first examples, trained tokens marked.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    parts = []
+    for index in range(min(PREVIEWED, len(check.data.train))):
+        tokens = check.data.train[index]
+        runs = token_runs(tokens.input_ids.tolist(), tokens.labels)
+        shown = "".join(
+            f"<{tag}>{html.escape(check.tokenizer.decode(run, skip_special_tokens=False))}</{tag}>"
+            for trained, run in runs
+            for tag in ["mark" if trained else "span"]
+        )
+        place = html.escape(str(check.data.train.place(index)))
+        parts.append(f"<h2>{place}</h2><pre>{shown}</pre>")
+    findings = check.data.train.ledger.findings
+    rows = "".join(
+        f"<tr><td>{html.escape(f.file)}:{f.line}</td><td>{html.escape(f.cause)}</td><td>{html.escape(f.message)}</td></tr>"
+        for f in findings
+    )
+    summary = html.escape(check.data.train.ledger.summary().splitlines()[0])
+    page = PAGE.format(
+        title=render("check.title"),
+        summary=summary,
+        problem=html.escape(check.problem or ""),
+        previews="".join(parts),
+        rows=rows,
+    )
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UsageError("check.html_failed", path=path, problem=error.strerror or error) from None
+
+
+PAGE = """<!doctype html>
+<meta charset="utf-8">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f4; padding: 1rem; color: #666; }}
+mark {{ background: #cdeccd; color: #063; }}
+td {{ padding: .1rem .8rem .1rem 0; vertical-align: top; }}
+.problem {{ color: #a00; white-space: pre-wrap; }}
+@media (prefers-color-scheme: dark) {{
+  body {{ background: #181818; color: #ddd; }} pre {{ background: #222; color: #999; }}
+  mark {{ background: #143d14; color: #bfb; }} .problem {{ color: #f88; }}
+}}
+</style>
+<h1>{title}</h1>
+<p>{summary}</p>
+<p class="problem">{problem}</p>
+{previews}
+<table>{rows}</table>
+"""
+
+
+def as_json(check: DataCheck) -> str:
+    return json.dumps(check.as_dict(), ensure_ascii=False)
