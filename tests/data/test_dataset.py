@@ -140,12 +140,14 @@ def test_every_row_is_kept_cut_or_lost_with_file_line_and_cause(write, encoder):
     assert ledger.formats == {"firefly": 2, "messages": 1, "tokens": 3}
     said = [(finding.line, finding.cause, finding.message) for finding in ledger.findings]
     assert [(line, cause) for line, cause, _ in sorted(said)] == [
-        (2, "blank_line"), (3, "malformed"), (4, "malformed"), (6, "no_target"), (7, "too_long"), (8, "cut"), (9, "malformed"),
+        (2, "blank_line"), (3, "malformed"), (4, "malformed"), (6, "no_target"), (7, "too_long"), (8, "cut"),
+        (9, "malformed"),
         (10, "malformed"),
     ]  # fmt: skip
     messages = {line: message for line, _, message in said}
     assert messages[7] == "205 tokens; no reply begins within max_seq_length 100"
-    assert messages[8] == "cut from 120 to 90 tokens (0 trained tokens and 0 whole replies lost; max_seq_length 100)"
+    cut = "cut from 120 to 90 tokens (0 trained tokens and 0 whole replies lost; max_seq_length 100)"
+    assert messages[8] == cut
     assert messages[9] == "id 400 is not in the vocabulary of 400"
     assert str(ledger.findings[0]).startswith(f"{path}:")
 

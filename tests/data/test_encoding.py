@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from firefly.data.encoding import ALIAS, BREAK, Encoder
-from firefly.data.schema import IGNORE, Conversation, Message, Rendered, Tokens
 from firefly.data.rendering import CLOSE, OPEN
+from firefly.data.schema import IGNORE, Conversation, Message, Rendered, Tokens
 from firefly.data.templates import TemplateFailure, bind_template
 from firefly.errors import UsageError
 

@@ -127,6 +127,7 @@ def test_braces_percent_signs_and_line_separators_stay(write):
         (b"[" * 100_000, "nested too deeply"),
         (b'{"text": ' + b"1" * 5000 + b"}", "integer string conversion"),
         (b"\x00", "not valid JSON"),
+        (b'{"text": "a\tb"}', "Invalid control character at (column 12)"),
     ],
 )
 def test_a_line_that_is_no_record_is_named_and_its_neighbours_are_read(write, line, problem):
@@ -169,6 +170,7 @@ def test_a_list_that_is_not_utf8_is_refused_at_its_line(write):
 def test_lines_named_json_that_are_not_utf8_are_problems_of_their_own(write):
     lines = read(write(b'{"text": "a"}\n{"text": "\xff"}\n{"text": "b"}\n', "d.json"))
     assert lines == [(1, {"text": "a"}), (2, "not UTF-8 text (byte 10)"), (3, {"text": "b"})]
+    assert read(write(b'{"text": "\xff"}\n{"text": "b"}\n', "d.json")) == [(1, lines[1][1]), (2, lines[2][1])]
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.csv", "d.tsv", "d.txt"])

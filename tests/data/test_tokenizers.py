@@ -37,9 +37,9 @@ GMASK, SOP, SYSTEM, USER, ASSISTANT = 367, 369, 371, 372, 373
 
 # QWen: bytes, merges, then special tokens.
 QWEN_WORDS = [b"user", b"assistant", b"system", b"hi", b"yes", b"no", b"\n\n"]
-QWEN_WORDS += [b"You", b" are", b" a", b" helpful", b" assistant"]
-Q_USER, Q_ASSISTANT, Q_SYSTEM, Q_HI, Q_YES, Q_NO, Q_LF2, *Q_YOU_ARE = range(256, 268)
-Q_END, START, END = 268, 269, 270
+QWEN_WORDS += [b"You", b" are", b" a", b" helpful", b" assistant", b"im_end"]
+Q_USER, Q_ASSISTANT, Q_SYSTEM, Q_HI, Q_YES, Q_NO, Q_LF2, *Q_YOU_ARE, Q_IM_END = range(256, 269)
+Q_END, START, END = 269, 270, 271
 Q_DEFAULT_SYSTEM = [START, Q_SYSTEM, 10, *Q_YOU_ARE, ord("."), END, 10]
 
 # Baichuan: so many pieces before the reserved ones that 195 and 196 are the roles.
@@ -181,8 +181,11 @@ def test_chatglm2_prompts_are_those_of_its_own_code(tmp_path, contents):
 
 def test_a_word_that_is_spelled_like_a_command_is_a_word(tmp_path):
     """ChatGLM's own `tokenize` would give the command for its vocabulary's piece `sop`."""
-    ids = make_encoder(tmp_path, "chatglm3").encode_prompt(turns("hisop"))
-    assert ids == [GMASK, SOP, USER, SPACE, LF, _HI, SOP_TEXT, ASSISTANT]
+    encoder = make_encoder(tmp_path, "chatglm3")
+    assert encoder.encode_prompt(turns("hisop")) == [GMASK, SOP, USER, SPACE, LF, _HI, SOP_TEXT, ASSISTANT]
+    # Nor is one in a template's own text, where nothing is protected.
+    assert encoder.tokenizer.encode("hisop") == [GMASK, SOP, _HI, SOP_TEXT]
+    assert encoder.tokenizer.encode("[gMASK]sop问：", add_special_tokens=False) == [GMASK, SOP, SPACE, ASK]
 
 
 # ---- what holds for all ----
@@ -253,7 +256,7 @@ def test_documents_are_wrapped_as_the_tokenizer_does(tmp_path):
     glm = make_encoder(tmp_path, "chatglm3")
     assert [item.input_ids.tolist() for item in glm.encode_documents(["hi"])] == [[GMASK, SOP, _HI]]
     (tokens,) = make_encoder(tmp_path, "qwen").encode_documents(["hi<|im_end|>"])
-    assert tokens.input_ids.tolist() == [Q_HI, *b"<|im_end|>"]
+    assert tokens.input_ids.tolist() == [Q_HI, *b"<|", Q_IM_END, *b"|>"]
     np.testing.assert_array_equal(tokens.labels, tokens.input_ids)
 
 
@@ -282,6 +285,12 @@ def _without_last(tokens: Tokens) -> Tokens:
     return Tokens(tokens.input_ids[:-1], tokens.labels[:-1])
 
 
+def test_an_id_that_only_the_model_has_is_decoded_as_nothing(encoder):
+    count = len(encoder.tokenizer)
+    assert encoder.tokenizer.decode([*encoder.tokenizer.encode("hi", add_special_tokens=False), count]) == "hi"
+    assert encoder.tokenizer.decode(count) == ""
+
+
 # ---- saving ----
 
 
@@ -303,6 +312,9 @@ def test_saved_and_loaded_again_it_encodes_the_same(tmp_path, encoder, family):
 def test_its_hash_changes_with_the_vocabulary(tmp_path):
     hashes = {tokenizer_hash(load(write_tokenizer(tmp_path / name, name))) for name in FAMILIES}
     assert len(hashes) == len(FAMILIES)
+    vocabulary = tmp_path / "chatglm3" / "tokenizer.model"
+    vocabulary.write_text(vocabulary.read_text(encoding="utf-8").replace("yes", "yea"), encoding="utf-8")
+    assert tokenizer_hash(load(tmp_path / "chatglm3")) not in hashes
 
 
 def test_a_copy_is_an_adapter_too(encoder):

@@ -145,8 +145,10 @@ class SlowTokenizer:
     def decode(self, ids: Any, skip_special_tokens: bool = False, **options: Any) -> str:
         """The text of ids, markers spelled out or left out."""
         spelled = {number: text for text, number in self.family.markers.items()}
+        # A model has more rows than its tokenizer has ids, and these tokenizers fail at such an id.
+        known = (int(number) for number in np.asarray(ids).reshape(-1) if number < len(self))
         parts: list[str] = []
-        for is_marker, run in itertools.groupby(_numbers(ids), key=spelled.__contains__):
+        for is_marker, run in itertools.groupby(known, key=spelled.__contains__):
             if not is_marker:
                 parts.append(self.inner.decode(list(run), skip_special_tokens=skip_special_tokens, **options))
             elif not skip_special_tokens:
@@ -211,10 +213,6 @@ class SlowTokenizer:
 def _marker_pattern(marker: str) -> str:
     # `sop` is no marker inside another word.
     return rf"(?a:\b{marker}\b)" if marker.isalpha() else re.escape(marker)
-
-
-def _numbers(ids: Any) -> list[int]:
-    return [int(number) for number in np.asarray(ids).reshape(-1)]
 
 
 def _chatglm(tokenizer: Any) -> Family | None:

@@ -132,7 +132,8 @@ class Engine:
                     )
             except BaseException as error:  # handed to the reader, who waits on the streamer
                 failure.append(error)
-                streamer.end()
+                # Not streamer.end(): it decodes what is left, which may be what failed.
+                streamer.text_queue.put(streamer.stop_signal)
 
         worker = threading.Thread(target=generate, daemon=True)
         worker.start()
