@@ -5,6 +5,7 @@ While one chunk of rows is tokenised (in threads of the tokenizer's own), the ne
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 import json
@@ -12,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ from firefly.data.schema import (
 from firefly.data.templates import TemplateFailure
 from firefly.messages import render
 
-CHUNK = 500
+CHUNK = 1000
 """Rows that are tokenised in one call and written as one Arrow batch."""
 
 
@@ -112,7 +114,7 @@ class Preparation:
 
     def run(self, records: Iterator[RawRecord]) -> Iterator[list[KeptRow]]:
         """Yield the kept rows, chunk by chunk, in file order."""
-        with ThreadPoolExecutor(1, "firefly-tokenise") as executor:
+        with _young_garbage_only(), ThreadPoolExecutor(1, "firefly-tokenise") as executor:
             pending: tuple[list[_Row], list[Rendered], Future[list[Any]]] | None = None
             while chunk := list(itertools.islice(records, CHUNK)):
                 rows = [row for record in chunk if (row := self._read(record)) is not None]
@@ -120,6 +122,7 @@ class Preparation:
                 future = executor.submit(self.encoder.tokenize, texts)
                 if pending:
                     yield self._finish(*pending)
+                    gc.collect(0)
                 pending = rows, texts, future
             if pending:
                 yield self._finish(*pending)
@@ -220,6 +223,18 @@ class Preparation:
         ledger.tokens += left
         ledger.target_tokens += trained
         return kept
+
+
+@contextmanager
+def _young_garbage_only() -> Iterator[None]:
+    """Rows make many objects and no old garbage: full collections, which walk through every library, find nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Problem(MalformedRecord):

@@ -17,6 +17,7 @@ import jinja2
 import jinja2.ext
 from jinja2 import nodes
 from jinja2.parser import Parser
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
@@ -144,9 +145,25 @@ class _Dict:
         return dict.fromkeys(*args)
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, with a short way to what templates read most: keys of messages, and the state of a loop."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        kind = type(obj)
+        if kind is dict and attribute in obj and attribute not in NAMES_OF_DICT:
+            return obj[attribute]
+        if kind is LoopContext and attribute in NAMES_OF_LOOP:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
+
+
+NAMES_OF_DICT = frozenset(dir(dict))
+NAMES_OF_LOOP = frozenset(("first", "last", "index", "index0", "length", "previtem", "nextitem"))
+
+
 @lru_cache(maxsize=1)
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationMarks, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json

@@ -240,7 +240,7 @@ class ChatTemplate:
         if reply.tool_calls and official.startswith(prompt):
             return Rendered(*self._closed_rendered(official, (len(prompt), len(official))))
         content = reply.content
-        if _lost_thought(reply, official[len(_common(prompt, official)) :]):
+        if END_OF_THOUGHT in content and _lost_thought(reply, official[len(_common(prompt, official)) :]):
             return _behind(prompt, content + self.stop_tokens[0])
         if not official.startswith(prompt):
             raise TemplateFailure(message("template.no_prefix"))
