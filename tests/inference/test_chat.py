@@ -17,7 +17,7 @@ from firefly.data.templates import TemplateFailure
 from firefly.errors import UsageError
 from firefly.inference.chat import ChatSession, chat
 from firefly.inference.engine import Engine, GenerationSettings
-from tiny import save_tiny_model
+from tiny import save_tiny_model, tiny_tokenizer
 
 GREEDY = GenerationSettings(max_new_tokens=8, temperature=0)
 
@@ -136,3 +136,19 @@ def test_a_question_the_template_refuses_leaves_no_trace(capsys: pytest.CaptureF
     session.ask("a")
     assert session.history == []
     assert "no system role" in capsys.readouterr().err
+
+
+def test_another_template_than_the_trained_one_is_refused_unless_forced(tmp_path):
+    from firefly.data.certificate import FILE_NAME, certify
+    from firefly.data.encoding import Encoder
+    from firefly.data.templates import bind_template
+
+    folder = save_tiny_model(tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    trained = certify(Encoder(tokenizer, bind_template("qwen", tokenizer)))
+    (folder / FILE_NAME).write_text(json.dumps(trained.as_dict()), encoding="utf-8")
+    model = ModelConfig(name_or_path=str(folder))
+    assert Engine.load(model, template_name="qwen").encoder.template.name == "qwen"
+    with pytest.raises(UsageError, match="--force"):
+        Engine.load(model, template_name="smollm2")
+    assert Engine.load(model, template_name="smollm2", force=True).encoder.template.name == "smollm2"
