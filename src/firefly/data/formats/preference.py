@@ -79,7 +79,9 @@ class TextPairFormat:
         )
 
     def parse(self, record: Record) -> PreferencePair:
-        name = next(name for name in self.prompts if name in record)
+        name = next((name for name in self.prompts if name in record), None)
+        if name is None:
+            raise MalformedRecord("row.missing_field", field=self.prompts[0])
         if isinstance(record[name], list):
             prompt = read_messages(read_list(record, name), name)
         else:
