@@ -19,8 +19,8 @@ from firefly.errors import FireflyError
 
 KEYS = (
     "conversation messages conversations chat human assistant role content from value instruction input output "
-    "history system tools tool_calls function name arguments reasoning_content chosen rejected prompt completion question answer "
-    "query response response_j response_k text label loss weight input_ids labels turn_1 Human MOSS"
+    "history system tools tool_calls function name arguments reasoning_content chosen rejected prompt completion "
+    "question answer query response response_j response_k text label loss weight input_ids labels turn_1 Human MOSS"
 ).split()
 ROLES = "system user assistant tool human gpt function_call observation developer".split()
 texts = st.text(max_size=12) | st.sampled_from(
