@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any, Literal
 from firefly.data.families import TEMPLATES, TemplateSpec, family_names, find_family
 from firefly.data.rendering import ReservedCharacter, render_chat
 from firefly.data.schema import Conversation, Message, Rendered
+from firefly.data.tool_calls import CALL_STYLES, PROBE_CALL, CallStyle
 from firefly.errors import UsageError
 from firefly.messages import render as message
 
@@ -82,7 +83,7 @@ class ChatTemplate:
             return "refused"
 
     @cached_property
-    def call_style(self) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None:
+    def call_style(self) -> CallStyle | None:
         """How the template wants tool calls, found out by trying; None if it does not write them at all.
 
         Templates differ in what they take: arguments as an object or as JSON text, no content beside a call or an
@@ -374,79 +375,6 @@ def _select(rendered: Rendered, conversation: Conversation, replies: list[int]) 
     """Keep the spans of replies that are to be trained."""
     kept = (span for span, i in zip(rendered.spans, replies, strict=True) if conversation.messages[i].trained)
     return Rendered(rendered.text, tuple(kept))
-
-
-# ---- tool calls as templates want them
-
-PROBE_CALL: list[dict[str, Any]] = [
-    {"role": "user", "content": "?"},
-    {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [
-            {
-                "type": "function",
-                "function": {"name": "firefly_call", "arguments": {"firefly_key": "firefly-value"}},
-            }
-        ],
-    },
-]
-
-
-def _styled(
-    messages: list[dict[str, Any]], *, text: bool, null: bool, name_call: Callable[[Any, int], str] | None
-) -> list[dict[str, Any]]:
-    """Tool calls with arguments as JSON text, with null for no content, with identifiers as a template wants them."""
-    styled, names = [], list[str]()
-    given: dict[str, str] = {}
-    answered = 0
-    for item in messages:
-        if "tool_calls" in item:
-            calls = []
-            for call in item["tool_calls"]:
-                function = dict(call["function"])
-                if text:
-                    function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
-                changed = {**call, "function": function}
-                if name_call:
-                    changed["id"] = name_call(call, len(names))
-                    names.append(changed["id"])
-                    given[call.get("id", "")] = changed["id"]
-                calls.append(changed)
-            item = {**item, "tool_calls": calls, "content": None if null and not item["content"] else item["content"]}
-        elif name_call and item["role"] == "tool":
-            in_order = names[answered] if answered < len(names) else name_call({"function": {"name": "?"}}, answered)
-            item = {**item, "tool_call_id": given.get(item.get("tool_call_id", ""), in_order)}
-            answered += 1
-        styled.append(item)
-    return styled
-
-
-def _nine_characters(call: Mapping[str, Any], number: int) -> str:
-    """What Mistral's templates ask of a call's identifier."""
-    identifier = call.get("id")
-    if identifier is None:
-        return f"call{number:05d}"
-    if len(identifier) == 9 and identifier.isalnum():
-        return identifier
-    return hashlib.sha256(identifier.encode("utf-8", "replace")).hexdigest()[:9]
-
-
-def _named(call: Mapping[str, Any], number: int) -> str:
-    """Kimi's identifiers say which function is called."""
-    return f"functions.{call['function']['name']}:{number}"
-
-
-def _style(**choices: Any) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
-    return lambda messages: _styled(messages, **choices)
-
-
-CALL_STYLES = [
-    _style(text=text, null=null, name_call=name_call)
-    for name_call in (None, _nine_characters, _named)
-    for null in (False, True)
-    for text in (False, True)
-]
 
 
 # ---- from a name to a template
