@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from tqdm import tqdm
 
 from firefly.config import DataConfig
 from firefly.data.encoding import Encoder
@@ -53,7 +54,7 @@ def prepare(
         preparation = Preparation(config, encoder, task, Ledger(file))
         index, rows = [], []
         with pa.OSFile(str(scratch / "examples.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-            for chunk in preparation.run(records):
+            for chunk in preparation.run(with_progress(records, file)):
                 if chunk:
                     writer.write_batch(record_batch([tokens for row in chunk for tokens in row.examples]))
                     index.append(_index(chunk))
@@ -69,6 +70,13 @@ def prepare(
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def with_progress(records: Iterator[RawRecord], file: str) -> Iterator[RawRecord]:
+    """Count the rows on a terminal, once preparation has taken a while."""
+    return iter(
+        tqdm(records, desc=Path(file).name, unit=f" {render('progress.row')}", delay=2, disable=None, leave=False)
+    )
 
 
 def _index(chunk: Sequence[KeptRow]) -> np.ndarray:

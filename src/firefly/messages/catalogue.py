@@ -531,6 +531,7 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "内存预测：{total} GiB（{parts}）；可用 {available} GiB",
     ),
     "progress.unit": ("step", "步"),
+    "progress.row": ("rows", "行"),
     "progress.step": ("step", "步"),
     "train.done": ("done: the result is in {path}", "完成：结果保存在 {path}"),
     # resume
