@@ -129,7 +129,7 @@ class Ledger:
         if on_too_long == "error" and self.lost[TOO_LONG]:
             raise UsageError("data.too_long", count=self.lost[TOO_LONG], file=self.file, rows=self.list(TOO_LONG))
         if not self.examples:
-            raise UsageError("data.nothing_left", file=self.file, rows=self.list(*self.lost) or "–")
+            raise UsageError("data.nothing_left", file=self.file, rows=self.list(*self.lost))
         lost = sum(self.lost.values()) - self.lost[MALFORMED]
         if lost > max(1, max_lost_share * self.rows):
             raise UsageError(

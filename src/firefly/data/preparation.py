@@ -211,7 +211,8 @@ class Preparation:
         if not kept:
             if any(tokens.num_targets for tokens in examples):
                 longest = max(len(tokens.input_ids) for tokens in examples)
-                ledger.lose(source, TOO_LONG, render("row.too_long", tokens=longest, limit=limit))
+                code = "row.too_long" if self.config.on_too_long in ("cut_turns", "cut") else "row.over_limit"
+                ledger.lose(source, TOO_LONG, render(code, tokens=longest, limit=limit))
             else:
                 ledger.lose(source, NO_TARGET, render("row.no_target"))
             return []

@@ -45,7 +45,7 @@ def find_sources(value: Any, key: str, hub: str = "huggingface") -> list[DataSou
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
-            raise UsageError("config.bad_source", key=key, value=json.dumps(name), problem="name ×2")
+            raise UsageError("config.bad_source", key=key, value=json.dumps(name), problem="name (twice)")
     return sources
 
 

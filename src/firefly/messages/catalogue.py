@@ -466,6 +466,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "{tokens} tokens; no reply begins within max_seq_length {limit}",
         "共 {tokens} 个 token；在 max_seq_length {limit} 之内没有任何回复",
     ),
+    "row.over_limit": (
+        "{tokens} tokens, more than max_seq_length {limit}",
+        "共 {tokens} 个 token，超过 max_seq_length {limit}",
+    ),
     "row.cut": (
         "cut from {tokens} to {kept} tokens ({targets} trained tokens and {turns} whole replies lost; max_seq_length "
         "{limit})",

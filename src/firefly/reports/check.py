@@ -13,6 +13,7 @@ import numpy as np
 
 from firefly.config import Config, DataConfig, load_config
 from firefly.console import notice
+from firefly.data.certificate import certify
 from firefly.data.dataset import Split, find_task, load_split
 from firefly.data.encoding import Encoder
 from firefly.data.formats import TaskName
@@ -64,12 +65,21 @@ def check_data(config_file: str, overrides: Mapping[str, Any]) -> DataCheck:
     tokenizer = load_tokenizer(named_model(config).model)
     template = choose_template(config.data, tokenizer, task)
     encoder = Encoder(tokenizer, template, config.data.allow_special_in_content)
+    if task != "pretrain":
+        note_failed_checks(encoder)
     data = load_split(config.data, encoder, task, config.model.hub)
     try:
         data.check(config.data)
     except UsageError as error:
         return DataCheck(data, task, tokenizer, template, str(error))
     return DataCheck(data, task, tokenizer, template, None)
+
+
+def note_failed_checks(encoder: Encoder) -> None:
+    """Say what the template certificate of a run would not prove."""
+    for check in certify(encoder).checks:
+        if not check.passed:
+            notice("certificate.failed", name=encoder.template.name, check=check.name, detail=check.detail)
 
 
 def named_model(config: Config) -> Config:
