@@ -94,8 +94,8 @@ FUZZ = settings(max_examples=80, deadline=None, suppress_health_check=[HealthChe
 def test_any_json_records(tmp_path, encoder, rows):
     path = tmp_path / "fuzz.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    outcome(path, encoder, max_malformed_rows=10, max_lost_share=1.0)
-    outcome(path, encoder)
+    assert outcome(path, encoder, max_malformed_rows=10, max_lost_share=1.0)
+    assert outcome(path, encoder)
 
 
 @FUZZ
@@ -103,7 +103,7 @@ def test_any_json_records(tmp_path, encoder, rows):
 def test_any_record_under_a_forced_format(tmp_path, encoder, name, row):
     path = tmp_path / "forced.jsonl"
     path.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    outcome(path, encoder, data_format=name, max_malformed_rows=10)
+    assert outcome(path, encoder, data_format=name, max_malformed_rows=10)
 
 
 @FUZZ
@@ -111,7 +111,7 @@ def test_any_record_under_a_forced_format(tmp_path, encoder, name, row):
 def test_any_bytes(tmp_path, encoder, data, suffix):
     path = tmp_path / f"bytes{suffix}"
     path.write_bytes(data)
-    outcome(path, encoder, max_malformed_rows=10)
+    assert outcome(path, encoder, max_malformed_rows=10)
 
 
 def test_huge_fields_and_deep_nesting(tmp_path, encoder):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from firefly.models.kernels.token_nll import LOGITS_PER_CHUNK
+from firefly.runs.memory import read_proc
 
 # Budgets of `tokens_per_microbatch: auto`. A CPU's matrix products reach their rate with a few hundred rows; a GPU's
 # with some thousands, and NF4 weights are dequantised once per microbatch.
@@ -80,13 +81,8 @@ def free_memory(device: torch.device) -> int:
     """Bytes that a run could still take."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    if (available := read_proc("/proc/meminfo", "MemAvailable")) is not None:
+        return available
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

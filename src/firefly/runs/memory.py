@@ -14,17 +14,24 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: peak allocation on a GPU, peak resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        with open("/proc/self/status", encoding="ascii") as lines:
-            for line in lines:
-                # getrusage's figure would start at the parent's peak: it survives exec.
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    # getrusage's figure would start at the parent's peak: it survives exec.
+    if (peak := read_proc("/proc/self/status", "VmHWM")) is not None:
+        return peak
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def read_proc(path: str, name: str) -> int | None:
+    """Bytes of one line of a Linux memory report; None where there is no such report or line."""
+    try:
+        with open(path, encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith(f"{name}:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
 
 
 def keep_freed_memory(device: torch.device) -> bool:

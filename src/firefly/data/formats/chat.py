@@ -52,6 +52,11 @@ def is_labelled(record: Record) -> bool:
     return isinstance(record.get("label"), bool)
 
 
+def is_judged(record: Record) -> bool:
+    """Whether answers are compared or labelled: such a record is no plain conversation, whatever else it holds."""
+    return any(name in record for name in PREFERENCE) or is_labelled(record)
+
+
 def read_messages(items: list[Any], place: str) -> list[Message]:
     """Message objects of OpenAI's shape (`role`, `content`) or ShareGPT's (`from`, `value`)."""
     return [read_message(check_object(item, f"{place}[{n}]"), f"{place}[{n}]") for n, item in enumerate(items)]
@@ -113,21 +118,16 @@ class MessagesFormat:
     """A list of messages under `key`; `tools` and a separate `system` beside it."""
 
     key: str
-    without: tuple[str, ...] = ()
 
     def recognises(self, record: Record) -> bool:
-        others = any(name in record for name in (*PREFERENCE, *self.without))
-        return self.key in record and not others and not is_labelled(record)
+        return self.key in record and not is_judged(record)
 
     def parse(self, record: Record) -> Conversation:
-        return Conversation(tuple(self.messages(record)), read_tools(record))
-
-    def messages(self, record: Record) -> list[Message]:
         messages = read_messages(read_list(record, self.key), self.key)
         system = system_messages(record.get("system"))
         if system and messages[0].role == "system":
             raise MalformedRecord("row.two_systems", field=f"{self.key}[0]")
-        return [*system, *messages]
+        return Conversation((*system, *messages), read_tools(record))
 
 
 @dataclass(frozen=True)
@@ -166,9 +166,8 @@ class MossFormat:
             turn = check_object(chat[name], place)
             if self._unmark(str(turn.get("Commands") or "None")) != "None":
                 raise MalformedRecord("row.plugin", field=f"{place}.Commands")
-            for role, key in (("user", "Human"), ("assistant", "MOSS")):
-                content = self._unmark(read_text(turn, key, f"{place}.{key}"))
-                messages.append(Message("user" if role == "user" else "assistant", content))
+            messages.append(Message("user", self._unmark(read_text(turn, "Human", f"{place}.Human"))))
+            messages.append(Message("assistant", self._unmark(read_text(turn, "MOSS", f"{place}.MOSS"))))
         return Conversation(tuple(messages))
 
     @staticmethod
@@ -200,8 +199,9 @@ class QuestionFormat:
     without: tuple[str, ...] = ()
 
     def recognises(self, record: Record) -> bool:
-        others = any(name in record for name in (*PREFERENCE, *self.without))
-        return self.question in record and self.answer in record and not others and not is_labelled(record)
+        if any(name in record for name in self.without) or is_judged(record):
+            return False
+        return self.question in record and self.answer in record
 
     def parse(self, record: Record) -> Conversation:
         if isinstance(record[self.question], list) or isinstance(record[self.answer], list):
