@@ -24,10 +24,17 @@ from firefly.errors import UsageError
 
 
 def key(
-    name: str, default: Any, kind: type | tuple[type, ...], choices: tuple[Any, ...] = (), minimum: float | None = None
+    name: str,
+    default: Any,
+    kind: type | tuple[type, ...],
+    choices: tuple[Any, ...] = (),
+    minimum: float | None = None,
+    below: float | None = None,
+    nullable: bool = False,
 ) -> Any:
-    """A dataclass field that is read from the flat configuration key `name`."""
-    return field(default=default, metadata={"key": name, "kind": kind, "choices": choices, "minimum": minimum})
+    """A dataclass field that is read from the flat configuration key `name`; where `nullable`, null switches it off."""
+    limits = {"choices": choices, "minimum": minimum, "below": below, "nullable": nullable or default is None}
+    return field(default=default, metadata={"key": name, "kind": kind, **limits})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +53,7 @@ class DataConfig:
 
     train_file: str | tuple[Any, ...] = key("train_file", "", (str, list))
     eval_file: str | tuple[Any, ...] | None = key("eval_file", None, (str, list))
+    eval_ratio: float = key("eval_ratio", 0.0, float, minimum=0, below=1)
     data_format: str = key("data_format", "auto", str)
     text_documents: Literal["line", "file"] = key("text_documents", "line", str, ("line", "file"))
     template_name: str = key("template_name", "auto", str)
@@ -53,6 +61,8 @@ class DataConfig:
     on_system: str = key("on_system", "merge", str, ("merge", "error"))
     thinking: str = key("thinking", "keep", str, ("keep", "strip"))
     max_seq_length: int = key("max_seq_length", 1024, int, minimum=2)
+    max_prompt_length: int | None = key("max_prompt_length", 512, int, minimum=1, nullable=True)
+    document_attention: str = key("document_attention", "isolated", str, ("isolated", "joined"))
     on_too_long: str = key("on_too_long", "cut_turns", str, ("cut_turns", "cut", "drop", "error"))
     train_on: str = key("train_on", "all", str, ("all", "last"))
     allow_special_in_content: bool = key("allow_special_in_content", False, bool)
@@ -69,7 +79,7 @@ class AdapterConfig:
     mode: str = key("train_mode", "qlora", str, ("full", "lora", "qlora"))
     rank: int = key("lora_rank", 64, int, minimum=1)
     alpha: float = key("lora_alpha", 16, float, minimum=0)
-    dropout: float = key("lora_dropout", 0.05, float, minimum=0)
+    dropout: float = key("lora_dropout", 0.05, float, minimum=0, below=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,19 +105,39 @@ class PrecisionConfig:
     bf16: bool | None = key("bf16", None, bool)
 
 
+PREFERENCE_LOSS_NAMES = ("sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down", "simpo", "orpo", "cpo")
+"""The keys of `objectives.preference.PREFERENCE_LOSSES`, which lies above this module."""
+
+SMOOTHED_LOSSES = ("robust", "simpo", "cpo")
+"""Those in which `label_smoothing` has a meaning."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PreferenceConfig:
-    """Keys of preference training. Known everywhere, so that a shared file loads; without effect in SFT."""
+    """Keys of preference training (task_type dpo). Known everywhere, so that a shared file loads."""
 
+    loss: str = key("preference_loss", "sigmoid", str, PREFERENCE_LOSS_NAMES)
     beta: float = key("beta", 0.1, float, minimum=0)
-    max_prompt_length: int = key("max_prompt_length", 512, int, minimum=1)
+    label_smoothing: float = key("label_smoothing", 0.0, float, minimum=0, below=0.5)
+    rpo_alpha: float = key("rpo_alpha", 0.0, float, minimum=0)
+    simpo_gamma: float = key("simpo_gamma", 0.5, float, minimum=0)
+    cpo_alpha: float = key("cpo_alpha", 1.0, float, minimum=0)
+    precompute_reference: bool = key("precompute_reference", False, bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """When a run stops because its evaluation no longer gets better; null: never."""
+
+    patience: int | None = key("early_stopping_patience", None, int, minimum=1)
+    threshold: float = key("early_stopping_threshold", 0.0, float, minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run, resolved from one file and its overrides. Nothing in it changes afterwards."""
 
-    task_type: str = key("task_type", "sft", str, ("pretrain", "sft", "dpo"))
+    task_type: Literal["pretrain", "sft", "dpo"] = key("task_type", "sft", str, ("pretrain", "sft", "dpo"))
     output_dir: str = key("output_dir", "", str)
     resume_from_checkpoint: bool | str | None = key("resume_from_checkpoint", None, (bool, str))
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -116,6 +146,7 @@ class Config:
     step: StepConfig = field(default_factory=StepConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     training: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments for `TrainingArguments`, without those that Firefly consumes itself."""
     given: Mapping[str, Any] = field(default_factory=dict)
@@ -127,7 +158,7 @@ class Config:
         return own | dict(self.training)
 
     def sections(self) -> tuple[Any, ...]:
-        return (self, self.model, self.data, self.adapter, self.step, self.precision, self.preference)
+        return (self, *(getattr(self, name) for name in SECTIONS))
 
 
 SECTIONS: dict[str, type] = {
@@ -137,6 +168,7 @@ SECTIONS: dict[str, type] = {
     "step": StepConfig,
     "precision": PrecisionConfig,
     "preference": PreferenceConfig,
+    "evaluation": EvaluationConfig,
 }
 
 # Firefly's own choices for TrainingArguments; the user's file overrides them.
@@ -189,6 +221,7 @@ def load_config(
     config = _build(values, file | overrides)
     if to_train:
         refuse_unfinished(config)
+        check_preference(config)
         note_unused(config, values)
     return config
 
@@ -322,10 +355,12 @@ def _build(values: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
         else:
             training[name] = _checked_training(name, value, annotations[name])
     parts = {name: cls(**sections[name]) for name, cls in SECTIONS.items()}
-    _check_together(parts["step"], parts["precision"], parts["adapter"], parts["data"], training)
-    # An evaluation file is there to be used: without a strategy it is evaluated every `eval_steps`, else each epoch.
-    if parts["data"].eval_file and "eval_strategy" not in training:
+    _check_together(parts["step"], parts["precision"], parts["data"], parts["evaluation"], training)
+    # Held-out data is there to be used: without a strategy it is evaluated every `eval_steps`, else each epoch.
+    if has_held_out(parts["data"]) and "eval_strategy" not in training:
         training["eval_strategy"] = "steps" if training.get("eval_steps") else "epoch"
+    if parts["evaluation"].patience is not None:
+        stop_early(training)
     return Config(
         **sections[None],
         **parts,
@@ -334,8 +369,25 @@ def _build(values: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
     )
 
 
+def has_held_out(data: DataConfig) -> bool:
+    """Whether a run evaluates on examples that it does not train."""
+    return bool(data.eval_file) or data.eval_ratio > 0
+
+
+def stop_early(training: dict[str, Any]) -> None:
+    """Early stopping keeps the best checkpoint: save when evaluating, by loss unless another metric is named."""
+    training.setdefault("load_best_model_at_end", True)
+    training.setdefault("save_strategy", training.get("eval_strategy"))
+    if training.get("eval_steps") and training["save_strategy"] == "steps":
+        training.setdefault("save_steps", training["eval_steps"])
+
+
 def _check_together(
-    step: StepConfig, precision: PrecisionConfig, adapter: AdapterConfig, data: DataConfig, training: Mapping[str, Any]
+    step: StepConfig,
+    precision: PrecisionConfig,
+    data: DataConfig,
+    evaluation: EvaluationConfig,
+    training: Mapping[str, Any],
 ) -> None:
     if isinstance(step.tokens_per_microbatch, str) and step.tokens_per_microbatch != "auto":
         raise UsageError(
@@ -346,18 +398,20 @@ def _check_together(
         )
     if precision.fp16 and precision.bf16:
         raise UsageError("config.two_precisions")
-    if adapter.dropout >= 1:
-        raise UsageError("config.bad_choice", key="lora_dropout", value=adapter.dropout, choices="0 ≤ x < 1")
-    for name in ("eval_strategy", "eval_on_start"):
-        if not data.eval_file and training.get(name) not in (None, "no", False):
+    if data.eval_file and data.eval_ratio:
+        raise UsageError("config.two_held_outs")
+    for name in ("eval_strategy", "eval_on_start", "load_best_model_at_end"):
+        if not has_held_out(data) and training.get(name) not in (None, "no", False):
             raise UsageError("config.no_eval_file", key=name, value=json.dumps(training[name], default=str))
+    if evaluation.patience is not None and not has_held_out(data):
+        raise UsageError("config.no_eval_file", key="early_stopping_patience", value=evaluation.patience)
 
 
 def _checked(name: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
     """Return `value` as the type of its field, or raise UsageError naming key, value and what is expected."""
     kind, choices, minimum = spec.metadata["kind"], spec.metadata["choices"], spec.metadata["minimum"]
     if value is None or (value == "" and spec.default is None):
-        if spec.default is None:
+        if spec.metadata["nullable"]:
             return None
         raise UsageError("config.bad_type", key=name, value=json.dumps(value), expected=_kind_name(kind))
     if name == "template_name" and value == "":
@@ -370,6 +424,9 @@ def _checked(name: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
         raise UsageError("config.bad_choice", key=name, value=json.dumps(value), choices=shown)
     if minimum is not None and not isinstance(value, (str, bool)) and not value >= minimum:
         raise UsageError("config.too_small", key=name, value=value, minimum=minimum)
+    below = spec.metadata["below"]
+    if below is not None and not value < below:
+        raise UsageError("config.bad_choice", key=name, value=value, choices=f"{minimum or 0} ≤ x < {below}")
     return value
 
 
@@ -443,7 +500,6 @@ def _flat_fields(section: Any) -> dict[str, Any]:
 
 # What later versions bring. Each entry: the key, the values that ask for nothing, and what is missing.
 UNFINISHED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "task_type": (("sft",), "feature.task"),
     "deepspeed": ((None, ""), "feature.many_ranks"),
     "fsdp": ((None, "", False, []), "feature.many_ranks"),
     "torch_compile": ((None, False), "feature.compile"),
@@ -469,9 +525,26 @@ def refuse_unfinished(config: Config) -> None:
         raise UsageError("feature.world_size", value=os.environ["WORLD_SIZE"])
 
 
+PREFERENCE_KEYS = (*(spec.metadata["key"] for spec in dataclasses.fields(PreferenceConfig)), "max_prompt_length")
+CHAT_KEYS = ("template_name", "template_date", "on_system", "thinking", "train_on")
+
+
+def check_preference(config: Config) -> None:
+    """A preference loss needs a beta above 0; label smoothing where it means nothing is said."""
+    settings = config.preference
+    if config.task_type != "dpo":
+        return
+    if not settings.beta:
+        raise UsageError("config.beta_zero", loss=settings.loss)
+    if settings.label_smoothing and settings.loss not in SMOOTHED_LOSSES:
+        notice("preference.no_smoothing", loss=settings.loss)
+
+
 # Keys that a setting leaves without effect: (setting, its value, keys).
 UNUSED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("task_type", "sft", ("beta", "max_prompt_length", "tokenize_num_workers")),
+    ("task_type", "sft", (*PREFERENCE_KEYS, "document_attention")),
+    ("task_type", "pretrain", (*PREFERENCE_KEYS, *CHAT_KEYS, "on_too_long")),
+    ("task_type", "dpo", ("document_attention", "train_on")),
     ("train_mode", "full", ("lora_rank", "lora_alpha", "lora_dropout")),
 )
 

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
 from firefly.config import Config
 from firefly.console import notice, stderr_console, take_notices
+from firefly.data.batching import ExampleList
+from firefly.data.blocks import Blocks
 from firefly.data.certificate import FILE_NAME as CERTIFICATE
 from firefly.data.certificate import Certificate, certify
 from firefly.data.dataset import Split, load_split, tokenizer_hash
 from firefly.data.encoding import Encoder
 from firefly.data.examples import Examples
-from firefly.data.templates import bind_template
+from firefly.data.formats import TaskName
+from firefly.data.templates import bind_template, plain_template
 from firefly.errors import UsageError
 from firefly.messages import render
 from firefly.models.adapters import attach_adapter, count_parameters, transformers_model
@@ -30,7 +34,10 @@ from firefly.models.attention import choose_layout
 from firefly.models.heads import install_target_head
 from firefly.models.loading import load_model, load_tokenizer, resolve_model
 from firefly.models.precision import Precision, pick_device, resolve_precision
-from firefly.objectives.trainers import CausalTrainer, StepOptions, training_arguments
+from firefly.objectives.preference import PREFERENCE_LOSSES
+from firefly.objectives.preference_trainer import PreferenceTrainer, disable_dropout
+from firefly.objectives.reference import AdapterOff, FrozenModel, Reference, Untrained
+from firefly.objectives.trainers import CausalTrainer, StepOptions, StepTrainer, training_arguments
 from firefly.reports.forecast import choose_budget, choose_checkpointing, forecast_memory
 from firefly.runs.checkpoints import (
     OPTIMIZER_SETTINGS,
@@ -49,13 +56,17 @@ from firefly.runs.plots import draw_loss
 
 @dataclass(frozen=True)
 class Task:
-    """What differs between pretraining, SFT and DPO: how rows become examples, and which loss trains them."""
+    """What differs between pretraining, SFT and DPO: which loss trains, and whether rows are rendered as chats."""
 
-    load_examples: Callable[..., Split]
-    make_trainer: Callable[..., CausalTrainer]
+    trainer: type[StepTrainer]
+    chats: bool
 
 
-TASKS: dict[str, Task] = {"sft": Task(load_examples=load_split, make_trainer=CausalTrainer)}
+TASKS: dict[TaskName, Task] = {
+    "pretrain": Task(CausalTrainer, chats=False),
+    "sft": Task(CausalTrainer, chats=True),
+    "dpo": Task(PreferenceTrainer, chats=True),
+}
 
 
 def train(config: Config) -> Path:
@@ -67,6 +78,7 @@ def train(config: Config) -> Path:
     started = time.time()
     leave_one_rank_group()
     task = TASKS[config.task_type]
+    config = without_dropout(config)
     output_dir = Path(config.output_dir).expanduser()
     make_output_dir(output_dir)
     device = pick_device(bool(config.training.get("use_cpu")))
@@ -74,48 +86,55 @@ def train(config: Config) -> Path:
     args = training_arguments(resolved_arguments(config, precision, device))
     tokenizer = load_tokenizer(config.model)
     encoder = bind_encoder(config, tokenizer)
-    data = task.load_examples(
-        config.data, encoder, hub=config.model.hub
-    )  # before weights: its faults are cheap to find
+    # Before weights: faults of the data are cheap to find.
+    data = load_split(config.data, encoder, config.task_type, config.model.hub)
     write_json(output_dir / "data_report.json", data.report())
     data.check(config.data)
-    examples, held_out = data.train, data.held_out
     checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
     set_seed(args.seed)
     model = load_model(config.model, config.adapter.mode, precision, device)
     layout = choose_layout(model)
-    model.generation_config.eos_token_id = list(encoder.template.stop_ids)
-    certificate = write_certificate(output_dir, encoder)
+    certificate = None
+    if task.chats:
+        model.generation_config.eos_token_id = list(encoder.template.stop_ids)
+        certificate = write_certificate(output_dir, encoder)
     model = attach_adapter(model, config.adapter)
     head = install_target_head(transformers_model(model))
-    args, options = resolve_step(config, args, model, examples, layout[0], device)
+    args, options = resolve_step(config, args, model, data.train, layout[0], device)
     base = weights_hash(resolve_model(config.model), getattr(transformers_model(model).config, "_commit_hash", None))
-    plan = run_plan(config, args, options, examples, base)
+    plan = run_plan(config, args, options, data.train, base)
     if checkpoint:
         check_same_run(checkpoint, plan)
         options = replace(options, tokens_per_microbatch=stored_budget(checkpoint))
     else:
         set_aside_old_checkpoints(output_dir)
-    trainer = task.make_trainer(
+    trainer = task.trainer(
         model=model,
         args=args,
-        examples=examples,
-        held_out=held_out,
+        examples=data.train,
+        held_out=data.held_out,
+        sources=data.train.names if data.held_out is None else data.held_out.names,
         tokenizer=tokenizer,
         options=options,
         precision=precision,
         masters=config.adapter.mode == "full",
-        callbacks=[PlanWriter(replace(plan, tokens_per_microbatch=options.tokens_per_microbatch))],
+        callbacks=callbacks(config, replace(plan, tokens_per_microbatch=options.tokens_per_microbatch)),
+        **objective_options(config, model, precision),
     )
+    if isinstance(trainer, PreferenceTrainer) and config.preference.precompute_reference and trainer.reference:
+        trainer.precompute_reference(
+            reference_parts(config, base, precision),
+            (data.train.fingerprint, data.held_out.fingerprint if data.held_out else None),
+        )
     recorder = RunRecorder(output_dir, trainer.counts, started)
     replace_progress(trainer, recorder)
     console = stderr_console()
-    show_example(console, examples[0], tokenizer)
+    show_example(console, data.train[0], tokenizer)
     forecast = forecast_memory(model, device, options.tokens_per_microbatch, bool(args.activation_checkpointing))
     show_run(
         console,
-        examples,
-        describe_steps(config, options, examples, trainer),
+        data.train,
+        describe_steps(config, options, data, trainer),
         count_parameters(model),
         layout,
         head,
@@ -133,6 +152,47 @@ def train(config: Config) -> Path:
     draw_loss(read_metrics(recorder.path), output_dir / "loss.png")
     console.print(render("train.done", path=output_dir), soft_wrap=True)
     return output_dir
+
+
+def without_dropout(config: Config) -> Config:
+    """Preference training compares two passes of one model, so no dropout may stand between them."""
+    if config.task_type != "dpo" or config.adapter.mode == "full" or not config.adapter.dropout:
+        return config
+    notice("preference.no_dropout", value=config.adapter.dropout)
+    return replace(config, adapter=replace(config.adapter, dropout=0.0))
+
+
+def objective_options(config: Config, model: Any, precision: Precision) -> dict[str, Any]:
+    """What a preference trainer takes beside what every trainer takes; the reference is copied before any step."""
+    if config.task_type != "dpo":
+        return {}
+    disable_dropout(model)
+    loss = PREFERENCE_LOSSES[config.preference.loss]
+    return {
+        "preference": config.preference,
+        "reference": make_reference(config, model, precision) if loss.reference else None,
+    }
+
+
+def make_reference(config: Config, model: Any, precision: Precision) -> Reference:
+    """The model as it stands now, before this run changes it."""
+    if config.adapter.mode == "full":
+        # With the log-probabilities computed beforehand the untrained model itself serves, and no copy is kept.
+        return Untrained() if config.preference.precompute_reference else FrozenModel(model, precision.compute)
+    return AdapterOff()
+
+
+def reference_parts(config: Config, base: Mapping[str, Any], precision: Precision) -> list[Any]:
+    """What the log-probabilities of a reference depend on, besides the examples."""
+    return [base, config.adapter.mode == "qlora", precision.name]
+
+
+def callbacks(config: Config, plan: RunPlan) -> list[Any]:
+    """What looks on while a run trains, besides the recorder."""
+    found: list[Any] = [PlanWriter(plan)]
+    if config.evaluation.patience is not None:
+        found.append(EarlyStoppingCallback(config.evaluation.patience, config.evaluation.threshold))
+    return found
 
 
 def leave_one_rank_group() -> None:
@@ -154,8 +214,13 @@ def make_output_dir(path: Path) -> None:
 
 
 def bind_encoder(config: Config, tokenizer: Any) -> Encoder:
-    """The template of the configuration on this tokenizer; the tokenizer carries it from here on, and saves it."""
+    """The template of the configuration on this tokenizer; the tokenizer carries it from here on, and saves it.
+
+    Pretraining renders nothing: the tokenizer keeps the template it came with, if any.
+    """
     data = config.data
+    if not TASKS[config.task_type].chats:
+        return Encoder(tokenizer, plain_template(), data.allow_special_in_content)
     template = bind_template(
         data.template_name, tokenizer, on_system=data.on_system, thinking=data.thinking, date=data.template_date
     )
@@ -189,6 +254,7 @@ def resolved_arguments(config: Config, precision: Precision, device: torch.devic
         "logging_nan_inf_filter": False,  # it waits for the device in every step
         "ddp_find_unused_parameters": False,
         "label_names": [],
+        "restore_callback_states_from_checkpoint": config.evaluation.patience is not None,
     }
     values.setdefault("per_device_eval_batch_size", config.step.examples_per_rank)
     if device.type == "cpu" and str(values.get("optim", "")).startswith("paged_"):
@@ -200,10 +266,10 @@ def resolved_arguments(config: Config, precision: Precision, device: torch.devic
 
 
 def resolve_step(
-    config: Config, args: TrainingArguments, model: Any, examples: Examples, layout: str, device: torch.device
+    config: Config, args: TrainingArguments, model: Any, examples: ExampleList, layout: str, device: torch.device
 ) -> tuple[TrainingArguments, StepOptions]:
     """Resolve what is "auto": activation checkpointing and the token budget of a microbatch."""
-    longest = int(examples.lengths.max())
+    longest = int(examples.counts.lengths.max())
     checkpointing = config.step.gradient_checkpointing
     if checkpointing == "auto":
         checkpointing = choose_checkpointing(model, device, longest)
@@ -221,7 +287,7 @@ def resolve_step(
 
 
 def run_plan(
-    config: Config, args: TrainingArguments, options: StepOptions, examples: Examples, base: dict[str, Any]
+    config: Config, args: TrainingArguments, options: StepOptions, examples: Examples | Blocks, base: dict[str, Any]
 ) -> RunPlan:
     """What a checkpoint of this run is bound to."""
     adapted = config.adapter.mode != "full"
@@ -230,6 +296,8 @@ def run_plan(
         seed=options.seed,
         shuffle=options.shuffle,
         data=examples.fingerprint,
+        task_type=config.task_type,
+        objective=dataclasses.asdict(config.preference) if config.task_type == "dpo" else {},
         train_mode=config.adapter.mode,
         lora_rank=config.adapter.rank if adapted else 0,
         lora_alpha=config.adapter.alpha if adapted else 0,
@@ -246,7 +314,7 @@ def stored_budget(checkpoint: Path) -> int:
     return int(json.loads((checkpoint / "plan.json").read_text(encoding="utf-8"))["tokens_per_microbatch"])
 
 
-def replace_progress(trainer: CausalTrainer, recorder: RunRecorder) -> None:
+def replace_progress(trainer: StepTrainer, recorder: RunRecorder) -> None:
     """Our progress line instead of transformers' printed dictionaries, and quiet libraries."""
     transformers_logging.set_verbosity_error()
     for callback in (ProgressCallback, PrinterCallback):
@@ -255,7 +323,8 @@ def replace_progress(trainer: CausalTrainer, recorder: RunRecorder) -> None:
     trainer.add_callback(recorder)
 
 
-def describe_steps(config: Config, options: StepOptions, examples: Examples, trainer: CausalTrainer) -> str:
+def describe_steps(config: Config, options: StepOptions, data: Split, trainer: StepTrainer) -> str:
+    """How many examples make a step, and how many steps the run."""
     per_epoch = len(trainer.get_train_dataloader())
     total = (
         trainer.args.max_steps if trainer.args.max_steps > 0 else int(per_epoch * trainer.args.num_train_epochs + 0.999)
@@ -267,8 +336,21 @@ def describe_steps(config: Config, options: StepOptions, examples: Examples, tra
         accumulation=config.step.accumulation,
         budget=options.tokens_per_microbatch,
         steps=total,
-        count=len(examples),
+        count=len(data.train),
+        held_out=len(data.held_out) if data.held_out is not None else 0,
     )
+
+
+def describe_template(encoder: Encoder, certificate: Certificate) -> dict[str, Any]:
+    """What run.json says of the chat template."""
+    return {
+        "name": encoder.template.name,
+        "sha256": encoder.template.hash,
+        "stop_tokens": encoder.template.stop_tokens,
+        "stop_ids": encoder.template.stop_ids,
+        "date": certificate.date,
+        "certificate": certificate.hash,
+    }
 
 
 def without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -281,7 +363,7 @@ def write_records(
     output_dir: Path,
     encoder: Encoder,
     data: Split,
-    certificate: Certificate,
+    certificate: Certificate | None,
     base_weights: dict[str, Any],
     options: StepOptions,
     precision: Precision,
@@ -299,14 +381,7 @@ def write_records(
                 "tokens_per_microbatch": options.tokens_per_microbatch,
                 "examples_per_step": options.examples_per_step,
             },
-            "template": {
-                "name": encoder.template.name,
-                "sha256": encoder.template.hash,
-                "stop_tokens": encoder.template.stop_tokens,
-                "stop_ids": encoder.template.stop_ids,
-                "date": certificate.date,
-                "certificate": certificate.hash,
-            },
+            "template": None if certificate is None else describe_template(encoder, certificate),
             "hashes": {
                 "data": data.train.fingerprint,
                 "eval_data": data.held_out.fingerprint if data.held_out else None,

@@ -6,26 +6,49 @@ they laid into microbatches under a token budget, flat, without padding, each ex
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from firefly.data.dataset import Examples
-from firefly.data.schema import IGNORE, Tokens
+from firefly.data.examples import ExampleCounts
+from firefly.data.schema import IGNORE, Segment, Tokens, segment_positions
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What a whole optimizer step holds, over all its microbatches.
+
+    Attributes:
+        targets: trained tokens.
+        tokens: tokens as they are laid out, the prompt of a preference pair once.
+        input_tokens: tokens as users count them, the prompt of a pair once for each answer.
+        nll_targets: tokens of chosen answers whose NLL a preference loss adds; 0 in other tasks.
+    """
+
+    examples: int
+    targets: int
+    tokens: int
+    input_tokens: int
+    nll_targets: int = 0
+
+    def __add__(self, other: StepTotals) -> StepTotals:
+        names = [spec.name for spec in dataclasses.fields(self)]
+        return StepTotals(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """One optimizer step: which examples lie in which microbatch, and how many targets and tokens it has in all."""
+    """One optimizer step: which examples lie in which microbatch."""
 
     microbatches: tuple[tuple[int, ...], ...]
-    targets: int
-    tokens: int
+    totals: StepTotals
 
 
 @dataclass(frozen=True)
@@ -34,59 +57,80 @@ class PackedBatch:
 
     Attributes:
         input_ids: (1, tokens) int64.
-        position_ids: (1, tokens) int64, restarted at 0 in every segment.
-        borders: token positions where segments begin, and the total: 0 = b0 < b1 < … = tokens.
+        position_ids: (1, tokens) int64, restarted at 0 in every segment without a prefix.
+        segments: who sees whom.
         target_index: (targets,) int64, positions whose hidden state predicts a trained token.
         targets: (targets,) int64, the trained tokens.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    borders: tuple[int, ...]
+    segments: tuple[Segment, ...]
     target_index: Tensor
     targets: Tensor
 
+    @classmethod
+    def of(cls, ids: np.ndarray, segments: Sequence[Segment], index: np.ndarray, targets: np.ndarray) -> PackedBatch:
+        """From numpy arrays of any integer type."""
+        return cls(
+            input_ids=torch.from_numpy(ids.astype(np.int64))[None],
+            position_ids=torch.from_numpy(segment_positions(segments).astype(np.int64))[None],
+            segments=tuple(segments),
+            target_index=torch.from_numpy(index.astype(np.int64)),
+            targets=torch.from_numpy(targets.astype(np.int64)),
+        )
+
     def to(self, device: torch.device) -> PackedBatch:
         """The batch on `device`; copies from pinned memory do not wait."""
-        names = ("input_ids", "position_ids", "target_index", "targets")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return PackedBatch(borders=self.borders, **moved)
+        return moved(self, device)
 
-    def model_inputs(self) -> dict[str, Any]:
-        """Keyword arguments of a model prepared by `models.heads` and `models.attention`."""
-        return {
+    def model_inputs(self, solo: bool = False) -> dict[str, Any]:
+        """Keyword arguments of a model prepared by `models.heads` and, unless `solo`, `models.attention`."""
+        inputs = {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
-            "segment_borders": self.borders,
             "target_index": self.target_index,
             "targets": self.targets,
         }
+        return inputs if solo else inputs | {"segments": self.segments}
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """A copy of a batch (a dataclass) with its tensors, and those of batches in it, on `device`."""
+    changed: dict[str, Any] = {}
+    for spec in dataclasses.fields(batch):
+        value = getattr(batch, spec.name)
+        if isinstance(value, Tensor):
+            changed[spec.name] = value.to(device, non_blocking=True)
+        elif isinstance(value, tuple) and value and isinstance(value[0], PackedBatch):
+            changed[spec.name] = tuple(item.to(device) for item in value)
+    return dataclasses.replace(batch, **changed)
+
+
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(Generic[Batch]):
     """A packed step: what the data loader yields and `training_step` consumes."""
 
-    microbatches: tuple[PackedBatch, ...]
-    targets: int
-    tokens: int
+    microbatches: tuple[Batch, ...]
+    totals: StepTotals
 
 
 def pack(examples: Sequence[Tokens]) -> PackedBatch:
-    """Lay examples one after another. The last token of a segment predicts nothing."""
+    """Lay examples one after another. The first token of a segment is predicted by none."""
     lengths = [len(example.input_ids) for example in examples]
-    borders = np.cumsum([0, *lengths])
-    ids = np.concatenate([example.input_ids for example in examples]).astype(np.int64)
+    offsets = np.cumsum([0, *lengths])
+    starts = [
+        int(offset) + start for offset, example in zip(offsets, examples, strict=False) for start in example.starts
+    ]
     labels = np.concatenate([example.labels for example in examples]).astype(np.int64)
-    labels[borders[:-1]] = IGNORE
+    labels[starts] = IGNORE
     trained = np.flatnonzero(labels != IGNORE)
-    positions = np.arange(len(ids)) - np.repeat(borders[:-1], lengths)
-    return PackedBatch(
-        input_ids=torch.from_numpy(ids)[None],
-        position_ids=torch.from_numpy(positions)[None],
-        borders=tuple(int(border) for border in borders),
-        target_index=torch.from_numpy(trained - 1),
-        targets=torch.from_numpy(labels[trained]),
+    segments = [Segment(start, end) for start, end in pairwise([*starts, int(offsets[-1])])]
+    return PackedBatch.of(
+        np.concatenate([example.input_ids for example in examples]), segments, trained - 1, labels[trained]
     )
 
 
@@ -120,24 +164,26 @@ def plan_microbatches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 class StepPlan(Sampler[PlannedStep]):
-    """The seeded order of examples, cut into steps: a batch sampler whose items are whole optimizer steps.
+    """The seeded order of examples (those at `rows`, or all), cut into steps: a batch sampler of whole optimizer steps.
 
     An epoch's last step may be smaller, unless `drop_last`. The order of epoch e depends on (seed, e) alone.
     """
 
     def __init__(
         self,
-        lengths: np.ndarray,
-        targets: np.ndarray,
+        counts: ExampleCounts,
         examples_per_step: int,
         budget: int,
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
         solo: bool = False,
+        nll_targets: np.ndarray | None = None,
+        rows: np.ndarray | None = None,
     ) -> None:
-        self.lengths = lengths
-        self.targets = targets
+        self.counts = counts
+        self.rows = np.arange(len(counts.lengths)) if rows is None else rows
+        self.nll_targets = nll_targets
         self.examples_per_step = examples_per_step
         self.budget = budget
         self.seed = seed
@@ -147,7 +193,7 @@ class StepPlan(Sampler[PlannedStep]):
         self.epoch = 0
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.lengths), self.examples_per_step)
+        whole, rest = divmod(len(self.rows), self.examples_per_step)
         return whole + (1 if rest and not (self.drop_last and whole) else 0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -156,8 +202,8 @@ class StepPlan(Sampler[PlannedStep]):
     def order(self) -> np.ndarray:
         """Example indices in this epoch's order."""
         if not self.shuffle:
-            return np.arange(len(self.lengths))
-        return np.random.default_rng((self.seed, self.epoch)).permutation(len(self.lengths))
+            return self.rows
+        return self.rows[np.random.default_rng((self.seed, self.epoch)).permutation(len(self.rows))]
 
     def __iter__(self) -> Iterator[PlannedStep]:
         order = self.order()
@@ -166,48 +212,66 @@ class StepPlan(Sampler[PlannedStep]):
 
     def plan(self, rows: np.ndarray) -> PlannedStep:
         """Plan the step that holds exactly these examples."""
-        lengths = [int(length) for length in self.lengths[rows]]
+        lengths = [int(length) for length in self.counts.lengths[rows]]
         groups = [[i] for i in range(len(rows))] if self.solo else plan_microbatches(lengths, self.budget)
         return PlannedStep(
             microbatches=tuple(tuple(int(rows[i]) for i in group) for group in groups),
-            targets=int(self.targets[rows].sum()),
-            tokens=sum(lengths),
+            totals=StepTotals(
+                examples=len(rows),
+                targets=int(self.counts.targets[rows].sum()),
+                tokens=sum(lengths),
+                input_tokens=int(self.counts.input_tokens[rows].sum()),
+                nll_targets=0 if self.nll_targets is None else int(self.nll_targets[rows].sum()),
+            ),
         )
 
 
-class PackedExamples(Dataset[Tokens]):
+class ExampleList(Protocol):
+    """What a run trains on: examples by index, and what is known of them all without reading one."""
+
+    @property
+    def counts(self) -> ExampleCounts: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+class PackedExamples(Dataset[Any]):
     """Examples as the data loader sees them: asked for a planned step, it returns the step packed."""
 
-    def __init__(self, examples: Examples) -> None:
+    def __init__(self, examples: ExampleList, pack: Callable[[Sequence[int], list[Any]], Any]) -> None:
+        """`pack` makes one microbatch out of some examples' numbers and the examples themselves."""
         self.examples = examples
+        self.pack = pack
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> Tokens:
+    def __getitem__(self, index: int) -> Any:
         return self.examples[index]
 
-    def __getitems__(self, step: PlannedStep) -> Step:
-        batches = tuple(pack([self.examples[i] for i in rows]) for rows in step.microbatches)
-        return Step(batches, step.targets, step.tokens)
+    def __getitems__(self, step: PlannedStep) -> Step[Any]:
+        batches = tuple(self.pack(rows, [self.examples[i] for i in rows]) for rows in step.microbatches)
+        return Step(batches, step.totals)
 
 
-class StepLoader(DataLoader[Tokens]):
+class StepLoader(DataLoader[Any]):
     """A loader of whole steps that passes the epoch on to its plan."""
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
-def keep_step(step: Step) -> Step:
+def keep_step(step: Step[Any]) -> Step[Any]:
     """The identity, as a collate function: a step arrives packed."""
     return step
 
 
-def step_loader(examples: Examples, plan: StepPlan, **options: Any) -> StepLoader:
+def step_loader(examples: PackedExamples, plan: StepPlan, **options: Any) -> StepLoader:
     """A loader over `plan`. Its generator is its own, so that iterating leaves the training's random state alone."""
     return StepLoader(
-        PackedExamples(examples),
+        examples,
         batch_sampler=plan,  # type: ignore[arg-type]
         collate_fn=keep_step,  # type: ignore[arg-type]
         generator=torch.Generator(),

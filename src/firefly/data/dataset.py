@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from firefly.config import DataConfig
+from firefly.data.blocks import Blocks
 from firefly.data.encoding import Encoder
 from firefly.data.examples import ExampleFile, Examples
 from firefly.data.formats import FORMATS, MalformedRecord, TaskName, detect_format
@@ -35,14 +36,22 @@ from firefly.messages import language
 
 @dataclass(frozen=True)
 class Split:
-    """Training examples and, with `eval_file`, evaluation examples."""
+    """Training examples and, with `eval_file` or `eval_ratio`, evaluation examples."""
 
-    train: Examples
-    held_out: Examples | None
+    train: Examples | Blocks
+    held_out: Examples | Blocks | None
+
+    @property
+    def has_eval_file(self) -> bool:
+        """Whether the held-out examples come from files of their own, with a ledger of their own."""
+        return self.held_out is not None and self.held_out.ledger is not self.train.ledger
 
     def report(self) -> dict[str, Any]:
         """What data_report.json says."""
-        return report(self.train.ledgers) | {"eval": report(self.held_out.ledgers) if self.held_out else None}
+        held_out = self.held_out
+        told = None if held_out is None else report(held_out.ledgers) if self.has_eval_file else {"of": "train_file"}
+        counts = {"held_out_examples": len(held_out)} if held_out is not None else {}
+        return report(self.train.ledgers) | {"eval": told, "train_examples": len(self.train), **counts}
 
     def check(self, config: DataConfig) -> None:
         """Stop before anything is trained if too many rows are lost.
@@ -50,7 +59,7 @@ class Split:
         Raises:
             UsageError: see `Ledger.check`.
         """
-        for examples in (self.train, self.held_out):
+        for examples in (self.train, self.held_out if self.has_eval_file else None):
             if examples is not None:
                 examples.ledger.check(config.max_malformed_rows, config.max_lost_share, config.on_too_long)
 
@@ -66,13 +75,39 @@ def load_split(config: DataConfig, encoder: Encoder, task: TaskName = "sft", hub
     if config.data_format not in ("auto", *FORMATS):
         known = ", ".join(("auto", *FORMATS))
         raise UsageError("config.bad_choice", key="data_format", value=json.dumps(config.data_format), choices=known)
+    if task == "pretrain" and encoder.tokenizer.eos_token_id is None:
+        raise UsageError("data.no_eos")
+    limit_tokenizer_threads(config.tokenize_num_workers)
     loader = _Loader(config, encoder, task)
     sources = find_sources(config.train_file, "train_file", hub)
     train = [loader.load(source, "train_file") for source in sources]
     held_sources = find_sources(config.eval_file, "eval_file", hub) if config.eval_file else []
     held_out = [loader.load(source, "eval_file") for source in held_sources]
     note_findings(*([file for loaded in group for file, _ in loaded] for group in (train, held_out)))
-    return Split(_mix(sources, train), _mix(held_sources, held_out) if held_sources else None)
+    trained = _mix(sources, train)
+    held = _mix(held_sources, held_out) if held_sources else None
+    if config.eval_ratio and len(trained):
+        trained, held = _hold_out(trained, config.eval_ratio)
+    if task != "pretrain":
+        return Split(trained, held)
+    return Split(_blocks(config, trained), None if held is None else _blocks(config, held))
+
+
+def _blocks(config: DataConfig, documents: Examples) -> Blocks:
+    return Blocks(documents, config.max_seq_length, config.document_attention == "isolated")
+
+
+def _hold_out(examples: Examples, ratio: float) -> tuple[Examples, Examples]:
+    trained, held = examples.hold_out(ratio)
+    if not len(trained):
+        raise UsageError("data.hold_out_all", ratio=ratio, count=examples.ledger.rows)
+    return trained, held
+
+
+def limit_tokenizer_threads(count: int) -> None:
+    """`tokenize_num_workers`: threads that tokenise, never more than there are cores. The tokenizers library makes its
+    threads once, at the first text of a process; a user's own RAYON_NUM_THREADS stands."""
+    os.environ.setdefault("RAYON_NUM_THREADS", str(min(count, os.cpu_count() or 1)))
 
 
 def _mix(sources: list[DataSource], loaded: list[list[tuple[ExampleFile, str]]]) -> Examples:
@@ -163,11 +198,13 @@ def fingerprint(path: Path, config: DataConfig, encoder: Encoder, task: TaskName
             template.on_system,
             template.thinking,
             tokenizer_hash(encoder.tokenizer),
+            encoder.tokenizer.eos_token_id if task == "pretrain" else None,
             task,
             max_rows,
             config.data_format,
             config.text_documents,
-            config.max_seq_length,
+            config.max_seq_length if task != "pretrain" else None,  # blocks are cut from cached documents
+            config.max_prompt_length if task == "dpo" else None,
             config.on_too_long,
             config.train_on,
             config.allow_special_in_content,

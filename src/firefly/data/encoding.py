@@ -117,23 +117,41 @@ class Encoder:
         return self.encode_rendered([Rendered(text, ())])[0].input_ids.tolist()
 
     def encode_documents(self, texts: Sequence[str]) -> list[Tokens]:
-        """Ids of plain texts, special tokens at their borders as the tokenizer adds them; every token is a target."""
-        protected = [self._protect_text(text) for text in texts]
+        """Ids of protected plain texts, special tokens at their borders as the tokenizer adds them, and EOS; every token
+        is a target. An empty text has no tokens."""
+        return [self._end_document(ids) for ids in self._encode_texts(texts)]
+
+    def protect_document(self, text: str) -> str:
+        """A document's text with special-looking text broken, for `encode_documents`.
+
+        Raises:
+            TemplateFailure: it holds one of our private characters.
+        """
+        return self._protect_text(text)
+
+    def _end_document(self, ids: Sequence[int]) -> Tokens:
+        end = self.tokenizer.eos_token_id
+        if len(ids) and ids[-1] != end:
+            ids = [*ids, end]
+        array = np.asarray(ids, dtype=np.int32)
+        return Tokens(array, array)
+
+    def _encode_texts(self, protected: Sequence[str]) -> list[Sequence[int]]:
         if isinstance(self.tokenizer, SlowTokenizer):
-            whole = (np.array(self.tokenizer.encode(text), dtype=np.int32) for text in protected)
-            return [Tokens(ids, ids) for ids in whole]
+            return [self.tokenizer.encode(text) if text else [] for text in protected]
         backend = self.tokenizer.backend_tokenizer
         plain = [i for i, text in enumerate(protected) if BREAK not in text]
         ids: dict[int, Sequence[int]] = {}
         for i, encoding in zip(plain, backend.encode_batch([protected[i] for i in plain]), strict=True):
             ids[i] = encoding.ids
-        for i in range(len(texts)):
-            if i not in ids:
-                aliased = self._alias(Rendered(protected[i], ()))
+        for i, text in enumerate(protected):
+            if not text:
+                ids[i] = []
+            elif i not in ids:
+                aliased = self._alias(Rendered(text, ()))
                 body = self._aliased_tokenizer.encode(aliased.text, add_special_tokens=False).ids
                 ids[i] = self.tokenizer.build_inputs_with_special_tokens(body)
-        arrays = (np.asarray(ids[i], dtype=np.int32) for i in range(len(texts)))
-        return [Tokens(array, array) for array in arrays]
+        return [ids[i] for i in range(len(protected))]
 
     def _protect(self, conversation: Conversation) -> Conversation:
         """Break special-looking text in contents, so that the rendered text holds only the template's own tokens."""

@@ -10,23 +10,24 @@ import numpy as np
 import pyarrow as pa
 
 from firefly.data.ledger import Ledger
-from firefly.data.schema import Source, Tokens
+from firefly.data.schema import Example, Source, TokenPair, Tokens
 
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
-INDEX = np.dtype([("length", "<i4"), ("targets", "<i4"), ("line", "<i4")])
-"""An example: its tokens, its trained tokens, and the line of its row. Kept beside the tokens, so that planning the
+INDEX = np.dtype([(name, "<i4") for name in ("length", "targets", "line", "prompt", "chosen", "chosen_targets")])
+"""An example: its tokens, its trained tokens, and the line of its row; of a preference pair also the tokens of prompt
+and chosen answer, and how many of the latter are trained (0 otherwise). Kept beside the tokens, so that planning the
 steps of a run does not read them."""
 ROWS = np.dtype([("line", "<i4"), ("content", "<u8"), ("answer", "<u8")])
 """A kept row: its line, and hashes of what is trained of it and of its last answer (0: none)."""
+
+HOLD_OUT_SEED = 20231115
 
 
 class ExampleFile:
     """The examples of one data file, prepared and cached.
 
     Attributes:
-        lengths: tokens of each example, int64 (examples,).
-        targets: trained tokens of each example, int64 (examples,).
-        lines: line of each example's row in its file, int32 (examples,).
+        index: what is known of each example without reading it, INDEX (examples,).
         rows: kept rows, ROWS (rows,).
     """
 
@@ -35,24 +36,48 @@ class ExampleFile:
         reader = pa.ipc.open_file(pa.memory_map(str(folder / "examples.arrow")))
         self._batches = [_Batch.of(reader.get_batch(i)) for i in range(reader.num_record_batches)]
         self._starts = np.cumsum([0, *(len(batch.offsets) - 1 for batch in self._batches)])
-        index = np.load(folder / "index.npy")
-        self.lengths, self.targets = index["length"].astype(np.int64), index["targets"].astype(np.int64)
-        self.lines = index["line"]
+        self.index = np.load(folder / "index.npy")
         self.rows = np.load(folder / "rows.npy")
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, index: int) -> Tokens:
+    def __getitem__(self, index: int) -> Example:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._batches[number].tokens(index - int(self._starts[number]))
+        ids, labels = self._batches[number].row(index - int(self._starts[number]))
+        known = self.index[index]
+        return (
+            TokenPair(ids, labels, int(known["prompt"]), int(known["chosen"]))
+            if known["chosen"]
+            else Tokens(ids, labels)
+        )
+
+
+@dataclass(frozen=True)
+class ExampleCounts:
+    """What a run's plan needs to know of its examples, each int64 (examples,).
+
+    Attributes:
+        lengths: tokens as they are laid out, the prompt of a preference pair once.
+        targets: trained tokens.
+        input_tokens: tokens as users count them, the prompt of a pair once for each answer.
+        prompt, chosen_targets: of a pair: tokens of its prompt, trained tokens of its chosen answer; 0 otherwise.
+        sources: the number of each example's source.
+    """
+
+    lengths: np.ndarray
+    targets: np.ndarray
+    input_tokens: np.ndarray
+    prompt: np.ndarray
+    chosen_targets: np.ndarray
+    sources: np.ndarray
 
 
 class Examples:
     """The examples of a run: those of its files, as often as its mixture says.
 
     Attributes:
-        lengths, targets, lines: as in ExampleFile, over all examples.
+        index: as in ExampleFile, over all examples.
         names: the names of the sources.
         sources: the source of each example, an index into `names`, int32 (examples,).
         fingerprint: hash of everything that shaped the examples.
@@ -74,23 +99,58 @@ class Examples:
         self.names = list(names)
         self._order = order
         self._starts = np.cumsum([0, *(len(file) for file in files)])
-        self.lengths = _concatenate([file.lengths for file in files])[order]
-        self.targets = _concatenate([file.targets for file in files])[order]
-        self.lines = _concatenate([file.lines for file in files])[order]
+        self.index = np.concatenate([file.index for file in files])[order] if files else np.zeros(0, INDEX)
         self._file_of = np.searchsorted(self._starts, order, side="right") - 1
-        given = np.asarray(source_of_file or [0] * len(self.files), dtype=np.int32)
+        self._source_of_file = list(source_of_file or [0] * len(self.files))
+        given = np.asarray(self._source_of_file, dtype=np.int32)
         self.sources = given[self._file_of] if len(order) else np.zeros(0, dtype=np.int32)
+        self.counts = self._count()
 
     def __len__(self) -> int:
         return len(self._order)
 
-    def __getitem__(self, index: int) -> Tokens:
+    def __getitem__(self, index: int) -> Example:
         number = int(self._file_of[index])
         return self.files[number][int(self._order[index] - self._starts[number])]
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int64 (examples,)."""
+        return self.counts.lengths
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Trained tokens of each example, int64 (examples,)."""
+        return self.counts.targets
+
+    def _count(self) -> ExampleCounts:
+        length, targets, prompt, chosen = (
+            self.index[name].astype(np.int64) for name in ("length", "targets", "prompt", "chosen_targets")
+        )
+        return ExampleCounts(length, targets, length + prompt, prompt, chosen, self.sources)
+
     def place(self, index: int) -> Source:
         """File and line of an example's row."""
-        return Source(self.files[int(self._file_of[index])].ledger.file, int(self.lines[index]))
+        return Source(self.files[int(self._file_of[index])].ledger.file, int(self.index["line"][index]))
+
+    def part(self, chosen: np.ndarray, name: str) -> Examples:
+        """The examples at `chosen` (indices in order); `name` tells the part in its fingerprint."""
+        fingerprint = f"{self.fingerprint}-{name}"
+        part = Examples(self.files, self._order[chosen], fingerprint, self.names, self._source_of_file)
+        part.ledgers, part.ledger = self.ledgers, self.ledger
+        return part
+
+    def hold_out(self, share: float) -> tuple[Examples, Examples]:
+        """(training, held-out) examples: a fixed `share` of the rows, at least one, with all their examples.
+
+        Which rows does not depend on a run's seed, so runs of one data set are compared on the same ones.
+        """
+        rows, row_of = np.unique(
+            np.stack([self._file_of, self.index["line"].astype(np.int64)], axis=1), axis=0, return_inverse=True
+        )
+        held = np.random.default_rng(HOLD_OUT_SEED).permutation(len(rows))[: max(1, round(share * len(rows)))]
+        inside = np.isin(row_of.reshape(-1), held)
+        return self.part(np.flatnonzero(~inside), f"train{share}"), self.part(np.flatnonzero(inside), f"eval{share}")
 
 
 @dataclass(frozen=True)
@@ -106,16 +166,18 @@ class _Batch:
         ids, labels = batch.columns
         return cls(ids.values.to_numpy(), labels.values.to_numpy(), ids.offsets.to_numpy())
 
-    def tokens(self, row: int) -> Tokens:
-        span = slice(self.offsets[row], self.offsets[row + 1])
-        return Tokens(self.ids[span], self.labels[span])
+    def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        span = slice(self.offsets[number], self.offsets[number + 1])
+        return self.ids[span], self.labels[span]
 
 
-def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int64)
+def index_entry(example: Example, line: int) -> tuple[int, ...]:
+    """An example's line of INDEX."""
+    pair = (example.prompt, example.chosen, example.chosen_targets) if isinstance(example, TokenPair) else (0, 0, 0)
+    return (len(example.input_ids), example.num_targets, line, *pair)
 
 
-def record_batch(examples: Sequence[Tokens]) -> pa.RecordBatch:
+def record_batch(examples: Sequence[Example]) -> pa.RecordBatch:
     """Examples as one Arrow batch."""
     offsets = pa.array(np.cumsum([0, *(len(tokens.input_ids) for tokens in examples)], dtype=np.int32))
     columns = [

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import itertools
 import json
 import shutil
 import tempfile
@@ -15,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,37 @@ from tqdm import tqdm
 
 from firefly.config import DataConfig
 from firefly.data.encoding import Encoder
-from firefly.data.examples import INDEX, ROWS, SCHEMA, record_batch
+from firefly.data.examples import INDEX, ROWS, SCHEMA, index_entry, record_batch
 from firefly.data.formats import MalformedRecord, Parsed, TaskName, parse_record
-from firefly.data.ledger import BLANK, CUT, EMPTY_ANSWER, MALFORMED, NO_TARGET, REFUSED, TOO_LONG, Ledger
+from firefly.data.ledger import (
+    BLANK,
+    CUT,
+    EMPTY_ANSWER,
+    MALFORMED,
+    NO_TARGET,
+    REFUSED,
+    SAME_ANSWERS,
+    TOO_LONG,
+    Ledger,
+)
+from firefly.data.pairs import PairEncoder
 from firefly.data.schema import (
     IGNORE,
     Conversation,
     Document,
+    Example,
     PreferencePair,
     RawRecord,
     Rendered,
     Source,
+    TokenPair,
     Tokens,
 )
 from firefly.data.templates import TemplateFailure
 from firefly.messages import render
 
-CHUNK = 1000
-"""Rows that are tokenised in one call and written as one Arrow batch."""
+CHUNK, CHUNK_CHARACTERS = 1000, 1 << 24
+"""Rows, and characters of text, that are tokenised in one call and written as one Arrow batch."""
 
 
 def prepare(
@@ -80,35 +93,33 @@ def with_progress(records: Iterator[RawRecord], file: str) -> Iterator[RawRecord
 
 
 def _index(chunk: Sequence[KeptRow]) -> np.ndarray:
-    return np.array(
-        [
-            (len(tokens.input_ids), targets, row.source.line)
-            for row in chunk
-            for tokens, targets in zip(row.examples, row.targets, strict=True)
-        ],
-        dtype=INDEX,
-    )
+    return np.array([index_entry(example, row.source.line) for row in chunk for example in row.examples], dtype=INDEX)
 
 
 @dataclass(frozen=True, slots=True)
 class KeptRow:
-    """The examples of one row with their counts of trained tokens, and hashes of its content and last answer."""
+    """The examples of one row, and hashes of its content and last answer."""
 
     source: Source
-    examples: list[Tokens]
-    targets: list[int]
+    examples: list[Example]
     content: int
     answer: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A parsed row on its way to tokens: texts to tokenise, or examples that come as tokens."""
+    """A parsed row on its way to tokens: texts or a document to tokenise, or an example that comes as tokens."""
 
     source: Source
     texts: list[Rendered]
-    ready: list[Tokens]
+    ready: Example | None = None
+    document: str | None = None
+    pair: PreferencePair | None = None
     answer: int = 0
+
+    @property
+    def characters(self) -> int:
+        return sum(len(text.text) for text in self.texts) + len(self.document or "")
 
 
 @dataclass(frozen=True)
@@ -123,17 +134,36 @@ class Preparation:
     def run(self, records: Iterator[RawRecord]) -> Iterator[list[KeptRow]]:
         """Yield the kept rows, chunk by chunk, in file order."""
         with _young_garbage_only(), ThreadPoolExecutor(1, "firefly-tokenise") as executor:
-            pending: tuple[list[_Row], list[Rendered], Future[list[Any]]] | None = None
-            while chunk := list(itertools.islice(records, CHUNK)):
-                rows = [row for record in chunk if (row := self._read(record)) is not None]
-                texts = [text for row in rows for text in row.texts]
-                future = executor.submit(self.encoder.tokenize, texts)
+            pending: tuple[list[_Row], Future[_Encoded]] | None = None
+            for rows in self._chunks(records):
+                future = executor.submit(self._tokenise, rows)
                 if pending:
                     yield self._finish(*pending)
                     gc.collect(0)
-                pending = rows, texts, future
+                pending = rows, future
             if pending:
                 yield self._finish(*pending)
+
+    def _chunks(self, records: Iterator[RawRecord]) -> Iterator[list[_Row]]:
+        """Rows that are still on their way, as many at a time as fit the limits of a chunk."""
+        rows: list[_Row] = []
+        read = characters = 0
+        for record in records:
+            read += 1
+            row = self._read(record)
+            if row is not None:
+                rows.append(row)
+                characters += row.characters
+            if read >= CHUNK or characters >= CHUNK_CHARACTERS:
+                yield rows
+                rows, read, characters = [], 0, 0
+        if rows:
+            yield rows
+
+    def _tokenise(self, rows: Sequence[_Row]) -> _Encoded:
+        texts = [text for row in rows for text in row.texts]
+        documents = [row.document for row in rows if row.document is not None]
+        return _Encoded(texts, self.encoder.tokenize(texts), self.encoder.encode_documents(documents))
 
     def _read(self, record: RawRecord) -> _Row | None:
         """Parse and render one record; None for one that is lost."""
@@ -159,20 +189,22 @@ class Preparation:
     def _render(self, source: Source, parsed: Parsed) -> _Row:
         if isinstance(parsed, Conversation):
             chosen = select_targets(parsed, self.config.train_on)
-            return _Row(source, self.encoder.render(chosen), [], self._answer(source, chosen))
+            return _Row(source, self.encoder.render(chosen), answer=self._answer(source, chosen))
         if isinstance(parsed, PreferencePair):
-            pair = [self.encoder.render(item) for item in (parsed.chosen, parsed.rejected)]
             answer = self._answer(source, parsed.chosen)
-            if any(len(texts) != 1 for texts in pair):
-                raise MalformedRecord("row.no_target")
-            return _Row(source, [texts[0] for texts in pair], [], answer)
+            return _Row(source, self.pairs.render(parsed), pair=parsed, answer=answer)
         if isinstance(parsed, Document):
-            tokens = self.encoder.encode_documents([parsed.text]) if parsed.text.strip() else []
-            return _Row(source, [], tokens)
+            text = self.encoder.protect_document(parsed.text)
+            return _Row(source, [], document=text if text.strip() else "")
         vocabulary = len(self.encoder.tokenizer)
         if parsed.input_ids.max() >= vocabulary:
             raise MalformedRecord("row.id_too_large", id=int(parsed.input_ids.max()), vocabulary=vocabulary)
-        return _Row(source, [], [parsed])
+        return _Row(source, [], ready=parsed)
+
+    @cached_property
+    def pairs(self) -> PairEncoder:
+        """How preference pairs become tokens."""
+        return PairEncoder(self.encoder, self.config.max_prompt_length)
 
     def _answer(self, source: Source, conversation: Conversation) -> int:
         """Hash of the last reply; an empty one is noted."""
@@ -185,53 +217,108 @@ class Preparation:
             return 0
         return _hash([content.encode()])
 
-    def _finish(self, rows: list[_Row], texts: list[Rendered], encodings: Future[list[Any]]) -> list[KeptRow]:
-        tokens = iter(self.encoder.label(texts, encodings.result()))
+    def _finish(self, rows: list[_Row], encoded: Future[_Encoded]) -> list[KeptRow]:
+        done = encoded.result()
+        tokens, documents = iter(self.encoder.label(done.texts, done.encodings)), iter(done.documents)
         kept = []
         for row in rows:
-            examples = row.ready or [next(tokens) for _ in row.texts]
-            fitted = self._fit(row.source, examples)
+            if row.ready is not None:
+                examples: list[Any] = [row.ready]
+            elif row.document is not None:
+                examples = [next(documents)]
+            else:
+                examples = [next(tokens) for _ in row.texts]
+            if row.pair is not None or isinstance(row.ready, TokenPair):
+                fitted: list[Example] = self._fit_pair(row, examples)
+            else:
+                fitted = self._fit(row.source, examples)
             if fitted:
-                parts = [text.text.encode() for text in row.texts] or [item.input_ids.tobytes() for item in row.ready]
-                content = _hash(parts)
-                tokens_of, targets = [item for item, _ in fitted], [count for _, count in fitted]
-                kept.append(KeptRow(row.source, tokens_of, targets, content, row.answer))
+                parts = [text.text.encode() for text in row.texts] or [item.input_ids.tobytes() for item in examples]
+                kept.append(KeptRow(row.source, fitted, _hash(parts), row.answer))
         return kept
 
-    def _fit(self, source: Source, examples: list[Tokens]) -> list[tuple[Tokens, int]]:
-        """Fit a row's examples to the length limit, count their targets, and write the row's fate on the ledger."""
-        ledger, limit = self.ledger, self.config.max_seq_length
+    def _fit(self, source: Source, examples: Sequence[Tokens]) -> list[Example]:
+        """Fit a row's examples to the length limit, and write the row's fate on the ledger."""
         if self.task == "pretrain":  # a document is cut into blocks, not to a length
             fitted: list[Tokens | None] = list(examples)
         else:
-            fitted = [fit(tokens, limit, self.config.on_too_long) for tokens in examples]
-        kept = [(tokens, count) for tokens in fitted if tokens is not None and (count := tokens.num_targets)]
-        if self.task == "dpo" and len(kept) < len(examples):
-            kept = []
+            fitted = [fit(tokens, self.config.max_seq_length, self.config.on_too_long) for tokens in examples]
+        kept = [tokens for tokens in fitted if tokens is not None and (tokens.num_targets or self._is_text(tokens))]
         if not kept:
-            if any(tokens.num_targets for tokens in examples):
-                longest = max(len(tokens.input_ids) for tokens in examples)
-                code = "row.too_long" if self.config.on_too_long in ("cut_turns", "cut") else "row.over_limit"
-                ledger.lose(source, TOO_LONG, render(code, tokens=longest, limit=limit))
-            else:
-                ledger.lose(source, NO_TARGET, render("row.no_target"))
+            self._lose(source, examples)
             return []
-        total, left = sum(len(t.input_ids) for t in examples), sum(len(t.input_ids) for t, _ in kept)
-        trained = sum(count for _, count in kept)
+        self._account(source, examples, kept)
+        return [*kept]
+
+    def _is_text(self, tokens: Tokens) -> bool:
+        """A document of one token has no target alone, and one within a stream."""
+        return self.task == "pretrain" and len(tokens.input_ids) > 0
+
+    def _fit_pair(self, row: _Row, sides: Sequence[Any]) -> list[Example]:
+        """Fit a pair's prompt and answers to their limits, and write the row's fate on the ledger."""
+        policy, limit = self.config.on_too_long, self.config.max_seq_length
+        pair = row.ready if isinstance(row.ready, TokenPair) else TokenPair.of(*sides)
+        whole, most = pair, self.config.max_prompt_length
+        if most is not None and pair.prompt > most:
+            cut = None
+            if policy not in ("drop", "error"):
+                cut = self.pairs.cut_prompt(row.pair, most) if row.pair else self.pairs.cut_tokens(pair, most)
+            if cut is None:
+                message = render("row.prompt_too_long", tokens=pair.prompt, limit=most)
+                self.ledger.lose(row.source, TOO_LONG, message)
+                return []
+            pair = cut
+        fitted = [fit(side, limit, policy) for side in pair.sides]
+        if any(side is None or not side.num_targets for side in fitted):
+            self._lose(row.source, pair.sides)
+            return []
+        kept = [side for side in fitted if side is not None]
+        if np.array_equal(kept[0].input_ids, kept[1].input_ids):
+            self.ledger.note(row.source, SAME_ANSWERS, render("finding.same_answers"))
+        self._account(row.source, whole.sides, kept, prompt=whole.prompt - pair.prompt)
+        self.ledger.examples -= 1  # two answers, one example
+        return [TokenPair.of(*kept)]
+
+    def _lose(self, source: Source, examples: Sequence[Tokens]) -> None:
+        """Write down why nothing of a row is trained."""
+        if any(tokens.num_targets for tokens in examples):
+            longest = max(len(tokens.input_ids) for tokens in examples)
+            code = "row.too_long" if self.config.on_too_long in ("cut_turns", "cut") else "row.over_limit"
+            message = render(code, tokens=longest, limit=self.config.max_seq_length)
+            self.ledger.lose(source, TOO_LONG, message)
+        else:
+            self.ledger.lose(source, NO_TARGET, render("row.no_target"))
+
+    def _account(self, source: Source, given: Sequence[Tokens], kept: Sequence[Tokens], prompt: int = 0) -> None:
+        """Count a kept or cut row; `prompt` tokens were cut out of a pair's prompt."""
+        ledger, limit = self.ledger, self.config.max_seq_length
+        total, left = (sum(len(tokens.input_ids) for tokens in some) for some in (given, kept))
+        trained = sum(tokens.num_targets for tokens in kept)
         if left < total:
-            targets = sum(tokens.num_targets for tokens in examples) - trained
-            turns = sum(map(count_turns, examples)) - sum(count_turns(tokens) for tokens, _ in kept)
+            targets = sum(tokens.num_targets for tokens in given) - trained
+            turns = sum(map(count_turns, given)) - sum(map(count_turns, kept))
             ledger.cut += 1
             ledger.cut_tokens += total - left
             ledger.cut_turns += turns
             message = render("row.cut", tokens=total, kept=left, targets=targets, turns=turns, limit=limit)
+            if prompt:
+                most = self.config.max_prompt_length
+                message = render("row.prompt_cut", tokens=prompt, limit=most) + ("; " + message if targets else "")
             ledger.note(source, CUT, message)
         else:
             ledger.kept += 1
         ledger.examples += len(kept)
         ledger.tokens += left
         ledger.target_tokens += trained
-        return kept
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A chunk's texts with their encodings, and the tokens of its documents."""
+
+    texts: list[Rendered]
+    encodings: list[Any]
+    documents: list[Tokens]
 
 
 @contextmanager

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -112,13 +112,88 @@ class Tokens:
     """One training example.
 
     `input_ids` and `labels` are int32 arrays of one length; `labels[i]` is `input_ids[i]` where token i is trained
-    and `IGNORE` elsewhere (unshifted: the loss of token i is read from position i - 1).
+    and `IGNORE` elsewhere (unshifted: the loss of token i is read from position i - 1). `starts` says where segments
+    begin in it: a block of pretraining holds several documents that do not see each other.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
+    starts: tuple[int, ...] = (0,)
 
     @property
     def num_targets(self) -> int:
-        """Trained tokens; the first token of an example has no position that could predict it."""
-        return int(np.count_nonzero(self.labels[1:] != IGNORE))
+        """Trained tokens; the first token of a segment has no position that could predict it."""
+        trained = int(np.count_nonzero(self.labels != IGNORE))
+        return trained - sum(int(self.labels[start] != IGNORE) for start in self.starts if start < len(self.labels))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPair:
+    """A preference pair as the model sees it: the tokens that both answers share, then what follows in each.
+
+    `input_ids` and `labels` (int32) lie flat as [prompt][chosen][rejected]; `prompt` and `chosen` are the first two
+    lengths. No token of the prompt is trained, and the first of an answer is predicted from the prompt's last.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    prompt: int
+    chosen: int
+
+    @classmethod
+    def of(cls, chosen: Tokens, rejected: Tokens) -> TokenPair:
+        """Share the longest common prefix that ends before the first trained token of either."""
+        most = min(int(np.flatnonzero(np.append(side.labels, 0) != IGNORE)[0]) for side in (chosen, rejected))
+        differ = np.flatnonzero(chosen.input_ids[:most] != rejected.input_ids[:most])
+        prompt = int(differ[0]) if len(differ) else most
+        ids = np.concatenate([chosen.input_ids, rejected.input_ids[prompt:]])
+        labels = np.concatenate([chosen.labels, rejected.labels[prompt:]])
+        return cls(ids, labels, prompt, len(chosen.input_ids) - prompt)
+
+    @property
+    def rejected(self) -> int:
+        """Tokens of the rejected answer."""
+        return len(self.input_ids) - self.prompt - self.chosen
+
+    @property
+    def sides(self) -> tuple[Tokens, Tokens]:
+        """Prompt and chosen answer, prompt and rejected answer: each as a model is fed without sharing."""
+        border = self.prompt + self.chosen
+        other = np.r_[0 : self.prompt, border : len(self.input_ids)]
+        return (
+            Tokens(self.input_ids[:border], self.labels[:border]),
+            Tokens(self.input_ids[other], self.labels[other]),
+        )
+
+    @property
+    def num_targets(self) -> int:
+        """Trained tokens of both answers."""
+        return sum(side.num_targets for side in self.sides)
+
+    @property
+    def chosen_targets(self) -> int:
+        """Trained tokens of the chosen answer."""
+        return self.sides[0].num_targets
+
+
+Example = Tokens | TokenPair
+
+
+class Segment(NamedTuple):
+    """Tokens `start` … `end - 1` of a packed row, each of which sees the prefix (if any) and what of the segment came
+    before it. A prefix lies in the same row and is seen whole: the prompt of a rejected answer.
+    """
+
+    start: int
+    end: int
+    prefix_start: int = 0
+    prefix_end: int = 0
+
+
+def segment_positions(segments: Sequence[Segment]) -> np.ndarray:
+    """The position of every token in its segment, counted on from the segment's prefix; int64 (tokens,)."""
+    parts = []
+    for start, end, prefix_start, prefix_end in segments:
+        prefix = prefix_end - prefix_start
+        parts.append(np.arange(prefix, prefix + end - start))
+    return np.concatenate(parts)

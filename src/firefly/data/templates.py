@@ -506,3 +506,8 @@ def _own_stops(name: str, text: str, tokenizer: Any) -> tuple[str, ...]:
     # A turn that is followed by the next turn's opening token, not by an end of its own, ends with EOS.
     opening = shown.lstrip().startswith(first) if first else False
     return tuple(dict.fromkeys((*(() if opening else first), *eos)))
+
+
+def plain_template() -> ChatTemplate:
+    """The template of a task that renders no conversation."""
+    return ChatTemplate("default", "", ("",), ())

@@ -68,8 +68,16 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         '"name"}}，且 name 不重复。',
     ),
     "config.no_eval_file": (
-        "{key} = {value} needs held-out data: set eval_file, or remove {key}.",
-        "{key} = {value} 需要评估数据：请设置 eval_file，或删除 {key}。",
+        "{key} = {value} needs held-out data: set eval_file or eval_ratio, or remove {key}.",
+        "{key} = {value} 需要评估数据：请设置 eval_file 或 eval_ratio，或删除 {key}。",
+    ),
+    "config.two_held_outs": (
+        "eval_file and eval_ratio are both set; keep one of them.",
+        "同时设置了 eval_file 和 eval_ratio；请只保留一个。",
+    ),
+    "config.beta_zero": (
+        "beta = 0 leaves preference_loss {loss} without a signal; set it above 0.",
+        "beta = 0 时 preference_loss {loss} 没有训练信号；请设为大于 0。",
     ),
     "config.training_arguments": (
         "the training arguments are not valid: {problem}",
@@ -80,10 +88,6 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "output_dir = {path} 无法写入：{problem}。请换一个目录。",
     ),
     # what this version does not have yet, and what it refuses
-    "feature.task": (
-        '{key} = {value} is not in this version yet; it has "sft".',
-        '{key} = {value} 尚未包含在此版本中；目前支持 "sft"。',
-    ),
     "feature.many_ranks": (
         "{key} = {value}: DeepSpeed and FSDP are not in this version yet; remove the key to run on one device.",
         "{key} = {value}：此版本尚不支持 DeepSpeed 和 FSDP；请删除该键以在单设备上运行。",
@@ -131,6 +135,14 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "key.no_effect": (
         "{key} has no effect with {setting}.",
         "{key} 在 {setting} 时不起作用。",
+    ),
+    "preference.no_dropout": (
+        "lora_dropout {value} is switched off: preference training compares two passes of the same model.",
+        "已关闭 lora_dropout {value}：偏好训练要比较同一模型的两次计算。",
+    ),
+    "preference.no_smoothing": (
+        "label_smoothing has no effect with preference_loss {loss}; robust, simpo and cpo use it.",
+        "label_smoothing 在 preference_loss {loss} 下不起作用；robust、simpo 和 cpo 会用到它。",
     ),
     # precision
     "precision.fp16_to_bf16": (
@@ -300,6 +312,16 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         '{path} 的内容必须是 JSON：{{"messages": [{{"role", "content"}}, …], …}}：{problem}。',
     ),
     # data files
+    "data.no_eos": (
+        "task_type pretrain puts the tokenizer's EOS token between documents, and this tokenizer has none. Set "
+        "eos_token in its tokenizer_config.json.",
+        "task_type pretrain 在文档之间加入分词器的 EOS，但此分词器没有 EOS。"
+        "请在其 tokenizer_config.json 中设置 eos_token。",
+    ),
+    "data.hold_out_all": (
+        "eval_ratio = {ratio} leaves no example to train: the data has {count} row(s). Lower it, or set eval_file.",
+        "eval_ratio = {ratio} 没有留下可训练的样本：数据只有 {count} 行。请减小它，或设置 eval_file。",
+    ),
     "data.no_file": (
         "{key} = {path} does not exist. Check the path (relative paths start where the command runs).",
         "{key} = {path} 不存在。请检查路径（相对路径以命令运行的目录为起点）。",
@@ -475,6 +497,14 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "{limit})",
         "由 {tokens} 截断为 {kept} 个 token（损失 {targets} 个训练 token、{turns} 条完整回复；max_seq_length {limit}）",
     ),
+    "row.prompt_cut": (
+        "{tokens} tokens cut out of the prompt, oldest first (max_prompt_length {limit})",
+        "从最早的内容起截去提示中的 {tokens} 个 token（max_prompt_length {limit}）",
+    ),
+    "row.prompt_too_long": (
+        "the prompt has {tokens} tokens and cannot be cut to max_prompt_length {limit} (null: no limit)",
+        "提示有 {tokens} 个 token，无法截断到 max_prompt_length {limit}（设为 null 则不限制）",
+    ),
     "row.other_task": (
         "a record of the format {format} is for task_type {task}, not {wanted}",
         "{format} 格式的记录用于 task_type {task}，而不是 {wanted}",
@@ -507,6 +537,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     # findings that lose nothing
     "finding.blank_line": ("a blank line", "空行"),
     "finding.empty_answer": ("the answer is empty: only the stop token is trained", "回答为空：只训练停止符"),
+    "finding.same_answers": (
+        "chosen and rejected are the same: nothing to prefer",
+        "chosen 与 rejected 相同：没有偏好可学",
+    ),
     "finding.duplicate": ("the same as {place}", "与 {place} 相同"),
     "finding.repeated_answer": ("this answer stands in {count} rows", "此回答在 {count} 行中出现"),
     "finding.in_eval": ("the same as {place}, which is held out", "与评估数据 {place} 相同"),
@@ -514,9 +548,9 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "overview.example": ("first example: trained tokens are green", "第一个样本：绿色部分参与训练"),
     "overview.steps": (
         "steps: {steps} of {examples} examples each ({device} per device × {accumulation} accumulated), from {count} "
-        "examples; microbatches of at most {budget} tokens",
-        "训练步：共 {steps} 步，每步 {examples} 个样本（每设备 {device} × 累积 {accumulation}），共 {count} 个样本；"
-        "每个微批最多 {budget} 个 token",
+        "examples ({held_out} held out); microbatches of at most {budget} tokens",
+        "训练步：共 {steps} 步，每步 {examples} 个样本（每设备 {device} × 累积 {accumulation}），共 {count} 个样本"
+        "（另留 {held_out} 个用于评估）；每个微批最多 {budget} 个 token",
     ),
     "overview.parameters": (
         "parameters: {trainable} trained of {total} ({share})",
@@ -535,6 +569,7 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "内存预测：{total} GiB（{parts}）；可用 {available} GiB",
     ),
     "progress.unit": ("step", "步"),
+    "progress.reference": ("reference log-probabilities", "参考模型对数概率"),
     "progress.row": ("rows", "行"),
     "progress.step": ("step", "步"),
     "train.done": ("done: the result is in {path}", "完成：结果保存在 {path}"),

@@ -6,7 +6,6 @@ that, or fail the probe, run `solo`: one example per microbatch through the mode
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from firefly.data.schema import Segment, segment_positions
 from firefly.models.kernels.segment_attention import attend
 
 NAME = "firefly_segments"
@@ -38,20 +38,20 @@ def segment_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    segment_borders: tuple[int, ...] | None = None,
+    segments: tuple[Segment, ...] | None = None,
     s_aux: Tensor | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function for packed rows: query (1, heads, tokens, width) → (1, tokens, heads, width)."""
-    if segment_borders is None:
-        raise UnsupportedAttention(f"{type(module).__name__} did not pass on segment_borders")
+    if segments is None:
+        raise UnsupportedAttention(f"{type(module).__name__} did not pass on segments")
     if s_aux is not None or query.shape[0] != 1 or getattr(module, "is_causal", True) is False:
         raise UnsupportedAttention(f"{type(module).__name__} uses sinks, rows or masks that segments do not have")
     if sliding_window is None and _is_sliding(module):
         sliding_window = getattr(module, "sliding_window")  # noqa: B009 — Qwen2-MoE passes none; its type is nn.Module
     _windows_met.add(sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = attend(query[0], key[0], value[0], segment_borders, scale, sliding_window, softcap, dropout)
+    out = attend(query[0], key[0], value[0], segments, scale, sliding_window, softcap, dropout)
     return out.transpose(0, 1)[None], None
 
 
@@ -94,22 +94,33 @@ def isolation_fault(model: PreTrainedModel, expected: Tensor) -> str | None:
     """Prove on this model that segments neither leak nor change the result; return what went wrong, or None.
 
     Two segments are run twice with the first one's ids changed: the second's states must not move at all beyond
-    rounding, and must be those of the segment alone under the model's own attention (`expected`).
+    rounding, and must be those of the segment alone under the model's own attention (`expected`). So must those of a
+    third segment that has the beginning of the second for its prefix and goes on like it.
     """
     first, second = _probe_ids(model)
-    borders = (0, first.shape[1], first.shape[1] + second.shape[1])
+    border, end = first.shape[1], first.shape[1] + second.shape[1]
+    prefix = second.shape[1] // 2
+    rest = second[:, prefix:]
+    segments = (
+        Segment(0, border),
+        Segment(border, end),
+        Segment(end, end + rest.shape[1], border, border + prefix),
+    )
     _windows_met.clear()
     try:
-        states = [_hidden(model, torch.cat([ids, second], dim=1), borders) for ids in (first, first.flip(1) + 1)]
+        states = [_hidden(model, torch.cat([ids, second, rest], dim=1), segments) for ids in (first, first.flip(1) + 1)]
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    one, other = (state[:, borders[1] :].float() for state in states)
+    one, other = (state[:, border:end].float() for state in states)
     size = expected.float().abs().mean()
     exact = expected.dtype == torch.float32
     if (one - other).abs().mean() > (1e-5 if exact else 1e-3) * size:
         return "a segment sees its neighbour"
     if (one - expected.float()).abs().mean() > (1e-3 if exact else 5e-2) * size:
         return "a segment differs from the same tokens alone"
+    behind_prefix = states[0][:, end:].float() - expected[:, prefix:].float()
+    if behind_prefix.abs().mean() > (1e-3 if exact else 5e-2) * size:
+        return "a segment with a prefix differs from the same tokens alone"
     window = _declared_window(model)
     if window is not None and window not in _windows_met:
         return f"its sliding window of {window} tokens never reaches the attention"  # and is too long for the probe
@@ -140,11 +151,10 @@ def _probe_ids(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     return ids[None, :17], ids[None, 17:]
 
 
-def _hidden(model: PreTrainedModel, ids: Tensor, borders: tuple[int, ...] | None) -> Tensor:
-    """Last hidden states without dropout; positions restart at every border."""
-    ends = borders or (0, ids.shape[1])
-    positions = torch.cat([torch.arange(b - a) for a, b in pairwise(ends)])[None].to(ids.device)
-    extra = {} if borders is None else {"segment_borders": borders}
+def _hidden(model: PreTrainedModel, ids: Tensor, segments: tuple[Segment, ...] | None) -> Tensor:
+    """Last hidden states without dropout; positions restart at every segment."""
+    positions = torch.from_numpy(segment_positions(segments or (Segment(0, ids.shape[1]),)))[None].to(ids.device)
+    extra = {} if segments is None else {"segments": segments}
     was_training = model.training
     model.eval()
     try:

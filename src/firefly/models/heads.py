@@ -1,7 +1,8 @@
 """The head enters the loss at target positions only.
 
-A prepared model, called with `targets`, returns {"loss": Σ NLL over them} instead of logits. It is the same module
-tree with the same weights, so saving, tying, PEFT and sharding see nothing new.
+A prepared model, called with `targets`, returns {"loss": Σ NLL over them} instead of logits or, with `per_token`,
+{"logps": the log-probability of each}. It is the same module tree with the same weights, so saving, tying, PEFT and
+sharding see nothing new. `router_logits` come along where the model was asked for them.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from firefly.data.schema import Segment
 from firefly.models.attention import NAME as SEGMENTS
 from firefly.models.attention import UnsupportedAttention, decoder
-from firefly.models.kernels.token_nll import summed_nll
+from firefly.models.kernels.token_nll import summed_nll, token_logps
 
 
 def install_target_head(model: PreTrainedModel) -> str:
@@ -69,29 +71,43 @@ def _is_patched(head: nn.Module) -> bool:
     return "forward" in vars(head)
 
 
-def _head_forward(self: nn.Linear, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+def _head_forward(self: nn.Linear, hidden: Tensor, targets: Tensor | None = None, per_token: bool = False) -> Tensor:
     if targets is None:
         return F.linear(hidden, self.weight, self.bias)
-    return summed_nll(hidden, self.weight, self.bias, targets)
+    return (token_logps if per_token else summed_nll)(hidden, self.weight, self.bias, targets)
 
 
 def _forward_fused(
-    self: Any, *args: Any, target_index: Tensor | None = None, targets: Tensor | None = None, **kwargs: Any
+    self: Any,
+    *args: Any,
+    target_index: Tensor | None = None,
+    targets: Tensor | None = None,
+    per_token: bool = False,
+    **kwargs: Any,
 ) -> Any:
     if target_index is None:
         return type(self).forward(self, *args, **kwargs)
-    hidden = decoder(self)(*args, use_cache=False, **kwargs).last_hidden_state
+    output = decoder(self)(*args, use_cache=False, **kwargs)
+    chosen = output.last_hidden_state[0].index_select(0, target_index)
     # Through the head's __call__, so that sharded engines gather its weight.
-    return {"loss": self.get_output_embeddings()(hidden[0].index_select(0, target_index), targets)}
+    result = self.get_output_embeddings()(chosen, targets, per_token)
+    return {"logps" if per_token else "loss": result, "router_logits": getattr(output, "router_logits", None)}
 
 
 def _forward_logits(
-    self: Any, *args: Any, target_index: Tensor | None = None, targets: Tensor | None = None, **kwargs: Any
+    self: Any,
+    *args: Any,
+    target_index: Tensor | None = None,
+    targets: Tensor | None = None,
+    per_token: bool = False,
+    **kwargs: Any,
 ) -> Any:
     if target_index is None or targets is None:
         return type(self).forward(self, *args, **kwargs)
-    logits = type(self).forward(self, *args, use_cache=False, logits_to_keep=target_index, **kwargs).logits
-    return {"loss": F.cross_entropy(logits[0].float(), targets, reduction="sum")}
+    output = type(self).forward(self, *args, use_cache=False, logits_to_keep=target_index, **kwargs)
+    nll = F.cross_entropy(output.logits[0].float(), targets, reduction="none" if per_token else "sum")
+    router = getattr(output, "router_logits", None)
+    return {"logps": -nll, "router_logits": router} if per_token else {"loss": nll, "router_logits": router}
 
 
 def _probe(model: PreTrainedModel) -> dict[str, Any]:
@@ -99,5 +115,5 @@ def _probe(model: PreTrainedModel) -> dict[str, Any]:
     ids = torch.arange(12, device=model.device) * 7919 % vocabulary
     inputs: dict[str, Any] = {"input_ids": ids[None], "position_ids": torch.arange(12, device=model.device)[None]}
     if model.config._attn_implementation == SEGMENTS:
-        inputs["segment_borders"] = (0, 12)
+        inputs["segments"] = (Segment(0, 12),)
     return inputs

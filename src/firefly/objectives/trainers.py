@@ -7,21 +7,33 @@ schedules and skipping on resume come out right untouched; microbatches are loop
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from firefly.data.batching import PackedBatch, PackedExamples, Step, StepLoader, StepPlan, step_loader
-from firefly.data.examples import Examples
+from firefly.data.batching import (
+    ExampleList,
+    PackedBatch,
+    PackedExamples,
+    Step,
+    StepPlan,
+    StepTotals,
+    pack,
+    step_loader,
+)
 from firefly.errors import UsageError
 from firefly.models.precision import Precision
+
+EVALUATED_TOGETHER = 64
+"""Held-out examples that are packed at a time: enough to fill the microbatches well."""
 
 
 @dataclass(frozen=True)
@@ -44,42 +56,67 @@ class Counts:
     tokens: int = 0
     targets: int = 0
 
-    def add(self, step: Step) -> None:
+    def add(self, totals: StepTotals) -> None:
         self.steps += 1
-        self.examples += sum(len(batch.borders) - 1 for batch in step.microbatches)
-        self.tokens += step.tokens
-        self.targets += step.targets
+        self.examples += totals.examples
+        self.tokens += totals.input_tokens
+        self.targets += totals.targets
 
 
-class CausalTrainer(Trainer):
-    """SFT: minimises Σ NLL / Σ target tokens over the whole step."""
+class StepTrainer(Trainer):
+    """The loop over whole steps and over held-out data. An objective adds how examples are packed, a microbatch's share
+    of the step's loss, and the sums that its evaluation needs."""
 
     def __init__(
         self,
         model: Any,
         args: TrainingArguments,
-        examples: Examples,
-        held_out: Examples | None,
+        examples: ExampleList,
+        held_out: ExampleList | None,
         tokenizer: Any,
         options: StepOptions,
         precision: Precision,
         masters: bool,
         callbacks: list[Any],
+        sources: Sequence[str] = (),
     ) -> None:
         self.options = options
+        self.sources = list(sources)
         self.counts = Counts()
         # Frozen weights are held in the compute type; full fine-tuning keeps fp32 weights and computes under autocast.
         self.autocast_type = precision.compute if masters and precision.compute != torch.float32 else None
         super().__init__(
             model=model,
             args=args,
-            train_dataset=PackedExamples(examples),  # type: ignore[arg-type]
-            eval_dataset=None if held_out is None else PackedExamples(held_out),  # type: ignore[arg-type]
+            train_dataset=self.packed(examples, held_out=False),  # type: ignore[arg-type]
+            eval_dataset=None if held_out is None else self.packed(held_out, held_out=True),  # type: ignore[arg-type]
             processing_class=tokenizer,
             callbacks=callbacks,
         )
         # Products of the body per parameter and token: forward 2, gradient of the input 2, gradient of the weight 2.
         self._flops_per_token = (6 if masters else 4) * self.model.num_parameters(exclude_embeddings=True)  # type: ignore[union-attr]
+
+    # ---- what an objective says ----
+
+    def packed(self, examples: ExampleList, held_out: bool) -> PackedExamples:
+        """The examples with the way to pack some of them into a microbatch."""
+        raise NotImplementedError
+
+    def nll_targets(self, examples: ExampleList) -> np.ndarray | None:
+        """Of each example the tokens whose NLL a preference loss adds; None without one."""
+        return None
+
+    def microbatch_loss(self, model: Any, batch: Any, totals: StepTotals) -> Tensor:
+        """What one microbatch adds to the loss of its step, a scalar."""
+        raise NotImplementedError
+
+    def evaluation_sums(self, model: Any, batch: Any) -> Tensor:
+        """What an evaluation adds up over microbatches, (any,) fp32 on the device."""
+        raise NotImplementedError
+
+    def evaluation_metrics(self, sums: list[float], totals: StepTotals) -> dict[str, float]:
+        """Metrics of the examples that `sums` and `totals` were taken over."""
+        raise NotImplementedError
 
     # ---- what a step is ----
 
@@ -87,26 +124,22 @@ class CausalTrainer(Trainer):
         """Whole steps in the seeded order; not prepared by accelerate, which would shard them again."""
         dataset = self.train_dataset
         assert isinstance(dataset, PackedExamples)
-        plan = self._plan(dataset.examples, shuffle=self.options.shuffle, drop_last=self.args.dataloader_drop_last)
-        return step_loader(dataset.examples, plan, **self._loader_options())
-
-    def get_eval_dataloader(self, eval_dataset: str | Dataset[Any] | None = None) -> DataLoader[Any]:
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if not isinstance(dataset, PackedExamples):
-            raise TypeError("evaluation takes PackedExamples")
-        return step_loader(dataset.examples, self._plan(dataset.examples, shuffle=False, drop_last=False))
-
-    def _plan(self, examples: Examples, shuffle: bool, drop_last: bool) -> StepPlan:
-        return StepPlan(
-            examples.lengths,
-            examples.targets,
+        plan = StepPlan(
+            dataset.examples.counts,
             self.options.examples_per_step,
             self.options.tokens_per_microbatch,
             seed=self.options.seed,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            solo=self.options.layout == "solo",
+            shuffle=self.options.shuffle,
+            drop_last=self.args.dataloader_drop_last,
+            solo=self.solo,
+            nll_targets=self.nll_targets(dataset.examples),
         )
+        return step_loader(dataset, plan, **self._loader_options())
+
+    @property
+    def solo(self) -> bool:
+        """Whether every example has a microbatch of its own (see `models.attention`)."""
+        return self.options.layout == "solo"
 
     def _loader_options(self) -> dict[str, Any]:
         workers = self.args.dataloader_num_workers
@@ -119,25 +152,22 @@ class CausalTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> None:
         return None  # a step knows its own targets
 
-    def training_step(self, model: Any, inputs: Step, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
-        """Run one whole step; returns its loss, Σ NLL / Σ targets, without waiting for the device."""
+    def training_step(self, model: Any, inputs: Step[Any], num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
+        """Run one whole step; returns its loss without waiting for the device."""
         model.train()
-        scale = self.args.world_size / max(inputs.targets, 1)  # engines average gradients over ranks
         total = torch.zeros((), device=self.args.device)
         for batch in inputs.microbatches:
-            loss = self.microbatch_loss(model, batch.to(self.args.device)) * scale
+            loss = self.microbatch_loss(model, batch.to(self.args.device), inputs.totals)
+            loss = loss * self.args.world_size  # engines average gradients over ranks
             self.accelerator.backward(loss)
             total += loss.detach()
-        self.counts.add(inputs)
+        self.counts.add(inputs.totals)
         return total
 
-    def microbatch_loss(self, model: Any, batch: PackedBatch) -> Tensor:
-        """Σ NLL over the targets of one microbatch, a scalar."""
-        inputs = batch.model_inputs()
-        if self.options.layout == "solo":
-            del inputs["segment_borders"]
+    def run_model(self, model: Any, row: PackedBatch, per_token: bool = False) -> dict[str, Any]:
+        """Call a prepared model on one packed row."""
         with self._autocast():
-            return model(**inputs)["loss"]
+            return model(**row.model_inputs(self.solo), per_token=per_token)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.autocast_type is None:
@@ -146,39 +176,91 @@ class CausalTrainer(Trainer):
 
     # ---- evaluation without logits ----
 
+    def get_eval_dataloader(self, eval_dataset: str | Dataset[Any] | None = None) -> DataLoader[Any]:
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if not isinstance(dataset, PackedExamples):
+            raise TypeError("evaluation takes PackedExamples")
+        return self._evaluation_loader(dataset, np.arange(len(dataset)))
+
+    def _evaluation_loader(self, dataset: PackedExamples, rows: np.ndarray) -> DataLoader[Any]:
+        plan = StepPlan(
+            dataset.examples.counts,
+            EVALUATED_TOGETHER,
+            self.options.tokens_per_microbatch,
+            shuffle=False,
+            solo=self.solo,
+            nll_targets=self.nll_targets(dataset.examples),
+            rows=rows,
+        )
+        return step_loader(dataset, plan)
+
     def evaluation_loop(  # type: ignore[override]
         self,
-        dataloader: StepLoader,
+        dataloader: DataLoader[Any],
         description: str,
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Mean NLL per target token and perplexity over the held-out examples; one number leaves the device."""
-        model = self.model
-        model.eval()  # type: ignore[union-attr]
-        total, targets = torch.zeros((), device=self.args.device), 0
+        """Metrics over the held-out examples, and the loss of each source; a few numbers leave the device."""
+        dataset = dataloader.dataset
+        assert isinstance(dataset, PackedExamples)
+        model: Any = self.model
+        model.eval()
+        sums, totals, of_sources = None, StepTotals(0, 0, 0, 0), {}
+        for name, rows in self._by_source(dataset.examples):
+            ours, counted = self._evaluate_rows(model, dataset, rows)
+            sums = ours if sums is None else sums + ours
+            totals = totals + counted
+            of_sources[name] = (ours, counted)
+        assert sums is not None
+        metrics = self.evaluation_metrics(sums.tolist(), totals)
+        if len(of_sources) > 1:
+            for name, (ours, counted) in of_sources.items():
+                metrics[f"loss/{name}"] = self.evaluation_metrics(ours.tolist(), counted)["loss"]
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(None, None, named, len(dataset))  # type: ignore[arg-type]
+
+    def _evaluate_rows(self, model: Any, dataset: PackedExamples, rows: np.ndarray) -> tuple[Tensor, StepTotals]:
+        sums, totals = torch.zeros((), dtype=torch.float64, device=self.args.device), StepTotals(0, 0, 0, 0)
         with torch.no_grad():
-            for step in dataloader:
+            for step in self._evaluation_loader(dataset, rows):
                 for batch in step.microbatches:
-                    total += self.microbatch_loss(model, batch.to(self.args.device))
-                targets += step.targets
+                    sums = sums + self.evaluation_sums(model, batch.to(self.args.device)).double()
+                totals = totals + step.totals
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        loss = total.item() / max(targets, 1)
-        metrics = {
-            f"{metric_key_prefix}_loss": loss,
-            f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700)),
-            f"{metric_key_prefix}_target_tokens": targets,
-        }
-        return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))  # type: ignore[arg-type]
+        return sums, totals
+
+    def _by_source(self, examples: ExampleList) -> Iterator[tuple[str, np.ndarray]]:
+        sources = examples.counts.sources
+        for number in np.unique(sources):
+            name = self.sources[number] if number < len(self.sources) else str(number)
+            yield name, np.flatnonzero(sources == number)
 
     # ---- bookkeeping that would look inside a batch ----
 
-    def floating_point_ops(self, inputs: Step) -> int:  # type: ignore[override]
-        return self._flops_per_token * inputs.tokens
+    def floating_point_ops(self, inputs: Step[Any]) -> int:  # type: ignore[override]
+        return self._flops_per_token * inputs.totals.tokens
 
-    def _track_num_input_tokens(self, inputs: Step) -> None:  # type: ignore[override]
-        self.state.num_input_tokens_seen += inputs.tokens
+    def _track_num_input_tokens(self, inputs: Step[Any]) -> None:  # type: ignore[override]
+        self.state.num_input_tokens_seen += inputs.totals.input_tokens
+
+
+class CausalTrainer(StepTrainer):
+    """SFT and pretraining: minimises Σ NLL / Σ target tokens over the whole step."""
+
+    def packed(self, examples: ExampleList, held_out: bool) -> PackedExamples:
+        return PackedExamples(examples, lambda rows, chosen: pack(chosen))
+
+    def microbatch_loss(self, model: Any, batch: PackedBatch, totals: StepTotals) -> Tensor:
+        return self.run_model(model, batch)["loss"] / max(totals.targets, 1)
+
+    def evaluation_sums(self, model: Any, batch: PackedBatch) -> Tensor:
+        return self.run_model(model, batch)["loss"][None]
+
+    def evaluation_metrics(self, sums: list[float], totals: StepTotals) -> dict[str, float]:
+        loss = sums[0] / max(totals.targets, 1)
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "target_tokens": totals.targets}
 
 
 def training_arguments(values: Mapping[str, Any]) -> TrainingArguments:

@@ -17,7 +17,8 @@ from firefly.data.certificate import certify
 from firefly.data.dataset import Split, find_task, load_split
 from firefly.data.encoding import Encoder
 from firefly.data.formats import TaskName
-from firefly.data.templates import ChatTemplate, bind_template
+from firefly.data.schema import Tokens
+from firefly.data.templates import ChatTemplate, bind_template, plain_template
 from firefly.errors import UsageError
 from firefly.messages import render
 from firefly.models.loading import EMBEDDED, load_tokenizer
@@ -91,14 +92,9 @@ def named_model(config: Config) -> Config:
 
 
 def choose_template(data: DataConfig, tokenizer: Any, task: TaskName) -> ChatTemplate:
-    """The configured template; for plain documents, which need none, any that fits the tokenizer."""
+    """The configured template; plain documents need none."""
     choices = {"on_system": data.on_system, "thinking": data.thinking, "date": data.template_date}
-    try:
-        return bind_template(data.template_name, tokenizer, **choices)
-    except UsageError:
-        if task != "pretrain":
-            raise
-        return ChatTemplate("default", "", ("",), ())
+    return plain_template() if task == "pretrain" else bind_template(data.template_name, tokenizer, **choices)
 
 
 def histogram(values: np.ndarray, bins: int = 12) -> list[dict[str, int]]:
@@ -165,13 +161,9 @@ def write_html(check: DataCheck, path: Path) -> None:
     """
     parts = []
     for index in range(min(PREVIEWED, len(check.data.train))):
-        tokens = check.data.train[index]
-        runs = token_runs(tokens.input_ids.tolist(), tokens.labels)
-        shown = "".join(
-            f"<{tag}>{html.escape(check.tokenizer.decode(run, skip_special_tokens=False))}</{tag}>"
-            for trained, run in runs
-            for tag in ["mark" if trained else "span"]
-        )
+        example = check.data.train[index]
+        sides = (example,) if isinstance(example, Tokens) else example.sides
+        shown = "\n\n".join(_marked(side, check.tokenizer) for side in sides)
         place = html.escape(str(check.data.train.place(index)))
         parts.append(f"<h2>{place}</h2><pre>{shown}</pre>")
     findings = check.data.train.ledger.findings
@@ -213,6 +205,15 @@ td {{ padding: .1rem .8rem .1rem 0; vertical-align: top; }}
 {previews}
 <table>{rows}</table>
 """
+
+
+def _marked(tokens: Tokens, tokenizer: Any) -> str:
+    """An example's text as HTML, what is trained of it marked."""
+    return "".join(
+        f"<{tag}>{html.escape(tokenizer.decode(run, skip_special_tokens=False))}</{tag}>"
+        for trained, run in token_runs(tokens.input_ids.tolist(), tokens.labels)
+        for tag in ["mark" if trained else "span"]
+    )
 
 
 def as_json(check: DataCheck) -> str:

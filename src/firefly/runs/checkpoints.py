@@ -29,6 +29,8 @@ class RunPlan:
     seed: int
     shuffle: bool
     data: str
+    task_type: str
+    objective: dict[str, Any]
     train_mode: str
     lora_rank: int
     lora_alpha: float
@@ -40,7 +42,18 @@ class RunPlan:
 
 
 # A different value of these would train other examples, or something else.
-BINDING = ("examples_per_step", "seed", "shuffle", "data", "train_mode", "lora_rank", "lora_alpha", "base_weights")
+BINDING = (
+    "examples_per_step",
+    "seed",
+    "shuffle",
+    "data",
+    "task_type",
+    "objective",
+    "train_mode",
+    "lora_rank",
+    "lora_alpha",
+    "base_weights",
+)
 
 # Settings that live in the optimizer's and the scheduler's saved state, which a resumed run takes as they were.
 OPTIMIZER_SETTINGS = ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")

@@ -109,7 +109,17 @@ class Progress(TrainerCallback):
             self.bar.close()
 
 
-SHOWN = {"loss": ".4f", "eval_loss": ".4f", "eval_perplexity": ".3f", "learning_rate": ".2e", "grad_norm": ".3f"}
+SHOWN = {
+    "loss": ".4f",
+    "rewards/accuracies": ".3f",
+    "rewards/margins": ".4f",
+    "eval_loss": ".4f",
+    "eval_perplexity": ".3f",
+    "eval_rewards/accuracies": ".3f",
+    "eval_rewards/margins": ".4f",
+    "learning_rate": ".2e",
+    "grad_norm": ".3f",
+}
 
 
 def _shown(logs: dict[str, Any]) -> str:

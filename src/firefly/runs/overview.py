@@ -9,14 +9,23 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
+from firefly.data.blocks import Blocks
 from firefly.data.examples import Examples
-from firefly.data.schema import IGNORE, Tokens
+from firefly.data.schema import IGNORE, Example, Tokens
 from firefly.messages import render
 from firefly.reports.forecast import Forecast
 
 
-def show_example(console: Console, tokens: Tokens, tokenizer: Any, most: int = 400) -> None:
+def show_example(console: Console, example: Example, tokenizer: Any) -> None:
     """Print an example as the model sees it; tokens with a loss are green and underlined ([ ] without colours)."""
+    if isinstance(example, Tokens):
+        _show_tokens(console, example, tokenizer, render("overview.example"))
+        return
+    for name, side in zip(("chosen", "rejected"), example.sides, strict=True):
+        _show_tokens(console, side, tokenizer, f"{render('overview.example')}: {name}")
+
+
+def _show_tokens(console: Console, tokens: Tokens, tokenizer: Any, title: str, most: int = 400) -> None:
     text = Text()
     ids, labels = tokens.input_ids[:most].tolist(), tokens.labels[:most]
     for trained, run in token_runs(ids, labels):
@@ -26,7 +35,7 @@ def show_example(console: Console, tokens: Tokens, tokenizer: Any, most: int = 4
         text.append(shown, style="bold green underline" if trained else "dim")
     if len(tokens.input_ids) > most:
         text.append(" …", style="dim")
-    console.print(Panel(text, title=render("overview.example"), title_align="left", border_style="dim"))
+    console.print(Panel(text, title=title, title_align="left", border_style="dim"))
 
 
 def token_runs(ids: list[int], labels: Any) -> list[tuple[bool, list[int]]]:
@@ -41,7 +50,7 @@ def token_runs(ids: list[int], labels: Any) -> list[tuple[bool, list[int]]]:
 
 def show_run(
     console: Console,
-    examples: Examples,
+    examples: Examples | Blocks,
     steps: str,
     parameters: tuple[int, int],
     layout: tuple[str, str],

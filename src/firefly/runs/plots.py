@@ -25,7 +25,7 @@ def draw_loss(metrics: list[dict[str, Any]], path: Path) -> None:
             steps, values = zip(*points, strict=True)
             axes.plot(steps, values, label=name, marker="o" if len(points) < 30 else None, markersize=3)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per target token)")
+    axes.set_ylabel("loss")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -21,11 +21,11 @@ from firefly.data.formats.preference import (
     TextPairFormat,
     TranscriptPairFormat,
 )
-from firefly.data.schema import IGNORE, Conversation, Document, PreferencePair, Tokens
+from firefly.data.schema import IGNORE, Conversation, Document, PreferencePair, TokenPair, Tokens
 
 __all__ = ["FORMATS", "Format", "FormatEntry", "MalformedRecord", "Parsed", "TaskName", "detect_format", "parse_record"]
 
-Parsed = Conversation | PreferencePair | Document | Tokens
+Parsed = Conversation | PreferencePair | Document | Tokens | TokenPair
 TaskName = Literal["sft", "dpo", "pretrain"]
 
 
@@ -57,13 +57,33 @@ class TokensFormat:
         ids, labels = _integers(record, "input_ids"), _integers(record, "labels")
         if len(ids) != len(labels):
             raise MalformedRecord("row.lengths_differ", ids=len(ids), labels=len(labels))
-        if not len(ids):
-            raise MalformedRecord("row.empty_field", field="input_ids")
-        if ids.min() < 0:
-            raise MalformedRecord("row.wrong_type", field="input_ids", expected="ids ≥ 0", got=str(ids.min()))
+        ids = _ids(record, "input_ids")
         if np.any((labels != IGNORE) & (labels != ids)):
             raise MalformedRecord("row.labels_differ")
         return Tokens(ids, labels)
+
+
+@dataclass(frozen=True)
+class TokenPairFormat:
+    """An already tokenised pair: `prompt_ids`, `chosen_ids`, `rejected_ids`, answers with their stop tokens."""
+
+    def recognises(self, record: Record) -> bool:
+        return all(name in record for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+
+    def parse(self, record: Record) -> TokenPair:
+        prompt, *answers = (_ids(record, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        ids = np.concatenate([prompt, *answers])
+        labels = np.where(np.arange(len(ids)) < len(prompt), np.int32(IGNORE), ids)
+        return TokenPair(ids, labels, len(prompt), len(answers[0]))
+
+
+def _ids(record: Record, name: str) -> np.ndarray:
+    ids = _integers(record, name)
+    if not len(ids):
+        raise MalformedRecord("row.empty_field", field=name)
+    if ids.min() < 0:
+        raise MalformedRecord("row.wrong_type", field=name, expected="ids ≥ 0", got=str(ids.min()))
+    return ids
 
 
 def _integers(record: Record, name: str) -> np.ndarray:
@@ -106,6 +126,7 @@ FORMATS: dict[str, FormatEntry] = {
     "preference_responses": FormatEntry(
         TextPairFormat(("question", "prompt"), chosen="response_j", rejected="response_k"), "dpo"
     ),
+    "preference_tokens": FormatEntry(TokenPairFormat(), "dpo"),
     "text": FormatEntry(TextFormat(), "pretrain"),
 }
 

@@ -41,6 +41,8 @@ def _is_plain(module: Any) -> bool:
 
 def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     names = self.active_adapters
+    if self.disable_adapters and not (self.merged or args or kwargs):
+        return _base_forward(self.get_base_layer(), x)
     if self.disable_adapters or self.merged or len(names) != 1 or names[0] not in self.lora_A or args or kwargs:
         return type(self).forward(self, x, *args, **kwargs)
     name = names[0]
@@ -52,6 +54,16 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with torch.autocast(device, enabled=False):
         return LoraLinear.apply(x.to(dtype), dropped, base.weight, base.bias, *adapter, self.scaling[name])
+
+
+def _base_forward(base: Any, x: Tensor) -> Tensor:
+    """The layer without its adapter, computed exactly as beside one: a reference must not differ by rounding."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    with torch.autocast(device, enabled=False):
+        rows, weight = x.to(dtype).reshape(-1, x.shape[-1]), dense(base.weight, dtype)
+        out = rows @ weight.T if base.bias is None else torch.addmm(base.bias.to(dtype), rows, weight.T)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
 
 class LoraLinear(torch.autograd.Function):

@@ -1,4 +1,5 @@
-"""Causal attention of packed segments, one segment at a time: exact isolation, no mask of tokens × tokens.
+"""Causal attention of packed segments, one segment at a time: exact isolation, no mask of tokens × tokens. A segment may
+have a prefix: both answers of a preference pair see one prompt.
 
 Three ways to compute a segment, chosen per call by measurement on CPUs (see `pick`):
     gemm   batched matrix products with grouped heads folded into rows, keeping the probabilities. Where bf16
@@ -9,12 +10,14 @@ Three ways to compute a segment, chosen per call by measurement on CPUs (see `pi
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from firefly.data.schema import Segment
 
 BLOCK = 256
 """Query rows that are computed together; keys beyond a block's last query are never touched."""
@@ -27,32 +30,39 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    borders: tuple[int, ...],
+    segments: Sequence[Segment],
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention in which a token sees itself and earlier tokens of its own segment, at most `window` of them.
+    """Attention in which a token sees itself, earlier tokens of its own segment and the segment's prefix, at most
+    `window` of them counted backwards: positions in a segment go on where its prefix ends.
 
     Args:
         query: (heads, tokens, width); key, value: (key heads, tokens, width).
-        borders: segment borders, 0 = b0 < … < bn = tokens.
+        segments: one after another over all tokens; a prefix is the beginning of an earlier segment.
 
     Returns:
         (heads, tokens, width).
     """
+    sizes = [segment.end - segment.start for segment in segments]
+    queries, keys, values = (x.split(sizes, dim=1) for x in (query, key, value))
+    at = {segment.start: number for number, segment in enumerate(segments)}
     pieces = []
-    for start, end in pairwise(borders):
-        part = slice(start, end)
-        q, k, v = query[:, part], key[:, part], value[:, part]
-        near = window if window is not None and window < end - start else None
+    for segment, q, k, v in zip(segments, queries, keys, values, strict=True):
+        prefix = segment.prefix_end - segment.prefix_start
+        if prefix:
+            opening = at[segment.prefix_start]
+            k = torch.cat([keys[opening][:, :prefix], k], dim=1)
+            v = torch.cat([values[opening][:, :prefix], v], dim=1)
+        near = window if window is not None and window < k.shape[1] else None
         pieces.append(pick(q, near, softcap, dropout)(q, k, v, scale, near, softcap, dropout))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
 def pick(query: Tensor, window: int | None, softcap: float | None, dropout: float) -> Any:
-    """The way to compute one segment."""
+    """The way to compute one segment. Each takes the queries of a segment and the keys of its prefix and itself."""
     if softcap or dropout:
         return _plain
     length = query.shape[1]
@@ -65,15 +75,16 @@ def pick(query: Tensor, window: int | None, softcap: float | None, dropout: floa
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: Any, dropout: float) -> Tensor:
     grouped = q.shape[0] != k.shape[0]
-    if window is None:
+    if window is None and q.shape[1] == k.shape[1]:
         return F.scaled_dot_product_attention(
             q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=grouped
         )[0]
     outputs = []
-    for first, last, low in _blocks(q.shape[1], window):
-        mask = _visible(last - first, last - low, first - low, window, q.device)
+    for block in _blocks(q.shape[1], k.shape[1], window):
+        mask = _visible(block, window, q.device)
+        rows, columns = slice(block.first, block.last), slice(block.low, block.high)
         part = F.scaled_dot_product_attention(
-            q[None, :, first:last], k[None, :, low:last], v[None, :, low:last], mask, scale=scale, enable_gqa=grouped
+            q[None, :, rows], k[None, :, columns], v[None, :, columns], mask, scale=scale, enable_gqa=grouped
         )
         outputs.append(part[0])
     return torch.cat(outputs, dim=1)
@@ -85,13 +96,13 @@ def _plain(
     groups = q.shape[0] // k.shape[0]
     k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
     outputs = []
-    for first, last, low in _blocks(q.shape[1], window):
-        scores = q[:, first:last] @ k[:, low:last].transpose(1, 2) * scale
+    for block in _blocks(q.shape[1], k.shape[1], window):
+        scores = q[:, block.first : block.last] @ k[:, block.low : block.high].transpose(1, 2) * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        mask = _visible(last - first, last - low, first - low, window, q.device)
+        mask = _visible(block, window, q.device)
         p = torch.softmax(scores.float().masked_fill(~mask, -torch.inf), dim=-1).to(q.dtype)
-        outputs.append(F.dropout(p, dropout) @ v[:, low:last])
+        outputs.append(F.dropout(p, dropout) @ v[:, block.low : block.high])
     return torch.cat(outputs, dim=1)
 
 
@@ -108,12 +119,13 @@ class _GemmAttention(torch.autograd.Function):
         groups = heads // k.shape[0]
         out = torch.empty_like(q)
         kept = []
-        for first, last, low in _blocks(length, window):
-            rows = _fold(q[:, first:last], groups)
-            bias = _bias(last - first, last - low, first - low, window, groups, q.dtype, q.device)
-            scores = torch.baddbmm(bias, rows, k[:, low:last].transpose(1, 2), alpha=scale)
+        for block in _blocks(length, k.shape[1], window):
+            rows, columns = slice(block.first, block.last), slice(block.low, block.high)
+            folded = _fold(q[:, rows], groups)
+            bias = _bias(block, window, groups, q.dtype, q.device)
+            scores = torch.baddbmm(bias, folded, k[:, columns].transpose(1, 2), alpha=scale)
             p = torch.softmax(scores, dim=-1)
-            out[:, first:last] = torch.bmm(p, v[:, low:last]).view(heads, last - first, width)
+            out[:, rows] = torch.bmm(p, v[:, columns]).view(heads, block.last - block.first, width)
             kept.append(p)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.scale, ctx.window = scale, window
@@ -125,15 +137,16 @@ class _GemmAttention(torch.autograd.Function):
         heads, length, width = q.shape
         groups = heads // k.shape[0]
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for p, (first, last, low) in zip(kept, _blocks(length, ctx.window), strict=True):
-            rows, grads = _fold(q[:, first:last], groups), _fold(grad[:, first:last], groups)
-            grad_v[:, low:last] += torch.bmm(p.transpose(1, 2), grads)
-            grad_p = torch.bmm(grads, v[:, low:last].transpose(1, 2))
+        for p, block in zip(kept, _blocks(length, k.shape[1], ctx.window), strict=True):
+            rows, columns = slice(block.first, block.last), slice(block.low, block.high)
+            folded, grads = _fold(q[:, rows], groups), _fold(grad[:, rows], groups)
+            grad_v[:, columns] += torch.bmm(p.transpose(1, 2), grads)
+            grad_p = torch.bmm(grads, v[:, columns].transpose(1, 2))
             grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
-            grad_q[:, first:last] = (
-                torch.bmm(grad_scores, k[:, low:last]).mul_(ctx.scale).view(heads, last - first, width)
+            grad_q[:, rows] = (
+                torch.bmm(grad_scores, k[:, columns]).mul_(ctx.scale).view(heads, block.last - block.first, width)
             )
-            grad_k[:, low:last] += torch.bmm(grad_scores.transpose(1, 2), rows).mul_(ctx.scale)
+            grad_k[:, columns] += torch.bmm(grad_scores.transpose(1, 2), folded).mul_(ctx.scale)
         return grad_q, grad_k, grad_v, None, None
 
 
@@ -142,32 +155,43 @@ def _fold(x: Tensor, groups: int) -> Tensor:
     return x.reshape(heads // groups, groups * length, width)
 
 
-def _blocks(length: int, window: int | None) -> list[tuple[int, int, int]]:
-    """(first query, end of queries, first key) of each block of a segment; keys end where the queries do."""
-    starts = range(0, length, BLOCK)
-    return [
-        (first, min(first + BLOCK, length), 0 if window is None else max(0, first - window + 1)) for first in starts
-    ]
+class _Block(NamedTuple):
+    """Queries `first` … `last - 1` of a segment and the keys `low` … `high - 1` that any of them sees."""
+
+    first: int
+    last: int
+    low: int
+    high: int
 
 
-def _visible(rows: int, columns: int, offset: int, window: int | None, device: torch.device) -> Tensor:
-    """Which keys a block's queries see: 0 ≤ q − k < window, where query row i stands at key column i + offset."""
-    distance = torch.arange(rows, device=device)[:, None] + offset - torch.arange(columns, device=device)[None]
+def _blocks(length: int, keys: int, window: int | None) -> list[_Block]:
+    """The blocks of a segment of `length` queries; what there are more `keys` of is its prefix."""
+    prefix = keys - length
+    blocks = []
+    for first in range(0, length, BLOCK):
+        last = min(first + BLOCK, length)
+        low = 0 if window is None else max(0, prefix + first - window + 1)
+        blocks.append(_Block(first, last, low, prefix + last))
+    return blocks
+
+
+def _visible(block: _Block, window: int | None, device: torch.device) -> Tensor:
+    """Which keys a block's queries see: 0 ≤ q − k < window; the last query stands at the last key."""
+    rows, columns = block.last - block.first, block.high - block.low
+    distance = torch.arange(rows, device=device)[:, None] + columns - rows - torch.arange(columns, device=device)[None]
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
 _biases: dict[tuple[Any, ...], Tensor] = {}
 
 
-def _bias(
-    rows: int, columns: int, offset: int, window: int | None, groups: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def _bias(block: _Block, window: int | None, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """0 where a query sees a key, −∞ elsewhere, (groups · rows, columns). A few recent shapes are kept."""
-    key = (rows, columns, offset, window, groups, dtype, device)
+    key = (block.last - block.first, block.high - block.low, window, groups, dtype, device)
     if key not in _biases:
         if len(_biases) >= 256:
             _biases.clear()
-        visible = _visible(rows, columns, offset, window, device)
-        bias = torch.zeros(rows, columns, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
+        visible = _visible(block, window, device)
+        bias = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
         _biases[key] = bias.repeat(groups, 1)
     return _biases[key]

@@ -1,0 +1,181 @@
+"""DPO and its relatives on pairs that share their prompt, averaged over the pairs of a whole step."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from firefly.config import PreferenceConfig
+from firefly.data.batching import ExampleList, PackedExamples, StepTotals
+from firefly.data.pair_batching import PairBatch, pack_pairs
+from firefly.messages import render
+from firefly.objectives import reference
+from firefly.objectives.preference import PREFERENCE_LOSSES, PairLogps, nll_weight, rewards
+from firefly.objectives.reference import Reference
+from firefly.objectives.trainers import StepTrainer
+
+SUMMED = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
+"""Metrics that are means over pairs, under the names that TRL gave them."""
+
+
+class PreferenceTrainer(StepTrainer):
+    """Minimises the mean loss over the step's pairs, plus what NLL of the chosen answers the loss asks for."""
+
+    def __init__(self, *, preference: PreferenceConfig, reference: Reference | None, **options: Any) -> None:
+        """`reference` is None where the loss has none."""
+        self.preference = preference
+        self.objective = PREFERENCE_LOSSES[preference.loss]
+        self.nll_weight = nll_weight(preference)
+        self.reference = reference
+        self.precomputed: dict[bool, np.ndarray] = {}
+        super().__init__(**options)
+        # Sums over the pairs since the last log, on the device: a step never waits for them.
+        self._sums = torch.zeros(2 + len(SUMMED), dtype=torch.float64, device=self.args.device)
+        self._logged = StepTotals(0, 0, 0, 0)
+
+    def packed(self, examples: ExampleList, held_out: bool) -> PackedExamples:
+        def pack(rows: Any, pairs: list[Any]) -> PairBatch:
+            known = self.precomputed.get(held_out)
+            return pack_pairs(
+                pairs,
+                shared=not self.solo,
+                prompts=self.objective.trains_prompt,
+                reference=None if known is None else known[list(rows)],
+            )
+
+        return PackedExamples(examples, pack)
+
+    def nll_targets(self, examples: ExampleList) -> np.ndarray:
+        counts = examples.counts
+        if not self.objective.trains_prompt:
+            return counts.chosen_targets
+        return counts.chosen_targets + np.maximum(counts.prompt - 1, 0)
+
+    # ---- log-probabilities ----
+
+    def answer_logps(self, model: Any, batch: PairBatch) -> Tensor:
+        """Log-probabilities of the chosen answers, the rejected ones and the prompts (if trained), (3, pairs) fp32."""
+        logps = [self.run_model(model, row, per_token=True)["logps"] for row in batch.rows]
+        sums = torch.zeros(3 * batch.pairs, device=batch.owner.device)
+        return sums.index_add(0, batch.owner, torch.cat(logps)).view(3, batch.pairs)
+
+    def reference_logps(self, model: Any, batch: PairBatch) -> Tensor:
+        """The same of both answers under the reference, (2, pairs); zeros where the loss has none."""
+        if batch.reference is not None:
+            return batch.reference
+        if self.reference is None:
+            return torch.zeros(2, batch.pairs, device=batch.owner.device)
+        with torch.no_grad(), self.reference.lent(self.accelerator.unwrap_model(model)) as lent, resting(lent):
+            return self.answer_logps(lent, batch)[:2]
+
+    def pair_logps(self, model: Any, batch: PairBatch) -> tuple[PairLogps, Tensor]:
+        """The pairs' log-probabilities, and Σ NLL of what the NLL term runs over."""
+        expected = self.reference_logps(model, batch)
+        found = self.answer_logps(model, batch)
+        pair = PairLogps(found[0], found[1], expected[0], expected[1], batch.counts[0], batch.counts[1])
+        return pair, -(found[0].sum() + found[2].sum())
+
+    # ---- loss and metrics ----
+
+    def microbatch_loss(self, model: Any, batch: PairBatch, totals: StepTotals) -> Tensor:
+        pair, nll = self.pair_logps(model, batch)
+        losses = self.objective.loss(pair, self.preference)
+        loss = losses.sum() / totals.examples
+        if self.nll_weight:
+            loss = loss + self.nll_weight * nll / max(totals.nll_targets, 1)
+        self._sums += self._measure(pair, losses, nll)
+        counted = StepTotals(batch.pairs, 0, 0, 0, 0)
+        self._logged = self._logged + counted
+        return loss
+
+    @torch.no_grad()
+    def _measure(self, pair: PairLogps, losses: Tensor, nll: Tensor) -> Tensor:
+        chosen, rejected = rewards(pair, self.preference)
+        values = (losses, chosen, rejected, chosen - rejected, (chosen > rejected).float(), pair.chosen, pair.rejected)
+        return torch.stack([nll, *(value.sum() for value in values)]).double()
+
+    def evaluation_sums(self, model: Any, batch: PairBatch) -> Tensor:
+        pair, nll = self.pair_logps(model, batch)
+        return self._measure(pair, self.objective.loss(pair, self.preference), nll)
+
+    def evaluation_metrics(self, sums: list[float], totals: StepTotals) -> dict[str, float]:
+        nll, loss, *others = sums
+        pairs = max(totals.examples, 1)
+        loss = loss / pairs
+        if self.nll_weight:
+            loss += self.nll_weight * nll / max(totals.nll_targets, 1)
+        return {"loss": loss, **{name: value / pairs for name, value in zip(SUMMED, others, strict=True)}}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics of the steps since the last log; here, and only here, they leave the device."""
+        if "loss" in logs and self._logged.examples:
+            _, _, *sums = self._sums.tolist()
+            logs |= {name: value / self._logged.examples for name, value in zip(SUMMED, sums, strict=True)}
+            self._sums.zero_()
+            self._logged = StepTotals(0, 0, 0, 0)
+        super().log(logs, start_time)
+
+    # ---- the reference beforehand ----
+
+    def precompute_reference(self, parts: list[Any], fingerprints: tuple[str, str | None]) -> None:
+        """Take the reference's log-probabilities from the cache, or compute them now, once; free the reference.
+
+        Args:
+            parts: what the reference's log-probabilities depend on besides the examples: weights, types, adapter.
+            fingerprints: of the training and the held-out examples.
+        """
+        for held_out, dataset in ((False, self.train_dataset), (True, self.eval_dataset)):
+            if not isinstance(dataset, PackedExamples):
+                continue
+            key = reference.cache_key([*parts, fingerprints[held_out]])
+            found = reference.cached(key)
+            self.precomputed[held_out] = reference.store(key, self._all_logps(dataset)) if found is None else found
+        self.reference = None
+
+    def _all_logps(self, dataset: PackedExamples) -> Tensor:
+        logps = torch.zeros(len(dataset), 2, device=self.args.device)
+        loader = self._evaluation_loader(dataset, np.arange(len(dataset)))
+        for planned, step in tqdm(
+            zip(loader.batch_sampler, loader, strict=True),  # type: ignore[arg-type]
+            desc=render("progress.reference"),
+            total=len(loader),
+            disable=None,
+            leave=False,
+        ):
+            for rows, batch in zip(planned.microbatches, step.microbatches, strict=True):
+                found = self.reference_logps(self.model, batch.to(self.args.device))
+                logps[torch.tensor(rows, device=logps.device)] = found.T
+        return logps
+
+
+@contextmanager
+def resting(model: Any) -> Any:
+    """The model in eval mode for a while: a pass without gradients has nothing to checkpoint."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Switch every dropout off: policy and reference are compared, and chance would be taken for a preference."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):  # attention takes its probability as a number
+                setattr(module, name, 0.0)
