@@ -147,8 +147,9 @@ class PreferenceTrainer(StepTrainer):
     def _all_logps(self, dataset: PackedExamples) -> Tensor:
         logps = torch.zeros(len(dataset), 2, device=self.args.device)
         loader = self._evaluation_loader(dataset, np.arange(len(dataset)))
+        plan: Any = loader.batch_sampler
         for planned, step in tqdm(
-            zip(loader.batch_sampler, loader, strict=True),  # type: ignore[arg-type]
+            zip(plan, loader, strict=True),
             desc=render("progress.reference"),
             total=len(loader),
             disable=None,
