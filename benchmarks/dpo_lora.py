@@ -33,8 +33,6 @@ class Peer:
 
     label: str
     program: str
-    bf16_precisions: tuple[str, ...]
-    """Those tried besides float32 where the CPU has bf16 matrix instructions."""
     default: str
     """What its user gets who sets only the batch size, where those instructions are there."""
 
@@ -43,16 +41,16 @@ PEERS = {
     "trl": Peer(
         label="TRL",
         program="trl_dpo.py",
-        bf16_precisions=("bfloat16", "autocast"),
         default="--precision autocast --batch_size 1 --gradient_checkpointing",
     ),
     "llamafactory": Peer(
         label="LLaMA-Factory",
         program="llamafactory_dpo.py",
-        bf16_precisions=("autocast",),
         default="--precision autocast --batch_size 1 --gradient_checkpointing",
     ),
 }
+BF16_PRECISIONS = ("bfloat16", "autocast")
+"""Tried besides float32 where the CPU has bf16 matrix instructions."""
 Runs = dict[str, list[Result]]
 
 
@@ -209,7 +207,7 @@ def sweep(
     return PreferenceSweep(
         side,
         record,
-        precisions=("float32", *(peer.bf16_precisions if has_bf16 else ())),
+        precisions=("float32", *(BF16_PRECISIONS if has_bf16 else ())),
         default=None if arguments.skip_defaults else Tuning(name="default", arguments=default),
         limit=arguments.sweep_limit,
     ).run()

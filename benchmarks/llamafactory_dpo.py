@@ -22,9 +22,7 @@ from llamafactory.train.dpo.trainer import CustomDPOTrainer
 from llamafactory.train.trainer_utils import create_ref_model
 from measuring import IGNORE_INDEX, current_rss, peak_rss, read_dump, stdout_kept_for_the_result
 from pair_batches import CountingPairs
-from peer_side import LogTimes, load_adapter, preference_arguments, print_preference_measurement
-
-PRECISIONS = ("float32", "autocast")  # its third, pure bf16, refuses a CPU
+from peer_side import PRECISIONS, LogTimes, load_adapter, preference_arguments, print_preference_measurement
 
 
 def main() -> None:
@@ -33,7 +31,7 @@ def main() -> None:
     imported = (transformers.AutoModelForCausalLM, peft.LoraConfig, datasets.Dataset)
     assert all(imported)
     rss_after_imports = current_rss()
-    arguments = preference_arguments(__doc__, PRECISIONS)
+    arguments = preference_arguments(__doc__, tuple(PRECISIONS))
     torch.set_num_threads(arguments.threads)
     pairs = read_dump(arguments.dump)
     with tempfile.TemporaryDirectory() as output_dir, stdout_kept_for_the_result():
@@ -83,7 +81,7 @@ def configuration(arguments: argparse.Namespace, output_dir: str) -> dict[str, A
         "optim": "adamw_torch_fused",
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
-        "bf16": arguments.precision == "autocast",
+        "bf16": PRECISIONS[arguments.precision][1],
         "flash_attn": {"sdpa": "sdpa", "eager": "disabled"}[arguments.attention],
         "disable_gradient_checkpointing": not arguments.gradient_checkpointing,
         "seed": arguments.seed,
@@ -98,11 +96,19 @@ def configuration(arguments: argparse.Namespace, output_dir: str) -> dict[str, A
 def make_trainer(
     arguments: argparse.Namespace, pairs: Sequence[dict[str, list[int]]], output_dir: str
 ) -> CustomDPOTrainer:
-    """Build its trainer as `run_dpo` does."""
+    """Build its trainer as `run_dpo` does.
+
+    It loads weights in the type they are saved in and has no setting for another; they are converted here, so
+    that `--precision` means what it means in TRL.
+    """
     model_args, data_args, training_args, finetuning_args, _ = get_train_args(configuration(arguments, output_dir))
     tokenizer_module = load_tokenizer(model_args)
     template = get_template_and_fix_tokenizer(tokenizer_module["tokenizer"], data_args)
     model = load_model(tokenizer_module["tokenizer"], model_args, finetuning_args, training_args.do_train)
+    dtype, _ = PRECISIONS[arguments.precision]
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
     return CustomDPOTrainer(
         model=model,
         ref_model=create_ref_model(model_args, finetuning_args),
