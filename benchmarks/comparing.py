@@ -78,7 +78,7 @@ def preference_gate(ours: Result, theirs: Result, *, same_adapter: bool) -> dict
         "pairs": compare_counts(ours, theirs, "rows"),
         "tokens": compare_counts(ours, theirs, "tokens"),
         "target_tokens": compare_counts(ours, theirs, "target_tokens"),
-        "our_own_counts": own_counts | {"passed": all(own_counts.values())},
+        "our_own_counts": own_counts | {"passed": bool(own_counts) and all(own_counts.values())},
         "our_first_step_is_ln_2": compare_losses(ours["losses"][0], math.log(2), FIRST_LOSS_TOLERANCE),
         "their_first_step_is_ln_2": compare_losses(theirs["losses"][0], math.log(2), FIRST_LOSS_TOLERANCE),
         "mean_of_last_steps": compare_losses(
