@@ -268,4 +268,4 @@ def training_arguments(values: Mapping[str, Any]) -> TrainingArguments:
     try:
         return TrainingArguments(**values)
     except (ValueError, TypeError, KeyError, ImportError) as error:
-        raise UsageError("config.training_arguments", problem=str(error).splitlines()[0]) from error
+        raise UsageError("config.training_arguments", problem=" ".join(str(error).split())) from error
