@@ -19,6 +19,7 @@ from firefly.console import notice
 from firefly.data.dataset import cache_folder
 from firefly.data.tokenizers import adapt_tokenizer
 from firefly.errors import UsageError
+from firefly.models.experts import quantise_experts
 from firefly.models.precision import Precision
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -159,7 +160,7 @@ def load_model(config: ModelConfig, mode: str, precision: Precision, device: tor
         raise
     except Exception as error:
         raise _loading_error(error, place) from error
-    return model if mode == "qlora" else model.to(device)
+    return quantise_experts(model, precision.compute) if mode == "qlora" else model.to(device)
 
 
 def nf4_config(compute: torch.dtype) -> Any:

@@ -1,0 +1,77 @@
+"""Experts of a mixture: which parameters they are, how peft is told of them, and NF4 for QLoRA.
+
+Current transformers keeps the experts of a layer as 3-D parameters (`experts.gate_up_proj`, `experts.down_proj`), which
+neither peft's `target_modules` nor bitsandbytes sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from firefly.errors import UsageError
+from firefly.models.kernels.expert_linear import QuantisedExperts, install_quantised_forward, is_known
+
+
+def expert_stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(module's path, module, parameter's name) of every stack of expert weights, (experts, …, …)."""
+    for path, module in model.named_modules():
+        count = getattr(module, "num_experts", None)
+        for name, parameter in module.named_parameters(recurse=False):
+            if len(parameter.shape) == 3 and parameter.shape[0] == count:
+                yield path, module, name
+
+
+def expert_parameters(model: PreTrainedModel) -> list[str]:
+    """Names of the experts for `LoraConfig(target_parameters=…)`; empty for a dense model."""
+    return shortened({f"{path}.{name}" for path, _, name in expert_stacks(model)}, model)
+
+
+def shortened(chosen: Iterable[str], model: nn.Module) -> list[str]:
+    """Names that peft matches with exactly the parameters `chosen`: their last parts, or whole paths if ambiguous.
+
+    Two parts at least: an adapter for all `down_proj` would take in dense layers of other modules.
+    """
+    chosen = set(chosen)
+    if not chosen:
+        return []
+    every = {name for name, _ in model.named_parameters()}
+    for parts in range(2, 5):
+        short = {".".join(name.split(".")[-parts:]) for name in chosen}
+        if {name for name in every if any(name.endswith(f".{end}") for end in short)} == chosen:
+            return sorted(short)
+    return sorted(chosen)
+
+
+def quantise_experts(model: Any, compute: torch.dtype) -> Any:
+    """Put every stack of experts into NF4, in place, as bitsandbytes does with linear layers; return the model.
+
+    Raises:
+        UsageError: the experts of this architecture compute in a way of their own; they would stay in 16 bit.
+    """
+    stacks = list(expert_stacks(model))
+    unknown = {module for _, module, _ in stacks if not is_known(module)}
+    if unknown:
+        left = sum(getattr(module, name).numel() for _, module, name in stacks if module in unknown)
+        kinds = ", ".join(sorted({type(module).__name__ for module in unknown}))
+        raise UsageError("model.experts_in_16_bit", kinds=kinds, size=f"{left * compute.itemsize / 2**30:.1f}")
+    for _, module, name in stacks:
+        module_: Any = module
+        weight = getattr(module, name)
+        if not isinstance(weight, QuantisedExperts):
+            setattr(module, name, QuantisedExperts.of(weight.data.to(compute), module_.is_transposed))
+            install_quantised_forward(module)
+    return model
+
+
+def dequantise_experts(model: Any, dtype: torch.dtype) -> None:
+    """Undo `quantise_experts`, with the numbers that training saw."""
+    for _, module, name in list(expert_stacks(model)):
+        weight = getattr(module, name)
+        if isinstance(weight, QuantisedExperts):
+            setattr(module, name, nn.Parameter(weight.dequantised(dtype), requires_grad=False))
+            vars(module).pop("forward", None)
