@@ -44,7 +44,9 @@ def step_loss(model: Any, microbatches: list[Tensor], weights: list[Tensor] | No
     settings = settings_of(model)
     each = weights or [torch.ones(ids.numel()) for ids in microbatches]
     with torch.no_grad():
-        choices = sum(count_choices(logits_of(model, ids), settings, w) for ids, w in zip(microbatches, each, strict=True))
+        choices = sum(
+            count_choices(logits_of(model, ids), settings, w) for ids, w in zip(microbatches, each, strict=True)
+        )
     tokens = sum(w.sum().item() for w in each)
     total = torch.zeros(())
     for number, ids in enumerate(microbatches):
@@ -144,7 +146,7 @@ def test_a_decoder_that_recorded_nothing_is_an_error() -> None:
     ("name", "noise"),
     [("mixtral", {"router_jitter_noise": 0.3}), ("phimoe_window", {}), ("phimoe_window", {"input_jitter_noise": 0.3})],
 )
-def test_quiet_routers_route_the_same_tokens_the_same_way(name: str, noise: dict[str, float]) -> None:
+def test_quiet_routers_route_the_same_tokens_the_same_way(name: str, noise: dict[str, Any]) -> None:
     model = tiny_model(name, **noise)
 
     def difference() -> float:

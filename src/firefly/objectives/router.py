@@ -2,9 +2,9 @@
 
 With f_e the choices of expert e per token (no gradient) and P_e its mean probability, over all tokens of the step and
 all layers together, loss = coef · E · Σ_e f_e P_e. It is a product of two means over the step, so the loss of a
-microbatch needs the choices of all of them: they are counted first (for a step of one microbatch, from the same logits).
-Summed over microbatches it is what transformers' `load_balancing_loss_func` gives for the step as one batch without
-padding, times its coefficient.
+microbatch needs the choices of all of them: they are counted first (where there is one microbatch, from the same
+logits). Summed over microbatches it is what transformers' `load_balancing_loss_func` gives for the step as one batch
+without padding, times its coefficient.
 
 Every architecture that has this loss records logits, (tokens, experts), not probabilities: the decoder, called with
 `output_router_logits=True`, gives them as `router_logits`, one tensor per sparse layer.
@@ -62,9 +62,7 @@ def recorded_logits(output: Any, settings: RouterSettings) -> tuple[Tensor, ...]
 
 
 @torch.no_grad()
-def count_choices(
-    router_logits: tuple[Tensor, ...], settings: RouterSettings, weights: Tensor | None = None
-) -> Tensor:
+def count_choices(router_logits: tuple[Tensor, ...], settings: RouterSettings, weights: Tensor | None = None) -> Tensor:
     """How often each expert was chosen, (experts,), all layers together; sums over microbatches and ranks add up.
 
     Args:

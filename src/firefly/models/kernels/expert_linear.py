@@ -50,10 +50,12 @@ class QuantisedExperts(nn.Parameter):
         """Quantise as QLoRA does linear layers (NF4, double quantisation), each expert as a matrix (out, in)."""
         from bitsandbytes.functional import quantize_4bit
 
-        rows, states = [], []
+        rows: list[Tensor] = []
+        states: list[Any] = []
         for matrix in weight.unbind(0):
             matrix = (matrix.T if transposed else matrix).contiguous()
-            packed, state = quantize_4bit(matrix, quant_type="nf4", compress_statistics=True)
+            packed, state_ = quantize_4bit(matrix, quant_type="nf4", compress_statistics=True)
+            state: Any = state_
             if states:  # the same tables for all: thousands of experts would hold thousands of copies
                 state.code, state.state2.code = states[0].code, states[0].state2.code
             rows.append(packed.view(-1))
@@ -167,8 +169,7 @@ def outputs_of(experts: Any, name: str) -> int:
 def _drop(wrapper: Any, x: Tensor) -> Tensor | None:
     """The adapter's input under dropout, None without: peft has none for stacked weights, but the place for it."""
     dropout = wrapper.lora_dropout[wrapper.active_adapters[0]] if wrapper else None
-    active = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
-    return dropout(x) if active else None
+    return dropout(x) if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0 else None
 
 
 def expert_matrices(weight: Any, transposed: bool) -> Sequence[Tensor]:
