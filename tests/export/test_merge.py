@@ -180,14 +180,15 @@ def test_a_merge_of_bf16_experts_rounds_once_and_without_bias() -> None:
     model = get_peft_model(
         torch.nn.ModuleDict({"experts": experts}), LoraConfig(target_parameters=["experts.down_proj"])
     )
+    layer: Any
     (layer,) = [module for module in model.modules() if hasattr(module, "lora_A")]
-    for factor in (layer.lora_A, layer.lora_B):  # type: ignore[attr-defined]
+    for factor in (layer.lora_A, layer.lora_B):
         factor["default"].to(torch.float32)
         torch.nn.init.normal_(factor["default"].weight, std=0.003)
-    delta = layer.scaling["default"] * torch.einsum(  # type: ignore[index]
+    delta = layer.scaling["default"] * torch.einsum(
         "ore,eri->eoi",
-        layer.lora_B["default"].weight.view(64, -1, 4),  # type: ignore[index]
-        layer.lora_A["default"].weight.view(4, -1, 32),  # type: ignore[index]
+        layer.lora_B["default"].weight.view(64, -1, 4),
+        layer.lora_A["default"].weight.view(4, -1, 32),
     )
     merging.merge_layers(model)
     found = weight.float() - before

@@ -17,6 +17,7 @@ from firefly.config import AdapterConfig, ModelConfig
 from firefly.errors import UsageError
 from firefly.export.merge import load_base, merge_layers
 from firefly.inference.engine import load_adapter
+from firefly.models import loading
 from firefly.models.adapters import attach_adapter, count_parameters
 from firefly.models.experts import dequantise_experts, expert_parameters, expert_stacks, quantise_experts
 from firefly.models.kernels.expert_linear import QuantisedExperts, expert_factors
@@ -220,6 +221,21 @@ def test_nothing_dequantised_is_kept_for_the_backward_pass() -> None:
 def test_an_architecture_whose_experts_stay_in_16_bit_is_refused() -> None:
     with pytest.raises(UsageError, match=r"Llama4TextExperts.* GiB would stay in 16 bit.*train_mode lora"):
         quantise_experts(tiny_model("llama4"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_are_quantised_as_they_are_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Delete `quantising_while_loading` when transformers does this itself."""
+    folder = save_tiny_model(tmp_path, name)
+    with monkeypatch.context() as patched:
+        patched.setattr(loading, "quantise_experts", lambda model, compute: model)
+        model = load_model(ModelConfig(name_or_path=str(folder)), "qlora", Precision(torch.float32), CPU)
+    after = quantise_experts(tiny_model(name), torch.float32)
+    expected = {f"{path}.{leaf}": getattr(module, leaf) for path, module, leaf in expert_stacks(after)}
+    for path, module, leaf in expert_stacks(model):
+        weight = getattr(module, leaf)
+        assert isinstance(weight, QuantisedExperts)
+        assert torch.equal(weight.data, expected[f"{path}.{leaf}"].data)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3"])

@@ -7,10 +7,11 @@ neither peft's `target_modules` nor bitsandbytes sees.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from firefly.errors import UsageError
@@ -64,8 +65,55 @@ def quantise_experts(model: Any, compute: torch.dtype) -> Any:
         weight = getattr(module, name)
         if not isinstance(weight, QuantisedExperts):
             setattr(module, name, QuantisedExperts.of(weight.data.to(compute), module_.is_transposed))
-            install_quantised_forward(module)
+        install_quantised_forward(module)
     return model
+
+
+@contextmanager
+def quantising_while_loading() -> Iterator[None]:
+    """Let transformers put each stack of experts into NF4 as it is read; `quantise_experts` does the rest.
+
+    Without it all experts lie on the device in 16 bit before the first is quantised. The quantiser of transformers 5.23
+    takes linear layers only; should a later one be asked in another way, experts are quantised after loading.
+    """
+    from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as QUANTISERS
+
+    original: Any = QUANTISERS["bitsandbytes_4bit"]
+
+    class Operation(Bnb4bitQuantize):
+        def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+            model, converted, others = kwargs["model"], {}, {}
+            for name, value in input_dict.items():
+                experts: Any = _known_experts(model, name)
+                if experts is None:
+                    others[name] = value
+                else:
+                    weight = value[0] if isinstance(value, list) else value
+                    converted[name] = QuantisedExperts.of(weight, experts.is_transposed)
+            return converted | (super().convert(others, *args, **kwargs) if others else {})
+
+    class Quantiser(original):
+        def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+            known = _known_experts(model, param_name) is not None
+            return known or super().param_needs_quantization(model, param_name, **kwargs)
+
+        def get_quantize_ops(self) -> Operation:
+            return Operation(self)
+
+    QUANTISERS["bitsandbytes_4bit"] = Quantiser
+    try:
+        yield
+    finally:
+        QUANTISERS["bitsandbytes_4bit"] = original
+
+
+def _known_experts(model: nn.Module, parameter: str) -> nn.Module | None:
+    """The experts that the stack named `parameter` belongs to; None for any other parameter."""
+    path, _, name = parameter.rpartition(".")
+    module = model.get_submodule(path)
+    stacked = any(found == name for _, owner, found in expert_stacks(module) if owner is module)
+    return module if stacked and is_known(module) else None
 
 
 def dequantise_experts(model: Any, dtype: torch.dtype) -> None:
