@@ -17,7 +17,7 @@ from torch import Tensor
 from firefly.config import AdapterConfig
 from firefly.data.examples import INDEX, ExampleCounts, index_entry
 from firefly.data.schema import IGNORE, Example, Segment, TokenPair, Tokens
-from firefly.models.adapters import attach_adapter, lora_targets
+from firefly.models.adapters import attach_adapter, lora_parameters, lora_targets
 
 VOCABULARY = 264
 WINDOW = 8
@@ -68,6 +68,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen2Moe",
         EXPERTS | HALF_SLIDING | {"num_experts": 4, "use_sliding_window": True},
     ),
+    "qwen3_moe": ("Qwen3Moe", EXPERTS | {"num_experts": 4, "head_dim": 8, "decoder_sparse_step": 1}),
+    "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     "phimoe_window": ("Phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW}),
     "hunyuan_moe": ("HunYuanMoEV1", {"num_experts": 4, "moe_topk": 2, "head_dim": 8}),
     "deepseek_v3": (
@@ -205,8 +207,14 @@ def with_plain_lora(model: Any, dropout: float = 0.0) -> Any:
     """The same adapters under peft's own forward."""
     from peft import LoraConfig, get_peft_model
 
-    targets = lora_targets(model)
-    settings = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+    settings = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        lora_dropout=dropout,
+        target_modules=lora_targets(model),
+        target_parameters=lora_parameters(model) or None,
+        task_type="CAUSAL_LM",
+    )
     return randomise_adapters(get_peft_model(model, settings))
 
 

@@ -37,6 +37,7 @@ from firefly.models.precision import Precision, pick_device, resolve_precision
 from firefly.objectives.preference import PREFERENCE_LOSSES
 from firefly.objectives.preference_trainer import PreferenceTrainer, disable_dropout
 from firefly.objectives.reference import AdapterOff, FrozenModel, Reference, Untrained
+from firefly.objectives.router import quiet_routers
 from firefly.objectives.trainers import CausalTrainer, StepOptions, StepTrainer, training_arguments
 from firefly.reports.forecast import choose_budget, choose_checkpointing, forecast_memory
 from firefly.runs.checkpoints import (
@@ -99,6 +100,8 @@ def train(config: Config) -> Path:
         model.generation_config.eos_token_id = list(encoder.template.stop_ids)
         certificate = write_certificate(output_dir, encoder)
     model = attach_adapter(model, config.adapter)
+    if quiet := quiet_routers(model):
+        notice("router.quiet", count=len(quiet))
     head = install_target_head(transformers_model(model))
     args, options = resolve_step(config, args, model, data.train, layout[0], device)
     base = weights_hash(resolve_model(config.model), getattr(transformers_model(model).config, "_commit_hash", None))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from firefly.cli import main
@@ -131,3 +132,65 @@ def test_unbiased_rounding_keeps_updates_that_rounding_to_nearest_would_lose(dty
 def test_unbiased_rounding_leaves_numbers_of_the_type_alone() -> None:
     numbers = torch.randn(10_000, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert torch.equal(round_unbiased(numbers.float(), torch.bfloat16, torch.Generator().manual_seed(1)), numbers)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA and a QLoRA run on a tiny mixture of experts."""
+    folder = tmp_path_factory.mktemp("mixture")
+    save_tiny_model(folder / "model", "deepseek_v3")
+    write_rows(folder / "train.jsonl", 8)
+    for mode in ("lora", "qlora"):
+        settings: dict[str, Any] = {
+            "model_name_or_path": str(folder / "model"),
+            "train_file": str(folder / "train.jsonl"),
+            "output_dir": str(folder / mode),
+            "template_name": "default",
+            "train_mode": mode,
+            "lora_rank": 4,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 0.02,
+            "max_steps": 3,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "bf16": False,
+        }
+        train(load_config(settings))
+    return folder
+
+
+@pytest.mark.parametrize(("mode", "onto"), [("lora", "original"), ("qlora", "original"), ("qlora", "dequantized")])
+def test_a_mixture_of_experts_merges_with_all_its_adapters(mixture: Path, tmp_path: Path, mode: str, onto: str) -> None:
+    merged = merge(ModelConfig(), str(mixture / mode), str(tmp_path / "merged"), onto=onto)
+    before = AutoModelForCausalLM.from_pretrained(mixture / "model").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(merged).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {"model.layers.1.mlp.experts.gate_up_proj", "model.layers.2.mlp.experts.down_proj"} <= changed
+    assert {"model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.shared_experts.down_proj.weight"} <= changed
+    assert not [name for name in changed if "norm" in name or ".gate." in name or "embed" in name or "lm_head" in name]
+
+
+def test_a_merge_of_bf16_experts_rounds_once_and_without_bias() -> None:
+    torch.manual_seed(1)  # not the merge's own seed, whose draws would depend on these weights
+    weight = torch.nn.Parameter((0.1 * torch.randn(4, 64, 32)).bfloat16(), requires_grad=False)
+    experts = torch.nn.Module()
+    experts.register_parameter("down_proj", weight)
+    before = weight.float()
+    model = get_peft_model(
+        torch.nn.ModuleDict({"experts": experts}), LoraConfig(target_parameters=["experts.down_proj"])
+    )
+    layer: Any
+    (layer,) = [module for module in model.modules() if hasattr(module, "lora_A")]
+    for factor in (layer.lora_A, layer.lora_B):
+        factor["default"].to(torch.float32)
+        torch.nn.init.normal_(factor["default"].weight, std=0.003)
+    delta = layer.scaling["default"] * torch.einsum(
+        "ore,eri->eoi",
+        layer.lora_B["default"].weight.view(64, -1, 4),
+        layer.lora_A["default"].weight.view(4, -1, 32),
+    )
+    merging.merge_layers(model)
+    found = weight.float() - before
+    assert (found == 0).float().mean() > 0.5  # most updates are far below the last digit
+    assert ((found * delta).sum() / delta.square().sum()).item() == pytest.approx(1, abs=0.15)

@@ -34,6 +34,8 @@ from firefly.data.schema import Message
 from firefly.data.templates import TemplateFailure, bind_template
 from firefly.errors import UsageError, VerificationError
 from firefly.inference.engine import base_of_adapter, load_adapter, recorded_config, tokenizer_source
+from firefly.models.experts import dequantise_experts
+from firefly.models.kernels.expert_linear import expert_factors
 from firefly.models.kernels.lora_linear import dense
 from firefly.models.loading import hub_options, load_model, load_tokenizer, resolve_model
 from firefly.models.precision import Precision, pick_device
@@ -184,6 +186,7 @@ def dequantised(model: Any, dtype: torch.dtype) -> Any:
         plain.bias = module.bias
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, plain)
+    dequantise_experts(model, dtype)
     del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = model.is_loaded_in_4bit = False
@@ -217,11 +220,26 @@ def merge_layers(model: Any, seed: int = 0) -> None:
         if any(getattr(layer, "lora_variant", {}).values()) or len(layer.active_adapters) != 1:
             layer.merge(safe_merge=True)  # peft knows its variants (DoRA, …)
             continue
-        weight = layer.get_base_layer().weight
-        total = weight.float() + layer.get_delta_weight(layer.active_adapters[0]).float()
-        if not torch.isfinite(total).all():
-            raise VerificationError("merge.not_finite", layer=name)
-        weight.data = round_unbiased(total, weight.dtype, generator)
+        for weight, delta in weights_and_deltas(layer):
+            total = weight.float() + delta
+            if not torch.isfinite(total).all():
+                raise VerificationError("merge.not_finite", layer=name)
+            weight.copy_(round_unbiased(total, weight.dtype, generator))
+
+
+def weights_and_deltas(layer: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """A layer's weight and what its adapter adds to it, in fp32; for stacked experts one after the other."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    if isinstance(layer, ParamWrapper):
+        stack = layer.get_param().data
+        a, b, scale = expert_factors(layer)
+        for weight, low, high in zip(stack if stack.dim() == 3 else stack[None], a, b, strict=True):
+            delta = scale * (high.float() @ low.float())
+            # A stack (in, out) whose module says so; peft takes every other one for (out, in).
+            yield weight, delta.T if getattr(layer.get_base_layer(), "is_transposed", False) else delta
+        return
+    yield layer.get_base_layer().weight.data, layer.get_delta_weight(layer.active_adapters[0]).float()
 
 
 def round_unbiased(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

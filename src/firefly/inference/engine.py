@@ -18,6 +18,7 @@ from firefly.data.encoding import Encoder
 from firefly.data.schema import Message
 from firefly.data.templates import bind_template
 from firefly.errors import UsageError
+from firefly.models.kernels.expert_linear import install_expert_kernels
 from firefly.models.loading import load_model, load_tokenizer, resolve_model
 from firefly.models.precision import pick_device, resolve_precision
 
@@ -197,12 +198,14 @@ def load_adapter(base: Any, adapter: str) -> Any:
 
     folder = str(Path(adapter).expanduser())
     try:
-        return PeftModel.from_pretrained(base, folder)
+        wrapped = PeftModel.from_pretrained(base, folder)
     except (RuntimeError, ValueError, KeyError) as error:
         problem = str(error).strip().splitlines()
         raise UsageError(
             "model.adapter_mismatch", path=adapter, base=base.config.name_or_path, problem=" ".join(problem[:3])
         ) from error
+    install_expert_kernels(wrapped)  # peft's own forward cannot read experts in 4 bit
+    return wrapped
 
 
 def tokenizer_source(model: ModelConfig, adapter: str | None) -> str:

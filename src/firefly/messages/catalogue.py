@@ -144,6 +144,11 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "label_smoothing has no effect with preference_loss {loss}; robust, simpo and cpo use it.",
         "label_smoothing 在 preference_loss {loss} 下不起作用；robust、simpo 和 cpo 会用到它。",
     ),
+    "router.quiet": (
+        "{count} routers choose without the random noise that their architecture adds in training, so that a step does "
+        "not depend on how it is packed.",
+        "{count} 个路由器在训练时不加入架构自带的随机噪声，使训练步不随打包方式而变。",
+    ),
     # precision
     "precision.fp16_to_bf16": (
         "fp16 was asked for; this hardware has bf16, which needs no loss scaling and is used instead.",
@@ -214,9 +219,14 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "the tokenizer {name} has no fast implementation, which this version needs for exact labels.",
         "分词器 {name} 没有 fast 实现；此版本需要它来得到精确的标签。",
     ),
-    "adapter.beside_experts": (
-        "{count} dense layers beside experts ({names}) get no adapter in this version: peft would adapt the experts.",
-        "此版本不为专家旁的 {count} 个稠密层（{names}）添加适配器：peft 会将其误认为专家。",
+    "adapter.experts_no_dropout": (
+        "lora_dropout does not apply to {count} stacks of experts: the way they compute leaves no place for it.",
+        "lora_dropout 不作用于 {count} 组专家权重：其计算方式无法使用 dropout。",
+    ),
+    "model.experts_in_16_bit": (
+        "qlora cannot quantise the experts of this model ({kinds}): {size} GiB would stay in 16 bit. "
+        "Use train_mode lora, which holds the whole model in 16 bit.",
+        "qlora 无法量化此模型的专家（{kinds}）：{size} GiB 会保持 16 位。请使用 train_mode lora（整个模型为 16 位）。",
     ),
     # templates
     "template.unknown": (

@@ -11,6 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from firefly.config import AdapterConfig
 from firefly.console import notice
+from firefly.models.experts import expert_parameters, shortened
+from firefly.models.kernels.expert_linear import install_expert_kernels
 from firefly.models.kernels.lora_linear import install_lora_kernels
 
 
@@ -20,16 +22,34 @@ def attach_adapter(model: PreTrainedModel, config: AdapterConfig) -> Any:
         return model.requires_grad_(True)
     from peft import LoraConfig, get_peft_model
 
+    parameters = lora_parameters(model)
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
-        lora_dropout=config.dropout,
+        # peft refuses dropout beside target_parameters, also in an adapter that it loads: `_set_dropout` puts it in.
+        lora_dropout=0.0 if parameters else config.dropout,
         target_modules=lora_targets(model),
+        target_parameters=parameters or None,
         task_type="CAUSAL_LM",
     )
     wrapped = get_peft_model(model, lora, autocast_adapter_dtype=True)
     install_lora_kernels(wrapped)
+    left_to_peft = install_expert_kernels(wrapped)
+    if parameters and config.dropout > 0:
+        _set_dropout(wrapped, config.dropout, left_to_peft)
     return wrapped
+
+
+def _set_dropout(wrapped: nn.Module, probability: float, left_to_peft: list[str]) -> None:
+    """Dropout in every adapter that our kernels compute; peft's forward of stacked experts has none."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in wrapped.named_modules():
+        if isinstance(module, LoraLayer) and name not in left_to_peft:
+            for adapter in module.lora_dropout:
+                module.lora_dropout[adapter] = nn.Dropout(probability)
+    if left_to_peft:
+        notice("adapter.experts_no_dropout", count=len(left_to_peft))
 
 
 def transformers_model(model: Any) -> PreTrainedModel:
@@ -42,28 +62,36 @@ def lora_targets(model: PreTrainedModel) -> list[str]:
 
     Short names (`q_proj`) where they mean exactly these layers, as other tools expect them; whole paths otherwise.
     """
-    head = model.get_output_embeddings()
-    linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
-    chosen = {name for name, module in linear.items() if module is not head and not _is_router(name, module, model)}
-    of_experts = _names_of_experts(model)
-    claimed = {name for name in chosen if name.rpartition(".")[2] in of_experts}
-    if claimed:
-        notice(
-            "adapter.beside_experts",
-            count=len(claimed),
-            names=", ".join(sorted({n.rpartition(".")[2] for n in claimed})),
-        )
-        chosen -= claimed
+    linear = {name for name, module in model.named_modules() if _is_linear(module)}
+    chosen = _adaptable(model)
+    chosen -= _taken_for_experts(chosen, model)
     short = {name.rpartition(".")[2] for name in chosen}
     matched = {name for name in linear if name.rpartition(".")[2] in short}
     return sorted(short if matched == chosen else chosen)
+
+
+def lora_parameters(model: PreTrainedModel) -> list[str]:
+    """What peft adapts by the parameter's name: experts, and the weights of dense layers that it takes for experts."""
+    beside = {f"{name}.weight" for name in _taken_for_experts(_adaptable(model), model)}
+    return sorted([*expert_parameters(model), *shortened(beside, model)])
+
+
+def _adaptable(model: PreTrainedModel) -> set[str]:
+    head = model.get_output_embeddings()
+    linear = [(name, module) for name, module in model.named_modules() if _is_linear(module)]
+    return {name for name, module in linear if module is not head and not _is_router(name, module, model)}
+
+
+def _taken_for_experts(names: set[str], model: PreTrainedModel) -> set[str]:
+    of_experts = _names_of_experts(model)
+    return {name for name in names if name.rpartition(".")[2] in of_experts}
 
 
 def _names_of_experts(model: PreTrainedModel) -> set[str]:
     """Layer names that peft takes for experts of a mixture, whatever module they stand for.
 
     In these architectures peft (0.21) turns `gate_proj` and its like into adapters of the fused 3-D experts, of
-    another rank, also when dense layers are meant. Experts are not adapted in this version, and neither are those.
+    another rank, also when dense layers are meant by their whole path. By their weight's name they are adapted right.
     """
     from peft.utils import transformers_weight_conversion
 
@@ -91,10 +119,9 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters; a 4-bit weight counts as the numbers it stands for."""
     trainable = total = 0
     for parameter in model.parameters():
-        count = parameter.numel()
         state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            count = int(torch.Size(state.shape).numel())
+        shape = parameter.shape if state is None else torch.Size(state.shape)
+        count = int(shape.numel())
         total += count
         trainable += count if parameter.requires_grad else 0
     return trainable, total
