@@ -15,7 +15,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from firefly.config import Config
+from firefly.config import AdapterConfig, Config, names_in
 from firefly.console import notice, stderr_console, take_notices
 from firefly.data.certificate import FILE_NAME as CERTIFICATE
 from firefly.data.certificate import Certificate, certify
@@ -24,12 +24,14 @@ from firefly.data.encoding import Encoder
 from firefly.data.examples import Examples
 from firefly.data.templates import bind_template
 from firefly.errors import UsageError
+from firefly.inference.engine import tokenizer_source
 from firefly.messages import render
 from firefly.models.adapters import attach_adapter, count_parameters, transformers_model
 from firefly.models.attention import choose_layout
 from firefly.models.heads import install_target_head
 from firefly.models.loading import load_model, load_tokenizer, resolve_model
 from firefly.models.precision import Precision, pick_device, resolve_precision
+from firefly.models.tokens import add_tokens, fit_embeddings
 from firefly.objectives.trainers import CausalTrainer, StepOptions, training_arguments
 from firefly.reports.forecast import choose_budget, choose_checkpointing, forecast_memory
 from firefly.runs.checkpoints import (
@@ -43,7 +45,7 @@ from firefly.runs.checkpoints import (
 from firefly.runs.memory import keep_freed_memory
 from firefly.runs.metrics import Progress, RunRecorder, read_metrics
 from firefly.runs.overview import show_example, show_run
-from firefly.runs.passport import git_commit, hardware, package_versions, weights_hash, write_json
+from firefly.runs.passport import adapter_hash, git_commit, hardware, package_versions, weights_hash, write_json
 from firefly.runs.plots import draw_loss
 
 
@@ -72,7 +74,8 @@ def train(config: Config) -> Path:
     device = pick_device(bool(config.training.get("use_cpu")))
     precision = resolve_precision(config.precision, device)
     args = training_arguments(resolved_arguments(config, precision, device))
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, tokenizer_source(config.model, config.adapter.name_or_path))
+    added = add_tokens(tokenizer, config.model.add_tokens)
     encoder = bind_encoder(config, tokenizer)
     data = task.load_examples(
         config.data, encoder, hub=config.model.hub
@@ -86,7 +89,7 @@ def train(config: Config) -> Path:
     layout = choose_layout(model)
     model.generation_config.eos_token_id = list(encoder.template.stop_ids)
     certificate = write_certificate(output_dir, encoder)
-    model = attach_adapter(model, config.adapter)
+    model = attach_adapter(model, config.adapter, fit_embeddings(model, tokenizer, added))
     head = install_target_head(transformers_model(model))
     args, options = resolve_step(config, args, model, examples, layout[0], device)
     base = weights_hash(resolve_model(config.model), getattr(transformers_model(model).config, "_commit_hash", None))
@@ -238,7 +241,22 @@ def run_plan(
         tokens_per_microbatch=options.tokens_per_microbatch,
         world_size=1,
         layout=options.layout,
+        add_tokens=list(config.model.add_tokens or ()),
+        **adapter_plan(config.adapter),
     )
+
+
+def adapter_plan(adapter: AdapterConfig) -> dict[str, Any]:
+    """The part of a plan that full training has no use for."""
+    if adapter.mode == "full":
+        return {}
+    return {
+        "use_rslora": adapter.use_rslora,
+        "use_dora": adapter.use_dora,
+        "lora_target": adapter.target if isinstance(adapter.target, str) else list(adapter.target),
+        "modules_to_save": names_in(adapter.modules_to_save or ()),
+        "adapter": adapter_hash(adapter.name_or_path) if adapter.name_or_path else None,
+    }
 
 
 def stored_budget(checkpoint: Path) -> int:

@@ -15,7 +15,7 @@ from firefly.config import ModelConfig, load_config
 from firefly.errors import UsageError, VerificationError
 from firefly.export import merge as merging
 from firefly.export.merge import merge, round_unbiased
-from firefly.inference.engine import load_adapter
+from firefly.models.adapters import load_adapter
 from firefly.train import train
 from tiny import save_tiny_model, write_rows
 
