@@ -201,6 +201,15 @@ def test_a_fresh_dora_adapter_changes_nothing() -> None:
     torch.testing.assert_close(found, before, rtol=1e-5, atol=1e-5)
 
 
+def test_dora_on_rows_of_zeros_is_refused_before_it_divides_by_them() -> None:
+    model = tiny_model("llama_tied")
+    with torch.no_grad():
+        model.lm_head.weight[0] = 0  # as a padding token has it
+    with pytest.raises(UsageError, match="lm_head has rows of zeros"):
+        attach_adapter(model, replace(LORA, target=("q_proj", "lm_head"), use_dora=True))
+    attach_adapter(tiny_model("llama_tied"), replace(LORA, use_dora=True))
+
+
 # ---- the loss, where the head is not a plain layer any more ----
 
 

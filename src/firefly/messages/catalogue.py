@@ -222,6 +222,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "modules_to_save: {name!r} is held in 4 bits and cannot be trained whole. Use train_mode lora, or drop it.",
         "modules_to_save：{name!r} 以 4 比特保存，无法完整训练。请使用 train_mode lora，或去掉该模块。",
     ),
+    "adapter.dora_zero_rows": (
+        "use_dora: {names} has rows of zeros, whose direction DoRA cannot keep. Take it out of lora_target.",
+        "use_dora：{names} 含有全零的行，DoRA 无法保持其方向。请将其从 lora_target 中去掉。",
+    ),
     "adapter.with_full": (
         "adapter_name_or_path = {value} needs train_mode lora or qlora; full trains a model. "
         "Merge the adapter first: firefly merge.",

@@ -41,7 +41,9 @@ def attach_adapter(model: PreTrainedModel, config: AdapterConfig, new_tokens: Se
         return _continued(model, config, new_tokens)
     from peft import get_peft_model
 
-    return _ready_to_train(get_peft_model(model, _settings(model, config, new_tokens), autocast_adapter_dtype=True))
+    wrapped = get_peft_model(model, _settings(model, config, new_tokens), autocast_adapter_dtype=True)
+    _refuse_zero_rows(wrapped)
+    return _ready_to_train(wrapped)
 
 
 def _settings(model: PreTrainedModel, config: AdapterConfig, new_tokens: Sequence[int]) -> Any:
@@ -81,6 +83,14 @@ def _ready_to_train(wrapped: Any) -> Any:
     install_forwards(wrapped)
     wrapped.save_pretrained = MethodType(_save_trained, wrapped)
     return wrapped
+
+
+def _refuse_zero_rows(wrapped: Any) -> None:
+    """DoRA divides by the length of each output's weights, and some embeddings have rows of zeros (padding)."""
+    lengths = {name: p for name, p in wrapped.get_base_model().named_parameters() if "lora_magnitude_vector" in name}
+    empty = [name.partition(".lora_magnitude_vector")[0] for name, p in lengths.items() if (p == 0).any()]
+    if empty:
+        raise UsageError("adapter.dora_zero_rows", names=", ".join(empty[:4]))
 
 
 def install_forwards(wrapped: Any) -> None:
