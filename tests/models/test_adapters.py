@@ -82,7 +82,7 @@ def grown(name: str, **changes: Any) -> Any:
     [{"use_rslora": True}, {"use_dora": True}, {"use_rslora": True, "use_dora": True}],
     ids=["rslora", "dora", "both"],
 )
-def test_loss_and_gradients_are_those_of_plain_peft(name: str, changes: dict[str, bool]) -> None:
+def test_loss_and_gradients_are_those_of_plain_peft(name: str, changes: dict[str, Any]) -> None:
     ours = shaken(attach_adapter(tiny_model(name), replace(LORA, **changes)))
     model = tiny_model(name)
     theirs = shaken(get_peft_model(model, LoraConfig(**PLAIN, **changes, target_modules=lora_targets(model))))
