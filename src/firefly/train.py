@@ -26,7 +26,7 @@ from firefly.data.templates import bind_template
 from firefly.errors import UsageError
 from firefly.inference.engine import tokenizer_source
 from firefly.messages import render
-from firefly.models.adapters import attach_adapter, count_parameters, transformers_model
+from firefly.models.adapters import adapter_settings, attach_adapter, count_parameters, transformers_model
 from firefly.models.attention import choose_layout
 from firefly.models.heads import install_target_head
 from firefly.models.loading import load_model, load_tokenizer, resolve_model
@@ -74,6 +74,8 @@ def train(config: Config) -> Path:
     device = pick_device(bool(config.training.get("use_cpu")))
     precision = resolve_precision(config.precision, device)
     args = training_arguments(resolved_arguments(config, precision, device))
+    if config.adapter.name_or_path:
+        adapter_settings(config.adapter.name_or_path)  # a wrong path is cheap to find now
     tokenizer = load_tokenizer(config.model, tokenizer_source(config.model, config.adapter.name_or_path))
     added = add_tokens(tokenizer, config.model.add_tokens)
     encoder = bind_encoder(config, tokenizer)
@@ -89,7 +91,7 @@ def train(config: Config) -> Path:
     layout = choose_layout(model)
     model.generation_config.eos_token_id = list(encoder.template.stop_ids)
     certificate = write_certificate(output_dir, encoder)
-    model = attach_adapter(model, config.adapter, fit_embeddings(model, tokenizer, added))
+    model = attach_adapter(model, config.adapter, fit_embeddings(model, tokenizer, added), config.given)
     head = install_target_head(transformers_model(model))
     args, options = resolve_step(config, args, model, examples, layout[0], device)
     base = weights_hash(resolve_model(config.model), getattr(transformers_model(model).config, "_commit_hash", None))

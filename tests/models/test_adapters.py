@@ -354,6 +354,9 @@ def test_the_adapters_own_settings_hold_and_what_differs_is_said(
     folder = saved(attach_adapter(tiny_model("llama"), replace(LORA, target=("q_proj",))), tmp_path / "adapter")
     attach_adapter(tiny_model("llama"), AdapterConfig(mode="lora", name_or_path=str(folder)))
     assert said == []
+    attach_adapter(tiny_model("llama"), AdapterConfig(mode="lora", name_or_path=str(folder)), given=["lora_rank"])
+    assert [(notice["key"], notice["value"], notice["found"]) for notice in said] == [("lora_rank", 64, 4)]
+    said.clear()
     asked = AdapterConfig(mode="lora", rank=8, target="v_proj", use_dora=True, dropout=0.3, name_or_path=str(folder))
     wrapped = attach_adapter(tiny_model("llama"), asked)
     assert [notice["key"] for notice in said] == ["lora_rank", "use_dora", "lora_target"]

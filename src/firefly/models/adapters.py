@@ -26,11 +26,14 @@ from firefly.models.tokens import grow_embeddings
 ALL_LINEAR = "all-linear"
 
 
-def attach_adapter(model: PreTrainedModel, config: AdapterConfig, new_tokens: Sequence[int] = ()) -> Any:
+def attach_adapter(
+    model: PreTrainedModel, config: AdapterConfig, new_tokens: Sequence[int] = (), given: Collection[str] = ()
+) -> Any:
     """Return the model ready to train: itself with fp32 weights (full), or wrapped by peft with fp32 adapters.
 
     Args:
         new_tokens: ids whose rows in embedding and head are new, and trained with an adapter too.
+        given: keys that the user wrote down, to say which of them an adapter to start from overrules.
 
     Raises:
         UsageError: a name that matches no layer, or an adapter to start from that is none or does not fit.
@@ -38,7 +41,7 @@ def attach_adapter(model: PreTrainedModel, config: AdapterConfig, new_tokens: Se
     if config.mode == "full":
         return model.requires_grad_(True)
     if config.name_or_path:
-        return _continued(model, config, new_tokens)
+        return _continued(model, config, new_tokens, given)
     from peft import get_peft_model
 
     wrapped = get_peft_model(model, _settings(model, config, new_tokens), autocast_adapter_dtype=True)
@@ -130,7 +133,7 @@ def load_adapter(base: Any, adapter: str, **options: Any) -> Any:
     return wrapped
 
 
-def _continued(model: PreTrainedModel, config: AdapterConfig, new_tokens: Sequence[int]) -> Any:
+def _continued(model: PreTrainedModel, config: AdapterConfig, new_tokens: Sequence[int], given: Collection[str]) -> Any:
     """The adapter at `adapter_name_or_path`, trained on from the numbers it was saved with."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
@@ -139,7 +142,7 @@ def _continued(model: PreTrainedModel, config: AdapterConfig, new_tokens: Sequen
     unknown = set(new_tokens) - _rows_of(settings)
     if new_tokens and unknown and not any(_names(settings.modules_to_save or (), n) for n in _token_layers(model, ())):
         raise UsageError("tokens.new_to_adapter", path=adapter, count=len(unknown))
-    _note_differences(config, settings)
+    _note_differences(config, settings, given)
     settings.inference_mode = False
     settings.lora_dropout = config.dropout
     wrapped = _ready_to_train(load_adapter(model, adapter, config=settings, is_trainable=True))
@@ -173,7 +176,7 @@ def adapter_settings(adapter: str) -> Any:
     return settings
 
 
-def _note_differences(config: AdapterConfig, settings: Any) -> None:
+def _note_differences(config: AdapterConfig, settings: Any, given: Collection[str]) -> None:
     """Say which keys were set to something else than the adapter has: its own values hold."""
     default = AdapterConfig()
     for key, asked, standard, found in (
@@ -184,7 +187,8 @@ def _note_differences(config: AdapterConfig, settings: Any) -> None:
         ("lora_target", _sorted(config.target), ALL_LINEAR, _sorted(settings.target_modules)),
         ("modules_to_save", _sorted(config.modules_to_save), None, _sorted(settings.modules_to_save)),
     ):
-        if asked != standard and asked != found:
+        said = key in given and asked != ALL_LINEAR  # whose layers an adapter has by their names
+        if asked != found and (said or asked != standard):
             notice("adapter.its_own", key=key, value=asked, found=found)
 
 
