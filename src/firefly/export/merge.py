@@ -34,7 +34,7 @@ from firefly.data.schema import Message
 from firefly.data.templates import TemplateFailure, bind_template
 from firefly.errors import UsageError, VerificationError
 from firefly.inference.engine import base_of_adapter, recorded_config, tokenizer_source
-from firefly.models.adapters import is_tied, load_adapter
+from firefly.models.adapters import is_tied, load_adapter, trained_rows
 from firefly.models.kernels.lora_linear import dense
 from firefly.models.loading import hub_options, load_model, load_tokenizer, resolve_model
 from firefly.models.precision import Precision, pick_device
@@ -109,6 +109,8 @@ def merge(
     tokenizer = load_tokenizer(model, tokenizer_source(model, adapter))
     certificate = check_template(tokenizer, adapter, force)
     prompts = encode_prompts(tokenizer)
+    if rows := trained_rows(adapter):  # the fixed prompts know nothing of added tokens
+        prompts.append(sorted(rows))
     trained = load_adapter(load_base(model, weights, onto), adapter).eval()
     expected = all_logits(trained, prompts)
     save_merged(trained, tokenizer, target)
@@ -257,9 +259,9 @@ def untie_where_adapted(model: Any) -> None:
     if not is_tied(base):
         return
     if any(isinstance(end, LoraLayer) for end in (base.get_input_embeddings(), base.get_output_embeddings())):
-        head = base.get_output_embeddings()
-        head = head.get_base_layer() if isinstance(head, LoraLayer) else head
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        head: Any = base.get_output_embeddings()
+        plain: Any = head.get_base_layer() if isinstance(head, LoraLayer) else head
+        plain.weight = nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
 
 
 def round_unbiased(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -197,6 +197,13 @@ def _sorted(names: Any) -> Any:
     return ", ".join(found) if isinstance(found, list) else found
 
 
+def trained_rows(adapter: str) -> set[int]:
+    """The tokens that a saved adapter has rows of its own for."""
+    from peft import PeftConfig
+
+    return _rows_of(PeftConfig.from_pretrained(str(Path(adapter).expanduser())))
+
+
 def rows_of_adapter(base: Any, folder: Path) -> int:
     """How many rows an adapter's embeddings have, or its trained tokens ask for; 0 if it has nothing to say."""
     from peft import PeftConfig
