@@ -18,6 +18,7 @@ from firefly.config import (
     Config,
     known_keys,
     load_config,
+    names_in,
     own_fields,
     parse_overrides,
     read_config_file,
@@ -255,6 +256,13 @@ def test_a_required_key_that_is_missing_or_empty_is_named(missing):
         ("optim", None),
         ("eval_strategy", "steps"),
         ("eval_on_start", True),
+        ("use_dora", "maybe"),
+        ("lora_target", []),
+        ("lora_target", ""),
+        ("lora_target", [1]),
+        ("modules_to_save", [["lm_head"]]),
+        ("add_tokens", "<x>"),
+        ("add_tokens", [""]),
     ],
 )
 def test_a_wrong_type_or_value_is_refused_with_its_key(key, value):
@@ -571,3 +579,26 @@ def test_old_keys_that_ask_for_nothing_are_dropped_without_a_word():
 @pytest.mark.parametrize("key", ["optim", "report_to", "lr_scheduler_type"])
 def test_a_list_where_text_belongs_is_no_crash(key):
     assert configured(**{key: ["x"]}).flat()[key] == ["x"]  # transformers refuses it when its arguments are built
+
+
+def test_names_come_as_a_list_or_separated_by_commas():
+    adapter = configured(lora_target=["q_proj", "v_proj"], modules_to_save="lm_head, norm").adapter
+    assert names_in(adapter.target) == ["q_proj", "v_proj"]
+    assert names_in(adapter.modules_to_save) == ["lm_head", "norm"]
+    assert configured(add_tokens=["<a>", "<b>"]).model.add_tokens == ("<a>", "<b>")
+    plain = configured(modules_to_save=None, add_tokens=None)
+    assert (plain.adapter.target, plain.adapter.modules_to_save, plain.model.add_tokens) == ("all-linear", None, None)
+
+
+def test_an_adapter_to_start_from_is_refused_in_full_training():
+    assert "adapter_name_or_path" in str(refused(train_mode="full", adapter_name_or_path="somewhere"))
+    assert configured(train_mode="lora", adapter_name_or_path="somewhere").adapter.name_or_path == "somewhere"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("use_rslora", True), ("use_dora", True), ("lora_target", "q_proj"), ("modules_to_save", "lm_head")],
+)
+def test_an_adapters_key_in_full_training_is_said_to_do_nothing(key, value):
+    assert any(key in text for text in notices(train_mode="full", **{key: value}))
+    assert not any(key in text for text in notices(train_mode="lora", **{key: value}))

@@ -16,7 +16,7 @@ from firefly.config import ModelConfig, load_config
 from firefly.errors import UsageError, VerificationError
 from firefly.export import merge as merging
 from firefly.export.merge import merge, round_unbiased
-from firefly.inference.engine import load_adapter
+from firefly.models.adapters import load_adapter
 from firefly.train import train
 from tiny import save_tiny_model, write_rows
 
@@ -194,3 +194,108 @@ def test_a_merge_of_bf16_experts_rounds_once_and_without_bias() -> None:
     found = weight.float() - before
     assert (found == 0).float().mean() > 0.5  # most updates are far below the last digit
     assert ((found * delta).sum() / delta.square().sum()).item() == pytest.approx(1, abs=0.15)
+
+
+# ---- what an adapter may be besides plain LoRA ----
+
+KINDS: dict[str, dict[str, Any]] = {
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True, "use_rslora": True},
+    "saved": {"modules_to_save": ["lm_head", "norm"]},
+    "head": {"lora_target": "q_proj,lm_head"},
+    "embedding": {"lora_target": ["q_proj", "embed_tokens"]},
+    "dora head": {"lora_target": "q_proj,lm_head", "use_dora": True},
+    "tokens": {"add_tokens": ["<|tool|>", "<|call|>"]},
+    "whole tokens": {"add_tokens": ["<|tool|>", "<|call|>"], "modules_to_save": "embed_tokens,lm_head"},
+}
+TOOL_ROWS = 6
+
+
+def tool_rows(path: Path) -> Path:
+    """Conversations that write the added tokens."""
+    rows = [{"conversation": [{"human": f"<|tool|> {n}", "assistant": f"<|call|> {n}"}]} for n in range(TOOL_ROWS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def trained(folder: Path, kind: str, name: str, **changes: Any) -> Path:
+    """A short run of this kind; the weights of the base and of the run are in `folder`."""
+    save_tiny_model(folder / "model", name)
+    settings: dict[str, Any] = {
+        "model_name_or_path": str(folder / "model"),
+        "train_file": str(tool_rows(folder / "train.jsonl")),
+        "output_dir": str(folder / "run"),
+        "template_name": "default",
+        "train_mode": "lora",
+        "allow_special_in_content": True,
+        "lora_rank": 4,
+        "lora_dropout": 0,
+        "per_device_train_batch_size": 6,
+        "learning_rate": 0.02,
+        "max_steps": 3,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+    }
+    return train(load_config(settings | KINDS[kind] | changes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(kind, name) for kind in KINDS for name in ("llama", "llama_tied") if (kind, name) != ("dora head", "llama_tied")],
+)
+def test_every_kind_of_adapter_is_served_and_merged_as_it_was_trained(kind: str, name: str, tmp_path: Path) -> None:
+    run = trained(tmp_path, kind, name)
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    ids = tokenizer.encode("a <|tool|> b <|call|> c")
+    assert ("tokens" in kind) == (max(ids) >= len(AutoTokenizer.from_pretrained(tmp_path / "model")))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    untrained = logits(base, [5, 9, 20])
+    served = load_adapter(base, str(run)).eval()
+    assert (logits(served, [5, 9, 20])[..., : untrained.shape[-1]] - untrained).abs().max() > 1e-2
+    merged = merge(ModelConfig(), str(run), str(tmp_path / "merged"))
+    found = AutoModelForCausalLM.from_pretrained(merged)
+    torch.testing.assert_close(logits(found, ids), logits(served, ids), atol=1e-4, rtol=0)
+    shared = found.get_input_embeddings().weight is found.get_output_embeddings().weight
+    assert shared == (name == "llama_tied" and kind not in ("head", "embedding"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_merges_in_16_bits(kind: str, tmp_path: Path) -> None:
+    merged = merge(ModelConfig(), str(trained(tmp_path, kind, "llama")), str(tmp_path / "merged"), dtype="bfloat16")
+    assert json.loads((merged / "merge_report.json").read_text())["passed"]
+    assert AutoModelForCausalLM.from_pretrained(merged).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["dora", "tokens", "saved"])
+@pytest.mark.parametrize("onto", ["original", "dequantized"])
+def test_every_kind_of_adapter_merges_after_4_bit_training(kind: str, onto: str, tmp_path: Path) -> None:
+    run = trained(tmp_path, kind, "llama", train_mode="qlora")
+    merged = merge(ModelConfig(), str(run), str(tmp_path / "merged"), onto=onto)
+    assert json.loads((merged / "merge_report.json").read_text())["passed"]
+
+
+def test_added_tokens_are_trained_and_only_they(tmp_path: Path) -> None:
+    run = trained(tmp_path, "tokens", "llama")
+    merged = AutoModelForCausalLM.from_pretrained(merge(ModelConfig(), str(run), str(tmp_path / "merged")))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    rows = [tokenizer.convert_tokens_to_ids(token) for token in KINDS["tokens"]["add_tokens"]]
+    for one, other in (
+        (base.get_input_embeddings().weight, merged.get_input_embeddings().weight),
+        (base.get_output_embeddings().weight, merged.get_output_embeddings().weight),
+    ):
+        old = [row for row in range(len(one)) if row not in rows]
+        torch.testing.assert_close(other[old], one[old], rtol=0, atol=0)
+        mean = one[: len(AutoTokenizer.from_pretrained(tmp_path / "model"))].mean(0)
+        assert (other[rows] - mean).abs().amax(-1).min() > 1e-3
+    assert (other[rows[0]] - other[rows[1]]).abs().max() > 1e-3
+
+
+def test_a_merged_dora_layer_has_the_trained_lengths() -> None:
+    direction, magnitude = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)), torch.linspace(0.1, 2, 64)
+    merged = merging.with_magnitude(direction, magnitude, transposed=False)
+    torch.testing.assert_close(merged.norm(dim=1), magnitude)
+    torch.testing.assert_close(torch.cosine_similarity(merged, direction), torch.ones(64))
+    torch.testing.assert_close(merging.with_magnitude(direction.T, magnitude, transposed=True), merged.T)
