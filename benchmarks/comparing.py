@@ -1,5 +1,6 @@
 """Compare measurements of two sides: ratios pair by pair, and whether they did the same work."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +9,8 @@ from processes import Result
 
 FIRST_LOSS_TOLERANCE = 1e-3
 LAST_LOSSES_TOLERANCE = 1e-2
+GRADIENT_NORM_TOLERANCE = 1e-3
+GRADIENT_NORM_TOLERANCE_BF16 = 3e-2
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -63,8 +66,37 @@ def gate(ours: Result, theirs: Result, same_steps: Result | None) -> dict[str, A
     return {"passed": all(check["passed"] for check in found.values()), **found}
 
 
+def preference_gate(ours: Result, theirs: Result, *, same_adapter: bool) -> dict[str, Any]:
+    """Check that both sides trained the same pairs alike; a speed may be quoted only when `passed`.
+
+    Every side takes the dump's pairs in order, so losses are of the same pairs step by step. Before training
+    policy and reference are equal, and the loss of any pair is ln 2; so the first gradient is compared too, which
+    the adapters' random halves decide (`same_adapter`: both started from the same).
+    """
+    own_counts = {name: value for name, value in ours["checks"].items() if name.endswith("_agree")}
+    found = {
+        "pairs": compare_counts(ours, theirs, "rows"),
+        "tokens": compare_counts(ours, theirs, "tokens"),
+        "target_tokens": compare_counts(ours, theirs, "target_tokens"),
+        "our_own_counts": own_counts | {"passed": bool(own_counts) and all(own_counts.values())},
+        "our_first_step_is_ln_2": compare_losses(ours["losses"][0], math.log(2), FIRST_LOSS_TOLERANCE),
+        "their_first_step_is_ln_2": compare_losses(theirs["losses"][0], math.log(2), FIRST_LOSS_TOLERANCE),
+        "mean_of_last_steps": compare_losses(
+            mean_of_last(ours["losses"]), mean_of_last(theirs["losses"]), LAST_LOSSES_TOLERANCE
+        ),
+    }
+    if same_adapter:
+        exact = ours["settings"]["precision"] == theirs["settings"]["precision"] == "float32"
+        found["first_gradient_norm"] = compare_losses(
+            ours["checks"]["gradient_norms"][0],
+            theirs["checks"]["gradient_norms"][0],
+            GRADIENT_NORM_TOLERANCE if exact else GRADIENT_NORM_TOLERANCE_BF16,
+        )
+    return {"passed": all(check["passed"] for check in found.values()), **found}
+
+
 def compare_losses(ours: float, theirs: float, tolerance: float) -> dict[str, Any]:
-    """Relative difference of two losses, and whether it is small enough."""
+    """Relative difference of two losses, or norms, and whether it is small enough."""
     difference = abs(ours - theirs) / abs(theirs)
     return {"ours": ours, "theirs": theirs, "relative": difference, "passed": difference <= tolerance}
 

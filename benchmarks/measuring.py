@@ -19,7 +19,7 @@ from pathlib import Path
 IGNORE_INDEX = -100
 PACKAGES = (
     *("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy"),
-    *("trl", "firefly-llm"),
+    *("trl", "llamafactory", "firefly-llm"),
 )
 # The flags that decide which matrix kernels a CPU can run.
 INSTRUCTION_SETS = (
@@ -42,7 +42,10 @@ BF16_MATRIX_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What one optimizer step consumed. `tokens` leaves padding out, so padding can only cost time."""
+    """What one optimizer step consumed; in preference training a row is a pair.
+
+    `tokens` leaves padding out, so padding can only cost time.
+    """
 
     rows: int
     tokens: int
@@ -146,7 +149,7 @@ def stdout_kept_for_the_result() -> Iterator[None]:
 
 
 def read_dump(path: Path) -> list[dict[str, list[int]]]:
-    """Read the rows of a dump made by `token_dump.py`."""
+    """Read the rows of a dump made by `token_dump.py` or `pair_dump.py`."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -157,6 +160,13 @@ def work_of(rows: Sequence[dict[str, list[int]]]) -> Work:
         tokens=sum(len(row["input_ids"]) for row in rows),
         target_tokens=sum(label != IGNORE_INDEX for row in rows for label in row["labels"][1:]),
     )
+
+
+def work_of_pairs(pairs: Sequence[dict[str, list[int]]]) -> Work:
+    """Count pairs; tokens as two sequences a pair, so that computing a prompt once cannot inflate a rate."""
+    prompts = sum(len(pair["prompt_ids"]) for pair in pairs)
+    answers = sum(len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs)
+    return Work(rows=len(pairs), tokens=2 * prompts + answers, target_tokens=answers)
 
 
 def current_rss() -> int:

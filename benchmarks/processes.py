@@ -25,6 +25,7 @@ class SideStopped(RuntimeError):
 class Side:
     """A program with the Python it runs in and the arguments common to all its runs."""
 
+    name: str
     python: str
     program: Path
     arguments: Sequence[str]

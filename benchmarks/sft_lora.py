@@ -7,31 +7,28 @@ README.md says what is equal, what differs and how to read the result.
 """
 
 import argparse
-import json
 import os
 import shlex
 import sys
 import tempfile
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from comparing import gate, mean_of_last, memory, ratios, version_differences
-from measuring import git_commit, hardware
+from measuring import hardware
 from processes import Result, Side, Tuning
-from sweeping import Sweep
+from reporting import gigabytes, new_report, parse_environment, saver, too_short_to_publish
+from sweeping import SftSweep
 from token_dump import write_dump
 
 HERE = Path(__file__).resolve().parent
-PUBLISHABLE_PAIRS = 3
-PUBLISHABLE_SECONDS = 60
 
 
 def main() -> int:
     """Make the dump, tune TRL, run both in turns; exit 3 when the sides did not do the same work."""
     arguments = parse_arguments()
-    report = new_report(arguments)
+    report = new_report("sft_lora", arguments)
     save = saver(arguments.out, report)
     with tempfile.TemporaryDirectory() as folder:
         dump, sweep_dump = Path(folder, "dump.jsonl"), Path(folder, "sweep.jsonl")
@@ -95,29 +92,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def new_report(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Begin the result file with what a reader needs before any number."""
-    return {
-        "benchmark": "sft_lora",
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "git_commit": git_commit(HERE.parent),
-        "hardware": hardware(),
-        "arguments": {
-            name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()
-        },
-    }
-
-
-def saver(path: Path, report: dict[str, Any]) -> Callable[[], None]:
-    """Return a function that writes the report as it stands: hours of runs survive a failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    def save() -> None:
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-    return save
-
-
 def make_sides(arguments: argparse.Namespace, dump: Path) -> tuple[Side, Side]:
     """Firefly's side and TRL's, with the same values for everything both know."""
     common = [
@@ -126,12 +100,14 @@ def make_sides(arguments: argparse.Namespace, dump: Path) -> tuple[Side, Side]:
         *("--examples_per_step", str(arguments.examples_per_step), "--threads", str(arguments.threads)),
     ]
     firefly = Side(
+        name="Firefly",
         python=arguments.firefly_python,
         program=HERE / "firefly_sft.py",
         arguments=common,
         threads=arguments.threads,
     )
     trl = Side(
+        name="TRL",
         python=arguments.trl_python,
         program=HERE / "trl_sft.py",
         arguments=common,
@@ -164,7 +140,7 @@ def sweep_tunings(trl: Side, report: dict[str, Any], save: Callable[[], None]) -
             flush=True,
         )
 
-    return Sweep(trl, record).run()
+    return SftSweep(trl, record).run()
 
 
 def firefly_tuning(arguments: argparse.Namespace) -> Tuning:
@@ -176,11 +152,6 @@ def firefly_tuning(arguments: argparse.Namespace) -> Tuning:
         arguments=shlex.join([*flags, "--overrides", arguments.firefly_args]),
         environment=parse_environment(arguments.firefly_env),
     )
-
-
-def parse_environment(text: str) -> dict[str, str]:
-    """Read `NAME=VALUE NAME=VALUE`."""
-    return dict(assignment.split("=", 1) for assignment in shlex.split(text))
 
 
 def run_pairs(
@@ -274,12 +245,7 @@ def caveats(pairs: list[tuple[Result, Result]]) -> list[str]:
         found.append("the two sides ran in different precisions; say so beside the ratio")
     if different := version_differences(ours, theirs):
         found.append(f"versions differ (ours, theirs): {different}")
-    shortest = min(result["steady_seconds"] for pair in pairs for result in pair)
-    if len(pairs) < PUBLISHABLE_PAIRS or shortest < PUBLISHABLE_SECONDS:
-        found.append(
-            f"not publishable: {len(pairs)} pairs, and {shortest:.0f} s of steady state in the shortest run; "
-            f"it takes {PUBLISHABLE_PAIRS} pairs and {PUBLISHABLE_SECONDS} s"
-        )
+    found += too_short_to_publish(pairs)
     return found
 
 
@@ -308,11 +274,6 @@ def print_summary(report: dict[str, Any], path: Path) -> None:
     for caveat in summary["caveats"]:
         print(f"note: {caveat}")
     print(f"gate {'passed' if summary['gate']['passed'] else 'FAILED: quote no speed'}; details in {path}")
-
-
-def gigabytes(num_bytes: int) -> str:
-    """Write bytes as gigabytes."""
-    return f"{num_bytes / 1e9:.2f} GB"
 
 
 if __name__ == "__main__":

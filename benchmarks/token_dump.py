@@ -37,14 +37,19 @@ def write_dump(*, model: str, data: Path, num_rows: int, max_seq_length: int, pa
 
 
 def encode(tokenizer: Any, record: dict[str, str]) -> dict[str, list[int]]:
-    """Render one alpaca record with the model's template and label the answer and its stop token.
+    """Render one alpaca record with the model's template and label the answer and its stop token."""
+    question = record["instruction"] + ("\n" + record["input"] if record.get("input") else "")
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
+    return encode_messages(tokenizer, messages)
+
+
+def encode_messages(tokenizer: Any, messages: list[dict[str, str]]) -> dict[str, list[int]]:
+    """Render a conversation and label its last message, the answer, and the stop token.
 
     The whole text is tokenised once, so ids are those of the official rendering; labels come from character
     positions. What the template writes after the stop token (often a newline) stays, untrained.
     """
-    question = record["instruction"] + ("\n" + record["input"] if record.get("input") else "")
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
-    prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     stop = text.rfind(tokenizer.eos_token)
     if not text.startswith(prompt) or stop < len(prompt):

@@ -6,7 +6,6 @@ as it is; what its collator really hands to the model is counted and compared wi
 
 import argparse
 import tempfile
-import time
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -29,13 +28,7 @@ from measuring import (
     stdout_kept_for_the_result,
     work_of,
 )
-
-# name → (type of the frozen weights, autocast to bfloat16?). PEFT keeps the adapters in float32 in each.
-PRECISIONS = {
-    "float32": (torch.float32, False),
-    "bfloat16": (torch.bfloat16, False),
-    "autocast": (torch.bfloat16, True),
-}
+from peer_side import PRECISIONS, LogTimes
 
 
 def main() -> None:
@@ -165,20 +158,6 @@ def make_trainer(
             task_type="CAUSAL_LM",
         ),
     )
-
-
-class LogTimes(transformers.TrainerCallback):
-    """Remember when each step was logged, and its loss: our side reads the same from its metrics file."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-        self.losses: list[float] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        """Note a training step; the summary at the end has no `loss`."""
-        if logs and "loss" in logs:
-            self.times.append(time.time())
-            self.losses.append(logs["loss"])
 
 
 class CountingCollator:

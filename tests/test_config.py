@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from firefly import legacy
 from firefly.config import (
+    PREFERENCE_LOSS_NAMES,
     Config,
     known_keys,
     load_config,
+    names_in,
     own_fields,
     parse_overrides,
     read_config_file,
@@ -141,13 +143,37 @@ def test_what_upstreams_files_ask_for_in_vain_is_said():
     assert notices(use_unsloth=False) == []
     assert notices(warmup_ratio=0.01) == ["warmup_ratio is read as warmup_steps, its name today."]
     assert notices(max_prompt_length=300) == ["max_prompt_length has no effect with task_type sft."]
-    assert notices(tokenize_num_workers=10) == ["tokenize_num_workers has no effect with task_type sft."]
+    assert notices(document_attention="joined") == ["document_attention has no effect with task_type sft."]
+    assert notices(task_type="pretrain", thinking="keep") == ["thinking has no effect with task_type pretrain."]
+    assert notices(task_type="dpo", train_on="all") == ["train_on has no effect with task_type dpo."]
+    assert notices(task_type="dpo", label_smoothing=0.1) == [
+        "label_smoothing has no effect with preference_loss sigmoid; robust, simpo and cpo use it."
+    ]
     assert notices(train_mode="full", lora_rank=8) == ["lora_rank has no effect with train_mode full."]
 
 
-@pytest.mark.parametrize("task", ["pretrain", "dpo"])
-def test_a_task_of_later_versions_is_refused_by_name(task):
-    assert f'task_type = "{task}"' in str(refused(task_type=task))
+def test_the_names_of_preference_losses_are_those_of_their_table():
+    from firefly.objectives.preference import PREFERENCE_LOSSES
+
+    assert tuple(PREFERENCE_LOSSES) == PREFERENCE_LOSS_NAMES
+
+
+def test_a_preference_loss_without_a_signal_is_refused():
+    assert "beta = 0" in str(refused(task_type="dpo", beta=0))
+    assert "0 ≤ x < 0.5" in str(refused(task_type="dpo", preference_loss="robust", label_smoothing=0.5))
+
+
+def test_null_switches_the_prompt_limit_off():
+    assert configured(max_prompt_length=None).data.max_prompt_length is None
+
+
+def test_held_out_data_comes_from_one_place_and_early_stopping_needs_it():
+    assert "eval_file and eval_ratio" in str(refused(eval_file="a.jsonl", eval_ratio=0.1))
+    assert "early_stopping_patience = 2 needs held-out data" in str(refused(early_stopping_patience=2))
+    assert "load_best_model_at_end = true needs held-out data" in str(refused(load_best_model_at_end=True))
+    training = configured(eval_ratio=0.1, early_stopping_patience=2, eval_steps=5, eval_strategy="steps").training
+    assert training["load_best_model_at_end"]
+    assert (training["save_strategy"], training["save_steps"]) == ("steps", 5)
 
 
 # ---- unknown keys and wrong values ----
@@ -230,6 +256,13 @@ def test_a_required_key_that_is_missing_or_empty_is_named(missing):
         ("optim", None),
         ("eval_strategy", "steps"),
         ("eval_on_start", True),
+        ("use_dora", "maybe"),
+        ("lora_target", []),
+        ("lora_target", ""),
+        ("lora_target", [1]),
+        ("modules_to_save", [["lm_head"]]),
+        ("add_tokens", "<x>"),
+        ("add_tokens", [""]),
     ],
 )
 def test_a_wrong_type_or_value_is_refused_with_its_key(key, value):
@@ -546,3 +579,26 @@ def test_old_keys_that_ask_for_nothing_are_dropped_without_a_word():
 @pytest.mark.parametrize("key", ["optim", "report_to", "lr_scheduler_type"])
 def test_a_list_where_text_belongs_is_no_crash(key):
     assert configured(**{key: ["x"]}).flat()[key] == ["x"]  # transformers refuses it when its arguments are built
+
+
+def test_names_come_as_a_list_or_separated_by_commas():
+    adapter = configured(lora_target=["q_proj", "v_proj"], modules_to_save="lm_head, norm").adapter
+    assert names_in(adapter.target) == ["q_proj", "v_proj"]
+    assert names_in(adapter.modules_to_save) == ["lm_head", "norm"]
+    assert configured(add_tokens=["<a>", "<b>"]).model.add_tokens == ("<a>", "<b>")
+    plain = configured(modules_to_save=None, add_tokens=None)
+    assert (plain.adapter.target, plain.adapter.modules_to_save, plain.model.add_tokens) == ("all-linear", None, None)
+
+
+def test_an_adapter_to_start_from_is_refused_in_full_training():
+    assert "adapter_name_or_path" in str(refused(train_mode="full", adapter_name_or_path="somewhere"))
+    assert configured(train_mode="lora", adapter_name_or_path="somewhere").adapter.name_or_path == "somewhere"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("use_rslora", True), ("use_dora", True), ("lora_target", "q_proj"), ("modules_to_save", "lm_head")],
+)
+def test_an_adapters_key_in_full_training_is_said_to_do_nothing(key, value):
+    assert any(key in text for text in notices(train_mode="full", **{key: value}))
+    assert not any(key in text for text in notices(train_mode="lora", **{key: value}))

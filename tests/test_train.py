@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
 
 from firefly.cli import main
@@ -22,6 +22,7 @@ from firefly.config import load_config
 from firefly.data.batching import StepPlan
 from firefly.data.schema import IGNORE, Tokens
 from firefly.errors import UsageError
+from firefly.runs.checkpoints import BINDING_SINCE
 from firefly.runs.metrics import read_metrics
 from firefly.train import train
 from tiny import assert_same, padded_loss, save_tiny_model, tiny_tokenizer, write_rows
@@ -629,6 +630,11 @@ def test_a_checkpoint_that_was_never_finished_is_passed_over(
         ({"max_seq_length": 60, "max_lost_share": 1.0}, "data"),
         ({"lora_rank": 8}, "rank"),
         ({"lora_alpha": 32}, "alpha"),
+        ({"use_rslora": True}, "use_rslora: False → True"),
+        ({"use_dora": True}, "use_dora: False → True"),
+        ({"lora_target": ["q_proj"]}, "lora_target: all-linear → ['q_proj']"),
+        ({"modules_to_save": "norm"}, "modules_to_save: [] → ['norm']"),
+        ({"add_tokens": ["<x>"]}, "add_tokens: [] → ['<x>']"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -641,6 +647,74 @@ def test_a_checkpoint_of_a_different_run_is_refused(changes: dict[str, Any], nam
     assert named in str(refusal.value)
     assert (out / "metrics.jsonl").read_text() == before
     assert checkpoints(out)[-1] == "checkpoint-10"
+
+
+def test_a_checkpoint_from_before_a_key_is_one_of_its_default(run: Run, out: Path, uninterrupted: Path) -> None:
+    stopped_at(out, 10)
+    file = out / "checkpoint-10" / "plan.json"
+    plan = json.loads(file.read_text())
+    file.write_text(json.dumps({name: plan[name] for name in plan if name not in BINDING_SINCE}))
+    assert len(json.loads(file.read_text())) < len(plan)
+    run(resume_from_checkpoint=True, **SAVING)
+    assert_continues(out, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_dora": True, "use_rslora": True},
+        {"modules_to_save": "embed_tokens"},
+        {"add_tokens": ["<x>"], "lora_target": ["q_proj"]},
+    ],
+    ids=["dora", "saved", "tokens"],
+)
+def test_a_resumed_run_of_another_adapter_is_the_uninterrupted_one(
+    changes: dict[str, Any], run: Run, tmp_path: Path
+) -> None:
+    whole = run("whole", **SAVING | changes)
+    stopped = Path(shutil.copytree(whole, tmp_path / "stopped"))
+    stopped_at(stopped, 4)
+    run("stopped", resume_from_checkpoint=True, **SAVING | changes)
+    assert_continues(stopped, whole)
+
+
+def test_a_run_goes_on_from_an_adapter_and_is_bound_to_its_numbers(
+    run: Run, uninterrupted: Path, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    start = Path(shutil.copytree(uninterrupted, tmp_path / "start"))
+    changes = {"adapter_name_or_path": str(start), "num_train_epochs": 1, "save_steps": 2, "save_strategy": "steps"}
+    second = run("second", **changes)
+    assert losses(second)[0] < losses(uninterrupted)[0]
+    assert_same(weights(start), weights(uninterrupted), 0)
+    shutil.copytree(second, tmp_path / "resumed")
+    stopped_at(tmp_path / "resumed", 4)
+    run("resumed", resume_from_checkpoint=True, **changes)
+    assert_continues(tmp_path / "resumed", second)
+    changed = {name: value + 1 for name, value in weights(start).items()}
+    save_file(changed, start / "adapter_model.safetensors")
+    with pytest.raises(UsageError, match="adapter: "):
+        run("second", resume_from_checkpoint=True, **changes)
+
+
+def test_added_tokens_go_with_the_adapter_that_a_run_starts_from(run: Run, tmp_path: Path) -> None:
+    first = run("first", add_tokens=["<x>"])
+    second = run("second", adapter_name_or_path=str(first))
+    assert AutoTokenizer.from_pretrained(second).get_vocab()["<x>"] == len(tiny_tokenizer())
+    rows = [name for name in weights(second) if "trainable_tokens" in name]
+    assert len(rows) == 1
+    with pytest.raises(UsageError, match="1 tokens are new to the adapter"):
+        run("third", adapter_name_or_path=str(first), add_tokens=["<x>", "<y>"])
+
+
+def test_full_training_grows_the_model_by_added_tokens(run: Run) -> None:
+    tokens = [f"<{number}>" for number in range(8)]
+    out = run(train_mode="full", add_tokens=tokens)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert (
+        model.get_input_embeddings().weight.shape[0]
+        == len(tiny_tokenizer()) + 8
+        == len(AutoTokenizer.from_pretrained(out))
+    )
 
 
 def test_a_checkpoint_on_another_base_model_is_refused(run: Run, out: Path, tmp_path: Path) -> None:

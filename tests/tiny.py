@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from firefly.config import AdapterConfig
-from firefly.data.schema import IGNORE, Tokens
-from firefly.models.adapters import attach_adapter, lora_targets
+from firefly.data.examples import INDEX, ExampleCounts, index_entry
+from firefly.data.schema import IGNORE, Example, Segment, TokenPair, Tokens
+from firefly.models.adapters import attach_adapter, lora_parameters, lora_targets
 
 VOCABULARY = 264
 WINDOW = 8
@@ -66,6 +68,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen2Moe",
         EXPERTS | HALF_SLIDING | {"num_experts": 4, "use_sliding_window": True},
     ),
+    "qwen3_moe": ("Qwen3Moe", EXPERTS | {"num_experts": 4, "head_dim": 8, "decoder_sparse_step": 1}),
+    "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     "phimoe_window": ("Phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW}),
     "hunyuan_moe": ("HunYuanMoEV1", {"num_experts": 4, "moe_topk": 2, "head_dim": 8}),
     "deepseek_v3": (
@@ -123,18 +127,41 @@ def random_examples(*lengths: int, seed: int = 0) -> list[Tokens]:
     return [random_example(length, seed + number) for number, length in enumerate(lengths)]
 
 
+def apart(*borders: int) -> tuple[Segment, ...]:
+    """Segments between borders that do not see each other."""
+    return tuple(Segment(start, end) for start, end in pairwise(borders))
+
+
+def random_pair(prompt: int, chosen: int, rejected: int, seed: int) -> TokenPair:
+    """A random prompt and two answers of these lengths that differ from their first token on."""
+    generator = np.random.default_rng((seed, prompt, chosen, rejected))
+    ids = generator.integers(3, VOCABULARY, prompt + chosen + rejected).astype(np.int32)
+    if prompt + chosen < len(ids) and ids[prompt] == ids[prompt + chosen]:
+        ids[prompt] = 3 + (ids[prompt] - 2) % (VOCABULARY - 3)
+    labels = np.where(np.arange(len(ids)) < prompt, IGNORE, ids).astype(np.int32)
+    return TokenPair(ids, labels, prompt, chosen)
+
+
+def random_pairs(*shapes: tuple[int, int, int], seed: int = 0) -> list[TokenPair]:
+    return [random_pair(*shape, seed + number) for number, shape in enumerate(shapes)]
+
+
 class ListedExamples:
     """Examples in a list, where the product's lie in a memory-mapped file."""
 
-    def __init__(self, examples: Sequence[Tokens]) -> None:
+    def __init__(self, examples: Sequence[Example], sources: Sequence[int] = ()) -> None:
         self.examples = list(examples)
-        self.lengths = np.array([len(example.input_ids) for example in examples])
-        self.targets = np.array([example.num_targets for example in examples])
+        index = np.array([index_entry(example, 0) for example in examples], dtype=INDEX)
+        length, targets, prompt, chosen = (
+            index[name].astype(np.int64) for name in ("length", "targets", "prompt", "chosen_targets")
+        )
+        given = np.array(sources or [0] * len(self.examples))
+        self.counts = ExampleCounts(length, targets, length + prompt, prompt, chosen, given)
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> Tokens:
+    def __getitem__(self, index: int) -> Example:
         return self.examples[index]
 
 
@@ -180,8 +207,14 @@ def with_plain_lora(model: Any, dropout: float = 0.0) -> Any:
     """The same adapters under peft's own forward."""
     from peft import LoraConfig, get_peft_model
 
-    targets = lora_targets(model)
-    settings = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+    settings = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        lora_dropout=dropout,
+        target_modules=lora_targets(model),
+        target_parameters=lora_parameters(model) or None,
+        task_type="CAUSAL_LM",
+    )
     return randomise_adapters(get_peft_model(model, settings))
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -45,6 +45,7 @@ class ModelConfig:
     hub: str = key("hub", "huggingface", str, ("huggingface", "modelscope"))
     revision: str | None = key("model_revision", None, str)
     trust_remote_code: bool = key("trust_remote_code", False, bool)
+    add_tokens: tuple[str, ...] | None = key("add_tokens", None, list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,11 @@ class AdapterConfig:
     rank: int = key("lora_rank", 64, int, minimum=1)
     alpha: float = key("lora_alpha", 16, float, minimum=0)
     dropout: float = key("lora_dropout", 0.05, float, minimum=0, below=1)
+    use_rslora: bool = key("use_rslora", False, bool)
+    use_dora: bool = key("use_dora", False, bool)
+    target: str | tuple[str, ...] = key("lora_target", "all-linear", (str, list))
+    modules_to_save: str | tuple[str, ...] | None = key("modules_to_save", None, (str, list))
+    name_or_path: str | None = key("adapter_name_or_path", None, str)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,6 +362,7 @@ def _build(values: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
             training[name] = _checked_training(name, value, annotations[name])
     parts = {name: cls(**sections[name]) for name, cls in SECTIONS.items()}
     _check_together(parts["step"], parts["precision"], parts["data"], parts["evaluation"], training)
+    _check_names(parts["model"], parts["adapter"])
     # Held-out data is there to be used: without a strategy it is evaluated every `eval_steps`, else each epoch.
     if has_held_out(parts["data"]) and "eval_strategy" not in training:
         training["eval_strategy"] = "steps" if training.get("eval_steps") else "epoch"
@@ -405,6 +412,24 @@ def _check_together(
             raise UsageError("config.no_eval_file", key=name, value=json.dumps(training[name], default=str))
     if evaluation.patience is not None and not has_held_out(data):
         raise UsageError("config.no_eval_file", key="early_stopping_patience", value=evaluation.patience)
+
+
+def _check_names(model: ModelConfig, adapter: AdapterConfig) -> None:
+    if adapter.mode == "full" and adapter.name_or_path:
+        raise UsageError("adapter.with_full", value=adapter.name_or_path)
+    for name, value in (
+        ("lora_target", adapter.target),
+        ("modules_to_save", adapter.modules_to_save or ()),
+        ("add_tokens", model.add_tokens or ()),
+    ):
+        texts = names_in(value)
+        if any(not isinstance(text, str) or not text for text in texts) or (name == "lora_target" and not texts):
+            raise UsageError("config.bad_type", key=name, value=json.dumps(value), expected="a list of names")
+
+
+def names_in(value: str | Sequence[str]) -> list[str]:
+    """The names of a list, or of a text that separates them by commas."""
+    return [name for part in value.split(",") if (name := part.strip())] if isinstance(value, str) else list(value)
 
 
 def _checked(name: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
@@ -545,7 +570,11 @@ UNUSED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("task_type", "sft", (*PREFERENCE_KEYS, "document_attention")),
     ("task_type", "pretrain", (*PREFERENCE_KEYS, *CHAT_KEYS, "on_too_long")),
     ("task_type", "dpo", ("document_attention", "train_on")),
-    ("train_mode", "full", ("lora_rank", "lora_alpha", "lora_dropout")),
+    (
+        "train_mode",
+        "full",
+        ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_target", "modules_to_save"),
+    ),
 )
 
 

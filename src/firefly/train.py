@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from firefly.config import Config
+from firefly.config import AdapterConfig, Config, names_in
 from firefly.console import notice, stderr_console, take_notices
 from firefly.data.batching import ExampleList
 from firefly.data.blocks import Blocks
@@ -28,15 +28,18 @@ from firefly.data.examples import Examples
 from firefly.data.formats import TaskName
 from firefly.data.templates import bind_template, plain_template
 from firefly.errors import UsageError
+from firefly.inference.engine import tokenizer_source
 from firefly.messages import render
-from firefly.models.adapters import attach_adapter, count_parameters, transformers_model
+from firefly.models.adapters import adapter_settings, attach_adapter, count_parameters, transformers_model
 from firefly.models.attention import choose_layout
 from firefly.models.heads import install_target_head
 from firefly.models.loading import load_model, load_tokenizer, resolve_model
 from firefly.models.precision import Precision, pick_device, resolve_precision
+from firefly.models.tokens import add_tokens, fit_embeddings
 from firefly.objectives.preference import PREFERENCE_LOSSES
 from firefly.objectives.preference_trainer import PreferenceTrainer, disable_dropout
-from firefly.objectives.reference import AdapterOff, FrozenModel, Reference, Untrained
+from firefly.objectives.reference import AdapterOff, FrozenAdapter, FrozenModel, Reference, Untrained
+from firefly.objectives.router import quiet_routers
 from firefly.objectives.trainers import CausalTrainer, StepOptions, StepTrainer, training_arguments
 from firefly.reports.forecast import choose_budget, choose_checkpointing, forecast_memory
 from firefly.runs.checkpoints import (
@@ -50,7 +53,7 @@ from firefly.runs.checkpoints import (
 from firefly.runs.memory import keep_freed_memory
 from firefly.runs.metrics import Progress, RunRecorder, read_metrics
 from firefly.runs.overview import show_example, show_run
-from firefly.runs.passport import git_commit, hardware, package_versions, weights_hash, write_json
+from firefly.runs.passport import adapter_hash, git_commit, hardware, package_versions, weights_hash, write_json
 from firefly.runs.plots import draw_loss
 
 
@@ -84,7 +87,10 @@ def train(config: Config) -> Path:
     device = pick_device(bool(config.training.get("use_cpu")))
     precision = resolve_precision(config.precision, device)
     args = training_arguments(resolved_arguments(config, precision, device))
-    tokenizer = load_tokenizer(config.model)
+    if config.adapter.name_or_path:
+        adapter_settings(config.adapter.name_or_path)  # a wrong path is cheap to find now
+    tokenizer = load_tokenizer(config.model, tokenizer_source(config.model, config.adapter.name_or_path))
+    added = add_tokens(tokenizer, config.model.add_tokens)
     encoder = bind_encoder(config, tokenizer)
     # Before weights: faults of the data are cheap to find.
     data = load_split(config.data, encoder, config.task_type, config.model.hub)
@@ -98,7 +104,9 @@ def train(config: Config) -> Path:
     if task.chats:
         model.generation_config.eos_token_id = list(encoder.template.stop_ids)
         certificate = write_certificate(output_dir, encoder)
-    model = attach_adapter(model, config.adapter)
+    model = attach_adapter(model, config.adapter, fit_embeddings(model, tokenizer, added), config.given)
+    if quiet := quiet_routers(model):
+        notice("router.quiet", count=len(quiet))
     head = install_target_head(transformers_model(model))
     args, options = resolve_step(config, args, model, data.train, layout[0], device)
     base = weights_hash(resolve_model(config.model), getattr(transformers_model(model).config, "_commit_hash", None))
@@ -123,7 +131,7 @@ def train(config: Config) -> Path:
     )
     if isinstance(trainer, PreferenceTrainer) and config.preference.precompute_reference and trainer.reference:
         trainer.precompute_reference(
-            reference_parts(config, base, precision),
+            reference_parts(config, plan, precision),
             (data.train.fingerprint, data.held_out.fingerprint if data.held_out else None),
         )
     recorder = RunRecorder(output_dir, trainer.counts, started)
@@ -179,12 +187,14 @@ def make_reference(config: Config, model: Any, precision: Precision) -> Referenc
     if config.adapter.mode == "full":
         # With the log-probabilities computed beforehand the untrained model itself serves, and no copy is kept.
         return Untrained() if config.preference.precompute_reference else FrozenModel(model, precision.compute)
+    if config.adapter.name_or_path:
+        return Untrained() if config.preference.precompute_reference else FrozenAdapter(model)
     return AdapterOff()
 
 
-def reference_parts(config: Config, base: Mapping[str, Any], precision: Precision) -> list[Any]:
+def reference_parts(config: Config, plan: RunPlan, precision: Precision) -> list[Any]:
     """What the log-probabilities of a reference depend on, besides the examples."""
-    return [base, config.adapter.mode == "qlora", precision.name]
+    return [plan.base_weights, plan.add_tokens, plan.adapter, config.adapter.mode == "qlora", precision.name]
 
 
 def callbacks(config: Config, plan: RunPlan) -> list[Any]:
@@ -306,7 +316,22 @@ def run_plan(
         tokens_per_microbatch=options.tokens_per_microbatch,
         world_size=1,
         layout=options.layout,
+        add_tokens=list(config.model.add_tokens or ()),
+        **adapter_plan(config.adapter),
     )
+
+
+def adapter_plan(adapter: AdapterConfig) -> dict[str, Any]:
+    """The part of a plan that full training has no use for."""
+    if adapter.mode == "full":
+        return {}
+    return {
+        "use_rslora": adapter.use_rslora,
+        "use_dora": adapter.use_dora,
+        "lora_target": adapter.target if isinstance(adapter.target, str) else list(adapter.target),
+        "modules_to_save": names_in(adapter.modules_to_save or ()),
+        "adapter": adapter_hash(adapter.name_or_path) if adapter.name_or_path else None,
+    }
 
 
 def stored_budget(checkpoint: Path) -> int:

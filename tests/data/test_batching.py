@@ -10,38 +10,44 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firefly.data.batching import PlannedStep, StepPlan, keep_step, pack, plan_microbatches, step_loader
+from firefly.data.batching import (
+    PackedBatch,
+    PackedExamples,
+    PlannedStep,
+    StepPlan,
+    keep_step,
+    pack,
+    plan_microbatches,
+    step_loader,
+)
 from firefly.data.schema import IGNORE, Tokens
+from tiny import ListedExamples, apart
 
 lengths_of_examples = st.lists(st.integers(1, 50), min_size=1, max_size=30)
-
-
-class ListedExamples(list[Tokens]):
-    """Examples in memory, with the columns that a plan reads."""
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.array([len(tokens.input_ids) for tokens in self])
-
-    @property
-    def targets(self) -> np.ndarray:
-        return np.array([tokens.num_targets for tokens in self])
 
 
 def examples(count: int, seed: int = 0) -> ListedExamples:
     """Examples whose every token names its example: id = 100 × example + position."""
     random = np.random.default_rng(seed)
-    result = ListedExamples()
+    result = []
     for number in range(count):
         ids = (100 * number + np.arange(random.integers(2, 20))).astype(np.int32)
         trained = random.random(len(ids)) < 0.5
         trained[-1] = True
         result.append(Tokens(ids, np.where(trained, ids, IGNORE).astype(np.int32)))
-    return result
+    return ListedExamples(result)
 
 
 def plan_of(data: ListedExamples, examples_per_step: int = 4, budget: int = 40, **options: Any) -> StepPlan:
-    return StepPlan(data.lengths, data.targets, examples_per_step, budget, **options)
+    return StepPlan(data.counts, examples_per_step, budget, **options)
+
+
+def packed(data: ListedExamples) -> PackedExamples:
+    return PackedExamples(data, pack_chosen)
+
+
+def pack_chosen(_: Any, chosen: list[Any]) -> PackedBatch:
+    return pack(chosen)
 
 
 def rows(step: PlannedStep) -> list[int]:
@@ -58,7 +64,7 @@ def test_a_packed_batch_lays_examples_one_after_another_without_padding():
     batch = pack([first, second, third])
     assert batch.input_ids.tolist() == [[11, 12, 13, 21, 22, 31, 32, 33]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
-    assert batch.borders == (0, 3, 5, 8)
+    assert batch.segments == apart(0, 3, 5, 8)
     # 21 is the first token of its segment: the last token of the segment before must not be asked for it
     assert batch.targets.tolist() == [12, 13, 22, 33]
     assert batch.target_index.tolist() == [0, 1, 3, 6]
@@ -74,21 +80,23 @@ def test_a_packed_batch_lays_examples_one_after_another_without_padding():
 @given(st.integers(1, 12), st.integers(0, 5))
 def test_no_target_crosses_a_segment_and_each_is_the_next_token(count, seed):
     data = examples(count, seed)
-    batch = pack(data)
+    batch = pack(data.examples)
     ids, index = batch.input_ids[0], batch.target_index
-    assert ids.tolist() == [token for tokens in data for token in tokens.input_ids.tolist()]
+    assert ids.tolist() == [token for tokens in data.examples for token in tokens.input_ids.tolist()]
     assert torch.equal(ids[index + 1], batch.targets)
-    segment = torch.searchsorted(torch.tensor(batch.borders), index, right=True)
-    assert torch.equal(segment, torch.searchsorted(torch.tensor(batch.borders), index + 1, right=True))
-    assert len(batch.targets) == data.targets.sum()
-    assert batch.borders[-1] == len(ids) == batch.position_ids.shape[1]
+    starts = torch.tensor([segment.start for segment in batch.segments])
+    segment = torch.searchsorted(starts, index, right=True)
+    assert torch.equal(segment, torch.searchsorted(starts, index + 1, right=True))
+    assert len(batch.targets) == data.counts.targets.sum()
+    assert batch.segments[-1].end == len(ids) == batch.position_ids.shape[1]
 
 
 def test_a_batch_moves_whole_and_becomes_the_models_arguments():
-    batch = pack(examples(3)).to(torch.device("cpu"))
+    batch = pack(examples(3).examples).to(torch.device("cpu"))
     inputs = batch.model_inputs()
-    assert inputs["segment_borders"] == batch.borders
-    assert set(inputs) == {"input_ids", "position_ids", "segment_borders", "target_index", "targets"}
+    assert inputs["segments"] == batch.segments
+    assert set(inputs) == {"input_ids", "position_ids", "segments", "target_index", "targets"}
+    assert set(inputs) - set(batch.model_inputs(solo=True)) == {"segments"}
 
 
 # ---- microbatches ----
@@ -134,8 +142,8 @@ def test_a_step_holds_exactly_the_next_examples_of_the_seeded_order(count, per_s
     for number, step in enumerate(steps):
         expected = order[number * per_step : (number + 1) * per_step]
         assert rows(step) == sorted(expected)
-        assert step.targets == data.targets[expected].sum()
-        assert step.tokens == data.lengths[expected].sum()
+        assert step.totals.targets == data.counts.targets[expected].sum()
+        assert step.totals.tokens == data.counts.lengths[expected].sum()
 
 
 def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
@@ -160,7 +168,7 @@ def test_packing_budget_and_layout_change_no_step():
         for budget, solo in ((1, False), (40, False), (10**6, False), (40, True))
     ]
     for steps in zip(*plans, strict=True):
-        assert len({(tuple(rows(step)), step.targets, step.tokens) for step in steps}) == 1
+        assert len({(tuple(rows(step)), step.totals) for step in steps}) == 1
     assert all(len(step.microbatches) == 1 for step in plans[2])
     for solo in (plans[0], plans[3]):
         assert all(len(microbatch) == 1 for step in solo for microbatch in step.microbatches)
@@ -181,22 +189,22 @@ def test_an_epochs_last_step_is_smaller_unless_it_is_dropped():
 def test_the_loader_yields_whole_packed_steps_in_the_plans_order(workers):
     data = examples(11)
     plan = plan_of(data, 4, 30, seed=3)
-    loader = step_loader(data, plan, num_workers=workers)  # type: ignore[arg-type]
+    loader = step_loader(packed(data), plan, num_workers=workers)
     planned = list(plan)
     assert len(loader) == len(planned) == 3
     for step, expected in zip(loader, planned, strict=True):
-        assert (step.targets, step.tokens) == (expected.targets, expected.tokens)
-        assert step.targets == sum(len(batch.targets) for batch in step.microbatches)
-        assert step.tokens == sum(batch.input_ids.numel() for batch in step.microbatches)
+        assert step.totals == expected.totals
+        assert step.totals.targets == sum(len(batch.targets) for batch in step.microbatches)
+        assert step.totals.tokens == sum(batch.input_ids.numel() for batch in step.microbatches)
         for batch, members in zip(step.microbatches, expected.microbatches, strict=True):
-            starts = batch.input_ids[0, list(batch.borders[:-1])].tolist()
+            starts = batch.input_ids[0, [segment.start for segment in batch.segments]].tolist()
             assert starts == [100 * row for row in members]
 
 
 def test_the_loader_passes_the_epoch_on_and_leaves_the_training_seed_alone():
     data = examples(12)
     plan = plan_of(data, 4, seed=3)
-    loader = step_loader(data, plan)  # type: ignore[arg-type]
+    loader = step_loader(packed(data), plan)
     torch.manual_seed(7)
     before = torch.get_rng_state()
     first = [step.microbatches[0].input_ids.tolist() for step in loader]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from firefly.cli import main
@@ -15,7 +16,7 @@ from firefly.config import ModelConfig, load_config
 from firefly.errors import UsageError, VerificationError
 from firefly.export import merge as merging
 from firefly.export.merge import merge, round_unbiased
-from firefly.inference.engine import load_adapter
+from firefly.models.adapters import load_adapter
 from firefly.train import train
 from tiny import save_tiny_model, write_rows
 
@@ -131,3 +132,170 @@ def test_unbiased_rounding_keeps_updates_that_rounding_to_nearest_would_lose(dty
 def test_unbiased_rounding_leaves_numbers_of_the_type_alone() -> None:
     numbers = torch.randn(10_000, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert torch.equal(round_unbiased(numbers.float(), torch.bfloat16, torch.Generator().manual_seed(1)), numbers)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA and a QLoRA run on a tiny mixture of experts."""
+    folder = tmp_path_factory.mktemp("mixture")
+    save_tiny_model(folder / "model", "deepseek_v3")
+    write_rows(folder / "train.jsonl", 8)
+    for mode in ("lora", "qlora"):
+        settings: dict[str, Any] = {
+            "model_name_or_path": str(folder / "model"),
+            "train_file": str(folder / "train.jsonl"),
+            "output_dir": str(folder / mode),
+            "template_name": "default",
+            "train_mode": mode,
+            "lora_rank": 4,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 0.02,
+            "max_steps": 3,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "bf16": False,
+        }
+        train(load_config(settings))
+    return folder
+
+
+@pytest.mark.parametrize(("mode", "onto"), [("lora", "original"), ("qlora", "original"), ("qlora", "dequantized")])
+def test_a_mixture_of_experts_merges_with_all_its_adapters(mixture: Path, tmp_path: Path, mode: str, onto: str) -> None:
+    merged = merge(ModelConfig(), str(mixture / mode), str(tmp_path / "merged"), onto=onto)
+    before = AutoModelForCausalLM.from_pretrained(mixture / "model").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(merged).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {"model.layers.1.mlp.experts.gate_up_proj", "model.layers.2.mlp.experts.down_proj"} <= changed
+    assert {"model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.shared_experts.down_proj.weight"} <= changed
+    assert not [name for name in changed if "norm" in name or ".gate." in name or "embed" in name or "lm_head" in name]
+
+
+def test_a_merge_of_bf16_experts_rounds_once_and_without_bias() -> None:
+    torch.manual_seed(1)  # not the merge's own seed, whose draws would depend on these weights
+    weight = torch.nn.Parameter((0.1 * torch.randn(4, 64, 32)).bfloat16(), requires_grad=False)
+    experts = torch.nn.Module()
+    experts.register_parameter("down_proj", weight)
+    before = weight.float()
+    model = get_peft_model(
+        torch.nn.ModuleDict({"experts": experts}), LoraConfig(target_parameters=["experts.down_proj"])
+    )
+    layer: Any
+    (layer,) = [module for module in model.modules() if hasattr(module, "lora_A")]
+    for factor in (layer.lora_A, layer.lora_B):
+        factor["default"].to(torch.float32)
+        torch.nn.init.normal_(factor["default"].weight, std=0.003)
+    delta = layer.scaling["default"] * torch.einsum(
+        "ore,eri->eoi",
+        layer.lora_B["default"].weight.view(64, -1, 4),
+        layer.lora_A["default"].weight.view(4, -1, 32),
+    )
+    merging.merge_layers(model)
+    found = weight.float() - before
+    assert (found == 0).float().mean() > 0.5  # most updates are far below the last digit
+    assert ((found * delta).sum() / delta.square().sum()).item() == pytest.approx(1, abs=0.15)
+
+
+# ---- what an adapter may be besides plain LoRA ----
+
+KINDS: dict[str, dict[str, Any]] = {
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True, "use_rslora": True},
+    "saved": {"modules_to_save": ["lm_head", "norm"]},
+    "head": {"lora_target": "q_proj,lm_head"},
+    "embedding": {"lora_target": ["q_proj", "embed_tokens"]},
+    "dora head": {"lora_target": "q_proj,lm_head", "use_dora": True},
+    "tokens": {"add_tokens": ["<|tool|>", "<|call|>"]},
+    "whole tokens": {"add_tokens": ["<|tool|>", "<|call|>"], "modules_to_save": "embed_tokens,lm_head"},
+}
+TOOL_ROWS = 6
+
+
+def tool_rows(path: Path) -> Path:
+    """Conversations that write the added tokens."""
+    rows = [{"conversation": [{"human": f"<|tool|> {n}", "assistant": f"<|call|> {n}"}]} for n in range(TOOL_ROWS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def trained(folder: Path, kind: str, name: str, **changes: Any) -> Path:
+    """A short run of this kind; the weights of the base and of the run are in `folder`."""
+    save_tiny_model(folder / "model", name)
+    settings: dict[str, Any] = {
+        "model_name_or_path": str(folder / "model"),
+        "train_file": str(tool_rows(folder / "train.jsonl")),
+        "output_dir": str(folder / "run"),
+        "template_name": "default",
+        "train_mode": "lora",
+        "allow_special_in_content": True,
+        "lora_rank": 4,
+        "lora_dropout": 0,
+        "per_device_train_batch_size": 6,
+        "learning_rate": 0.02,
+        "max_steps": 3,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+    }
+    return train(load_config(settings | KINDS[kind] | changes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(kind, name) for kind in KINDS for name in ("llama", "llama_tied") if (kind, name) != ("dora head", "llama_tied")],
+)
+def test_every_kind_of_adapter_is_served_and_merged_as_it_was_trained(kind: str, name: str, tmp_path: Path) -> None:
+    run = trained(tmp_path, kind, name)
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    ids = tokenizer.encode("a <|tool|> b <|call|> c")
+    assert ("tokens" in kind) == (max(ids) >= len(AutoTokenizer.from_pretrained(tmp_path / "model")))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    untrained = logits(base, [5, 9, 20])
+    served = load_adapter(base, str(run)).eval()
+    assert (logits(served, [5, 9, 20])[..., : untrained.shape[-1]] - untrained).abs().max() > 1e-2
+    merged = merge(ModelConfig(), str(run), str(tmp_path / "merged"))
+    found = AutoModelForCausalLM.from_pretrained(merged)
+    torch.testing.assert_close(logits(found, ids), logits(served, ids), atol=1e-4, rtol=0)
+    shared = found.get_input_embeddings().weight is found.get_output_embeddings().weight
+    assert shared == (name == "llama_tied" and kind not in ("head", "embedding"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_merges_in_16_bits(kind: str, tmp_path: Path) -> None:
+    merged = merge(ModelConfig(), str(trained(tmp_path, kind, "llama")), str(tmp_path / "merged"), dtype="bfloat16")
+    assert json.loads((merged / "merge_report.json").read_text())["passed"]
+    assert AutoModelForCausalLM.from_pretrained(merged).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["dora", "tokens", "saved"])
+@pytest.mark.parametrize("onto", ["original", "dequantized"])
+def test_every_kind_of_adapter_merges_after_4_bit_training(kind: str, onto: str, tmp_path: Path) -> None:
+    run = trained(tmp_path, kind, "llama", train_mode="qlora")
+    merged = merge(ModelConfig(), str(run), str(tmp_path / "merged"), onto=onto)
+    assert json.loads((merged / "merge_report.json").read_text())["passed"]
+
+
+def test_added_tokens_are_trained_and_only_they(tmp_path: Path) -> None:
+    run = trained(tmp_path, "tokens", "llama")
+    merged = AutoModelForCausalLM.from_pretrained(merge(ModelConfig(), str(run), str(tmp_path / "merged")))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    rows = [tokenizer.convert_tokens_to_ids(token) for token in KINDS["tokens"]["add_tokens"]]
+    for one, other in (
+        (base.get_input_embeddings().weight, merged.get_input_embeddings().weight),
+        (base.get_output_embeddings().weight, merged.get_output_embeddings().weight),
+    ):
+        old = [row for row in range(len(one)) if row not in rows]
+        torch.testing.assert_close(other[old], one[old], rtol=0, atol=0)
+        mean = one[: len(AutoTokenizer.from_pretrained(tmp_path / "model"))].mean(0)
+        assert (other[rows] - mean).abs().amax(-1).min() > 1e-3
+    assert (other[rows[0]] - other[rows[1]]).abs().max() > 1e-3
+
+
+def test_a_merged_dora_layer_has_the_trained_lengths() -> None:
+    direction, magnitude = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)), torch.linspace(0.1, 2, 64)
+    merged = merging.with_magnitude(direction, magnitude, transposed=False)
+    torch.testing.assert_close(merged.norm(dim=1), magnitude)
+    torch.testing.assert_close(torch.cosine_similarity(merged, direction), torch.ones(64))
+    torch.testing.assert_close(merging.with_magnitude(direction.T, magnitude, transposed=True), merged.T)

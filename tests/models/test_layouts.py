@@ -19,6 +19,7 @@ from firefly.models.kernels.segment_attention import attend
 from tiny import (
     ARCHITECTURES,
     WINDOW,
+    apart,
     assert_same,
     gradients,
     random_examples,
@@ -57,11 +58,11 @@ def test_packed_hidden_states_and_logits_are_those_of_each_example_alone(name: s
     own = copy.deepcopy(model)
     assert choose_layout(model) == ("segments", "")
     inputs = packed_inputs(random_examples(*LENGTHS))
-    shared = {key: inputs[key] for key in ("input_ids", "position_ids", "segment_borders")}
+    shared = {key: inputs[key] for key in ("input_ids", "position_ids", "segments")}
     with torch.no_grad():
         states = model.base_model(**shared, use_cache=False).last_hidden_state[0]
         logits = model(**shared, use_cache=False).logits[0]
-        for start, end in zip(inputs["segment_borders"], inputs["segment_borders"][1:], strict=False):
+        for start, end, *_ in inputs["segments"]:
             ids = inputs["input_ids"][:, start:end]
             alone = {
                 "states": own.base_model(ids, use_cache=False).last_hidden_state[0],
@@ -148,9 +149,7 @@ def test_architectures_that_cannot_be_packed_run_solo_with_a_reason_and_their_ow
     install_target_head(model)
     examples = random_examples(20, 5)
     for example in examples:
-        inputs = packed_inputs([example])
-        del inputs["segment_borders"]
-        loss = model(**inputs)["loss"]
+        loss = model(**pack([example]).model_inputs(solo=True))["loss"]
         loss.backward()
         expected = alone_loss(own, example)
         expected.backward()
@@ -158,18 +157,18 @@ def test_architectures_that_cannot_be_packed_run_solo_with_a_reason_and_their_ow
     assert_same(gradients(model), gradients(own), 1e-5)
 
 
-def leaking(query: Tensor, key: Tensor, value: Tensor, borders: tuple[int, ...], *rest: Any) -> Tensor:
-    return attend(query, key, value, (0, query.shape[1]), *rest)
+def leaking(query: Tensor, key: Tensor, value: Tensor, segments: Any, *rest: Any) -> Tensor:
+    return attend(query, key, value, apart(0, query.shape[1]), *rest)
 
 
 def windowless(
-    query: Tensor, key: Tensor, value: Tensor, borders: Any, scale: float, window: Any, *rest: Any
+    query: Tensor, key: Tensor, value: Tensor, segments: Any, scale: float, window: Any, *rest: Any
 ) -> Tensor:
-    return attend(query, key, value, borders, scale, None, *rest)
+    return attend(query, key, value, segments, scale, None, *rest)
 
 
-def misscaled(query: Tensor, key: Tensor, value: Tensor, borders: Any, scale: float, *rest: Any) -> Tensor:
-    return attend(query, key, value, borders, 1.02 * scale, *rest)
+def misscaled(query: Tensor, key: Tensor, value: Tensor, segments: Any, scale: float, *rest: Any) -> Tensor:
+    return attend(query, key, value, segments, 1.02 * scale, *rest)
 
 
 @pytest.mark.parametrize(
@@ -196,31 +195,31 @@ def test_the_probe_refuses_an_attention_that_leaks_or_is_another(
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-def test_the_probe_refuses_a_model_of_which_one_layer_ignores_the_borders(layer: int) -> None:
+def test_the_probe_refuses_a_model_of_which_one_layer_ignores_the_segments(layer: int) -> None:
     model = tiny_model("llama")
     inner = model.model.layers[layer].self_attn
     original = inner.forward
 
     def one_segment(*args: Any, **kwargs: Any) -> Any:
-        kwargs["segment_borders"] = (0, args[0].shape[1] if args else kwargs["hidden_states"].shape[1])
+        kwargs["segments"] = apart(0, args[0].shape[1] if args else kwargs["hidden_states"].shape[1])
         return original(*args, **kwargs)
 
     inner.forward = one_segment
     assert choose_layout(model) == ("solo", "a segment sees its neighbour")
 
 
-def test_the_probe_refuses_a_model_that_drops_the_borders_on_the_way() -> None:
+def test_the_probe_refuses_a_model_that_drops_the_segments_on_the_way() -> None:
     model = tiny_model("llama")
     inner = model.model.layers[1].self_attn
     original = inner.forward
 
-    def without_borders(*args: Any, segment_borders: Any = None, **kwargs: Any) -> Any:
+    def without_segments(*args: Any, segments: Any = None, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
 
-    inner.forward = without_borders
+    inner.forward = without_segments
     layout, reason = choose_layout(model)
     assert layout == "solo"
-    assert "segment_borders" in reason
+    assert "pass on segments" in reason
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_window", "gemma2", "cohere"])

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from firefly.data.schema import Segment
 from firefly.models.kernels import segment_attention
 from firefly.models.kernels.segment_attention import BLOCK, GEMM_LONGEST, attend
+from tiny import apart
 
+END = 60 + BLOCK + BLOCK + 9
+SEGMENTS = (
+    *apart(0, 1, 8, 17, 18, 60, 60 + BLOCK, END),
+    # Two pairs: an answer behind the beginning of the segment before it.
+    *(Segment(END, END + 50), Segment(END + 50, END + 70, END, END + 30)),
+    *(Segment(END + 70, END + BLOCK), Segment(END + BLOCK, END + 2 * BLOCK + 5, END + 70, END + 71)),
+)
 KERNELS = ["_gemm", "_sdpa", "_plain"]
 
 
@@ -19,7 +28,7 @@ def naive(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    borders: tuple[int, ...],
+    segments: Sequence[Segment],
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
@@ -31,9 +40,12 @@ def naive(
         key.double().repeat_interleave(groups, 0),
         value.double().repeat_interleave(groups, 0),
     )
-    segment = torch.cat([torch.full((b - a,), n) for n, (a, b) in enumerate(itertools.pairwise(borders))])
-    distance = torch.arange(len(segment))[:, None] - torch.arange(len(segment))
-    visible = (segment[:, None] == segment) & (distance >= 0) & (distance < (window or len(segment)))
+    tokens = query.shape[1]
+    visible = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for start, end, prefix_start, prefix_end in segments:
+        seen = [*range(prefix_start, prefix_end), *range(start, end)]
+        for number, token in enumerate(range(start, end), prefix_end - prefix_start):
+            visible[token, seen[max(0, number + 1 - (window or tokens)) : number + 1]] = True
     scores = query @ key.transpose(1, 2) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
@@ -76,52 +88,51 @@ def test_a_kernel_gives_the_outputs_and_gradients_of_a_masked_softmax(
     kernel: str, window: int | None, heads: int, key_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_kernel(monkeypatch, kernel)
-    borders = (0, 1, 8, 17, 18, 60, 60 + BLOCK, 60 + BLOCK + BLOCK + 9)
-    inputs = random_heads(heads, key_heads, borders[-1])
-    found = outputs_and_gradients(attend, inputs, borders, 0.3, window)
-    expected = outputs_and_gradients(naive, inputs, borders, 0.3, window)
+    inputs = random_heads(heads, key_heads, SEGMENTS[-1].end)
+    found = outputs_and_gradients(attend, inputs, SEGMENTS, 0.3, window)
+    expected = outputs_and_gradients(naive, inputs, SEGMENTS, 0.3, window)
     assert_matches(found, expected, 1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 5, 400])
 def test_soft_caps_bend_the_scores_before_the_softmax(window: int | None) -> None:
-    borders = (0, 3, 40, 40 + BLOCK + 5)
-    inputs = random_heads(4, 2, borders[-1])
-    found = outputs_and_gradients(attend, inputs, borders, 0.5, window, 1.5)
-    assert_matches(found, outputs_and_gradients(naive, inputs, borders, 0.5, window, 1.5), 1e-5)
-    uncapped = naive(*inputs, borders, 0.5, window)
+    segments = SEGMENTS
+    inputs = random_heads(4, 2, segments[-1].end)
+    found = outputs_and_gradients(attend, inputs, segments, 0.5, window, 1.5)
+    assert_matches(found, outputs_and_gradients(naive, inputs, segments, 0.5, window, 1.5), 1e-5)
+    uncapped = naive(*inputs, segments, 0.5, window)
     assert (found[0] - uncapped).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 30])
 def test_whatever_is_picked_by_itself_is_the_same_attention(dtype: torch.dtype, window: int | None) -> None:
-    borders = (0, 100, 100 + GEMM_LONGEST + 10)
-    inputs = random_heads(2, 1, borders[-1], dtype=dtype)
-    found = outputs_and_gradients(attend, inputs, borders, 0.35, window)
-    expected = outputs_and_gradients(naive, inputs, borders, 0.35, window)
+    segments = (*apart(0, 100, 100 + GEMM_LONGEST + 10), Segment(110 + GEMM_LONGEST, 150 + GEMM_LONGEST, 0, 60))
+    inputs = random_heads(2, 1, segments[-1].end, dtype=dtype)
+    found = outputs_and_gradients(attend, inputs, segments, 0.35, window)
+    expected = outputs_and_gradients(naive, inputs, segments, 0.35, window)
     assert_matches(found, expected, 1e-5 if dtype == torch.float32 else 3e-2)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_kernel_in_bf16_stays_near_float64(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use_kernel(monkeypatch, kernel)
-    borders = (0, 7, 50, 50 + BLOCK + 30)
+    segments = SEGMENTS
     for window in (None, 16):
-        inputs = random_heads(4, 2, borders[-1], dtype=torch.bfloat16)
-        found = outputs_and_gradients(attend, inputs, borders, 0.35, window)
+        inputs = random_heads(4, 2, segments[-1].end, dtype=torch.bfloat16)
+        found = outputs_and_gradients(attend, inputs, segments, 0.35, window)
         assert all(x.dtype == torch.bfloat16 for x in found)
-        assert_matches(found, outputs_and_gradients(naive, inputs, borders, 0.35, window), 3e-2)
+        assert_matches(found, outputs_and_gradients(naive, inputs, segments, 0.35, window), 3e-2)
 
 
 def test_a_segment_is_blind_to_every_other_one() -> None:
-    borders = (0, 9, 20, 31)
+    segments = apart(0, 9, 20, 31)
     query, key, value = random_heads(4, 2, 31)
-    before = attend(query, key, value, borders, 0.3)
+    before = attend(query, key, value, segments, 0.3)
     with torch.no_grad():
         for x in (query, key, value):
             x[:, 9:20] += 5
-    after = attend(query, key, value, borders, 0.3)
+    after = attend(query, key, value, segments, 0.3)
     assert torch.equal(before[:, :9], after[:, :9])
     assert torch.equal(before[:, 20:], after[:, 20:])
     assert not torch.allclose(before[:, 9:20], after[:, 9:20])
@@ -132,6 +143,6 @@ def test_dropout_zeroes_a_share_of_the_probabilities_and_keeps_their_sum_on_aver
     query, key, _ = random_heads(2, 2, length)
     value = torch.ones(2, length, 1)
     torch.manual_seed(0)
-    dropped = attend(query, key, value, (0, length), 0.3, dropout=0.5)
+    dropped = attend(query, key, value, apart(0, length), 0.3, dropout=0.5)
     assert dropped.std() > 0.1
     assert dropped.mean().item() == pytest.approx(1, abs=0.1)

@@ -95,10 +95,33 @@ def test_a_step_has_the_loss_and_gradients_of_one_padded_batch(name: str, mode: 
     model, layout, own = prepare(name, mode)
     loss, found, count = one_step(make_trainer(model, tmp_path, EIGHT, budget=64, layout=layout, mode=mode))
     assert count > 1
-    expected = padded_loss(own, EIGHT)
+    expected = padded_loss(own, EIGHT) + balance_loss(own, EIGHT)
     expected.backward()
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
     assert_same(found, gradients(own), 2e-5)
+
+
+def balance_loss(model: Any, examples: list[Tokens]) -> Tensor:
+    """transformers' router loss over all tokens that are no padding, times its coefficient; 0 without experts."""
+    inner = transformers_model(model)
+    coefficient = getattr(inner, "router_aux_loss_coef", None)
+    if not coefficient:
+        return torch.zeros(())
+    batch = padded_batch(examples)
+    batch.pop("labels")
+    return coefficient * model(**batch, use_cache=False, output_router_logits=True).aux_loss
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_the_router_loss_is_the_whole_steps_however_it_is_cut(name: str, tmp_path: Path) -> None:
+    model, layout, own = prepare(name, "full")
+    assert balance_loss(own, EIGHT) > 1e-4
+    expected = padded_loss(own, EIGHT) + balance_loss(own, EIGHT)
+    expected.backward()
+    for budget in (ONE_EACH, 70, ALL_IN_ONE):
+        loss, found, _ = one_step(make_trainer(model, tmp_path, EIGHT, budget, layout=layout))
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
+        assert_same(found, gradients(own), 2e-5)
 
 
 def test_the_reference_is_what_transformers_calls_the_loss() -> None:

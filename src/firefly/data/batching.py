@@ -84,6 +84,18 @@ class PackedBatch:
         """The batch on `device`; copies from pinned memory do not wait."""
         return moved(self, device)
 
+    @property
+    def rows(self) -> tuple[PackedBatch, ...]:
+        """What the model is called with: this one row."""
+        return (self,)
+
+    def weights(self) -> Tensor:
+        """How many examples' sides each token belongs to, fp32 (tokens,): the prompt of a pair counts for both."""
+        weights = torch.ones(self.input_ids.shape[1], device=self.input_ids.device)
+        for segment in self.segments:
+            weights[segment.prefix_start : segment.prefix_end] += 1
+        return weights
+
     def model_inputs(self, solo: bool = False) -> dict[str, Any]:
         """Keyword arguments of a model prepared by `models.heads` and, unless `solo`, `models.attention`."""
         inputs = {

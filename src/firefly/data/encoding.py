@@ -117,8 +117,10 @@ class Encoder:
         return self.encode_rendered([Rendered(text, ())])[0].input_ids.tolist()
 
     def encode_documents(self, texts: Sequence[str]) -> list[Tokens]:
-        """Ids of protected plain texts, special tokens at their borders as the tokenizer adds them, and EOS; every token
-        is a target. An empty text has no tokens."""
+        """Ids of protected plain texts, special tokens at their borders as the tokenizer adds them, and EOS at the end.
+
+        Every token is a target; an empty text has none.
+        """
         return [self._end_document(ids) for ids in self._encode_texts(texts)]
 
     def protect_document(self, text: str) -> str:
@@ -149,8 +151,8 @@ class Encoder:
                 ids[i] = []
             elif i not in ids:
                 aliased = self._alias(Rendered(text, ()))
-                body = self._aliased_tokenizer.encode(aliased.text, add_special_tokens=False).ids
-                ids[i] = self.tokenizer.build_inputs_with_special_tokens(body)
+                body = self._aliased_tokenizer.encode(aliased.text, add_special_tokens=False)
+                ids[i] = (body if backend.post_processor is None else backend.post_processor.process(body)).ids
         return [ids[i] for i in range(len(protected))]
 
     def _protect(self, conversation: Conversation) -> Conversation:

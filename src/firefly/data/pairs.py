@@ -1,4 +1,4 @@
-"""Preference pairs to tokens: both answers behind one prompt, and a prompt that is too long cut where it hurts least."""
+"""Preference pairs to tokens: both answers behind one prompt; a prompt that is too long is cut where it hurts least."""
 
 from __future__ import annotations
 

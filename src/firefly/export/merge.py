@@ -33,7 +33,10 @@ from firefly.data.encoding import Encoder
 from firefly.data.schema import Message
 from firefly.data.templates import TemplateFailure, bind_template
 from firefly.errors import UsageError, VerificationError
-from firefly.inference.engine import base_of_adapter, load_adapter, recorded_config, tokenizer_source
+from firefly.inference.engine import base_of_adapter, recorded_config, tokenizer_source
+from firefly.models.adapters import is_tied, load_adapter, trained_rows
+from firefly.models.experts import dequantise_experts
+from firefly.models.kernels.expert_linear import expert_factors
 from firefly.models.kernels.lora_linear import dense
 from firefly.models.loading import hub_options, load_model, load_tokenizer, resolve_model
 from firefly.models.precision import Precision, pick_device
@@ -108,6 +111,8 @@ def merge(
     tokenizer = load_tokenizer(model, tokenizer_source(model, adapter))
     certificate = check_template(tokenizer, adapter, force)
     prompts = encode_prompts(tokenizer)
+    if rows := trained_rows(adapter):  # the fixed prompts know nothing of added tokens
+        prompts.append(sorted(rows))
     trained = load_adapter(load_base(model, weights, onto), adapter).eval()
     expected = all_logits(trained, prompts)
     save_merged(trained, tokenizer, target)
@@ -184,6 +189,7 @@ def dequantised(model: Any, dtype: torch.dtype) -> Any:
         plain.bias = module.bias
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, plain)
+    dequantise_experts(model, dtype)
     del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = model.is_loaded_in_4bit = False
@@ -192,8 +198,11 @@ def dequantised(model: Any, dtype: torch.dtype) -> Any:
 
 def save_merged(trained: Any, tokenizer: Any, target: Path) -> None:
     """Merge in place and write weights, tokenizer, chat template and stop tokens."""
+    untie_where_adapted(trained)
     merge_layers(trained)
     merged = trained.unload()
+    if not is_tied(merged):  # an adapter trained one of the two, or a copy of each
+        merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False
     if tokenizer.chat_template:
         stops = bind_template("auto", tokenizer, eos_ids=_ids(merged.generation_config.eos_token_id)).stop_ids
         merged.generation_config.eos_token_id = list(stops)
@@ -206,22 +215,72 @@ def save_merged(trained: Any, tokenizer: Any, target: Path) -> None:
 def merge_layers(model: Any, seed: int = 0) -> None:
     """Add every layer's adapter to its weight, in fp32, rounded once; the same seed gives the same weights.
 
+    Trained rows of an embedding or head replace the base's.
+
     Raises:
         VerificationError: a sum is not finite.
     """
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
 
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer):
+            module.merge(safe_merge=True)
     generator = torch.Generator().manual_seed(seed)
     layers: list[tuple[str, Any]] = [item for item in model.named_modules() if isinstance(item[1], LoraLayer)]
     for name, layer in layers:
-        if any(getattr(layer, "lora_variant", {}).values()) or len(layer.active_adapters) != 1:
-            layer.merge(safe_merge=True)  # peft knows its variants (DoRA, …)
+        name_of = layer.active_adapters[0] if len(layer.active_adapters) == 1 else ""
+        variant = type(getattr(layer, "lora_variant", {}).get(name_of)).__name__
+        if not name_of or variant not in ("NoneType", "DoraLinearVariant"):
+            layer.merge(safe_merge=True)  # peft knows its other variants
             continue
-        weight = layer.get_base_layer().weight
-        total = weight.float() + layer.get_delta_weight(layer.active_adapters[0]).float()
-        if not torch.isfinite(total).all():
-            raise VerificationError("merge.not_finite", layer=name)
-        weight.data = round_unbiased(total, weight.dtype, generator)
+        for weight, delta in weights_and_deltas(layer):
+            total = weight.float() + delta
+            if variant == "DoraLinearVariant":
+                magnitude = layer.lora_magnitude_vector[name_of].weight.float()
+                total = with_magnitude(total, magnitude, layer.fan_in_fan_out)
+            if not torch.isfinite(total).all():
+                raise VerificationError("merge.not_finite", layer=name)
+            weight.copy_(round_unbiased(total, weight.dtype, generator))
+
+
+def weights_and_deltas(layer: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """A layer's weight and what its adapter adds to it, in fp32; for stacked experts one after the other."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    if isinstance(layer, ParamWrapper):
+        stack = layer.get_param().data
+        a, b, scale = expert_factors(layer)
+        for weight, low, high in zip(stack if stack.dim() == 3 else stack[None], a, b, strict=True):
+            delta = scale * (high.float() @ low.float())
+            # A stack (in, out) whose module says so; peft takes every other one for (out, in).
+            yield weight, delta.T if getattr(layer.get_base_layer(), "is_transposed", False) else delta
+        return
+    yield layer.get_base_layer().weight.data, layer.get_delta_weight(layer.active_adapters[0]).float()
+
+
+def with_magnitude(direction: Tensor, magnitude: Tensor, transposed: bool) -> Tensor:
+    """DoRA, equation 5 of arXiv:2402.09353: every output's weights scaled to its trained length.
+
+    Args:
+        direction: base weight plus update, (out, in), or (in, out) if `transposed`.
+        magnitude: (out,).
+    """
+    dim = 0 if transposed else 1
+    return direction * (magnitude / direction.norm(dim=dim)).unsqueeze(dim)
+
+
+def untie_where_adapted(model: Any) -> None:
+    """Give the head a weight of its own where an adapter lies on it or on a tied embedding: the sums differ."""
+    from peft.tuners.lora import LoraLayer
+
+    base = model.get_base_model()
+    if not is_tied(base):
+        return
+    if any(isinstance(end, LoraLayer) for end in (base.get_input_embeddings(), base.get_output_embeddings())):
+        head: Any = base.get_output_embeddings()
+        plain: Any = head.get_base_layer() if isinstance(head, LoraLayer) else head
+        plain.weight = nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
 
 
 def round_unbiased(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -18,6 +18,7 @@ from firefly.data.encoding import Encoder
 from firefly.data.schema import Message
 from firefly.data.templates import bind_template
 from firefly.errors import UsageError
+from firefly.models.adapters import load_adapter
 from firefly.models.loading import load_model, load_tokenizer, resolve_model
 from firefly.models.precision import pick_device, resolve_precision
 
@@ -185,24 +186,6 @@ def recorded_config(adapter: str) -> dict[str, Any]:
         if (place / "run.json").is_file():
             return json.loads((place / "run.json").read_text(encoding="utf-8"))["config"]
     return {}
-
-
-def load_adapter(base: Any, adapter: str) -> Any:
-    """Wrap `base` with a saved adapter.
-
-    Raises:
-        UsageError: the adapter's layers or shapes are not the base's.
-    """
-    from peft import PeftModel
-
-    folder = str(Path(adapter).expanduser())
-    try:
-        return PeftModel.from_pretrained(base, folder)
-    except (RuntimeError, ValueError, KeyError) as error:
-        problem = str(error).strip().splitlines()
-        raise UsageError(
-            "model.adapter_mismatch", path=adapter, base=base.config.name_or_path, problem=" ".join(problem[:3])
-        ) from error
 
 
 def tokenizer_source(model: ModelConfig, adapter: str | None) -> str:

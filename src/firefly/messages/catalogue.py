@@ -144,6 +144,11 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "label_smoothing has no effect with preference_loss {loss}; robust, simpo and cpo use it.",
         "label_smoothing 在 preference_loss {loss} 下不起作用；robust、simpo 和 cpo 会用到它。",
     ),
+    "router.quiet": (
+        "{count} routers choose without the random noise that their architecture adds in training, so that a step does "
+        "not depend on how it is packed.",
+        "{count} 个路由器在训练时不加入架构自带的随机噪声，使训练步不随打包方式而变。",
+    ),
     # precision
     "precision.fp16_to_bf16": (
         "fp16 was asked for; this hardware has bf16, which needs no loss scaling and is used instead.",
@@ -214,9 +219,78 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "the tokenizer {name} has no fast implementation, which this version needs for exact labels.",
         "分词器 {name} 没有 fast 实现；此版本需要它来得到精确的标签。",
     ),
-    "adapter.beside_experts": (
-        "{count} dense layers beside experts ({names}) get no adapter in this version: peft would adapt the experts.",
-        "此版本不为专家旁的 {count} 个稠密层（{names}）添加适配器：peft 会将其误认为专家。",
+    "adapter.dora_experts": (
+        "use_dora has no form for what is adapted by its parameter here ({names}). Set it to false, or name other "
+        "layers in lora_target.",
+        "use_dora 不适用于此处按参数适配的部分（{names}）；请设为 false，或在 lora_target 中指定其他层。",
+    ),
+    "adapter.experts_no_dropout": (
+        "lora_dropout does not apply to {count} stacks of experts: the way they compute leaves no place for it.",
+        "lora_dropout 不作用于 {count} 组专家权重：其计算方式无法使用 dropout。",
+    ),
+    "model.experts_in_16_bit": (
+        "qlora cannot quantise the experts of this model ({kinds}): {size} GiB would stay in 16 bit. "
+        "Use train_mode lora, which holds the whole model in 16 bit.",
+        "qlora 无法量化此模型的专家（{kinds}）：{size} GiB 会保持 16 位。请使用 train_mode lora（整个模型为 16 位）。",
+    ),
+    "adapter.no_layer": (
+        "{key}: {value!r} matches no layer of this model. Nearest: {near}.",
+        "{key}：模型中没有与 {value!r} 匹配的层。最接近的有：{near}。",
+    ),
+    "adapter.no_layers": (
+        "lora_target = {value} leaves no layer to adapt: all of them are trained whole, or belong to experts.",
+        "lora_target = {value} 之下没有可添加适配器的层：它们都被完整训练，或属于专家。",
+    ),
+    "adapter.bad_pattern": (
+        "lora_target = {value!r} is not a valid regular expression: {problem}.",
+        "lora_target = {value!r} 不是有效的正则表达式：{problem}。",
+    ),
+    "adapter.save_quantised": (
+        "modules_to_save: {name!r} is held in 4 bits and cannot be trained whole. Use train_mode lora, or drop it.",
+        "modules_to_save：{name!r} 以 4 比特保存，无法完整训练。请使用 train_mode lora，或去掉该模块。",
+    ),
+    "adapter.dora_zero_rows": (
+        "use_dora: {names} has rows of zeros, whose direction DoRA cannot keep. Take it out of lora_target.",
+        "use_dora：{names} 含有全零的行，DoRA 无法保持其方向。请将其从 lora_target 中去掉。",
+    ),
+    "adapter.with_full": (
+        "adapter_name_or_path = {value} needs train_mode lora or qlora; full trains a model. "
+        "Merge the adapter first: firefly merge.",
+        "adapter_name_or_path = {value} 需要 train_mode lora 或 qlora；full 训练的是整个模型。"
+        "请先合并适配器：firefly merge。",
+    ),
+    "adapter.unreadable": (
+        "the adapter_config.json of {path} cannot be read: {problem}",
+        "无法读取 {path} 的 adapter_config.json：{problem}",
+    ),
+    "adapter.not_lora": (
+        "the adapter {path} is of the kind {kind}; only LoRA adapters can be trained on.",
+        "适配器 {path} 的类型是 {kind}；只能在 LoRA 适配器上继续训练。",
+    ),
+    "adapter.its_own": (
+        "{key} = {value} is not what the adapter has; its own holds: {found}.",
+        "{key} = {value} 与适配器不同；以适配器自身的为准：{found}。",
+    ),
+    "tokens.slow_tokenizer": (
+        "add_tokens: the tokenizer {name} is Python code with fixed special tokens; none can be added.",
+        "add_tokens：分词器 {name} 由 Python 代码实现，特殊词元固定，无法添加。",
+    ),
+    "tokens.known": (
+        "add_tokens: the tokenizer has {tokens} already; their embeddings are left as they are.",
+        "add_tokens：分词器已有 {tokens}；其嵌入保持不变。",
+    ),
+    "tokens.grown": (
+        "{count} tokens are new to the model; the embedding has {rows} rows.",
+        "{count} 个词元对模型是新的；嵌入矩阵共有 {rows} 行。",
+    ),
+    "tokens.adapted": (
+        "lora_target names {names}, whose rows for new tokens are trained; leave it out, or use modules_to_save.",
+        "lora_target 包含 {names}，而其中新词元的行需要训练；请将其去掉，或使用 modules_to_save。",
+    ),
+    "tokens.new_to_adapter": (
+        "{count} tokens are new to the adapter {path}, and a saved adapter gets no more rows. "
+        "Merge it first, and train a new one on the result.",
+        "有 {count} 个词元不在适配器 {path} 中，而已保存的适配器无法再增加行。请先合并，再在结果上训练新的适配器。",
     ),
     # templates
     "template.unknown": (

@@ -1,35 +1,259 @@
-"""Adapters: which layers get one, and how it is attached."""
+"""Adapters: which layers get one, how it is attached, and how a saved one is loaded."""
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from firefly.config import AdapterConfig
+from firefly.config import AdapterConfig, names_in
 from firefly.console import notice
+from firefly.errors import UsageError
+from firefly.models.experts import expert_parameters, shortened
+from firefly.models.kernels.expert_linear import install_expert_kernels
 from firefly.models.kernels.lora_linear import install_lora_kernels
+from firefly.models.kernels.saved_modules import install_saved_modules
+from firefly.models.kernels.token_rows import install_token_rows
+from firefly.models.tokens import grow_embeddings
+
+ALL_LINEAR = "all-linear"
 
 
-def attach_adapter(model: PreTrainedModel, config: AdapterConfig) -> Any:
-    """Return the model ready to train: itself with fp32 weights (full), or wrapped by peft with fp32 adapters."""
+def attach_adapter(
+    model: PreTrainedModel, config: AdapterConfig, new_tokens: Sequence[int] = (), given: Collection[str] = ()
+) -> Any:
+    """Return the model ready to train: itself with fp32 weights (full), or wrapped by peft with fp32 adapters.
+
+    Args:
+        new_tokens: ids whose rows in embedding and head are new, and trained with an adapter too.
+        given: keys that the user wrote down, to say which of them an adapter to start from overrules.
+
+    Raises:
+        UsageError: a name that matches no layer, or an adapter to start from that is none or does not fit.
+    """
     if config.mode == "full":
         return model.requires_grad_(True)
-    from peft import LoraConfig, get_peft_model
+    if config.name_or_path:
+        return _continued(model, config, new_tokens, given)
+    from peft import get_peft_model
 
-    lora = LoraConfig(
+    wrapped = get_peft_model(model, _settings(model, config, new_tokens), autocast_adapter_dtype=True)
+    _refuse_zero_rows(wrapped)
+    return _ready_to_train(wrapped, config.dropout)
+
+
+def _settings(model: PreTrainedModel, config: AdapterConfig, new_tokens: Sequence[int]) -> Any:
+    """peft's configuration of a new adapter."""
+    from peft import LoraConfig
+
+    saved = saved_modules(model, config.modules_to_save)
+    targets, parameters = target_layers(model, config.target, saved), target_parameters(model, config.target, saved)
+    if parameters and config.use_dora:
+        raise UsageError("adapter.dora_experts", names=", ".join(parameters[:4]))
+    ends = [name for name, module in model.named_modules() if module in _ends(model)]
+    # A tied embedding that is trained whole stays the head's weight, as it was in the base. peft finds such a pair by
+    # the name of the head, whichever of the two was asked for.
+    tie = is_tied(model) and any(_names(saved, name) for name in ends)
+    saved = sorted({*saved, *ends}) if tie else saved
+    rows = _token_layers(model, saved) if new_tokens else []
+    adapted = [name for name in rows if _names(targets, name)]
+    if adapted:
+        raise UsageError("tokens.adapted", names=", ".join(adapted))
+    return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
-        lora_dropout=config.dropout,
-        target_modules=lora_targets(model),
+        # peft refuses dropout beside target_parameters, also in an adapter that it loads: `_set_dropout` puts it in.
+        lora_dropout=0.0 if parameters else config.dropout,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        target_modules=targets,
+        target_parameters=parameters or None,
+        modules_to_save=saved or None,
+        trainable_token_indices={name: list(new_tokens) for name in rows} or None,
+        ensure_weight_tying=tie,
         task_type="CAUSAL_LM",
     )
-    wrapped = get_peft_model(model, lora, autocast_adapter_dtype=True)
-    install_lora_kernels(wrapped)
+
+
+def _ready_to_train(wrapped: Any, dropout: float) -> Any:
+    """fp32 masters for all that is trained, our forwards, and checkpoints of what was trained alone."""
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    left_to_peft = install_forwards(wrapped)
+    if dropout and wrapped.peft_config["default"].target_parameters:
+        _set_dropout(wrapped, dropout, left_to_peft)
+    wrapped.save_pretrained = MethodType(_save_trained, wrapped)
     return wrapped
+
+
+def _refuse_zero_rows(wrapped: Any) -> None:
+    """DoRA divides by the length of each output's weights, and some embeddings have rows of zeros (padding)."""
+    lengths = {name: p for name, p in wrapped.get_base_model().named_parameters() if "lora_magnitude_vector" in name}
+    empty = [name.partition(".lora_magnitude_vector")[0] for name, p in lengths.items() if (p == 0).any()]
+    if empty:
+        raise UsageError("adapter.dora_zero_rows", names=", ".join(empty[:4]))
+
+
+def install_forwards(wrapped: Any) -> list[str]:
+    """Our own forward for each kind of layer that peft put in and that we do better or more exactly.
+
+    Returns:
+        the stacks of experts that are left to peft.
+    """
+    install_lora_kernels(wrapped)
+    left_to_peft = install_expert_kernels(wrapped)
+    install_saved_modules(wrapped)
+    install_token_rows(wrapped)
+    return left_to_peft
+
+
+def _set_dropout(wrapped: nn.Module, probability: float, left_to_peft: list[str]) -> None:
+    """Dropout in every adapter that our kernels compute; peft's forward of stacked experts has none."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in wrapped.named_modules():
+        if isinstance(module, LoraLayer) and name not in left_to_peft:
+            for adapter in module.lora_dropout:
+                module.lora_dropout[adapter] = nn.Dropout(probability)
+    if left_to_peft:
+        notice("adapter.experts_no_dropout", count=len(left_to_peft))
+
+
+def _save_trained(self: Any, *args: Any, **kwargs: Any) -> None:
+    """Trained rows are saved by themselves: peft would add both whole matrices where the vocabulary has grown, and
+    asks the hub about the base's to find out."""
+    type(self).save_pretrained(self, *args, **({"save_embedding_layers": False} | kwargs))
+
+
+# ---- an adapter that exists ----
+
+
+def load_adapter(base: Any, adapter: str, **options: Any) -> Any:
+    """Wrap `base` with a saved adapter, its embeddings grown to the tokens that the adapter brings.
+
+    Args:
+        options: of peft's `from_pretrained`.
+
+    Raises:
+        UsageError: the adapter's layers or shapes are not the base's.
+    """
+    from peft import PeftModel
+
+    folder = Path(adapter).expanduser()
+    try:
+        grow_embeddings(base, rows_of_adapter(base, folder))
+        wrapped = PeftModel.from_pretrained(base, str(folder), **options)
+    except (RuntimeError, ValueError, KeyError, IndexError) as error:
+        raise _mismatch(adapter, base, str(error)) from error
+    install_expert_kernels(wrapped)  # peft's own forward cannot read experts in 4 bit
+    install_token_rows(wrapped)
+    return wrapped
+
+
+def _continued(model: PreTrainedModel, config: AdapterConfig, new_tokens: Sequence[int], given: Collection[str]) -> Any:
+    """The adapter at `adapter_name_or_path`, trained on from the numbers it was saved with."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    adapter = str(config.name_or_path)
+    settings = adapter_settings(adapter)
+    unknown = set(new_tokens) - _rows_of(settings)
+    if new_tokens and unknown and not any(_names(settings.modules_to_save or (), n) for n in _token_layers(model, ())):
+        raise UsageError("tokens.new_to_adapter", path=adapter, count=len(unknown))
+    _note_differences(config, settings, given)
+    settings.inference_mode = False
+    settings.lora_dropout = 0.0 if settings.target_parameters else config.dropout
+    wrapped = _ready_to_train(load_adapter(model, adapter, config=settings, is_trainable=True), config.dropout)
+    # Once more, now that all masters are fp32: loading rounded them to the base's type.
+    weights = load_peft_weights(str(Path(adapter).expanduser()), device="cpu")
+    result = set_peft_model_state_dict(wrapped, weights)
+    trained = {name for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    absent = [*result.unexpected_keys, *trained.intersection(result.missing_keys)]
+    if absent:
+        raise _mismatch(adapter, model, f"{len(absent)} weights have no counterpart, such as {min(absent)}")
+    return wrapped
+
+
+def adapter_settings(adapter: str) -> Any:
+    """peft's configuration of a saved LoRA adapter.
+
+    Raises:
+        UsageError: none there, unreadable, or of another method.
+    """
+    from peft import PeftConfig
+
+    folder = Path(adapter).expanduser()
+    if not (folder / "adapter_config.json").is_file():
+        raise UsageError("model.no_adapter", path=adapter)
+    try:
+        settings: Any = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError("adapter.unreadable", path=adapter, problem=error) from error
+    if settings.peft_type != "LORA":
+        raise UsageError("adapter.not_lora", path=adapter, kind=str(getattr(settings.peft_type, "value", "?")))
+    return settings
+
+
+def _note_differences(config: AdapterConfig, settings: Any, given: Collection[str]) -> None:
+    """Say which keys were set to something else than the adapter has: its own values hold."""
+    default = AdapterConfig()
+    for key, asked, standard, found in (
+        ("lora_rank", config.rank, default.rank, settings.r),
+        ("lora_alpha", config.alpha, default.alpha, settings.lora_alpha),
+        ("use_rslora", config.use_rslora, default.use_rslora, settings.use_rslora),
+        ("use_dora", config.use_dora, default.use_dora, settings.use_dora),
+        ("lora_target", _sorted(config.target), ALL_LINEAR, _sorted(settings.target_modules)),
+        ("modules_to_save", _sorted(config.modules_to_save), None, _sorted(settings.modules_to_save)),
+    ):
+        said = key in given and asked != ALL_LINEAR  # whose layers an adapter has by their names
+        if asked != found and (said or asked != standard):
+            notice("adapter.its_own", key=key, value=asked, found=found)
+
+
+def _sorted(names: Any) -> Any:
+    found = names if names is None or names == ALL_LINEAR or _is_pattern(names) else sorted(names_in(names))
+    return ", ".join(found) if isinstance(found, list) else found
+
+
+def trained_rows(adapter: str) -> set[int]:
+    """The tokens that a saved adapter has rows of its own for."""
+    from peft import PeftConfig
+
+    return _rows_of(PeftConfig.from_pretrained(str(Path(adapter).expanduser())))
+
+
+def rows_of_adapter(base: Any, folder: Path) -> int:
+    """How many rows an adapter's embeddings have, or its trained tokens ask for; 0 if it has nothing to say."""
+    from peft import PeftConfig
+
+    rows = max(_rows_of(PeftConfig.from_pretrained(str(folder))), default=-1) + 1
+    weights = folder / "adapter_model.safetensors"
+    if weights.is_file():
+        ends = {f"base_model.model.{name}.weight" for name, module in base.named_modules() if module in _ends(base)}
+        with safe_open(weights, "pt") as file:
+            rows = max([rows, *(file.get_slice(name).get_shape()[0] for name in ends.intersection(file.keys()))])
+    return rows
+
+
+def _rows_of(settings: Any) -> set[int]:
+    found = getattr(settings, "trainable_token_indices", None) or {}
+    return {row for rows in (found.values() if isinstance(found, dict) else [found]) for row in rows}
+
+
+def _mismatch(adapter: str, base: Any, problem: str) -> UsageError:
+    lines = problem.strip().splitlines()
+    return UsageError(
+        "model.adapter_mismatch", path=adapter, base=base.config.name_or_path, problem=" ".join(lines[:3])
+    )
 
 
 def transformers_model(model: Any) -> PreTrainedModel:
@@ -37,33 +261,160 @@ def transformers_model(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+# ---- which layers ----
+
+
+def target_layers(model: PreTrainedModel, request: str | Sequence[str], saved: Collection[str] = ()) -> list[str]:
+    """The layers that `lora_target` asks for, but those that are trained whole, in the shortest names that mean them.
+
+    Args:
+        request: "all-linear", names (a list, or separated by commas), or one regular expression for whole paths.
+
+    Raises:
+        UsageError: a name or the expression matches no layer that can have an adapter.
+    """
+    chosen = _chosen_layers(model, request, saved)
+    if not chosen:
+        raise UsageError("adapter.no_layers", value=request)
+    plain = chosen - _taken_for_experts(chosen, model)
+    return _shortest(plain, [name for name, _ in model.named_modules()])
+
+
+def target_parameters(model: PreTrainedModel, request: str | Sequence[str], saved: Collection[str] = ()) -> list[str]:
+    """What peft adapts by the parameter's name: experts (of "all-linear"), and the weights of dense layers that it
+    takes for experts."""
+    chosen = _chosen_layers(model, request, saved)
+    beside = {f"{name}.weight" for name in _taken_for_experts(chosen, model)}
+    return sorted([*(expert_parameters(model) if request == ALL_LINEAR else ()), *shortened(beside, model)])
+
+
+def _chosen_layers(model: PreTrainedModel, request: str | Sequence[str], saved: Collection[str]) -> set[str]:
+    if request == ALL_LINEAR:
+        chosen = _all_linear(model)
+    else:
+        layers = [name for name, module in model.named_modules() if _is_linear(module) or type(module) is nn.Embedding]
+        chosen = _matching(layers, request)
+    return {name for name in chosen if not _inside(saved, name)}
+
+
 def lora_targets(model: PreTrainedModel) -> list[str]:
     """Every linear layer but the output head and MoE routers, found by module type.
 
     Short names (`q_proj`) where they mean exactly these layers, as other tools expect them; whole paths otherwise.
     """
+    return target_layers(model, ALL_LINEAR)
+
+
+def lora_parameters(model: PreTrainedModel) -> list[str]:
+    """The parameters that peft adapts by their names beside those layers."""
+    return target_parameters(model, ALL_LINEAR)
+
+
+def _all_linear(model: PreTrainedModel) -> set[str]:
     head = model.get_output_embeddings()
     linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
-    chosen = {name for name, module in linear.items() if module is not head and not _is_router(name, module, model)}
-    of_experts = _names_of_experts(model)
-    claimed = {name for name in chosen if name.rpartition(".")[2] in of_experts}
-    if claimed:
-        notice(
-            "adapter.beside_experts",
-            count=len(claimed),
-            names=", ".join(sorted({n.rpartition(".")[2] for n in claimed})),
-        )
-        chosen -= claimed
+    return {name for name, module in linear.items() if module is not head and not _is_router(name, module, model)}
+
+
+def _matching(layers: Sequence[str], request: str | Sequence[str]) -> set[str]:
+    if _is_pattern(request):
+        try:
+            found = {name for name in layers if re.fullmatch(str(request), name)}
+        except re.error as error:
+            raise UsageError("adapter.bad_pattern", value=request, problem=error) from None
+        if not found:
+            raise _no_layer("lora_target", str(request), layers)
+        return found
+    chosen: set[str] = set()
+    for wanted in names_in(request):
+        found = {name for name in layers if _names([wanted], name)}
+        if not found:
+            raise _no_layer("lora_target", wanted, layers)
+        chosen |= found
+    return chosen
+
+
+def _is_pattern(request: str | Sequence[str]) -> bool:
+    """Whether a text is a regular expression: it has a character that no module's name has. A dot stands in paths."""
+    return isinstance(request, str) and re.search(r"[^\w.,\s-]", request) is not None
+
+
+def saved_modules(model: PreTrainedModel, request: str | Sequence[str] | None) -> list[str]:
+    """The modules that `modules_to_save` asks for, in the shortest names that peft takes for exactly them.
+
+    Raises:
+        UsageError: a name matches no module with weights of its own type, or one in 4 bits.
+    """
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if name and next(module.parameters(), None) is not None and type(module).forward is not nn.Module.forward
+    }
+    chosen: set[str] = set()
+    for wanted in names_in(request or ()):
+        found = {name for name in modules if _names([wanted], name)}
+        if not found:
+            raise _no_layer("modules_to_save", wanted, list(modules))
+        if any(not p.is_floating_point() for name in found for p in modules[name].parameters()):
+            raise UsageError("adapter.save_quantised", name=wanted)
+        chosen |= found
+    # peft compares the ends of paths without regard to their dots: `norm` would be `input_layernorm` too.
     short = {name.rpartition(".")[2] for name in chosen}
-    matched = {name for name in linear if name.rpartition(".")[2] in short}
+    matched = {name for name, _ in model.named_modules() if name.endswith(tuple(short))}
     return sorted(short if matched == chosen else chosen)
+
+
+def _no_layer(key: str, wanted: str, layers: Collection[str]) -> UsageError:
+    """Names of the model that are most like the wrong one: last parts first, as they are mostly given."""
+    last = sorted({name.rpartition(".")[2] for name in layers if not name.rpartition(".")[2].isdigit()})
+    near = difflib.get_close_matches(wanted, last, n=3, cutoff=0.4) or last
+    return UsageError("adapter.no_layer", key=key, value=wanted, near=", ".join(near[:8]))
+
+
+def _names(names: Collection[str], path: str) -> bool:
+    """Whether one of `names` is the path or its last parts."""
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _inside(names: Collection[str], path: str) -> bool:
+    parts = path.split(".")
+    return any(_names(names, ".".join(parts[:end])) for end in range(1, len(parts) + 1))
+
+
+def _shortest(chosen: set[str], names: Collection[str]) -> list[str]:
+    short = {name.rpartition(".")[2] for name in chosen}
+    matched = {name for name in names if name.rpartition(".")[2] in short}
+    return sorted(short if matched == chosen else chosen)
+
+
+def _ends(model: Any) -> list[nn.Module]:
+    """The input embedding and the head."""
+    return [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+
+
+def _token_layers(model: PreTrainedModel, saved: Collection[str]) -> list[str]:
+    """Embedding and head by name, without a tied head, which follows the embedding, and what is trained whole."""
+    ends = _ends(model)[: 1 if is_tied(model) else 2]
+    names = [name for name, module in model.named_modules() if module in ends]
+    return [name for name in names if not _inside(saved, name)]
+
+
+def is_tied(model: Any) -> bool:
+    """Whether the head's weight is the embedding's."""
+    ends = _ends(model)
+    return len(ends) == 2 and ends[0].weight is ends[1].weight
+
+
+def _taken_for_experts(names: set[str], model: PreTrainedModel) -> set[str]:
+    of_experts = _names_of_experts(model)
+    return {name for name in names if name.rpartition(".")[2] in of_experts}
 
 
 def _names_of_experts(model: PreTrainedModel) -> set[str]:
     """Layer names that peft takes for experts of a mixture, whatever module they stand for.
 
     In these architectures peft (0.21) turns `gate_proj` and its like into adapters of the fused 3-D experts, of
-    another rank, also when dense layers are meant. Experts are not adapted in this version, and neither are those.
+    another rank, also when dense layers are meant by their whole path. By their weight's name they are adapted right.
     """
     from peft.utils import transformers_weight_conversion
 
@@ -91,10 +442,9 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters; a 4-bit weight counts as the numbers it stands for."""
     trainable = total = 0
     for parameter in model.parameters():
-        count = parameter.numel()
         state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            count = int(torch.Size(state.shape).numel())
+        shape = parameter.shape if state is None else torch.Size(state.shape)
+        count = int(shape.numel())
         total += count
         trainable += count if parameter.requires_grad else 0
     return trainable, total

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from firefly.console import notice
 from firefly.data.dataset import cache_folder
 from firefly.data.tokenizers import adapt_tokenizer
 from firefly.errors import UsageError
+from firefly.models.experts import quantise_experts, quantising_while_loading
 from firefly.models.precision import Precision
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -154,12 +156,13 @@ def load_model(config: ModelConfig, mode: str, precision: Precision, device: tor
         options["quantization_config"] = nf4_config(precision.compute)
         options["device_map"] = {"": str(device)}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(place, **options)
+        with quantising_while_loading() if mode == "qlora" else nullcontext():
+            model: Any = AutoModelForCausalLM.from_pretrained(place, **options)
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:
         raise _loading_error(error, place) from error
-    return model if mode == "qlora" else model.to(device)
+    return quantise_experts(model, precision.compute) if mode == "qlora" else model.to(device)
 
 
 def nf4_config(compute: torch.dtype) -> Any:

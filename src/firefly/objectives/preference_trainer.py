@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from firefly.messages import render
 from firefly.objectives import reference
 from firefly.objectives.preference import PREFERENCE_LOSSES, PairLogps, nll_weight, rewards
 from firefly.objectives.reference import Reference
-from firefly.objectives.trainers import StepTrainer
+from firefly.objectives.trainers import StepTrainer, resting
 
 SUMMED = (
     "rewards/chosen",
@@ -147,8 +146,9 @@ class PreferenceTrainer(StepTrainer):
     def _all_logps(self, dataset: PackedExamples) -> Tensor:
         logps = torch.zeros(len(dataset), 2, device=self.args.device)
         loader = self._evaluation_loader(dataset, np.arange(len(dataset)))
+        plan: Any = loader.batch_sampler
         for planned, step in tqdm(
-            zip(loader.batch_sampler, loader, strict=True),  # type: ignore[arg-type]
+            zip(plan, loader, strict=True),
             desc=render("progress.reference"),
             total=len(loader),
             disable=None,
@@ -158,17 +158,6 @@ class PreferenceTrainer(StepTrainer):
                 found = self.reference_logps(self.model, batch.to(self.args.device))
                 logps[torch.tensor(rows, device=logps.device)] = found.T
         return logps
-
-
-@contextmanager
-def resting(model: Any) -> Any:
-    """The model in eval mode for a while: a pass without gradients has nothing to checkpoint."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,10 @@ from firefly.data.batching import (
     step_loader,
 )
 from firefly.errors import UsageError
+from firefly.models.adapters import transformers_model
+from firefly.models.attention import decoder
 from firefly.models.precision import Precision
+from firefly.objectives.router import RouterSettings, count_choices, recorded_logits, router_loss, router_settings
 
 EVALUATED_TOGETHER = 64
 """Held-out examples that are packed at a time: enough to fill the microbatches well."""
@@ -83,6 +86,9 @@ class StepTrainer(Trainer):
         self.options = options
         self.sources = list(sources)
         self.counts = Counts()
+        # A mixture of experts also balances what its routers choose, over the whole step (see `router`).
+        self.router = router_settings(transformers_model(model))
+        self._recorded: list[tuple[tuple[Tensor, ...], Tensor]] = []
         # Frozen weights are held in the compute type; full fine-tuning keeps fp32 weights and computes under autocast.
         self.autocast_type = precision.compute if masters and precision.compute != torch.float32 else None
         super().__init__(
@@ -156,8 +162,12 @@ class StepTrainer(Trainer):
         """Run one whole step; returns its loss without waiting for the device."""
         model.train()
         total = torch.zeros((), device=self.args.device)
-        for batch in inputs.microbatches:
-            loss = self.microbatch_loss(model, batch.to(self.args.device), inputs.totals)
+        batches = [batch.to(self.args.device) for batch in inputs.microbatches]
+        choices = self._count_choices(model, batches) if self.router and len(batches) > 1 else None
+        for batch in batches:
+            loss = self.microbatch_loss(model, batch, inputs.totals)
+            if self.router:
+                loss = loss + self._router_loss(self.router, choices, inputs.totals)
             loss = loss * self.args.world_size  # engines average gradients over ranks
             self.accelerator.backward(loss)
             total += loss.detach()
@@ -165,9 +175,41 @@ class StepTrainer(Trainer):
         return total
 
     def run_model(self, model: Any, row: PackedBatch, per_token: bool = False) -> dict[str, Any]:
-        """Call a prepared model on one packed row."""
+        """Call a prepared model on one packed row; in training, keep what its routers said for the router loss."""
+        recording = self.router is not None and torch.is_grad_enabled()
+        asked = {"output_router_logits": True} if recording else {}
         with self._autocast():
-            return model(**row.model_inputs(self.solo), per_token=per_token)
+            result = model(**row.model_inputs(self.solo), per_token=per_token, **asked)
+        if self.router and recording:
+            self._recorded.append((recorded_logits(result, self.router), row.weights()))
+        return result
+
+    # ---- the router loss ----
+
+    @torch.no_grad()
+    def _count_choices(self, model: Any, batches: list[Any]) -> Tensor:
+        """Which experts the whole step chooses, by a pass of its own: the loss of its first microbatch needs it.
+
+        Without dropout, so that the random state is left for the pass that trains.
+        """
+        assert self.router is not None
+        inner = transformers_model(self.accelerator.unwrap_model(model))
+        total = torch.zeros(self.router.num_experts, device=self.args.device)
+        with resting(inner), self._autocast():
+            for row in (row for batch in batches for row in batch.rows):
+                inputs = {name: x for name, x in row.model_inputs(self.solo).items() if "target" not in name}
+                output = decoder(inner)(**inputs, use_cache=False, output_router_logits=True)
+                total += count_choices(recorded_logits(output, self.router), self.router, row.weights())
+        return total
+
+    def _router_loss(self, router: RouterSettings, choices: Tensor | None, totals: StepTotals) -> Tensor:
+        """The share of the router loss of what was recorded since the last call."""
+        recorded, self._recorded = self._recorded, []
+        if choices is None:
+            counted = [count_choices(logits, router, weights) for logits, weights in recorded]
+            choices = torch.stack(counted).sum(0)
+        shares = [router_loss(logits, router, weights, choices, totals.input_tokens) for logits, weights in recorded]
+        return torch.stack(shares).sum()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.autocast_type is None:
@@ -263,9 +305,20 @@ class CausalTrainer(StepTrainer):
         return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "target_tokens": totals.targets}
 
 
+@contextmanager
+def resting(model: Any) -> Iterator[None]:
+    """The model in eval mode for a while: no dropout, and nothing to checkpoint in a pass without gradients."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def training_arguments(values: Mapping[str, Any]) -> TrainingArguments:
     """`TrainingArguments` from resolved values; its own complaints become the user's message."""
     try:
         return TrainingArguments(**values)
     except (ValueError, TypeError, KeyError, ImportError) as error:
-        raise UsageError("config.training_arguments", problem=str(error).splitlines()[0]) from error
+        raise UsageError("config.training_arguments", problem=" ".join(str(error).split())) from error

@@ -20,8 +20,10 @@ from firefly.data.formats import TaskName
 from firefly.data.schema import Tokens
 from firefly.data.templates import ChatTemplate, bind_template, plain_template
 from firefly.errors import UsageError
+from firefly.inference.engine import tokenizer_source
 from firefly.messages import render
 from firefly.models.loading import EMBEDDED, load_tokenizer
+from firefly.models.tokens import add_tokens
 from firefly.runs.overview import token_runs
 
 PREVIEWED = 5
@@ -63,7 +65,9 @@ def check_data(config_file: str, overrides: Mapping[str, Any]) -> DataCheck:
     config = load_config(config_file or {}, overrides, required=("train_file",), to_train=False)
     given = config.given.get("task_type")
     task: TaskName = config.task_type if given else find_task(config.data, config.model.hub)  # type: ignore[assignment]
-    tokenizer = load_tokenizer(named_model(config).model)
+    model = named_model(config).model
+    tokenizer = load_tokenizer(model, tokenizer_source(model, config.adapter.name_or_path))
+    add_tokens(tokenizer, config.model.add_tokens)
     template = choose_template(config.data, tokenizer, task)
     encoder = Encoder(tokenizer, template, config.data.allow_special_in_content)
     if task != "pretrain":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,13 @@ class RunPlan:
     tokens_per_microbatch: int
     world_size: int
     layout: str
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_target: str | list[str] = "all-linear"
+    modules_to_save: list[str] = field(default_factory=list)
+    add_tokens: list[str] = field(default_factory=list)
+    adapter: str | None = None
+    """Hash of the adapter that the run starts from."""
 
 
 # A different value of these would train other examples, or something else.
@@ -54,6 +61,15 @@ BINDING = (
     "lora_alpha",
     "base_weights",
 )
+# The same of keys that came later, with what a checkpoint without them had.
+BINDING_SINCE: dict[str, Any] = {
+    "use_rslora": False,
+    "use_dora": False,
+    "lora_target": "all-linear",
+    "modules_to_save": [],
+    "add_tokens": [],
+    "adapter": None,
+}
 
 # Settings that live in the optimizer's and the scheduler's saved state, which a resumed run takes as they were.
 OPTIMIZER_SETTINGS = ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
@@ -122,7 +138,9 @@ def check_same_run(checkpoint: Path, plan: RunPlan) -> None:
     """
     stored = json.loads((checkpoint / "plan.json").read_text(encoding="utf-8"))
     now = asdict(plan)
-    differing = [f"{name}: {stored.get(name)} → {now[name]}" for name in BINDING if stored.get(name) != now[name]]
+    stored = BINDING_SINCE | stored
+    names = (*BINDING, *BINDING_SINCE)
+    differing = [f"{name}: {stored.get(name)} → {now[name]}" for name in names if stored.get(name) != now[name]]
     if differing:
         raise UsageError("resume.changed", path=checkpoint, differences="; ".join(differing))
     for name, value in plan.optimizer.items():

@@ -105,3 +105,12 @@ def weights_hash(place: str, commit: str | None) -> dict[str, Any]:
                 data.seek(start)
                 digest.update(data.read(SAMPLE))
     return {"method": "sha256" if whole else "sha256_of_samples", "sha256": digest.hexdigest()}
+
+
+def adapter_hash(place: str) -> str:
+    """Identify a saved adapter: its settings and all bytes of its weights."""
+    folder = Path(place).expanduser()
+    digest = hashlib.sha256()
+    for file in sorted([folder / "adapter_config.json", *folder.glob("adapter_model.*")]):
+        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()

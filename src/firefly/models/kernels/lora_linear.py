@@ -88,7 +88,8 @@ class LoraLinear(torch.autograd.Function):
         out.addmm_(low, b16.T)
         ctx.save_for_backward(rows, None if dropped is None else through, weight, a16, b16, low)
         ctx.scale, ctx.shape, ctx.types = scale, x.shape, (a.dtype, b.dtype)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        # A view that a custom function returns may not be changed in place, as Llama4 does with shared experts' output.
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

@@ -1,5 +1,6 @@
-"""Causal attention of packed segments, one segment at a time: exact isolation, no mask of tokens × tokens. A segment may
-have a prefix: both answers of a preference pair see one prompt.
+"""Causal attention of packed segments, one segment at a time: exact isolation, no mask of tokens × tokens.
+
+A segment may have a prefix: both answers of a preference pair see one prompt.
 
 Three ways to compute a segment, chosen per call by measurement on CPUs (see `pick`):
     gemm   batched matrix products with grouped heads folded into rows, keeping the probabilities. Where bf16

@@ -2,7 +2,9 @@
 
 Logits exist for one chunk of tokens at a time; their gradient is formed in the forward pass (p − 1 at the target,
 times the head), so nothing of the size tokens × vocabulary is kept. `summed_nll` is what SFT and pretraining minimise;
-`token_logps` gives each token's log-probability, for losses that weigh tokens only once all are known. The idea of Cut Cross-Entropy (arXiv:2411.09009)
+`token_logps` gives each token's log-probability, for losses that weigh tokens only once all are known.
+
+The idea of Cut Cross-Entropy (arXiv:2411.09009)
 and Liger (arXiv:2410.10989), in plain PyTorch.
 """
 

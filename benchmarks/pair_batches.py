@@ -1,0 +1,58 @@
+"""Count what a peer's preference collator really hands to its model."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from measuring import Work, work_of_pairs
+
+Pair = dict[str, list[int]]
+
+
+class CountingPairs:
+    """A peer's collator, keeping the pairs read back from its batches.
+
+    Both peers put the chosen sequences in a batch's first half and the rejected ones in its second;
+    `answers_of` says which positions of a batch are scored.
+    """
+
+    def __init__(self, collator: Any, answers_of: Callable[[Any], torch.Tensor]) -> None:
+        self.collator = collator
+        self.answers_of = answers_of
+        self.batches: list[list[Pair]] = []
+        self.positions = 0
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        """Collate as the peer does and read the result back."""
+        batch = self.collator(examples)
+        self.batches.append(pairs_of(batch, self.answers_of(batch)))
+        self.positions += batch["input_ids"].numel()
+        return batch
+
+    def work_by_step(self, batches_per_step: int) -> list[Work]:
+        """Sum the batches of each optimizer step."""
+        starts = range(0, len(self.batches), batches_per_step)
+        return [
+            work_of_pairs([pair for batch in self.batches[start : start + batches_per_step] for pair in batch])
+            for start in starts
+        ]
+
+    def check(self, pairs: Sequence[Pair]) -> None:
+        """Fail unless the batches held the dump's pairs, in its order."""
+        if [pair for batch in self.batches for pair in batch] != list(pairs):
+            raise RuntimeError("the pairs the peer trained on are not those of the dump, in its order")
+
+
+def pairs_of(batch: Any, answers: torch.Tensor) -> list[Pair]:
+    """Take the padding off a batch and its sequences apart into prompt and answers."""
+    prompts, endings = [], []
+    for ids, present, scored in zip(batch["input_ids"], batch["attention_mask"].bool(), answers, strict=True):
+        prompts.append(ids[present & ~scored].tolist())
+        endings.append(ids[present & scored].tolist())
+    half = len(prompts) // 2
+    if prompts[:half] != prompts[half:]:
+        raise RuntimeError("the chosen and rejected sequences of a batch have different prompts")
+    return [
+        {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+        for prompt, chosen, rejected in zip(prompts[:half], endings[:half], endings[half:], strict=True)
+    ]

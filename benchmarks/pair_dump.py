@@ -1,0 +1,84 @@
+"""The one set of preference pairs, as token ids, and the one untrained adapter that every framework starts from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from measuring import IGNORE_INDEX
+from token_dump import encode_messages
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+
+
+def write_pairs(
+    *,
+    model: str,
+    data: Path,
+    records: int,
+    max_seq_length: int,
+    pairs_per_step: int,
+    path: Path,
+    max_pairs: int | None = None,
+) -> dict[str, Any]:
+    """Encode those of the first `records` records that fit, one JSON object a line; return what was left out.
+
+    Nothing is truncated: a pair with a sequence longer than `max_seq_length` is dropped. The last pairs that
+    do not fill an optimizer step are dropped too, since frameworks scale a shorter step differently.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    pairs, too_long, unshared = [], 0, 0
+    for record in json.loads(data.read_text(encoding="utf-8"))[:records]:
+        pair = encode_pair(tokenizer, record)
+        if pair is None:
+            unshared += 1
+        elif len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) > max_seq_length:
+            too_long += 1
+        else:
+            pairs.append(pair)
+    fitting = len(pairs)
+    pairs = pairs[: min(fitting, max_pairs or fitting) // pairs_per_step * pairs_per_step]
+    if not pairs:
+        raise SystemExit(f"{data}: {fitting} pairs fit, fewer than the {pairs_per_step} of an optimizer step")
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    prompts = sum(len(pair["prompt_ids"]) for pair in pairs)
+    answers = sum(len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs)
+    return {
+        "pairs": len(pairs),
+        "dropped_as_too_long": too_long,
+        "dropped_for_an_unshared_prompt": unshared,
+        "dropped_from_an_incomplete_step": fitting - len(pairs),
+        "tokens": 2 * prompts + answers,
+        "tokens_with_prompts_counted_once": prompts + answers,
+    }
+
+
+def encode_pair(tokenizer: Any, record: dict[str, Any]) -> dict[str, list[int]] | None:
+    """Split both renderings of a ShareGPT pair where the answer starts; None if their prompts' tokens differ.
+
+    They differ where the tokenizer joins the prompt's end to an answer. What a template writes after the stop
+    token predicts nothing that is scored, so it is left out.
+    """
+    prompt = [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in record["conversations"]]
+    prompts, answers = [], []
+    for name in ("chosen", "rejected"):
+        answer = {"role": "assistant", "content": record[name]["value"]}
+        row = encode_messages(tokenizer, [*prompt, answer])
+        answered = [position for position, label in enumerate(row["labels"]) if label != IGNORE_INDEX]
+        prompts.append(row["input_ids"][: answered[0]])
+        answers.append(row["input_ids"][answered[0] : answered[-1] + 1])
+    if prompts[0] != prompts[1]:
+        return None
+    return {"prompt_ids": prompts[0], "chosen_ids": answers[0], "rejected_ids": answers[1]}
+
+
+def write_adapter(*, model: str, rank: int, seed: int, folder: Path) -> None:
+    """Save a new LoRA adapter: it adds nothing yet, but its random halves decide the first gradients."""
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    peft.get_peft_model(base, config).save_pretrained(folder)
