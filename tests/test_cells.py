@@ -268,7 +268,9 @@ def test_two_steps(name: str, task: str, mode: str, run: Callable[..., Path], sa
     assert_counts(out, COUNTS[task]())
     assert read(out / "run.json")["resolved"]["layout"] == ("solo" if name in SOLO else "segments")
     if task == "dpo":
-        assert found[0] == pytest.approx(math.log(2), abs=1e-5)
+        # A mixture's router loss comes on top: its coefficient times experts per token where the choices are even.
+        router = 0.001 * 2 if name == "mixtral" else 0.0
+        assert router <= found[0] - math.log(2) + 1e-5 <= 1.5 * router + 2e-5
         assert logged(out, "rewards/margins")[0] == pytest.approx(0, abs=1e-5)
         assert logged(out, "rewards/margins")[1] != 0
 
