@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from firefly.config import load_config
 from firefly.errors import UsageError
@@ -101,9 +102,14 @@ def test_a_run_resumed_in_the_middle_is_the_uninterrupted_one(task: str, mode: s
 
 def test_a_checkpoint_of_another_objective_is_refused(run: Run) -> None:
     run(save_strategy="steps", save_steps=4, max_steps=4)
-    for changes in ({"beta": 0.3}, {"preference_loss": "ipo"}):
-        with pytest.raises(UsageError, match="objective"):
+    for changes, named in (
+        ({"beta": 0.3}, "beta: 0.1 → 0.3"),
+        ({"preference_loss": "ipo"}, "preference_loss: sigmoid → ipo"),
+        ({"preference_loss": "simpo"}, "simpo_gamma: None → 0.5"),
+    ):
+        with pytest.raises(UsageError, match=named):
             run(resume_from_checkpoint=True, **changes)
+    run(resume_from_checkpoint=True, precompute_reference=True, simpo_gamma=3.0, max_steps=4)
 
 
 def test_preferences_are_learnt_and_measured_on_held_out_pairs(run: Run) -> None:
@@ -172,6 +178,25 @@ def test_training_that_gets_worse_stops_early_and_keeps_the_best(run: Run) -> No
     state = json.loads(next(out.glob(f"checkpoint-{best + 1}/trainer_state.json")).read_text())
     assert state["best_global_step"] == best + 1
     assert_same(weights(out), weights(out / f"checkpoint-{best + 1}"), 0)
+
+
+def test_documents_are_kept_apart_in_the_solo_layout_too(run: Run, place: Path, tmp_path: Path) -> None:
+    texts = ["Ice floats.", "Fireflies glow at night.", "Tea?", "One two three."]
+    (tmp_path / "docs.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    for name in ("bloom", "llama_tied"):
+        model = tmp_path / name
+        save_tiny_model(model, name)
+        options = {"model_name_or_path": str(model), "task_type": "pretrain", "train_file": str(tmp_path / "docs.jsonl")}
+        options |= {"train_mode": "full", "learning_rate": 0.0, "num_train_epochs": 1}
+        (together,) = values(run(f"{name}-block", **options, max_seq_length=256))
+        tokenizer, own = tiny_tokenizer(), AutoModelForCausalLM.from_pretrained(model)
+        total, count = 0.0, 0
+        for text in texts:
+            ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+            with torch.no_grad():
+                total += own(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+        assert together == pytest.approx(total / count, rel=1e-5)
 
 
 def test_a_precomputed_reference_changes_rounding_only(run: Run) -> None:

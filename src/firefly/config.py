@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from firefly import legacy
-from firefly.console import notice
+from firefly.console import notice, take_notices
 from firefly.errors import UsageError
 
 
@@ -212,6 +212,8 @@ def load_config(
         UsageError: unreadable file, unknown key, wrong type or value, missing required key, or a feature that
             this version does not have.
     """
+    if to_train:
+        take_notices()  # a run that was refused leaves its own behind
     file = dict(source) if isinstance(source, Mapping) else read_config_file(Path(source))
     overrides = dict(overrides or {})
     known = known_keys()
@@ -385,6 +387,8 @@ def stop_early(training: dict[str, Any]) -> None:
     """Early stopping keeps the best checkpoint: save when evaluating, by loss unless another metric is named."""
     training.setdefault("load_best_model_at_end", True)
     training.setdefault("save_strategy", training.get("eval_strategy"))
+    if training["save_strategy"] == "no":
+        raise UsageError("config.no_saving")
     if training.get("eval_steps") and training["save_strategy"] == "steps":
         training.setdefault("save_steps", training["eval_steps"])
 

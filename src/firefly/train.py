@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import time
@@ -16,7 +15,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from firefly.config import AdapterConfig, Config, names_in
+from firefly.config import SMOOTHED_LOSSES, AdapterConfig, Config, names_in
 from firefly.console import notice, stderr_console, take_notices
 from firefly.data.batching import ExampleList
 from firefly.data.blocks import Blocks
@@ -307,7 +306,7 @@ def run_plan(
         shuffle=options.shuffle,
         data=examples.fingerprint,
         task_type=config.task_type,
-        objective=dataclasses.asdict(config.preference) if config.task_type == "dpo" else {},
+        objective=objective_settings(config),
         train_mode=config.adapter.mode,
         lora_rank=config.adapter.rank if adapted else 0,
         lora_alpha=config.adapter.alpha if adapted else 0,
@@ -332,6 +331,17 @@ def adapter_plan(adapter: AdapterConfig) -> dict[str, Any]:
         "modules_to_save": names_in(adapter.modules_to_save or ()),
         "adapter": adapter_hash(adapter.name_or_path) if adapter.name_or_path else None,
     }
+
+
+def objective_settings(config: Config) -> dict[str, Any]:
+    """What of the preference keys shapes the loss of this run; where the reference is computed does not."""
+    settings = config.preference
+    if config.task_type != "dpo":
+        return {}
+    own = {"simpo": {"simpo_gamma": settings.simpo_gamma}, "cpo": {"cpo_alpha": settings.cpo_alpha}}
+    smoothing = {"label_smoothing": settings.label_smoothing} if settings.loss in SMOOTHED_LOSSES else {}
+    common = {"preference_loss": settings.loss, "beta": settings.beta, "rpo_alpha": settings.rpo_alpha}
+    return common | smoothing | own.get(settings.loss, {})
 
 
 def stored_budget(checkpoint: Path) -> int:

@@ -89,6 +89,22 @@ class PackedBatch:
         """What the model is called with: this one row."""
         return (self,)
 
+    def apart(self) -> tuple[PackedBatch, ...]:
+        """A row for each segment, for a model that cannot keep them apart in one (the solo layout).
+
+        Segments without a target are left out: nothing sees them.
+        """
+        if len(self.segments) == 1:
+            return (self,)
+        rows = []
+        for start, end, *_ in self.segments:
+            inside = (self.target_index >= start) & (self.target_index < end)
+            if inside.any():
+                ids, positions = self.input_ids[:, start:end], self.position_ids[:, start:end]
+                index, targets = self.target_index[inside] - start, self.targets[inside]
+                rows.append(PackedBatch(ids, positions, (Segment(0, end - start),), index, targets))
+        return tuple(rows)
+
     def weights(self) -> Tensor:
         """How many examples' sides each token belongs to, fp32 (tokens,): the prompt of a pair counts for both."""
         weights = torch.ones(self.input_ids.shape[1], device=self.input_ids.device)

@@ -75,6 +75,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "eval_file and eval_ratio are both set; keep one of them.",
         "同时设置了 eval_file 和 eval_ratio；请只保留一个。",
     ),
+    "config.no_saving": (
+        'early_stopping_patience keeps the best checkpoint, but save_strategy is "no"; remove save_strategy.',
+        'early_stopping_patience 需要保存最佳 checkpoint，但 save_strategy 为 "no"；请删除 save_strategy。',
+    ),
     "config.beta_zero": (
         "beta = 0 leaves preference_loss {loss} without a signal; set it above 0.",
         "beta = 0 时 preference_loss {loss} 没有训练信号；请设为大于 0。",

@@ -184,6 +184,10 @@ class StepTrainer(Trainer):
             self._recorded.append((recorded_logits(result, self.router), row.weights()))
         return result
 
+    def rows_of(self, batch: Any) -> tuple[PackedBatch, ...]:
+        """What the model is called with for a microbatch, one after another."""
+        return batch.rows
+
     # ---- the router loss ----
 
     @torch.no_grad()
@@ -196,7 +200,7 @@ class StepTrainer(Trainer):
         inner = transformers_model(self.accelerator.unwrap_model(model))
         total = torch.zeros(self.router.num_experts, device=self.args.device)
         with resting(inner), self._autocast():
-            for row in (row for batch in batches for row in batch.rows):
+            for row in (row for batch in batches for row in self.rows_of(batch)):
                 inputs = {name: x for name, x in row.model_inputs(self.solo).items() if "target" not in name}
                 output = decoder(inner)(**inputs, use_cache=False, output_router_logits=True)
                 total += count_choices(recorded_logits(output, self.router), self.router, row.weights())
@@ -294,11 +298,18 @@ class CausalTrainer(StepTrainer):
     def packed(self, examples: ExampleList, held_out: bool) -> PackedExamples:
         return PackedExamples(examples, lambda rows, chosen: pack(chosen))
 
+    def rows_of(self, batch: PackedBatch) -> tuple[PackedBatch, ...]:
+        return batch.apart() if self.solo else batch.rows
+
+    def summed_nll(self, model: Any, batch: PackedBatch) -> Tensor:
+        """Σ NLL over the targets of one microbatch, a scalar."""
+        return torch.stack([self.run_model(model, row)["loss"] for row in self.rows_of(batch)]).sum()
+
     def microbatch_loss(self, model: Any, batch: PackedBatch, totals: StepTotals) -> Tensor:
-        return self.run_model(model, batch)["loss"] / max(totals.targets, 1)
+        return self.summed_nll(model, batch) / max(totals.targets, 1)
 
     def evaluation_sums(self, model: Any, batch: PackedBatch) -> Tensor:
-        return self.run_model(model, batch)["loss"][None]
+        return self.summed_nll(model, batch)[None]
 
     def evaluation_metrics(self, sums: list[float], totals: StepTotals) -> dict[str, float]:
         loss = sums[0] / max(totals.targets, 1)

@@ -48,7 +48,7 @@ class DataCheck:
         examples = self.data.train
         return {
             "task": self.task,
-            "template": self.template.name,
+            "template": None if self.task == "pretrain" else self.template.name,
             **self.data.report(),
             "lengths": histogram(examples.lengths),
             "target_share": target_shares(examples.lengths, examples.targets),
@@ -132,7 +132,8 @@ def show_check(check: DataCheck, console: Any) -> None:
         if examples is not None:
             console.print(examples.ledger.summary(), soft_wrap=True, markup=False)
     formats = ", ".join(f"{name} {count}" for name, count in data.train.ledger.formats.items()) or "–"
-    console.print(render("check.format", formats=formats, task=check.task, template=check.template.name))
+    template = "–" if check.task == "pretrain" else check.template.name
+    console.print(render("check.format", formats=formats, task=check.task, template=template))
     for title, bars in (
         (render("check.lengths"), [(f"{b['from']}–{b['to']}", b["count"]) for b in histogram(data.train.lengths)]),
         (

@@ -31,6 +31,7 @@ class RunPlan:
     data: str
     task_type: str
     objective: dict[str, Any]
+    """Keys that shape the loss of this task, with their values."""
     train_mode: str
     lora_rank: int
     lora_alpha: float
@@ -54,8 +55,6 @@ BINDING = (
     "seed",
     "shuffle",
     "data",
-    "task_type",
-    "objective",
     "train_mode",
     "lora_rank",
     "lora_alpha",
@@ -63,6 +62,7 @@ BINDING = (
 )
 # The same of keys that came later, with what a checkpoint without them had.
 BINDING_SINCE: dict[str, Any] = {
+    "task_type": "sft",
     "use_rslora": False,
     "use_dora": False,
     "lora_target": "all-linear",
@@ -138,9 +138,12 @@ def check_same_run(checkpoint: Path, plan: RunPlan) -> None:
     """
     stored = json.loads((checkpoint / "plan.json").read_text(encoding="utf-8"))
     now = asdict(plan)
-    stored = BINDING_SINCE | stored
-    names = (*BINDING, *BINDING_SINCE)
-    differing = [f"{name}: {stored.get(name)} → {now[name]}" for name in names if stored.get(name) != now[name]]
+    before = stored.get("objective", {})
+    stored, now = BINDING_SINCE | stored | before, now | plan.objective
+    names = dict.fromkeys((*BINDING, *BINDING_SINCE, *before, *plan.objective))
+    differing = [
+        f"{name}: {stored.get(name)} → {now.get(name)}" for name in names if stored.get(name) != now.get(name)
+    ]
     if differing:
         raise UsageError("resume.changed", path=checkpoint, differences="; ".join(differing))
     for name, value in plan.optimizer.items():

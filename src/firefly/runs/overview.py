@@ -27,7 +27,8 @@ def show_example(console: Console, example: Example, tokenizer: Any) -> None:
 
 def _show_tokens(console: Console, tokens: Tokens, tokenizer: Any, title: str, most: int = 400) -> None:
     text = Text()
-    ids, labels = tokens.input_ids[:most].tolist(), tokens.labels[:most]
+    ids, labels = tokens.input_ids[:most].tolist(), tokens.labels[:most].copy()
+    labels[[start for start in tokens.starts if start < len(labels)]] = IGNORE  # predicted by nothing
     for trained, run in token_runs(ids, labels):
         shown = tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if trained and not console.color_system:
