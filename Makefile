@@ -18,9 +18,10 @@ $(STAMP): pyproject.toml constraints.txt script/setup.sh
 demo: setup
 	"$(PY)" examples/demo.py
 
-# One thread: the models are tiny, and threads that wait for each other on a busy machine take ten times as long.
+# Two processes of one thread: the models are tiny, and threads that wait for each other on a busy machine take ten
+# times as long.
 test: setup
-	OMP_NUM_THREADS=1 "$(PY)" -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 2 -m "not slow and not gpu"
 
 test-slow: setup
 	"$(PY)" -m pytest -m "slow and not gpu"

@@ -125,7 +125,7 @@ def test_overrides_may_stand_before_or_after_the_tutorials_option(trained, confi
         (["train", "{config}", "--lora_rnk", "8"], "lora_rank"),
         (["train", "{config}", "--lora_rank", "many"], "lora_rank"),
         (["train", "{config}", "--lora_rank"], "lora_rank"),
-        (["train", "{config}", "--task_type", "dpo"], "task_type"),
+        (["train", "{config}", "--task_type", "rlhf"], "task_type"),
         (["merge", "--adapter_name_or_path", "a"], "save_path"),
         (["merge", "--adapter_name_or_path", "a", "--save_path", "s", "--bogus"], "bogus"),
         (["chat", "--top_p", "much"], "top_p"),

@@ -25,7 +25,7 @@ from firefly.errors import UsageError
 from firefly.runs.checkpoints import BINDING_SINCE
 from firefly.runs.metrics import read_metrics
 from firefly.train import train
-from tiny import assert_same, padded_loss, save_tiny_model, tiny_tokenizer, write_rows
+from tiny import ListedExamples, assert_same, padded_loss, save_tiny_model, tiny_tokenizer, write_rows
 
 ROWS, STEPS = 22, 6  # four examples a step: five full steps and a last one of two
 Run = Callable[..., Path]
@@ -148,8 +148,7 @@ def test_full_training_is_the_textbook_loop(run: Run, place: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, 3, 2 * STEPS)
     examples = by_hand(place / "train.jsonl")
-    lengths = np.array([len(example.input_ids) for example in examples])
-    plan = StepPlan(lengths, lengths, examples_per_step=4, budget=1, seed=1)
+    plan = StepPlan(ListedExamples(examples).counts, examples_per_step=4, budget=1, seed=1)
     expected = []
     for epoch in range(2):
         plan.set_epoch(epoch)

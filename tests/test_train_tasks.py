@@ -186,7 +186,11 @@ def test_documents_are_kept_apart_in_the_solo_layout_too(run: Run, place: Path, 
     for name in ("bloom", "llama_tied"):
         model = tmp_path / name
         save_tiny_model(model, name)
-        options = {"model_name_or_path": str(model), "task_type": "pretrain", "train_file": str(tmp_path / "docs.jsonl")}
+        options = {
+            "model_name_or_path": str(model),
+            "task_type": "pretrain",
+            "train_file": str(tmp_path / "docs.jsonl"),
+        }
         options |= {"train_mode": "full", "learning_rate": 0.0, "num_train_epochs": 1}
         (together,) = values(run(f"{name}-block", **options, max_seq_length=256))
         tokenizer, own = tiny_tokenizer(), AutoModelForCausalLM.from_pretrained(model)

@@ -66,7 +66,7 @@ def adds_up(ledger: Ledger, examples: Examples) -> bool:
     """rows = kept + cut + lost, and the sums are those of the examples."""
     return (
         ledger.rows == ledger.kept + ledger.cut + sum(ledger.lost.values())
-        and ledger.examples == len(examples) == len(examples.lengths) == len(examples.lines)
+        and ledger.examples == len(examples) == len(examples.lengths) == len(examples.index)
         and ledger.tokens == examples.lengths.sum()
         and ledger.target_tokens == examples.targets.sum()
         and sum(ledger.counts[cause] for cause in ("cut", *ledger.lost)) == ledger.cut + sum(ledger.lost.values())
@@ -105,7 +105,7 @@ def test_real_files_are_read_and_add_up_at_any_length(shared, qwen_tokenizer, fi
     assert short.ledger.cut + sum(short.ledger.lost.values()) == (whole.lengths > 64).sum()
     cut = {finding.line for finding in short.ledger.findings if finding.cause == "cut"}
     lost = {finding.line for finding in short.ledger.findings if finding.cause in short.ledger.lost}
-    uncut = [i for i, line in enumerate(whole.lines) if line not in lost]
+    uncut = [i for i, line in enumerate(whole.index["line"]) if line not in lost]
     assert short.ledger.cut_tokens == sum(whole.lengths[i] for i in uncut) - short.lengths.sum()
     assert len(cut) == short.ledger.cut
 
@@ -136,7 +136,7 @@ def test_every_row_is_kept_cut_or_lost_with_file_line_and_cause(write, encoder):
     assert (ledger.rows, ledger.kept, ledger.cut) == (9, 2, 1)
     assert ledger.lost == {"malformed": 4, "no_target": 1, "too_long": 1}
     assert adds_up(ledger, examples)
-    assert examples.lines.tolist() == [1, 5, 8]
+    assert examples.index["line"].tolist() == [1, 5, 8]
     assert ledger.formats == {"firefly": 2, "messages": 1, "tokens": 3}
     said = [(finding.line, finding.cause, finding.message) for finding in ledger.findings]
     assert [(line, cause) for line, cause, _ in sorted(said)] == [
@@ -230,7 +230,7 @@ def test_a_template_that_rewrites_turns_gives_a_row_several_examples(write, chat
     assert [trained_text(encoder, examples[i]) for i in range(len(examples))] == [
         "first<|im_end|>", "second<|im_end|>", "first<|im_end|>",
     ]  # fmt: skip
-    assert examples.lines.tolist() == [1, 1, 2]
+    assert examples.index["line"].tolist() == [1, 1, 2]
     assert (examples.ledger.kept, examples.ledger.cut) == (1, 1)
     assert adds_up(examples.ledger, examples)
 
@@ -484,7 +484,7 @@ def test_examples_are_found_by_number_whatever_the_size_of_a_batch(write, encode
     assert len(examples) == 7
     assert examples.lengths.tolist() == [len(tokens.input_ids) for tokens in expected]
     assert examples.targets.tolist() == [tokens.num_targets for tokens in expected]
-    assert examples.lines.tolist() == [1, 2, 3, 5, 6, 7, 8]
+    assert examples.index["line"].tolist() == [1, 2, 3, 5, 6, 7, 8]
     for found, tokens in zip(examples, expected, strict=True):  # type: ignore[call-overload]
         np.testing.assert_array_equal(found.input_ids, tokens.input_ids)
         np.testing.assert_array_equal(found.labels, tokens.labels)

@@ -189,7 +189,7 @@ def test_pairs_and_documents_have_ledgers_that_add_up(shared, qwen_tokenizer):
         ledger = load_split(config, encoder, task).train.ledger
         assert (ledger.rows, dict(ledger.formats)) == (rows, {form: rows})
         assert ledger.rows == ledger.kept + ledger.cut + sum(ledger.lost.values())
-        assert ledger.examples == (2 if task == "dpo" else 1) * (ledger.kept + ledger.cut)
+        assert ledger.examples == ledger.kept + ledger.cut
 
 
 def test_tool_calls_of_a_real_file_are_trained_with_a_template_that_has_them(shared, qwen_tokenizer):

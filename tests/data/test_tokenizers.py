@@ -254,9 +254,11 @@ def test_special_text_is_special_where_that_is_allowed(tmp_path):
 
 def test_documents_are_wrapped_as_the_tokenizer_does(tmp_path):
     glm = make_encoder(tmp_path, "chatglm3")
-    assert [item.input_ids.tolist() for item in glm.encode_documents(["hi"])] == [[GMASK, SOP, _HI]]
-    (tokens,) = make_encoder(tmp_path, "qwen").encode_documents(["hi<|im_end|>"])
-    assert tokens.input_ids.tolist() == [Q_HI, *b"<|", Q_IM_END, *b"|>"]
+    eos = glm.tokenizer.eos_token_id
+    assert [item.input_ids.tolist() for item in glm.encode_documents(["hi"])] == [[GMASK, SOP, _HI, eos]]
+    qwen = make_encoder(tmp_path, "qwen")
+    (tokens,) = qwen.encode_documents([qwen.protect_document("hi<|im_end|>")])
+    assert tokens.input_ids.tolist() == [Q_HI, *b"<|", Q_IM_END, *b"|>", qwen.tokenizer.eos_token_id]
     np.testing.assert_array_equal(tokens.labels, tokens.input_ids)
 
 

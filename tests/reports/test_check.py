@@ -98,7 +98,7 @@ def test_preferences_and_documents_are_checked_for_their_own_task(capsys, model,
     pairs.write_text(json.dumps({"prompt": "q", "chosen": "good", "rejected": "bad"}) + "\n", encoding="utf-8")
     words.write_text("one document\n\nanother\n", encoding="utf-8")
     found = json.loads(check(capsys, pairs, model, "--json")[1])
-    assert (found["task"], found["kept"], found["examples"], found["target_tokens"]) == ("dpo", 1, 2, 5 + 4)
+    assert (found["task"], found["kept"], found["examples"], found["target_tokens"]) == ("dpo", 1, 1, 5 + 4)
     found = json.loads(check(capsys, words, model, "--json")[1])
     assert (found["task"], found["kept"], found["counts"]) == ("pretrain", 2, {"blank_line": 1})
     code, _, err = check(capsys, pairs, model, "--task_type", "sft")

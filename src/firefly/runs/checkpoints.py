@@ -141,9 +141,7 @@ def check_same_run(checkpoint: Path, plan: RunPlan) -> None:
     before = stored.get("objective", {})
     stored, now = BINDING_SINCE | stored | before, now | plan.objective
     names = dict.fromkeys((*BINDING, *BINDING_SINCE, *before, *plan.objective))
-    differing = [
-        f"{name}: {stored.get(name)} → {now.get(name)}" for name in names if stored.get(name) != now.get(name)
-    ]
+    differing = [f"{name}: {stored.get(name)} → {now.get(name)}" for name in names if stored.get(name) != now.get(name)]
     if differing:
         raise UsageError("resume.changed", path=checkpoint, differences="; ".join(differing))
     for name, value in plan.optimizer.items():
