@@ -140,7 +140,8 @@ def test_the_official_texts_in_this_file_are_the_official_ones(shared, with_temp
 
 # ---- spans ----
 
-words = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+RESERVED = "\ufdd0\ufdd1\U000f5a1f\U000f5a20"  # set aside for marks: a text with one is refused by name
+words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=RESERVED), max_size=20)
 
 
 @pytest.mark.parametrize("name", NAMES)
