@@ -15,10 +15,9 @@ from firefly.data.templates import TemplateFailure
 
 @dataclass(frozen=True)
 class PairEncoder:
-    """Pairs through the encoder; prompts of more than `max_prompt_length` tokens are cut (None: never)."""
+    """Pairs through the encoder, and their prompts cut to a limit."""
 
     encoder: Encoder
-    max_prompt_length: int | None
 
     def render(self, pair: PreferencePair) -> list[Rendered]:
         """The two texts of a pair.

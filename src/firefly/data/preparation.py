@@ -204,7 +204,7 @@ class Preparation:
     @cached_property
     def pairs(self) -> PairEncoder:
         """How preference pairs become tokens."""
-        return PairEncoder(self.encoder, self.config.max_prompt_length)
+        return PairEncoder(self.encoder)
 
     def _answer(self, source: Source, conversation: Conversation) -> int:
         """Hash of the last reply; an empty one is noted."""
@@ -247,7 +247,7 @@ class Preparation:
         if not kept:
             self._lose(source, examples)
             return []
-        self._account(source, examples, kept)
+        self._account(source, examples, kept, examples=len(kept))
         return [*kept]
 
     def _is_text(self, tokens: Tokens) -> bool:
@@ -275,8 +275,7 @@ class Preparation:
         kept = [side for side in fitted if side is not None]
         if np.array_equal(kept[0].input_ids, kept[1].input_ids):
             self.ledger.note(row.source, SAME_ANSWERS, render("finding.same_answers"))
-        self._account(row.source, whole.sides, kept, prompt=whole.prompt - pair.prompt)
-        self.ledger.examples -= 1  # two answers, one example
+        self._account(row.source, whole.sides, kept, examples=1, prompt=whole.prompt - pair.prompt)
         return [TokenPair.of(*kept)]
 
     def _lose(self, source: Source, examples: Sequence[Tokens]) -> None:
@@ -289,8 +288,10 @@ class Preparation:
         else:
             self.ledger.lose(source, NO_TARGET, render("row.no_target"))
 
-    def _account(self, source: Source, given: Sequence[Tokens], kept: Sequence[Tokens], prompt: int = 0) -> None:
-        """Count a kept or cut row; `prompt` tokens were cut out of a pair's prompt."""
+    def _account(
+        self, source: Source, given: Sequence[Tokens], kept: Sequence[Tokens], examples: int, prompt: int = 0
+    ) -> None:
+        """Count a kept or cut row and its examples; `prompt` tokens were cut out of a pair's prompt."""
         ledger, limit = self.ledger, self.config.max_seq_length
         total, left = (sum(len(tokens.input_ids) for tokens in some) for some in (given, kept))
         trained = sum(tokens.num_targets for tokens in kept)
@@ -307,7 +308,7 @@ class Preparation:
             ledger.note(source, CUT, message)
         else:
             ledger.kept += 1
-        ledger.examples += len(kept)
+        ledger.examples += examples
         ledger.tokens += left
         ledger.target_tokens += trained
 

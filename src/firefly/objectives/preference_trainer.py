@@ -42,7 +42,7 @@ class PreferenceTrainer(StepTrainer):
         super().__init__(**options)
         # Sums over the pairs since the last log, on the device: a step never waits for them.
         self._sums = torch.zeros(2 + len(SUMMED), dtype=torch.float64, device=self.args.device)
-        self._logged = StepTotals(0, 0, 0, 0)
+        self._summed_pairs = 0
 
     def packed(self, examples: ExampleList, held_out: bool) -> PackedExamples:
         def pack(rows: Any, pairs: list[Any]) -> PairBatch:
@@ -95,8 +95,7 @@ class PreferenceTrainer(StepTrainer):
         if self.nll_weight:
             loss = loss + self.nll_weight * nll / max(totals.nll_targets, 1)
         self._sums += self._measure(pair, losses, nll)
-        counted = StepTotals(batch.pairs, 0, 0, 0, 0)
-        self._logged = self._logged + counted
+        self._summed_pairs += batch.pairs
         return loss
 
     @torch.no_grad()
@@ -119,11 +118,11 @@ class PreferenceTrainer(StepTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the steps since the last log; here, and only here, they leave the device."""
-        if "loss" in logs and self._logged.examples:
+        if "loss" in logs and self._summed_pairs:
             _, _, *sums = self._sums.tolist()
-            logs |= {name: value / self._logged.examples for name, value in zip(SUMMED, sums, strict=True)}
+            logs |= {name: value / self._summed_pairs for name, value in zip(SUMMED, sums, strict=True)}
             self._sums.zero_()
-            self._logged = StepTotals(0, 0, 0, 0)
+            self._summed_pairs = 0
         super().log(logs, start_time)
 
     # ---- the reference beforehand ----

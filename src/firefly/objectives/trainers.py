@@ -7,6 +7,7 @@ schedules and skipping on resume come out right untouched; microbatches are loop
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class Counts:
         self.targets += totals.targets
 
 
-class StepTrainer(Trainer):
+class StepTrainer(Trainer, ABC):
     """The loop over whole steps and over held-out data. An objective adds how examples are packed, a microbatch's share
     of the step's loss, and the sums that its evaluation needs."""
 
@@ -104,25 +105,25 @@ class StepTrainer(Trainer):
 
     # ---- what an objective says ----
 
+    @abstractmethod
     def packed(self, examples: ExampleList, held_out: bool) -> PackedExamples:
         """The examples with the way to pack some of them into a microbatch."""
-        raise NotImplementedError
 
     def nll_targets(self, examples: ExampleList) -> np.ndarray | None:
         """Of each example the tokens whose NLL a preference loss adds; None without one."""
         return None
 
+    @abstractmethod
     def microbatch_loss(self, model: Any, batch: Any, totals: StepTotals) -> Tensor:
         """What one microbatch adds to the loss of its step, a scalar."""
-        raise NotImplementedError
 
+    @abstractmethod
     def evaluation_sums(self, model: Any, batch: Any) -> Tensor:
         """What an evaluation adds up over microbatches, (any,) fp32 on the device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def evaluation_metrics(self, sums: list[float], totals: StepTotals) -> dict[str, float]:
         """Metrics of the examples that `sums` and `totals` were taken over."""
-        raise NotImplementedError
 
     # ---- what a step is ----
 
