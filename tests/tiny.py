@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -17,7 +18,10 @@ from torch import Tensor
 from firefly.config import AdapterConfig
 from firefly.data.examples import INDEX, ExampleCounts, index_entry
 from firefly.data.schema import IGNORE, Example, Segment, TokenPair, Tokens
-from firefly.models.adapters import attach_adapter, lora_parameters, lora_targets
+from firefly.models.adapters import attach_adapter, lora_parameters, lora_targets, transformers_model
+from firefly.models.attention import choose_layout
+from firefly.models.heads import install_target_head
+from firefly.models.kernels.gated_mlp import install_gated_mlps
 
 VOCABULARY = 264
 WINDOW = 8
@@ -278,3 +282,17 @@ def write_rows(path: Path, count: int, seed: int = 0) -> Path:
     ]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def prepared(name: str, mode: str) -> tuple[Any, str, Any]:
+    """(a model as `train` prepares it, its layout, the plain transformers and peft model)."""
+    model = tiny_model(name)
+    own = copy.deepcopy(model)
+    layout, _ = choose_layout(model)
+    if mode == "lora":
+        model, own = with_our_lora(model), with_plain_lora(own)
+    else:
+        model.requires_grad_(True)
+    install_gated_mlps(model)
+    install_target_head(transformers_model(model))
+    return model, layout, own

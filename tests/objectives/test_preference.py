@@ -19,6 +19,7 @@ from firefly.data.schema import IGNORE, TokenPair, Tokens
 from firefly.models.adapters import transformers_model
 from firefly.models.attention import choose_layout
 from firefly.models.heads import install_target_head
+from firefly.models.kernels.gated_mlp import install_gated_mlps
 from firefly.models.precision import Precision
 from firefly.objectives.preference import PREFERENCE_LOSSES, PairLogps, nll_weight
 from firefly.objectives.preference_trainer import PreferenceTrainer
@@ -28,29 +29,16 @@ from tiny import (
     ListedExamples,
     assert_same,
     gradients,
+    prepared,
     random_pairs,
     tiny_model,
     tiny_tokenizer,
-    with_our_lora,
     with_plain_lora,
 )
 
 # Prompts of 1 and 40 tokens, answers of 1, shorter and longer ones first.
 PAIRS = random_pairs((7, 5, 9), (40, 30, 3), (1, 12, 12), (20, 1, 1), (3, 2, 60), (11, 70, 20))
 ARCHITECTURES = ["llama_tied", "qwen2_window", "qwen3", "gemma3", "phi3", "gemma2", "mixtral", "gpt_neox", "bloom"]
-
-
-def prepared(name: str, mode: str) -> tuple[Any, str, Any]:
-    """(a model as `train` prepares it, its layout, the plain transformers and peft model)."""
-    model = tiny_model(name)
-    own = copy.deepcopy(model)
-    layout, _ = choose_layout(model)
-    if mode == "lora":
-        model, own = with_our_lora(model), with_plain_lora(own)
-    else:
-        model.requires_grad_(True)
-    install_target_head(transformers_model(model))
-    return model, layout, own
 
 
 def make_trainer(
@@ -237,8 +225,10 @@ def test_the_first_loss_is_ln_2(name: str, tmp_path: Path) -> None:
     from firefly.models.adapters import attach_adapter
 
     fresh = attach_adapter(copy.deepcopy(model), AdapterConfig(mode="lora", rank=4))
+    install_gated_mlps(fresh)
     install_target_head(transformers_model(fresh))
     assert one_step(make_trainer(fresh, tmp_path, layout=layout))[0].item() == pytest.approx(math.log(2), abs=1e-6)
+    install_gated_mlps(model)
     install_target_head(model)
     model.requires_grad_(True)
     full = one_step(make_trainer(model, tmp_path, layout=layout, mode="full"))[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from firefly.data.schema import Tokens
+from firefly.data.schema import IGNORE, Tokens
 from firefly.models.adapters import transformers_model
 from firefly.models.attention import choose_layout
 from firefly.models.heads import install_target_head
@@ -22,11 +21,11 @@ from tiny import (
     gradients,
     padded_batch,
     padded_loss,
+    prepared,
     random_examples,
     tiny_model,
     tiny_tokenizer,
     with_our_lora,
-    with_plain_lora,
 )
 
 EIGHT = random_examples(5, 33, 12, 70, 2, 21, 40, 9)
@@ -66,19 +65,6 @@ def make_trainer(
     )
 
 
-def prepare(name: str, mode: str) -> tuple[Any, str, Any]:
-    """(a model as `train` prepares it, its layout, the plain transformers and peft model)."""
-    model = tiny_model(name)
-    own = copy.deepcopy(model)
-    layout, _ = choose_layout(model)
-    if mode == "lora":
-        model, own = with_our_lora(model), with_plain_lora(own)
-    else:
-        model.requires_grad_(True)
-    install_target_head(transformers_model(model))
-    return model, layout, own
-
-
 def one_step(trainer: CausalTrainer) -> tuple[Tensor, dict[str, Tensor], int]:
     """Loss, gradients and number of microbatches of the first step."""
     (step,) = list(trainer.get_train_dataloader())
@@ -92,13 +78,54 @@ def one_step(trainer: CausalTrainer) -> tuple[Tensor, dict[str, Tensor], int]:
     "name", ["llama", "llama_tied", "qwen2_window", "gemma2", "granite", "mixtral", "bloom", "gptj"]
 )
 def test_a_step_has_the_loss_and_gradients_of_one_padded_batch(name: str, mode: str, tmp_path: Path) -> None:
-    model, layout, own = prepare(name, mode)
+    model, layout, own = prepared(name, mode)
     loss, found, count = one_step(make_trainer(model, tmp_path, EIGHT, budget=64, layout=layout, mode=mode))
     assert count > 1
     expected = padded_loss(own, EIGHT) + balance_loss(own, EIGHT)
     expected.backward()
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
     assert_same(found, gradients(own), 2e-5)
+
+
+@pytest.mark.parametrize("padding_free", [False, True], ids=["padded", "padding-free"])
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("name", ["llama", "qwen2_window"])
+def test_a_step_has_the_loss_and_gradients_of_trls_trainer(
+    name: str, mode: str, padding_free: bool, tmp_path: Path
+) -> None:
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    model, layout, own = prepared(name, mode)
+    loss, found, _ = one_step(make_trainer(model, tmp_path, EIGHT, budget=64, layout=layout, mode=mode))
+    trainer = trl.SFTTrainer(
+        model=own,
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path / "trl"),
+            per_device_train_batch_size=len(EIGHT),
+            train_sampling_strategy="sequential",
+            completion_only_loss=True,
+            max_length=None,
+            padding_free=padding_free,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+        ),
+        train_dataset=Dataset.from_list(
+            [{"input_ids": e.input_ids.tolist(), "completion_mask": (e.labels != IGNORE).tolist()} for e in EIGHT]
+        ),
+        processing_class=tiny_tokenizer(),
+    )
+    (batch,) = list(trainer.get_train_dataloader())
+    assert batch["input_ids"].shape[0] == (1 if padding_free else len(EIGHT))
+    assert (batch["labels"] != IGNORE).sum() >= sum(e.num_targets for e in EIGHT)
+    own.zero_grad()
+    # As its training loop calls it: the mean over all targets of the step.
+    expected = trainer.compute_loss(trainer.model, batch, num_items_in_batch=sum(e.num_targets for e in EIGHT))
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-4, atol=0)
+    assert_same(found, gradients(trainer.model), 1e-4)
 
 
 def balance_loss(model: Any, examples: list[Tokens]) -> Tensor:
@@ -114,7 +141,7 @@ def balance_loss(model: Any, examples: list[Tokens]) -> Tensor:
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe"])
 def test_the_router_loss_is_the_whole_steps_however_it_is_cut(name: str, tmp_path: Path) -> None:
-    model, layout, own = prepare(name, "full")
+    model, layout, own = prepared(name, "full")
     assert balance_loss(own, EIGHT) > 1e-4
     expected = padded_loss(own, EIGHT) + balance_loss(own, EIGHT)
     expected.backward()
@@ -133,7 +160,7 @@ def test_the_reference_is_what_transformers_calls_the_loss() -> None:
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("name", ["llama_tied", "qwen2_window", "gemma2"])
 def test_the_token_budget_changes_neither_loss_nor_gradients(name: str, mode: str, tmp_path: Path) -> None:
-    model, _, _ = prepare(name, mode)
+    model, _, _ = prepared(name, mode)
     loss, expected, count = one_step(make_trainer(model, tmp_path, EIGHT, ONE_EACH, mode=mode))
     assert count == len(EIGHT)
     for budget, least in ((ALL_IN_ONE, 1), (70, 3)):
@@ -145,7 +172,7 @@ def test_the_token_budget_changes_neither_loss_nor_gradients(name: str, mode: st
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_the_solo_layout_changes_neither_loss_nor_gradients(mode: str, tmp_path: Path) -> None:
-    model, _, _ = prepare("qwen2_window", mode)
+    model, _, _ = prepared("qwen2_window", mode)
     loss, expected, _ = one_step(make_trainer(model, tmp_path, EIGHT, ALL_IN_ONE, mode=mode))
     transformers_model(model).set_attn_implementation("sdpa")
     solo_loss, found, count = one_step(make_trainer(model, tmp_path, EIGHT, ALL_IN_ONE, layout="solo", mode=mode))
@@ -157,7 +184,7 @@ def test_the_solo_layout_changes_neither_loss_nor_gradients(mode: str, tmp_path:
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("name", ["llama_tied", "gemma2", "gpt_neox", "qwen2_moe"])
 def test_activation_checkpointing_changes_neither_loss_nor_gradients(name: str, mode: str, tmp_path: Path) -> None:
-    model, _, _ = prepare(name, mode)
+    model, _, _ = prepared(name, mode)
     loss, expected, _ = one_step(make_trainer(model, tmp_path, EIGHT, mode=mode))
     transformers_model(model).gradient_checkpointing_enable()
     other_loss, found, _ = one_step(make_trainer(model, tmp_path, EIGHT, mode=mode))
@@ -166,7 +193,7 @@ def test_activation_checkpointing_changes_neither_loss_nor_gradients(name: str, 
 
 
 def test_full_training_in_16_bit_keeps_fp32_weights_and_gradients(tmp_path: Path) -> None:
-    model, _, own = prepare("llama_tied", "full")
+    model, _, own = prepared("llama_tied", "full")
     loss, found, _ = one_step(make_trainer(model, tmp_path, EIGHT, compute=torch.bfloat16))
     assert {p.dtype for p in model.parameters()} == {g.dtype for g in found.values()} == {torch.float32}
     expected = padded_loss(own, EIGHT)
@@ -177,7 +204,7 @@ def test_full_training_in_16_bit_keeps_fp32_weights_and_gradients(tmp_path: Path
 
 
 def test_lora_in_16_bit_stays_near_fp32(tmp_path: Path) -> None:
-    model, _, own = prepare("llama", "lora")
+    model, _, own = prepared("llama", "lora")
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
@@ -190,7 +217,7 @@ def test_lora_in_16_bit_stays_near_fp32(tmp_path: Path) -> None:
 
 
 def test_the_counts_are_those_of_the_examples(tmp_path: Path) -> None:
-    model, _, _ = prepare("llama", "lora")
+    model, _, _ = prepared("llama", "lora")
     trainer = make_trainer(model, tmp_path, EIGHT, mode="lora")
     one_step(trainer), one_step(trainer)
     assert trainer.counts.steps == 2
@@ -200,7 +227,7 @@ def test_the_counts_are_those_of_the_examples(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_is_the_mean_over_all_held_out_targets(tmp_path: Path) -> None:
-    model, _, own = prepare("gemma2", "lora")
+    model, _, own = prepared("gemma2", "lora")
     held_out = random_examples(30, 4, 55, 17, 8, 23, 61, 12, 9, 40, 3, seed=9)
     trainer = make_trainer(model, tmp_path, EIGHT, held_out=held_out, mode="lora")
     before = torch.get_rng_state()

@@ -18,17 +18,20 @@ def install_lora_kernels(model: nn.Module) -> int:
 
     Variants (DoRA, LoRA bias, …) keep peft's own forward.
     """
-    from peft.tuners.lora import LoraLayer
-
     count = 0
     for module in model.modules():
-        if isinstance(module, LoraLayer) and _is_plain(module):
+        if is_plain_lora(module):
             module.forward = MethodType(_lora_forward, module)  # type: ignore[attr-defined]
             count += 1
     return count
 
 
-def _is_plain(module: Any) -> bool:
+def is_plain_lora(module: Any) -> bool:
+    """Whether the layer is a linear one with one plain adapter."""
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(module, LoraLayer):
+        return False
     base = module.get_base_layer()
     quantised = type(base).__name__ == "Linear4bit"
     if not (type(base) is nn.Linear or quantised) or len(module.lora_A) != 1:
@@ -50,17 +53,15 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     dropped = dropout(x) if isinstance(dropout, nn.Dropout) and self.training and dropout.p > 0 else None
     base = self.get_base_layer()
     adapter = self.lora_A[name].weight, self.lora_B[name].weight
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    with torch.autocast(device, enabled=False):
+    dtype = compute_type(x)
+    with torch.autocast(x.device.type, enabled=False):
         return LoraLinear.apply(x.to(dtype), dropped, base.weight, base.bias, *adapter, self.scaling[name])
 
 
 def _base_forward(base: Any, x: Tensor) -> Tensor:
     """The layer without its adapter, computed exactly as beside one: a reference must not differ by rounding."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    with torch.autocast(device, enabled=False):
+    dtype = compute_type(x)
+    with torch.autocast(x.device.type, enabled=False):
         rows, weight = x.to(dtype).reshape(-1, x.shape[-1]), dense(base.weight, dtype)
         out = rows @ weight.T if base.bias is None else torch.addmm(base.bias.to(dtype), rows, weight.T)
         return out.view(*x.shape[:-1], out.shape[-1])
@@ -107,6 +108,12 @@ class LoraLinear(torch.autograd.Function):
         if through is not None and ctx.needs_input_grad[1]:
             grad_dropped = (grad_low @ a16).view(ctx.shape)
         return grad_x, grad_dropped, None, None, grad_a, grad_b, None
+
+
+def compute_type(x: Tensor) -> torch.dtype:
+    """What a linear layer computes in when called with `x`: autocast's type, where that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
