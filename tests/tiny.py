@@ -18,10 +18,9 @@ from torch import Tensor
 from firefly.config import AdapterConfig
 from firefly.data.examples import INDEX, ExampleCounts, index_entry
 from firefly.data.schema import IGNORE, Example, Segment, TokenPair, Tokens
-from firefly.models.adapters import attach_adapter, lora_parameters, lora_targets, transformers_model
+from firefly.models.adapters import attach_adapter, lora_parameters, lora_targets
 from firefly.models.attention import choose_layout
-from firefly.models.heads import install_target_head
-from firefly.models.kernels.gated_mlp import install_gated_mlps
+from firefly.models.forwards import install_training_forwards
 
 VOCABULARY = 264
 WINDOW = 8
@@ -293,6 +292,5 @@ def prepared(name: str, mode: str) -> tuple[Any, str, Any]:
         model, own = with_our_lora(model), with_plain_lora(own)
     else:
         model.requires_grad_(True)
-    install_gated_mlps(model)
-    install_target_head(transformers_model(model))
+    install_training_forwards(model)
     return model, layout, own

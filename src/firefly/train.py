@@ -31,8 +31,7 @@ from firefly.inference.engine import tokenizer_source
 from firefly.messages import render
 from firefly.models.adapters import adapter_settings, attach_adapter, count_parameters, transformers_model
 from firefly.models.attention import choose_layout
-from firefly.models.heads import install_target_head
-from firefly.models.kernels.gated_mlp import install_gated_mlps
+from firefly.models.forwards import install_training_forwards
 from firefly.models.loading import load_model, load_tokenizer, resolve_model
 from firefly.models.precision import Precision, pick_device, resolve_precision
 from firefly.models.tokens import add_tokens, fit_embeddings
@@ -107,8 +106,7 @@ def train(config: Config) -> Path:
     model = attach_adapter(model, config.adapter, fit_embeddings(model, tokenizer, added), config.given)
     if quiet := quiet_routers(model):
         notice("router.quiet", count=len(quiet))
-    install_gated_mlps(model)
-    head = install_target_head(transformers_model(model))
+    head = install_training_forwards(model)
     args, options = resolve_step(config, args, model, data.train, layout[0], device)
     base = weights_hash(resolve_model(config.model), getattr(transformers_model(model).config, "_commit_hash", None))
     plan = run_plan(config, args, options, data.train, base)

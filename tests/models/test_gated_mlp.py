@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -24,12 +25,12 @@ SIZES = {
 }
 
 
-def tiny(config_class=LlamaConfig, **settings):
+def tiny(config_class: Any = LlamaConfig, **settings: Any) -> Any:
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config_class(**SIZES, **settings))
 
 
-def adapted(model, targets="all-linear", **settings):
+def adapted(model: Any, targets: Any = "all-linear", **settings: Any) -> Any:
     wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", **settings))
     torch.manual_seed(1)
     for name, parameter in wrapped.named_parameters():
@@ -38,7 +39,7 @@ def adapted(model, targets="all-linear", **settings):
     return wrapped
 
 
-def gradients(model, x: Tensor) -> dict[str, Tensor]:
+def gradients(model: Any, x: Tensor) -> dict[str, Tensor]:
     """Loss and gradients of all that is trained and of the input's embeddings, by name."""
     embedded = model.get_input_embeddings()(x).detach().requires_grad_()
     states = model(inputs_embeds=embedded, output_hidden_states=True).hidden_states[-1]

@@ -18,8 +18,7 @@ from firefly.data.pair_batching import pack_pairs
 from firefly.data.schema import IGNORE, TokenPair, Tokens
 from firefly.models.adapters import transformers_model
 from firefly.models.attention import choose_layout
-from firefly.models.heads import install_target_head
-from firefly.models.kernels.gated_mlp import install_gated_mlps
+from firefly.models.forwards import install_training_forwards
 from firefly.models.precision import Precision
 from firefly.objectives.preference import PREFERENCE_LOSSES, PairLogps, nll_weight
 from firefly.objectives.preference_trainer import PreferenceTrainer
@@ -225,11 +224,9 @@ def test_the_first_loss_is_ln_2(name: str, tmp_path: Path) -> None:
     from firefly.models.adapters import attach_adapter
 
     fresh = attach_adapter(copy.deepcopy(model), AdapterConfig(mode="lora", rank=4))
-    install_gated_mlps(fresh)
-    install_target_head(transformers_model(fresh))
+    install_training_forwards(fresh)
     assert one_step(make_trainer(fresh, tmp_path, layout=layout))[0].item() == pytest.approx(math.log(2), abs=1e-6)
-    install_gated_mlps(model)
-    install_target_head(model)
+    install_training_forwards(model)
     model.requires_grad_(True)
     full = one_step(make_trainer(model, tmp_path, layout=layout, mode="full"))[0]
     assert full.item() == pytest.approx(math.log(2), abs=1e-6)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from firefly.models.kernels.gated_mlp import recomputes_products
+from firefly.models.kernels.rms_norm import keeps_inputs_alone
 from firefly.models.kernels.token_nll import LOGITS_PER_CHUNK
 from firefly.runs.memory import read_proc
 
@@ -59,16 +60,17 @@ def activation_bytes(model: Any, checkpointing: bool) -> int:
     """Bytes kept per token between forward and backward.
 
     A decoder layer of width h and inner width i keeps, in the compute type, the inputs of its linear layers, queries,
-    keys, values and the attention's output (about 8 h), gate and up (2 i; 4 i with their products, where the block is
-    not computed by our own function), and in fp32 what the two norms keep (4 h). With checkpointing each layer keeps
-    its input alone, and one layer at a time all of it.
+    keys, values and the attention's output (about 8 h), gate and up (2 i) and the inputs of its two norms (2 h). Where
+    a model keeps its own forwards, the products of gate and up (2 i) come on top, and the norms keep 4 h in fp32. With
+    checkpointing each layer keeps its input alone, and one layer at a time all of it.
     """
     config = model.config.get_text_config()
     width = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * width
     layers = config.num_hidden_layers
     size = 4 if _compute_type(model) == torch.float32 else 2
-    layer = size * (8 * width + (2 if recomputes_products(model) else 4) * inner) + 4 * 4 * width
+    layer = size * (8 * width + (2 if recomputes_products(model) else 4) * inner)
+    layer += 2 * size * width if keeps_inputs_alone(model) else 4 * 4 * width
     if checkpointing:
         return layers * size * width + layer
     return layers * layer

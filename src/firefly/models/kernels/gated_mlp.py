@@ -89,8 +89,8 @@ def _drops(layer: Any) -> bool:
     return any(getattr(dropout, "p", 0) > 0 for dropout in getattr(layer, "lora_dropout", {}).values())
 
 
-def _is_bare(layer: nn.Module) -> bool:
-    base: Any = layer.get_base_layer() if is_plain_lora(layer) else layer
+def _is_bare(layer: Any) -> bool:
+    base = layer.get_base_layer() if is_plain_lora(layer) else layer
     return (type(base) is nn.Linear or type(base).__name__ == "Linear4bit") and base.bias is None
 
 
@@ -186,7 +186,7 @@ class GatedMLP(torch.autograd.Function):
         lows, weights = rest[:3], rest[3:]
         gate, up, down = layers = [
             _Layer(
-                Projection(*weights[3 * i : 3 * i + 3], ctx.scales[i]),
+                Projection(*weights[3 * i : 3 * i + 3], scale=ctx.scales[i]),
                 rows.dtype,
                 ctx.needs_input_grad[3 + 4 * i : 6 + 4 * i],
             )

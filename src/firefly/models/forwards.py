@@ -1,0 +1,17 @@
+"""Our own forwards in a transformers model: the same outputs, less kept for backward, no logits in training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from firefly.models.adapters import transformers_model
+from firefly.models.heads import install_target_head
+from firefly.models.kernels.gated_mlp import install_gated_mlps
+from firefly.models.kernels.rms_norm import install_rms_norms
+
+
+def install_training_forwards(model: Any) -> str:
+    """Install what fits of them, adapters being attached already; return how the head is computed (see `heads`)."""
+    install_gated_mlps(model)
+    install_rms_norms(model)
+    return install_target_head(transformers_model(model))
