@@ -48,7 +48,10 @@ def attend(
         (heads, tokens, width).
     """
     sizes = [segment.end - segment.start for segment in segments]
-    queries, keys, values = (x.split(sizes, dim=1) for x in (query, key, value))
+    # Models hand over views of (tokens, heads, width). Cut and joined along that, neither pass moves numbers about.
+    queries, keys, values = (
+        [piece.transpose(0, 1) for piece in x.transpose(0, 1).split(sizes)] for x in (query, key, value)
+    )
     at = {segment.start: number for number, segment in enumerate(segments)}
     pieces = []
     for segment, q, k, v in zip(segments, queries, keys, values, strict=True):
@@ -59,7 +62,9 @@ def attend(
             v = torch.cat([values[opening][:, :prefix], v], dim=1)
         near = window if window is not None and window < k.shape[1] else None
         pieces.append(pick(q, near, softcap, dropout)(q, k, v, scale, near, softcap, dropout))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+    if len(pieces) == 1:
+        return pieces[0]
+    return torch.cat([piece.transpose(0, 1) for piece in pieces]).transpose(0, 1)
 
 
 def pick(query: Tensor, window: int | None, softcap: float | None, dropout: float) -> Any:
@@ -82,7 +87,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, sof
         )[0]
     outputs = []
     for block in _blocks(q.shape[1], k.shape[1], window):
-        mask = _visible(block, window, q.device)
+        mask = _bias(block, window, 1, q.dtype, q.device)
         rows, columns = slice(block.first, block.last), slice(block.low, block.high)
         part = F.scaled_dot_product_attention(
             q[None, :, rows], k[None, :, columns], v[None, :, columns], mask, scale=scale, enable_gqa=grouped
