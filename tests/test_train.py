@@ -592,10 +592,36 @@ def test_a_checkpoint_given_by_its_path_is_the_one_that_is_continued(run: Run, u
     assert_same(weights(second), weights(uninterrupted), 0)
 
 
-def test_a_finished_run_resumed_trains_nothing_more(run: Run, out: Path, uninterrupted: Path) -> None:
+def test_a_finished_run_resumed_trains_nothing_more_and_keeps_its_results(
+    run: Run, out: Path, uninterrupted: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     run(resume_from_checkpoint=True, **SAVING)
     assert_continues(out, uninterrupted)
-    assert json.loads((out / "train_results.json").read_text())["steps"] == 0
+    for name in ("train_results.json", "metrics.jsonl"):
+        assert (out / name).read_text() == (uninterrupted / name).read_text()
+    assert f"is the last of the {2 * STEPS} steps already" in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_prolonged_run_goes_on_at_the_rate_of_its_new_schedule(run: Run, out: Path, uninterrupted: Path) -> None:
+    whole = by_step(run("whole", **SAVING | {"num_train_epochs": 4}), "learning_rate")
+    assert by_step(uninterrupted, "learning_rate")[2 * STEPS] < whole[2 * STEPS]
+    prolonged = by_step(run(resume_from_checkpoint=True, **SAVING | {"num_train_epochs": 4}), "learning_rate")
+    assert {step: prolonged[step] for step in range(2 * STEPS + 1, 4 * STEPS + 1)} == pytest.approx(
+        {step: whole[step] for step in range(2 * STEPS + 1, 4 * STEPS + 1)}
+    )
+
+
+@pytest.mark.parametrize("key", ["model_name_or_path", "adapter_name_or_path"])
+def test_a_run_does_not_write_over_what_it_starts_from(
+    key: str, run: Run, settings: dict[str, Any], out: Path, tmp_path: Path
+) -> None:
+    if key == "model_name_or_path":
+        shutil.rmtree(out)
+        shutil.copytree(settings[key], out)
+    before = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
+    with pytest.raises(UsageError, match=f"output_dir and {key} are the same folder"):
+        run(**{key: f"{tmp_path}/./out"})
+    assert {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()} == before
 
 
 def test_resuming_where_there_is_nothing_starts_anew_and_says_so(run: Run) -> None:

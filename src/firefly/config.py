@@ -455,7 +455,7 @@ def _checked(name: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
         raise UsageError("config.too_small", key=name, value=value, minimum=minimum)
     below = spec.metadata["below"]
     if below is not None and not value < below:
-        raise UsageError("config.bad_choice", key=name, value=value, choices=f"{minimum or 0} ≤ x < {below}")
+        raise UsageError("config.bad_range", key=name, value=value, minimum=minimum or 0, below=below)
     return value
 
 

@@ -82,6 +82,7 @@ def train(config: Config) -> Path:
     task = TASKS[config.task_type]
     config = without_dropout(config)
     output_dir = Path(config.output_dir).expanduser()
+    refuse_own_source(config, output_dir)
     make_output_dir(output_dir)
     device = pick_device(bool(config.training.get("use_cpu")))
     precision = resolve_precision(config.precision, device)
@@ -152,10 +153,13 @@ def train(config: Config) -> Path:
     write_records(config, output_dir, encoder, data, certificate, base, options, precision, device)
     keep_freed_memory(device)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if checkpoint and not trainer.counts.steps:
+        notice("resume.nothing_left", path=checkpoint, steps=trainer.state.global_step)
     trainer.save_model()
     if config.adapter.mode != "full":
         transformers_model(model).generation_config.save_pretrained(output_dir)
-    write_json(output_dir / "train_results.json", recorder.results(result.metrics, device))
+    if trainer.counts.steps or not (output_dir / "train_results.json").is_file():
+        write_json(output_dir / "train_results.json", recorder.results(result.metrics, device))
     draw_loss(read_metrics(recorder.path), output_dir / "loss.png")
     console.print(render("train.done", path=output_dir), soft_wrap=True)
     return output_dir
@@ -165,7 +169,8 @@ def without_dropout(config: Config) -> Config:
     """Preference training compares two passes of one model, so no dropout may stand between them."""
     if config.task_type != "dpo" or config.adapter.mode == "full" or not config.adapter.dropout:
         return config
-    notice("preference.no_dropout", value=config.adapter.dropout)
+    if "lora_dropout" in config.given:
+        notice("preference.no_dropout", value=config.adapter.dropout)
     return replace(config, adapter=replace(config.adapter, dropout=0.0))
 
 
@@ -209,6 +214,14 @@ def leave_one_rank_group() -> None:
     if os.environ.get("WORLD_SIZE") == "1":
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK"):
             os.environ.pop(name, None)
+
+
+def refuse_own_source(config: Config, output_dir: Path) -> None:
+    """A run must not write over the model or the adapter that it starts from."""
+    sources = {"model_name_or_path": config.model.name_or_path, "adapter_name_or_path": config.adapter.name_or_path}
+    for key, source in sources.items():
+        if source and Path(source).expanduser().resolve() == output_dir.resolve():
+            raise UsageError("config.output_is_source", key=key, path=output_dir)
 
 
 def make_output_dir(path: Path) -> None:

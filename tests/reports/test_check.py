@@ -7,9 +7,11 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from firefly.cli import main
+from firefly.reports.check import histogram
 from tiny import save_tiny_model
 
 
@@ -62,6 +64,18 @@ def test_rows_that_would_stop_a_run_are_exit_3_with_their_places(capsys, rows, m
     assert f"{rows}:6: not valid JSON" in err
     assert "Traceback" not in err
     assert check(capsys, rows, model, "--max_malformed_rows", "1")[0] == 0
+
+
+def test_rows_held_out_by_share_are_counted_and_the_ledger_is_printed_once(capsys, rows, model):
+    code, out, _ = check(capsys, rows, model, "--eval_ratio", "0.4")
+    assert code == 0
+    assert out.count("data: ") == 1
+    assert "3 examples to train, 2 held out" in out
+
+
+def test_the_histogram_ends_at_the_longest_example():
+    bars = histogram(np.array([7, 100, 128, 128]))
+    assert (bars[0]["from"], bars[-1]["to"], bars[-1]["count"]) == (7, 128, 2)
 
 
 def test_a_file_that_is_not_there_is_exit_2(capsys, tmp_path, model):

@@ -52,9 +52,18 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "{key} = {value} is not valid; choose one of: {choices}.",
         "{key} = {value} 无效；可选值：{choices}。",
     ),
+    "config.bad_range": (
+        "{key} = {value} is not valid; it must be at least {minimum} and less than {below}.",
+        "{key} = {value} 无效；应不小于 {minimum} 且小于 {below}。",
+    ),
     "config.too_small": (
         "{key} = {value} is too small; the least is {minimum}.",
         "{key} = {value} 太小；最小值为 {minimum}。",
+    ),
+    "config.output_is_source": (
+        "output_dir and {key} are the same folder, {path}: the run would overwrite what it starts from. "
+        "Choose another output_dir.",
+        "output_dir 与 {key} 是同一个文件夹 {path}：训练会覆盖它的起点。请换一个 output_dir。",
     ),
     "config.two_precisions": (
         "fp16 and bf16 are both true; set one of them to false.",
@@ -198,9 +207,11 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     ),
     "model.not_found": (
         "model_name_or_path = {name} is neither a folder here nor reachable on the hub: {problem}\n"
-        'Give an existing folder, check the name, set HF_ENDPOINT to a mirror, or use "hub": "modelscope".',
+        "Give an existing folder, check the name (the built-in model is smollm2-135m-instruct), set HF_ENDPOINT to a "
+        'mirror, or use "hub": "modelscope".',
         "model_name_or_path = {name} 既不是本地目录，也无法从 hub 获取：{problem}\n"
-        '请给出已存在的目录、检查名称、用 HF_ENDPOINT 指定镜像，或设置 "hub": "modelscope"。',
+        "请给出已存在的目录、检查名称（内置模型为 smollm2-135m-instruct）、用 HF_ENDPOINT 指定镜像，"
+        '或设置 "hub": "modelscope"。',
     ),
     "model.no_bitsandbytes": (
         "4-bit weights need a package: pip install bitsandbytes (or use train_mode lora).",
@@ -506,6 +517,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     ),
     # firefly check
     "check.title": ("Data check", "数据检查"),
+    "check.held_out": (
+        "{trained:,} examples to train, {held_out:,} held out",
+        "训练样本 {trained:,} 个，留出 {held_out:,} 个",
+    ),
     "check.format": (
         "format: {formats}; task {task}; template {template}",
         "格式：{formats}；任务 {task}；模板 {template}",
@@ -535,6 +550,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "row.unknown_format": (
         "no known format has the keys {keys} (known formats: {known})",
         "没有已知格式包含这些键：{keys}（已知格式：{known}）",
+    ),
+    "row.one_key_short": (
+        "no known format has the keys {keys} alone; missing is one of: {missing}",
+        "没有已知格式只包含这些键：{keys}；缺少其中之一：{missing}",
     ),
     "row.two_formats": (
         "the record fits several formats: {formats}; say which with data_format",
@@ -656,6 +675,12 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "resume.skipped": (
         "{path} is not complete (missing: {missing}) and is passed over.",
         "{path} 不完整（缺少：{missing}），已跳过。",
+    ),
+    "resume.nothing_left": (
+        "{path} is the last of the {steps} steps already, so nothing was trained and the results stay as they were. "
+        "To train on, raise num_train_epochs or max_steps.",
+        "{path} 已是 {steps} 步中的最后一步，因此没有训练，已有结果保持不变。"
+        "若要继续训练，请增大 num_train_epochs 或 max_steps。",
     ),
     "resume.none": (
         "no complete checkpoint in {path}: training starts from the beginning.",

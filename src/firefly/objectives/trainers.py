@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
@@ -283,6 +284,19 @@ class StepTrainer(Trainer, ABC):
         for number in np.unique(sources):
             name = self.sources[number] if number < len(self.sources) else str(number)
             yield name, np.flatnonzero(sources == number)
+
+    # ---- resuming ----
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """A run that was prolonged goes on at the new schedule's rate: a checkpoint keeps that of the old one's end."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        if checkpoint is None or not isinstance(scheduler, LambdaLR):
+            return
+        parts = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        for group, base, schedule in parts:
+            group["lr"] = base * schedule(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
 
     # ---- bookkeeping that would look inside a batch ----
 

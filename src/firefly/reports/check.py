@@ -110,7 +110,7 @@ def histogram(values: np.ndarray, bins: int = 12) -> list[dict[str, int]]:
     edges = np.arange(low, high + width + 1, width)
     counts, _ = np.histogram(values, edges)
     return [
-        {"from": int(start), "to": int(start + width - 1), "count": int(count)}
+        {"from": int(start), "to": int(min(start + width - 1, high)), "count": int(count)}
         for start, count in zip(edges[:-1], counts, strict=True)
     ]
 
@@ -128,9 +128,11 @@ def show_check(check: DataCheck, console: Any) -> None:
     from firefly.runs.overview import show_example
 
     data = check.data
-    for examples in (data.train, data.held_out):
-        if examples is not None:
-            console.print(examples.ledger.summary(), soft_wrap=True, markup=False)
+    ledgers = [examples.ledger for examples in (data.train, data.held_out) if examples is not None]
+    for ledger in {id(ledger): ledger for ledger in ledgers}.values():  # eval_ratio holds out rows of the same files
+        console.print(ledger.summary(), soft_wrap=True, markup=False)
+    if data.held_out is not None:
+        console.print(render("check.held_out", held_out=len(data.held_out), trained=len(data.train)))
     formats = ", ".join(f"{name} {count}" for name, count in data.train.ledger.formats.items()) or "–"
     template = "–" if check.task == "pretrain" else check.template.name
     console.print(render("check.format", formats=formats, task=check.task, template=template))

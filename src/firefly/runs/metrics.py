@@ -35,6 +35,8 @@ class RunRecorder(TrainerCallback):
         self.training_began = time.time()
         # A checkpoint brings its own logging_steps, eval_steps and save_steps along: today's apply.
         state.compute_steps(args, state.max_steps)
+        if state.global_step >= state.max_steps:
+            return  # nothing is left to train, and what was written stays
         lines = read_metrics(self.path) if state.global_step else []
         kept = [line for line in lines if line.get("step", 0) <= state.global_step and "train_loss" not in line]
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,6 +47,8 @@ class RunRecorder(TrainerCallback):
             self.seconds_to_first_step = time.time() - self.started
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if state.global_step >= state.max_steps and not self.counts.steps:
+            return
         now = time.time()
         line = {
             "step": state.global_step,

@@ -163,10 +163,29 @@ def _detect(value: Record, task: TaskName | None) -> str:
     if not fitting:
         # repr: a key may hold anything, also what no terminal or file takes.
         keys = ", ".join(map(repr, sorted(value)[:8])) or "–"
+        if missing := _one_key_short(value):
+            raise MalformedRecord("row.one_key_short", keys=keys, missing=missing)
         raise MalformedRecord("row.unknown_format", keys=keys, known=", ".join(FORMATS))
     if len(fitting) > 1:
         raise MalformedRecord("row.two_formats", formats=", ".join(fitting))
     return fitting[0]
+
+
+OFTEN_FORGOTTEN = ("rejected", "chosen", "output", "instruction", "response", "answer", "target", "input", "labels")
+
+
+def _one_key_short(value: Record) -> str:
+    """What would make the record one of a known format: 'rejected' (for preference_pair), …; empty if nothing would."""
+    found = []
+    for key in OFTEN_FORGOTTEN:
+        if key in value:
+            continue
+        # Of the kind that its counterpart has, as answers are texts in some formats and messages in others.
+        kinds = ("", []) if not isinstance(value.get("chosen", value.get("rejected")), list) else ([], "")
+        fitting = [n for n, entry in FORMATS.items() if any(entry.format.recognises({**value, key: k}) for k in kinds)]
+        if fitting:
+            found.append(f"{key!r} ({fitting[0]})")
+    return ", ".join(found[:3])
 
 
 def parse_record(value: Any, task: TaskName | None = None, data_format: str = "auto") -> tuple[str, Parsed]:
