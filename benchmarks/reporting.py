@@ -34,9 +34,18 @@ def saver(path: Path, report: dict[str, Any]) -> Callable[[], None]:
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def save() -> None:
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(without_folders(report), indent=1) + "\n", encoding="utf-8")
 
     return save
+
+
+def without_folders(value: Any) -> Any:
+    """Cut absolute paths down to their last part: where a machine keeps its files is nobody's concern."""
+    if isinstance(value, dict):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(item) for item in value]
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
 def parse_environment(text: str) -> dict[str, str]:
