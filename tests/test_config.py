@@ -160,7 +160,9 @@ def test_the_names_of_preference_losses_are_those_of_their_table():
 
 def test_a_preference_loss_without_a_signal_is_refused():
     assert "beta = 0" in str(refused(task_type="dpo", beta=0))
-    assert "at least 0 and less than 0.5" in str(refused(task_type="dpo", preference_loss="robust", label_smoothing=0.5))
+    assert "at least 0 and less than 0.5" in str(
+        refused(task_type="dpo", preference_loss="robust", label_smoothing=0.5)
+    )
 
 
 def test_null_switches_the_prompt_limit_off():
