@@ -167,11 +167,11 @@ class GatedMLP(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         out = rows.new_empty(len(rows), len(down.w))
         keep = grad_enabled and any(ctx.needs_input_grad)
-        inner = [rows.new_empty(len(rows), len(gate.w)) for _ in range(2)] if keep else []
+        inner = [rows.new_empty(len(rows), len(gate.w)) if keep else None for _ in range(2)]
         lows = [layer.empty_low(rows) if keep else None for layer in layers]
         for part in _chunks(rows):
-            g = gate.forward(rows[part], _part(inner[0], part) if keep else None, _part(lows[0], part))
-            u = up.forward(rows[part], _part(inner[1], part) if keep else None, _part(lows[1], part))
+            g = gate.forward(rows[part], _part(inner[0], part), _part(lows[0], part))
+            u = up.forward(rows[part], _part(inner[1], part), _part(lows[1], part))
             down.forward(activation.value(g).mul_(u), out[part], _part(lows[2], part))
         if keep:
             weights = [tensor for p in projections for tensor in p[:3]]
