@@ -1,16 +1,19 @@
-"""Causal attention of packed segments, one segment at a time: exact isolation, no mask of tokens × tokens.
+"""Causal attention of packed segments: exact isolation, no mask of tokens × tokens.
 
 A segment may have a prefix: both answers of a preference pair see one prompt.
 
-Three ways to compute a segment, chosen per call by measurement on CPUs (see `pick`):
+On GPUs from sm80, in 16 bit, all segments go through one kernel (`varlen_attention`). Elsewhere they are computed one
+by one, each in one of three ways (see `pick`):
     gemm   batched matrix products with grouped heads folded into rows, keeping the probabilities. Where bf16
-           matrix products are fast, 1.5–4.8 times `scaled_dot_product_attention` forward and backward.
+           matrix products are fast, 1.5–4.8 times `scaled_dot_product_attention` forward and backward; up to which
+           length is measured on the CPU at hand (`measure_crossover`).
     sdpa   torch's `scaled_dot_product_attention`, which keeps no probabilities.
     plain  differentiable tensor operations, for attention soft caps and dropout.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from firefly.data.schema import Segment
+from firefly.models.kernels.varlen_attention import attend_varlen, device_has_kernel, is_supported
 
 BLOCK = 256
 """Query rows that are computed together; keys beyond a block's last query are never touched."""
@@ -47,6 +51,8 @@ def attend(
     Returns:
         (heads, tokens, width).
     """
+    if not softcap and not dropout and is_supported(query):
+        return attend_varlen(query, key, value, segments, scale, window)
     sizes = [segment.end - segment.start for segment in segments]
     # Models hand over views of (tokens, heads, width). Cut and joined along that, neither pass moves numbers about.
     queries, keys, values = (
@@ -71,12 +77,54 @@ def pick(query: Tensor, window: int | None, softcap: float | None, dropout: floa
     """The way to compute one segment. Each takes the queries of a segment and the keys of its prefix and itself."""
     if softcap or dropout:
         return _plain
-    length = query.shape[1]
-    if query.device.type == "cpu" and (
-        window is not None or (query.dtype == torch.bfloat16 and length <= GEMM_LONGEST)
-    ):
+    by_products = query.dtype == torch.bfloat16 and query.shape[1] <= _crossover
+    if query.device.type == "cpu" and (window is not None or by_products):
         return _gemm
     return _sdpa
+
+
+_crossover = GEMM_LONGEST
+
+
+def use_crossover(tokens: int) -> None:
+    """Compute bf16 segments of up to so many tokens as matrix products on a CPU, longer ones by `sdpa`."""
+    global _crossover  # attention is one registered function for all models of a process
+    _crossover = tokens
+
+
+def measure_crossover(heads: int, key_heads: int, width: int) -> int:
+    """The longest of a few lengths up to which products beat `sdpa` in bf16 on this CPU, forward and backward; 0: none.
+
+    In fp32 nothing is measured: both are bound by the same products there, and kept probabilities only cost memory.
+    """
+    longest = 0
+    for length in (128, 256, 512, GEMM_LONGEST):
+        shapes = [(count, length, width) for count in (heads, key_heads, key_heads)]
+        inputs = [torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+        products, fused = (_seconds(way, inputs, width**-0.5) for way in (_gemm, _sdpa))
+        if products >= fused:
+            break
+        longest = length
+    return longest
+
+
+def _seconds(way: Any, inputs: list[Tensor], scale: float) -> float:
+    """The least of three runs."""
+    found = []
+    for _ in range(3):
+        started = time.perf_counter()
+        torch.autograd.grad(way(*inputs, scale, None, None, 0.0).sum(), inputs)
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+def describe_attention(device: torch.device, dtype: torch.dtype) -> str:
+    """In a few words, how segments are computed on `device`."""
+    if dtype in (torch.bfloat16, torch.float16) and device_has_kernel(device):
+        return "varlen_attn"
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return f"matrix products up to {_crossover} tokens, else sdpa"
+    return "sdpa per segment"
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: Any, dropout: float) -> Tensor:

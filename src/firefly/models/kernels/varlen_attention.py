@@ -1,0 +1,114 @@
+"""All segments of a row in one call of torch's flash attention for sequences of unequal length (GPUs from sm80, 16 bit).
+
+A segment with a prefix gets its keys gathered behind the prefix's: [prompt], [prompt, chosen], [prompt, rejected].
+Queries stand at the end of their keys, which is how `varlen_attn` aligns its causal mask and its windows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from firefly.data.schema import Segment
+
+WIDEST_HEAD = 256
+LARGEST = 1 << 31
+"""Offsets into queries and gradients are 32-bit numbers in the kernel's backward pass."""
+
+
+def is_supported(query: Tensor) -> bool:
+    """Whether the kernel takes queries like these, (heads, tokens, width)."""
+    width = query.shape[-1]
+    return (
+        query.dtype in (torch.bfloat16, torch.float16)
+        and width <= WIDEST_HEAD
+        and width % 8 == 0
+        and query.numel() < LARGEST
+        and device_has_kernel(query.device)
+    )
+
+
+@lru_cache
+def device_has_kernel(device: torch.device) -> bool:
+    """Flash attention needs sm80."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and _kernel() is not None
+
+
+@lru_cache
+def _kernel() -> Callable[..., Tensor] | None:
+    """torch's function, called alike whichever version this is; None where torch has none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    if "window_size" not in known:  # torch before 2.11
+        return None
+    function: Any = varlen_attn
+    if "enable_gqa" in known:
+        return function
+    return lambda *args, enable_gqa, **kwargs: function(*args, **kwargs)  # there the kernel groups heads unasked
+
+
+class Layout(NamedTuple):
+    """What the kernel is told of the segments: borders of their queries and keys, (segments + 1,) int32 on the device,
+    the longest of both, and where each key lies in the row, (keys,) int64; None where queries and keys are the same."""
+
+    queries: Tensor
+    keys: Tensor
+    longest_queries: int
+    longest_keys: int
+    order: Tensor | None
+
+
+@lru_cache(maxsize=16)  # every layer asks for the same row
+def layout_of(segments: tuple[Segment, ...], device: torch.device) -> Layout:
+    """Lay the segments out for the kernel, on `device`; the copies wait for nothing."""
+    lengths = [segment.end - segment.start for segment in segments]
+    prefixes = [segment.prefix_end - segment.prefix_start for segment in segments]
+    keys = [prefix + length for prefix, length in zip(prefixes, lengths, strict=True)]
+    order = None
+    if any(prefixes):
+        parts = [
+            np.r_[segment.prefix_start : segment.prefix_end, segment.start : segment.end] for segment in segments
+        ]
+        order = _sent(np.concatenate(parts).astype(np.int64), device)
+    borders = (_sent(np.cumsum([0, *counts]).astype(np.int32), device) for counts in (lengths, keys))
+    return Layout(*borders, max(lengths), max(keys), order)
+
+
+def _sent(values: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def attend_varlen(
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float, window: int | None
+) -> Tensor:
+    """As `segment_attention.attend`, without soft cap and dropout, which the kernel does not have."""
+    kernel = _kernel()
+    assert kernel is not None
+    layout = layout_of(tuple(segments), query.device)
+    q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+    if layout.order is not None:
+        k, v = k.index_select(0, layout.order), v.index_select(0, layout.order)
+    reach = -1 if window is None or window >= layout.longest_keys else window - 1
+    out = kernel(
+        q,
+        k,
+        v,
+        layout.queries,
+        layout.keys,
+        layout.longest_queries,
+        layout.longest_keys,
+        scale=scale,
+        window_size=(reach, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out.transpose(0, 1)

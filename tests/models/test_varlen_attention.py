@@ -1,0 +1,165 @@
+"""Segments in one kernel call, with a stand-in for the kernel: it runs on GPUs alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from firefly.data.schema import Segment
+from firefly.models.kernels import segment_attention, varlen_attention
+from firefly.models.kernels.segment_attention import attend
+from models.test_segment_attention import (
+    SEGMENTS,
+    assert_matches,
+    naive,
+    outputs_and_gradients,
+    random_heads,
+)
+from tiny import apart
+
+
+def stand_in(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> Tensor:
+    """What torch documents of `varlen_attn`: (tokens, heads, width), the mask aligned to the last key."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert window_size[1] == 0
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    lengths = [(cu_seq_q.diff()).tolist(), (cu_seq_k.diff()).tolist()]
+    assert [max_q, max_k] == [max(of_one) for of_one in lengths]
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    assert [len(query), len(key)] == [sum(of_one) for of_one in lengths]
+    pieces = []
+    for q, k, v in zip(query.split(lengths[0]), key.split(lengths[1]), value.split(lengths[1]), strict=True):
+        distance = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))[None]
+        hidden = (distance < 0) | ((distance > window_size[0]) & (window_size[0] >= 0))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        p = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1)
+        pieces.append(torch.einsum("hqk,khd->qhd", p, v))
+    return torch.cat(pieces)
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The stand-in in the kernel's place, for every query; counts its calls."""
+    calls: list[int] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return stand_in(*args, **kwargs)
+
+    monkeypatch.setattr(varlen_attention, "_kernel", lambda: counted)
+    monkeypatch.setattr(segment_attention, "is_supported", lambda query: True)
+    return calls
+
+
+@pytest.mark.parametrize("window", [None, 1, 8, 40, 300, 1000])
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2), (3, 1)])
+def test_one_call_gives_the_outputs_and_gradients_of_a_masked_softmax(
+    window: int | None, heads: int, key_heads: int, kernel: list[int]
+) -> None:
+    inputs = random_heads(heads, key_heads, SEGMENTS[-1].end)
+    found = outputs_and_gradients(attend, inputs, SEGMENTS, 0.3, window)
+    assert len(kernel) == 1
+    assert_matches(found, outputs_and_gradients(naive, inputs, SEGMENTS, 0.3, window), 1e-5)
+
+
+def test_segments_without_prefixes_gather_no_keys() -> None:
+    layout = varlen_attention.layout_of(apart(0, 3, 10), torch.device("cpu"))
+    assert layout.order is None
+    assert layout.queries.tolist() == layout.keys.tolist() == [0, 3, 10]
+    assert (layout.longest_queries, layout.longest_keys) == (7, 7)
+
+
+def test_a_pair_s_answers_get_the_keys_of_their_prompt() -> None:
+    segments = (Segment(0, 4), Segment(4, 6, 0, 4), Segment(6, 9, 0, 3))
+    layout = varlen_attention.layout_of(segments, torch.device("cpu"))
+    assert layout.queries.tolist() == [0, 4, 6, 9]
+    assert layout.keys.tolist() == [0, 4, 10, 16]
+    assert layout.order is not None
+    assert layout.order.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 0, 1, 2, 6, 7, 8]
+    assert (layout.longest_queries, layout.longest_keys) == (4, 6)
+
+
+def test_layers_share_the_layout_of_a_row() -> None:
+    segments = apart(0, 5, 9)
+    assert varlen_attention.layout_of(segments, torch.device("cpu")) is varlen_attention.layout_of(
+        apart(0, 5, 9), torch.device("cpu")
+    )
+
+
+@pytest.mark.parametrize(("softcap", "dropout"), [(2.0, 0.0), (None, 0.3)])
+def test_what_the_kernel_lacks_never_reaches_it(softcap: float | None, dropout: float, kernel: list[int]) -> None:
+    attend(*random_heads(2, 1, 20), apart(0, 20), 0.3, None, softcap, dropout)
+    assert not kernel
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "capability", "expected"),
+    [
+        ((2, 5, 64), torch.bfloat16, (8, 0), True),
+        ((2, 5, 64), torch.float16, (9, 0), True),
+        ((2, 5, 64), torch.bfloat16, (7, 5), False),
+        ((2, 5, 64), torch.float32, (9, 0), False),
+        ((2, 5, 320), torch.bfloat16, (9, 0), False),
+        ((2, 5, 20), torch.bfloat16, (9, 0), False),
+        ((40, 1 << 19, 128), torch.bfloat16, (9, 0), False),
+    ],
+)
+def test_the_kernel_is_taken_for_16_bit_heads_from_sm80_on(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = varlen_attention.device_has_kernel.__wrapped__(torch.device("cuda", 0))
+    monkeypatch.setattr(varlen_attention, "device_has_kernel", lambda device: found)
+    query = torch.empty(shape, dtype=dtype, device="meta")
+    assert varlen_attention.is_supported(query) is expected
+
+
+def test_a_cpu_has_no_such_kernel() -> None:
+    assert not varlen_attention.is_supported(torch.empty(2, 5, 64, dtype=torch.bfloat16))
+    assert varlen_attention._kernel() is not None  # but torch has one to offer
+
+
+def test_torch_takes_the_arguments_that_we_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real function, up to the operator that only GPUs have."""
+    q, k = torch.randn(6, 4, 8), torch.randn(9, 2, 8)
+    borders = [torch.tensor(values, dtype=torch.int32) for values in ([0, 2, 6], [0, 2, 9])]
+    kernel = varlen_attention._kernel()
+    assert kernel is not None
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"flash_attention_forward"):
+        kernel(q, k, k, *borders, 4, 7, scale=0.3, window_size=(-1, 0), enable_gqa=True)
+
+
+def test_the_measured_crossover_decides_between_products_and_sdpa() -> None:
+    longest = segment_attention.measure_crossover(2, 1, 8)
+    assert longest in (0, 128, 256, 512, segment_attention.GEMM_LONGEST)
+    before = segment_attention._crossover
+    query = torch.empty(2, 200, 8, dtype=torch.bfloat16)
+    try:
+        segment_attention.use_crossover(256)
+        assert segment_attention.pick(query, None, None, 0.0) is segment_attention._gemm
+        segment_attention.use_crossover(128)
+        assert segment_attention.pick(query, None, None, 0.0) is segment_attention._sdpa
+        assert segment_attention.pick(query, 100, None, 0.0) is segment_attention._gemm
+        assert segment_attention.pick(query.float(), None, None, 0.0) is segment_attention._sdpa
+    finally:
+        segment_attention.use_crossover(before)
