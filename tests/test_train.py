@@ -424,7 +424,7 @@ def test_a_lora_run_leaves_everything_it_promises(run: Run, place: Path, setting
         plan = json.loads((out / name / "plan.json").read_text())
         assert plan["examples_per_step"] == 4
         assert plan["seed"] == 1
-        assert plan["tokens_per_microbatch"] == 200
+        assert plan["choices"]["tokens_per_microbatch"] == 200
         assert plan["world_size"] == 1
         assert plan["data"] == json.loads((out / "run.json").read_text())["hashes"]["data"]
 
@@ -771,7 +771,7 @@ def test_a_resumed_run_keeps_the_budget_that_its_checkpoint_measured(run: Run, o
     run(resume_from_checkpoint=True, **SAVING | {"tokens_per_microbatch": "auto"})
     assert_continues(out, uninterrupted)
     assert json.loads((out / "run.json").read_text())["resolved"]["tokens_per_microbatch"] == 200
-    assert json.loads((out / "checkpoint-12" / "plan.json").read_text())["tokens_per_microbatch"] == 200
+    assert json.loads((out / "checkpoint-12" / "plan.json").read_text())["choices"]["tokens_per_microbatch"] == 200
 
 
 def test_a_run_that_starts_anew_moves_earlier_checkpoints_aside(run: Run, out: Path) -> None:

@@ -96,6 +96,7 @@ class StepConfig:
     accumulation: int = key("gradient_accumulation_steps", 1, int, minimum=1)
     tokens_per_microbatch: int | str = key("tokens_per_microbatch", "auto", (int, str), minimum=1)
     gradient_checkpointing: bool | str = key("gradient_checkpointing", "auto", (bool, str), (True, False, "auto"))
+    nf4_cache: bool | str = key("nf4_cache", "auto", (bool, str), (True, False, "auto"))
 
     @property
     def examples_per_rank(self) -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -29,10 +29,16 @@ from firefly.data.templates import bind_template, plain_template
 from firefly.errors import UsageError
 from firefly.inference.engine import tokenizer_source
 from firefly.messages import render
+from firefly.models import choices as choosing
 from firefly.models.adapters import adapter_settings, attach_adapter, count_parameters, transformers_model
 from firefly.models.attention import choose_layout
+from firefly.models.checkpointing import Checkpointing, decoder_layers
+from firefly.models.choices import Choices, Lengths
 from firefly.models.forwards import install_training_forwards
+from firefly.models.kernels.segment_attention import describe_attention
+from firefly.models.kernels.weight_cache import cache_sizes
 from firefly.models.loading import load_model, load_tokenizer, resolve_model
+from firefly.models.memory import Forecast, forecast_memory, measure_activations, optimizer_bytes_of
 from firefly.models.precision import Precision, pick_device, resolve_precision
 from firefly.models.tokens import add_tokens, fit_embeddings
 from firefly.objectives.preference import PREFERENCE_LOSSES
@@ -40,7 +46,6 @@ from firefly.objectives.preference_trainer import PreferenceTrainer, disable_dro
 from firefly.objectives.reference import AdapterOff, FrozenAdapter, FrozenModel, Reference, Untrained
 from firefly.objectives.router import quiet_routers
 from firefly.objectives.trainers import CausalTrainer, StepOptions, StepTrainer, training_arguments
-from firefly.reports.forecast import choose_budget, choose_checkpointing, forecast_memory
 from firefly.runs.checkpoints import (
     OPTIMIZER_SETTINGS,
     PlanWriter,
@@ -48,6 +53,7 @@ from firefly.runs.checkpoints import (
     check_same_run,
     find_checkpoint,
     set_aside_old_checkpoints,
+    stored_choices,
 )
 from firefly.runs.memory import keep_freed_memory
 from firefly.runs.metrics import Progress, RunRecorder, read_metrics
@@ -108,14 +114,14 @@ def train(config: Config) -> Path:
     if quiet := quiet_routers(model):
         notice("router.quiet", count=len(quiet))
     head = install_training_forwards(model)
-    args, options = resolve_step(config, args, model, data.train, layout[0], device)
     base = weights_hash(resolve_model(config.model), getattr(transformers_model(model).config, "_commit_hash", None))
-    plan = run_plan(config, args, options, data.train, base)
+    plan = run_plan(config, args, layout[0], data.train, base)
     if checkpoint:
         check_same_run(checkpoint, plan)
-        options = replace(options, tokens_per_microbatch=stored_budget(checkpoint))
     else:
         set_aside_old_checkpoints(output_dir)
+    choices, forecast = resolve_choices(config, args, model, data.train, layout[0], precision, device, checkpoint)
+    choosing.apply(choices, transformers_model(model), precision.compute)
     trainer = task.trainer(
         model=model,
         args=args,
@@ -123,10 +129,10 @@ def train(config: Config) -> Path:
         held_out=data.held_out,
         sources=data.train.names if data.held_out is None else data.held_out.names,
         tokenizer=tokenizer,
-        options=options,
+        options=StepOptions(plan.examples_per_step, choices, plan.seed, plan.shuffle, plan.layout),
         precision=precision,
         masters=config.adapter.mode == "full",
-        callbacks=callbacks(config, replace(plan, tokens_per_microbatch=options.tokens_per_microbatch)),
+        callbacks=callbacks(config),
         **objective_options(config, model, precision),
     )
     if isinstance(trainer, PreferenceTrainer) and config.preference.precompute_reference and trainer.reference:
@@ -134,23 +140,24 @@ def train(config: Config) -> Path:
             reference_parts(config, plan, precision),
             (data.train.fingerprint, data.held_out.fingerprint if data.held_out else None),
         )
+    trainer.add_callback(PlanWriter(plan, lambda: trainer.options.choices))
     recorder = RunRecorder(output_dir, trainer.counts, started)
     replace_progress(trainer, recorder)
     console = stderr_console()
     show_example(console, data.train[0], tokenizer)
-    forecast = forecast_memory(model, device, options.tokens_per_microbatch, bool(args.activation_checkpointing))
     show_run(
         console,
         data.train,
-        describe_steps(config, options, data, trainer),
+        describe_steps(config, data, trainer),
         count_parameters(model),
         layout,
         head,
-        precision.name,
+        precision,
         forecast,
         device,
     )
-    write_records(config, output_dir, encoder, data, certificate, base, options, precision, device)
+    console.print(describe_choices(choices, transformers_model(model), precision, device), soft_wrap=True)
+    write_records(config, output_dir, encoder, data, certificate, base, trainer.options, precision, device)
     keep_freed_memory(device)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if checkpoint and not trainer.counts.steps:
@@ -201,12 +208,11 @@ def reference_parts(config: Config, plan: RunPlan, precision: Precision) -> list
     return [plan.base_weights, plan.add_tokens, plan.adapter, config.adapter.mode == "qlora", precision.name]
 
 
-def callbacks(config: Config, plan: RunPlan) -> list[Any]:
-    """What looks on while a run trains, besides the recorder."""
-    found: list[Any] = [PlanWriter(plan)]
-    if config.evaluation.patience is not None:
-        found.append(EarlyStoppingCallback(config.evaluation.patience, config.evaluation.threshold))
-    return found
+def callbacks(config: Config) -> list[Any]:
+    """What looks on while a run trains, besides the recorder and the writer of plans."""
+    if config.evaluation.patience is None:
+        return []
+    return [EarlyStoppingCallback(config.evaluation.patience, config.evaluation.threshold)]
 
 
 def leave_one_rank_group() -> None:
@@ -287,36 +293,47 @@ def resolved_arguments(config: Config, precision: Precision, device: torch.devic
     return values
 
 
-def resolve_step(
-    config: Config, args: TrainingArguments, model: Any, examples: ExampleList, layout: str, device: torch.device
-) -> tuple[TrainingArguments, StepOptions]:
-    """Resolve what is "auto": activation checkpointing and the token budget of a microbatch."""
-    longest = int(examples.counts.lengths.max())
-    checkpointing = config.step.gradient_checkpointing
-    if checkpointing == "auto":
-        checkpointing = choose_checkpointing(model, device, longest)
-    args.activation_checkpointing = args.gradient_checkpointing = bool(checkpointing)
-    budget = config.step.tokens_per_microbatch
-    if budget == "auto":
-        budget = choose_budget(model, device, longest, bool(checkpointing))
-    return args, StepOptions(
-        examples_per_step=config.step.examples_per_rank,
-        tokens_per_microbatch=int(budget),
-        seed=args.data_seed if args.data_seed is not None else args.seed,
-        shuffle=config.data.shuffle,
-        layout=layout,
-    )
+def resolve_choices(
+    config: Config,
+    args: TrainingArguments,
+    model: Any,
+    examples: ExampleList,
+    layout: str,
+    precision: Precision,
+    device: torch.device,
+    checkpoint: Path | None,
+) -> tuple[Choices, Forecast]:
+    """Resolve what is "auto", by measurement or from the checkpoint, and forecast the memory of a step so trained."""
+    inner, full = transformers_model(model), config.adapter.mode == "full"
+    largest = np.sort(examples.counts.lengths)[::-1][: config.step.examples_per_rank]
+    lengths = Lengths(longest=int(largest[0]), step=int(largest.sum()))
+    choosing.measure_attention(inner, device, precision.compute)
+    autocast = precision.compute if full and precision.compute != torch.float32 else None
+    activations = measure_activations(inner, layout, autocast, lengths.longest)
+    keeps_copy = config.task_type == "dpo" and full and not config.preference.precompute_reference
+    copied = sum(p.numel() for p in model.parameters()) * precision.compute.itemsize if keeps_copy else 0
+    cacheable = cache_sizes(inner, precision.compute)
+
+    def forecast(checkpointing: Checkpointing, tokens: int, cached: int) -> Forecast:
+        state = optimizer_bytes_of(args.optim)
+        return forecast_memory(model, device, activations, checkpointing, tokens, state, cached, copied)
+
+    choices = choosing.choose(config.step, activations, forecast, lengths, device, cacheable)
+    if checkpoint:
+        choices = choosing.settled(config.step, stored_choices(checkpoint), choices)
+    tokens = max(lengths.longest, min(choices.tokens_per_microbatch, lengths.step))
+    return choices, forecast(choices.checkpointing, tokens, sum(cacheable[: choices.cached_weights]))
 
 
 def run_plan(
-    config: Config, args: TrainingArguments, options: StepOptions, examples: Examples | Blocks, base: dict[str, Any]
+    config: Config, args: TrainingArguments, layout: str, examples: Examples | Blocks, base: dict[str, Any]
 ) -> RunPlan:
     """What a checkpoint of this run is bound to."""
     adapted = config.adapter.mode != "full"
     return RunPlan(
-        examples_per_step=options.examples_per_step,
-        seed=options.seed,
-        shuffle=options.shuffle,
+        examples_per_step=config.step.examples_per_rank,
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+        shuffle=config.data.shuffle,
         data=examples.fingerprint,
         task_type=config.task_type,
         objective=objective_settings(config),
@@ -325,9 +342,8 @@ def run_plan(
         lora_alpha=config.adapter.alpha if adapted else 0,
         base_weights=str(base.get("sha256") or base.get("commit")),
         optimizer={name: getattr(args, name) for name in OPTIMIZER_SETTINGS},
-        tokens_per_microbatch=options.tokens_per_microbatch,
         world_size=1,
-        layout=options.layout,
+        layout=layout,
         add_tokens=list(config.model.add_tokens or ()),
         **adapter_plan(config.adapter),
     )
@@ -357,11 +373,6 @@ def objective_settings(config: Config) -> dict[str, Any]:
     return common | smoothing | own.get(settings.loss, {})
 
 
-def stored_budget(checkpoint: Path) -> int:
-    """A measured choice is made once: the checkpoint's budget, whatever would be chosen today."""
-    return int(json.loads((checkpoint / "plan.json").read_text(encoding="utf-8"))["tokens_per_microbatch"])
-
-
 def replace_progress(trainer: StepTrainer, recorder: RunRecorder) -> None:
     """Our progress line instead of transformers' printed dictionaries, and quiet libraries."""
     transformers_logging.set_verbosity_error()
@@ -371,7 +382,7 @@ def replace_progress(trainer: StepTrainer, recorder: RunRecorder) -> None:
     trainer.add_callback(recorder)
 
 
-def describe_steps(config: Config, options: StepOptions, data: Split, trainer: StepTrainer) -> str:
+def describe_steps(config: Config, data: Split, trainer: StepTrainer) -> str:
     """How many examples make a step, and how many steps the run."""
     per_epoch = len(trainer.get_train_dataloader())
     total = (
@@ -379,13 +390,26 @@ def describe_steps(config: Config, options: StepOptions, data: Split, trainer: S
     )
     return render(
         "overview.steps",
-        examples=options.examples_per_step,
+        examples=trainer.options.examples_per_step,
         device=config.step.per_device_examples,
         accumulation=config.step.accumulation,
-        budget=options.tokens_per_microbatch,
+        budget=trainer.options.choices.tokens_per_microbatch,
         steps=total,
         count=len(data.train),
         held_out=len(data.held_out) if data.held_out is not None else 0,
+    )
+
+
+def describe_choices(choices: Choices, model: Any, precision: Precision, device: torch.device) -> str:
+    """What was chosen by measurement, or by the configuration in its place."""
+    return render(
+        "overview.choices",
+        again=choices.checkpointed_layers,
+        layers=len(decoder_layers(model)),
+        offload=render("overview.offload") if choices.offload else "",
+        cached=choices.cached_weights,
+        weights=len(cache_sizes(model, precision.compute)),
+        attention=describe_attention(device, precision.compute),
     )
 
 
@@ -426,7 +450,7 @@ def write_records(
             "resolved": {
                 "precision": precision.name,
                 "layout": options.layout,
-                "tokens_per_microbatch": options.tokens_per_microbatch,
+                **asdict(options.choices),
                 "examples_per_step": options.examples_per_step,
             },
             "template": None if certificate is None else describe_template(encoder, certificate),

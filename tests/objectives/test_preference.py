@@ -18,6 +18,7 @@ from firefly.data.pair_batching import pack_pairs
 from firefly.data.schema import IGNORE, TokenPair, Tokens
 from firefly.models.adapters import transformers_model
 from firefly.models.attention import choose_layout
+from firefly.models.choices import Choices
 from firefly.models.forwards import install_training_forwards
 from firefly.models.precision import Precision
 from firefly.objectives.preference import PREFERENCE_LOSSES, PairLogps, nll_weight
@@ -71,7 +72,7 @@ def make_trainer(
         examples=ListedExamples(pairs),
         held_out=None if held_out is None else ListedExamples(held_out),
         tokenizer=tiny_tokenizer(),
-        options=StepOptions(len(pairs), budget, seed=0, shuffle=True, layout=layout),
+        options=StepOptions(len(pairs), Choices(budget), seed=0, shuffle=True, layout=layout),
         precision=Precision(torch.float32),
         masters=mode == "full",
         callbacks=[],

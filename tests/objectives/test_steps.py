@@ -12,6 +12,7 @@ from torch import Tensor
 from firefly.data.schema import IGNORE, Tokens
 from firefly.models.adapters import transformers_model
 from firefly.models.attention import choose_layout
+from firefly.models.choices import Choices
 from firefly.models.heads import install_target_head
 from firefly.models.precision import Precision
 from firefly.objectives.trainers import CausalTrainer, StepOptions, training_arguments
@@ -58,7 +59,7 @@ def make_trainer(
         examples=ListedExamples(examples),  # type: ignore[arg-type]
         held_out=None if held_out is None else ListedExamples(held_out),  # type: ignore[arg-type]
         tokenizer=tiny_tokenizer(),
-        options=StepOptions(len(examples), budget, seed=0, shuffle=True, layout=layout),
+        options=StepOptions(len(examples), Choices(budget), seed=0, shuffle=True, layout=layout),
         precision=Precision(compute),
         masters=mode == "full",
         callbacks=[],

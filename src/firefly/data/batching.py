@@ -125,13 +125,18 @@ class PackedBatch:
 
 def moved(batch: Any, device: torch.device) -> Any:
     """A copy of a batch (a dataclass) with its tensors, and those of batches in it, on `device`."""
+    return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _mapped(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a dataclass with `function` of its tensors, and of those of dataclasses in its tuples."""
     changed: dict[str, Any] = {}
     for spec in dataclasses.fields(batch):
         value = getattr(batch, spec.name)
         if isinstance(value, Tensor):
-            changed[spec.name] = value.to(device, non_blocking=True)
-        elif isinstance(value, tuple) and value and isinstance(value[0], PackedBatch):
-            changed[spec.name] = tuple(item.to(device) for item in value)
+            changed[spec.name] = function(value)
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            changed[spec.name] = tuple(_mapped(item, function) for item in value)
     return dataclasses.replace(batch, **changed)
 
 
@@ -140,10 +145,18 @@ Batch = TypeVar("Batch")
 
 @dataclass(frozen=True)
 class Step(Generic[Batch]):
-    """A packed step: what the data loader yields and `training_step` consumes."""
+    """A packed step: what the data loader yields and `training_step` consumes.
+
+    `rows` are the examples of each microbatch, by their numbers in the data set.
+    """
 
     microbatches: tuple[Batch, ...]
     totals: StepTotals
+    rows: tuple[tuple[int, ...], ...]
+
+    def pin_memory(self) -> Step[Batch]:
+        """The step in page-locked memory (asked for by the data loader), so that copies to a GPU wait for nothing."""
+        return _mapped(self, Tensor.pin_memory)
 
 
 def pack(examples: Sequence[Tokens]) -> PackedBatch:
@@ -281,7 +294,7 @@ class PackedExamples(Dataset[Any]):
 
     def __getitems__(self, step: PlannedStep) -> Step[Any]:
         batches = tuple(self.pack(rows, [self.examples[i] for i in rows]) for rows in step.microbatches)
-        return Step(batches, step.totals)
+        return Step(batches, step.totals, step.microbatches)
 
 
 class StepLoader(DataLoader[Any]):

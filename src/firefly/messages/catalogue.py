@@ -665,6 +665,35 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "memory forecast: {total} GiB ({parts}); {available} GiB available",
         "内存预测：{total} GiB（{parts}）；可用 {available} GiB",
     ),
+    "overview.choices": (
+        "chosen: {again} of {layers} layers computed again in backward{offload}; {cached} of {weights} 4-bit weights "
+        "cached; attention: {attention}",
+        "选择：反向传播时重新计算 {layers} 层中的 {again} 层{offload}；缓存 {weights} 个 4 比特权重中的 {cached} 个；"
+        "注意力：{attention}",
+    ),
+    "overview.offload": (" (their inputs wait in CPU memory)", "（其输入暂存于 CPU 内存）"),
+    "memory.halved": (
+        "step {step} ran out of memory and is begun again; from here on microbatches hold up to {budget:,} tokens "
+        "(tokens_per_microbatch). What is trained stays the same.",
+        "第 {step} 步内存（显存）不足，已重新开始；此后每个微批最多 {budget:,} 个 token（tokens_per_microbatch）。"
+        "训练内容不变。",
+    ),
+    "memory.checkpointed": (
+        "step {step} ran out of memory on one example of {tokens:,} tokens and is begun again; from here on all layers "
+        "are computed again in backward (gradient_checkpointing).",
+        "第 {step} 步在一个 {tokens:,} 个 token 的样本上内存（显存）不足，已重新开始；此后反向传播时重新计算所有层"
+        "（gradient_checkpointing）。",
+    ),
+    "memory.offloaded": (
+        "step {step} ran out of memory on one example of {tokens:,} tokens and is begun again; from here on the inputs "
+        "of layers wait in CPU memory, which is slower.",
+        "第 {step} 步在一个 {tokens:,} 个 token 的样本上内存（显存）不足，已重新开始；"
+        "此后各层输入暂存于 CPU 内存，速度较慢。",
+    ),
+    "step.no_checkpointing": (
+        "gradient_checkpointing: {architecture} has no layers that can be computed again. Set it to false.",
+        "gradient_checkpointing：{architecture} 没有可以重新计算的层。请设为 false。",
+    ),
     "progress.unit": ("step", "步"),
     "progress.reference": ("reference log-probabilities", "参考模型对数概率"),
     "progress.row": ("rows", "行"),

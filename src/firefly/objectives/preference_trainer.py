@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,15 @@ class PreferenceTrainer(StepTrainer):
         return pair, -(found[0].sum() + found[2].sum())
 
     # ---- loss and metrics ----
+
+    def _snapshot(self) -> Callable[[], None]:
+        restore, sums, pairs = super()._snapshot(), self._sums.clone(), self._summed_pairs
+
+        def restore_all() -> None:
+            restore()
+            self._sums, self._summed_pairs = sums, pairs
+
+        return restore_all
 
     def microbatch_loss(self, model: Any, batch: PairBatch, totals: StepTotals) -> Tensor:
         pair, nll = self.pair_logps(model, batch)

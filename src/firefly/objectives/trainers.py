@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from firefly.console import notice
 from firefly.data.batching import (
     ExampleList,
     PackedBatch,
@@ -34,6 +35,8 @@ from firefly.data.batching import (
 from firefly.errors import UsageError
 from firefly.models.adapters import transformers_model
 from firefly.models.attention import decoder
+from firefly.models.checkpointing import decoder_layers, install_checkpointing
+from firefly.models.choices import Choices
 from firefly.models.precision import Precision
 from firefly.objectives.router import RouterSettings, count_choices, recorded_logits, router_loss, router_settings
 
@@ -46,7 +49,7 @@ class StepOptions:
     """What a step is, resolved for this run."""
 
     examples_per_step: int
-    tokens_per_microbatch: int
+    choices: Choices
     seed: int
     shuffle: bool
     layout: str
@@ -132,17 +135,17 @@ class StepTrainer(Trainer, ABC):
         """Whole steps in the seeded order; not prepared by accelerate, which would shard them again."""
         dataset = self.train_dataset
         assert isinstance(dataset, PackedExamples)
-        plan = StepPlan(
+        self.step_plan = StepPlan(
             dataset.examples.counts,
             self.options.examples_per_step,
-            self.options.tokens_per_microbatch,
+            self.options.choices.tokens_per_microbatch,
             seed=self.options.seed,
             shuffle=self.options.shuffle,
             drop_last=self.args.dataloader_drop_last,
             solo=self.solo,
             nll_targets=self.nll_targets(dataset.examples),
         )
-        return step_loader(dataset, plan, **self._loader_options())
+        return step_loader(dataset, self.step_plan, **self._loader_options())
 
     @property
     def solo(self) -> bool:
@@ -151,7 +154,8 @@ class StepTrainer(Trainer, ABC):
 
     def _loader_options(self) -> dict[str, Any]:
         workers = self.args.dataloader_num_workers
-        options: dict[str, Any] = {"num_workers": workers}
+        pinned = self.args.dataloader_pin_memory and self.args.device.type == "cuda"
+        options: dict[str, Any] = {"num_workers": workers, "pin_memory": pinned}
         if workers:
             options["persistent_workers"] = self.args.dataloader_persistent_workers
             options["prefetch_factor"] = self.args.dataloader_prefetch_factor
@@ -161,20 +165,89 @@ class StepTrainer(Trainer, ABC):
         return None  # a step knows its own targets
 
     def training_step(self, model: Any, inputs: Step[Any], num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
-        """Run one whole step; returns its loss without waiting for the device."""
+        """Run one whole step; returns its loss without waiting for the device.
+
+        A step that runs out of memory is begun again in smaller microbatches, and so are the steps after it: what is
+        trained stays the same.
+        """
         model.train()
+        step = inputs
+        while (total := self._attempt(model, step)) is None:
+            step = self._with_less_memory(model, step)
+        self.counts.add(inputs.totals)
+        return total
+
+    def _attempt(self, model: Any, step: Step[Any]) -> Tensor | None:
+        """Loss and gradients of a whole step; None, and all as before, if memory ran out."""
+        restore = self._snapshot()
+        try:
+            return self._accumulate(model, step)
+        except torch.OutOfMemoryError:
+            if self.args.world_size > 1:
+                raise  # the other ranks would wait for ever
+        # Outside of `except`: the error's traceback holds the tensors of the failed pass.
+        model.zero_grad(set_to_none=True)
+        restore()
+        if self.args.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+    def _accumulate(self, model: Any, step: Step[Any]) -> Tensor:
         total = torch.zeros((), device=self.args.device)
-        batches = [batch.to(self.args.device) for batch in inputs.microbatches]
+        batches = [batch.to(self.args.device) for batch in step.microbatches]
         choices = self._count_choices(model, batches) if self.router and len(batches) > 1 else None
         for batch in batches:
-            loss = self.microbatch_loss(model, batch, inputs.totals)
+            loss = self.microbatch_loss(model, batch, step.totals)
             if self.router:
-                loss = loss + self._router_loss(self.router, choices, inputs.totals)
+                loss = loss + self._router_loss(self.router, choices, step.totals)
             loss = loss * self.args.world_size  # engines average gradients over ranks
             self.accelerator.backward(loss)
             total += loss.detach()
-        self.counts.add(inputs.totals)
         return total
+
+    def _snapshot(self) -> Callable[[], None]:
+        """A function that sets back what an attempt at a step changes, besides gradients."""
+        device = self.args.device
+        state, on_device = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+        def restore() -> None:
+            torch.set_rng_state(state)
+            if on_device is not None:
+                torch.cuda.set_rng_state(on_device, device)
+            self._recorded.clear()
+
+        return restore
+
+    def _with_less_memory(self, model: Any, step: Step[Any]) -> Step[Any]:
+        """Halve the microbatches from this step on; where each is a single example, compute layers again instead.
+
+        Raises:
+            OutOfMemoryError: there is nothing left to save.
+        """
+        choices, inner = self.options.choices, transformers_model(self.accelerator.unwrap_model(model))
+        layers = len(decoder_layers(inner))
+        largest = max(self._tokens(rows) for rows in step.rows)
+        if max(len(rows) for rows in step.rows) > 1:
+            choices = replace(choices, tokens_per_microbatch=max(largest // 2, 1))
+            notice("memory.halved", step=self.state.global_step + 1, budget=choices.tokens_per_microbatch)
+        elif choices.checkpointed_layers < layers:
+            choices = replace(choices, checkpointed_layers=layers)
+            notice("memory.checkpointed", step=self.state.global_step + 1, tokens=largest)
+        elif self.args.device.type == "cuda" and layers and not choices.offload:
+            choices = replace(choices, offload=True)
+            notice("memory.offloaded", step=self.state.global_step + 1, tokens=largest)
+        else:
+            raise torch.OutOfMemoryError(f"one example of {largest:,} tokens does not fit")
+        self.options = replace(self.options, choices=choices)
+        install_checkpointing(inner, choices.checkpointing)
+        self.step_plan.budget = choices.tokens_per_microbatch
+        rows = np.concatenate([np.array(rows) for rows in step.rows])
+        dataset = self.train_dataset
+        assert isinstance(dataset, PackedExamples)
+        return dataset.__getitems__(self.step_plan.plan(rows))
+
+    def _tokens(self, rows: Sequence[int]) -> int:
+        return int(self.step_plan.counts.lengths[list(rows)].sum())
 
     def run_model(self, model: Any, row: PackedBatch, per_token: bool = False) -> dict[str, Any]:
         """Call a prepared model on one packed row; in training, keep what its routers said for the router loss."""
@@ -234,7 +307,7 @@ class StepTrainer(Trainer, ABC):
         plan = StepPlan(
             dataset.examples.counts,
             EVALUATED_TOGETHER,
-            self.options.tokens_per_microbatch,
+            self.options.choices.tokens_per_microbatch,
             shuffle=False,
             solo=self.solo,
             nll_targets=self.nll_targets(dataset.examples),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 
 from firefly.console import notice
 from firefly.errors import UsageError
+from firefly.models.choices import Choices
 from firefly.runs.passport import write_json
 
 REQUIRED_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "plan.json")
@@ -37,7 +39,6 @@ class RunPlan:
     lora_alpha: float
     base_weights: str
     optimizer: dict[str, Any]
-    tokens_per_microbatch: int
     world_size: int
     layout: str
     use_rslora: bool = False
@@ -76,15 +77,23 @@ OPTIMIZER_SETTINGS = ("optim", "learning_rate", "weight_decay", "adam_beta1", "a
 
 
 class PlanWriter(TrainerCallback):
-    """Completes each checkpoint with its plan.json."""
+    """Completes each checkpoint with its plan.json: the plan, and the choices as they stand at that moment."""
 
-    def __init__(self, plan: RunPlan) -> None:
+    def __init__(self, plan: RunPlan, choices: Callable[[], Choices]) -> None:
         self.plan = plan
+        self.choices = choices
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if folder.is_dir():
-            write_json(folder / "plan.json", asdict(self.plan))
+            write_json(folder / "plan.json", asdict(self.plan) | {"choices": asdict(self.choices())})
+
+
+def stored_choices(checkpoint: Path) -> Choices:
+    """A measured choice is made once: the checkpoint's, whatever would be chosen today."""
+    plan = json.loads((checkpoint / "plan.json").read_text(encoding="utf-8"))
+    # Early checkpoints had the budget alone.
+    return Choices(**plan.get("choices", {"tokens_per_microbatch": plan.get("tokens_per_microbatch")}))
 
 
 def find_checkpoint(output_dir: Path, request: bool | str | None) -> Path | None:

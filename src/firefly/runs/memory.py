@@ -7,6 +7,8 @@ import sys
 
 import torch
 
+from firefly.models.memory import read_proc
+
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
@@ -20,18 +22,6 @@ def peak_memory(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def read_proc(path: str, name: str) -> int | None:
-    """Bytes of one line of a Linux memory report; None where there is no such report or line."""
-    try:
-        with open(path, encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith(f"{name}:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
 
 
 def keep_freed_memory(device: torch.device) -> bool:

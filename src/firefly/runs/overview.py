@@ -13,7 +13,8 @@ from firefly.data.blocks import Blocks
 from firefly.data.examples import Examples
 from firefly.data.schema import IGNORE, Example, Tokens
 from firefly.messages import render
-from firefly.reports.forecast import Forecast
+from firefly.models.memory import Forecast
+from firefly.models.precision import Precision
 
 
 def show_example(console: Console, example: Example, tokenizer: Any) -> None:
@@ -56,7 +57,7 @@ def show_run(
     parameters: tuple[int, int],
     layout: tuple[str, str],
     head: str,
-    precision: str,
+    precision: Precision,
     forecast: Forecast,
     device: torch.device,
 ) -> None:
@@ -69,7 +70,7 @@ def show_run(
         render("overview.parameters", trainable=f"{trainable:,}", total=f"{total:,}", share=share), soft_wrap=True
     )
     name, reason = layout
-    how = render("overview.layout", device=device, precision=precision, layout=name, head=head)
+    how = render("overview.layout", device=device, precision=precision.name, layout=name, head=head)
     console.print(how, soft_wrap=True)
     if reason:
         console.print(render("overview.solo", reason=reason), soft_wrap=True, style="yellow")

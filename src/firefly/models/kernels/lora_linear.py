@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+DENSE_COPY = "firefly_dense_copy"
+"""Attribute of a 4-bit weight: its copy in the compute type, where `weight_cache` keeps one."""
+
 
 def install_lora_kernels(model: nn.Module) -> int:
     """Give every plain LoRA linear layer of `model` the fused forward; return how many got it.
@@ -40,6 +43,14 @@ def is_plain_lora(module: Any) -> bool:
     variant = getattr(module, "lora_variant", {}).get(name)
     dora = getattr(module, "use_dora", {}).get(name, False)
     return variant is None and not dora and module.lora_B[name].bias is None
+
+
+def uses_dense(module: Any) -> bool:
+    """Whether the layer is one of ours on a 4-bit weight, which it dequantises in every pass."""
+    forward = vars(module).get("forward")
+    return getattr(forward, "__func__", None) is _lora_forward and hasattr(
+        module.get_base_layer().weight, "quant_state"
+    )
 
 
 def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -121,6 +132,9 @@ def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
     state = getattr(weight, "quant_state", None)
     if state is None:
         return weight.to(dtype)
+    copy = getattr(weight, DENSE_COPY, None)
+    if copy is not None and copy.dtype == dtype:
+        return copy
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(weight.data, state).to(dtype)

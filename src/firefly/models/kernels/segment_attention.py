@@ -86,10 +86,20 @@ def pick(query: Tensor, window: int | None, softcap: float | None, dropout: floa
 _crossover = GEMM_LONGEST
 
 
+def crossover() -> int:
+    """Tokens up to which bf16 segments are computed as matrix products on a CPU."""
+    return _crossover
+
+
 def use_crossover(tokens: int) -> None:
     """Compute bf16 segments of up to so many tokens as matrix products on a CPU, longer ones by `sdpa`."""
     global _crossover  # attention is one registered function for all models of a process
     _crossover = tokens
+
+
+def keeps_probabilities(device: torch.device, dtype: torch.dtype, tokens: int) -> bool:
+    """Whether a segment of so many tokens keeps its attention probabilities for backward."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and tokens <= _crossover
 
 
 def measure_crossover(heads: int, key_heads: int, width: int) -> int:

@@ -1,4 +1,4 @@
-"""All segments of a row in one call of torch's flash attention for sequences of unequal length (GPUs from sm80, 16 bit).
+"""All segments of a row in one call of torch's flash attention for sequences of unequal length: 16 bit, sm80 and above.
 
 A segment with a prefix gets its keys gathered behind the prefix's: [prompt], [prompt, chosen], [prompt, rejected].
 Queries stand at the end of their keys, which is how `varlen_attn` aligns its causal mask and its windows.
@@ -75,12 +75,13 @@ def layout_of(segments: tuple[Segment, ...], device: torch.device) -> Layout:
     keys = [prefix + length for prefix, length in zip(prefixes, lengths, strict=True)]
     order = None
     if any(prefixes):
-        parts = [
-            np.r_[segment.prefix_start : segment.prefix_end, segment.start : segment.end] for segment in segments
-        ]
+        parts = [np.r_[segment.prefix_start : segment.prefix_end, segment.start : segment.end] for segment in segments]
         order = _sent(np.concatenate(parts).astype(np.int64), device)
-    borders = (_sent(np.cumsum([0, *counts]).astype(np.int32), device) for counts in (lengths, keys))
-    return Layout(*borders, max(lengths), max(keys), order)
+    return Layout(_borders(lengths, device), _borders(keys, device), max(lengths), max(keys), order)
+
+
+def _borders(counts: list[int], device: torch.device) -> Tensor:
+    return _sent(np.cumsum([0, *counts]).astype(np.int32), device)
 
 
 def _sent(values: np.ndarray, device: torch.device) -> Tensor:

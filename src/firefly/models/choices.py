@@ -1,0 +1,145 @@
+"""What a run chooses by measurement: how large a microbatch is, what is kept for backward, what is kept at all.
+
+None of it changes what is trained beyond rounding. It is chosen once; a resumed run takes what its checkpoint says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from firefly.config import StepConfig
+from firefly.models.checkpointing import Checkpointing, install_checkpointing
+from firefly.models.kernels import segment_attention
+from firefly.models.kernels.weight_cache import cache_weights, weights_that_fit
+from firefly.models.memory import Activations, Forecast
+
+USABLE = 0.8
+"""Share of the free memory that a forecast may fill."""
+
+USEFUL = {"cpu": 512, "cuda": 16384}
+"""Tokens of a microbatch beyond which a device gets no faster: a CPU's matrix products reach their rate with a few
+hundred rows; a GPU's with some thousands, and NF4 weights are dequantised once per microbatch."""
+
+LEAST = {"cpu": 1, "cuda": 2048}
+"""Tokens of a microbatch that are worth computing layers again for."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Attributes:
+    tokens_per_microbatch: more are never computed together, but for a single longer example.
+    checkpointed_layers, offload: see `checkpointing`.
+    cached_weights: how many 4-bit weights have a copy in the compute type (see `weight_cache`).
+    attention_by_products: tokens up to which a CPU's bf16 attention is computed by products (see `segment_attention`).
+    """
+
+    tokens_per_microbatch: int
+    checkpointed_layers: int = 0
+    offload: bool = False
+    cached_weights: int = 0
+    attention_by_products: int = segment_attention.GEMM_LONGEST
+
+    @property
+    def checkpointing(self) -> Checkpointing:
+        return Checkpointing(self.checkpointed_layers, self.offload)
+
+
+ForecastOf = Callable[[Checkpointing, int, int], Forecast]
+"""(checkpointing, tokens of a microbatch, bytes of cached weights) → the forecast."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of the longest example, and of the largest step that a run can draw."""
+
+    longest: int
+    step: int
+
+
+def choose(
+    settings: StepConfig,
+    activations: Activations,
+    forecast: ForecastOf,
+    lengths: Lengths,
+    device: torch.device,
+    cache_bytes: list[int],
+) -> Choices:
+    """Resolve what `settings` leaves to measurement.
+
+    Layers are computed again only as far as memory asks for it, and 4-bit weights are cached only in memory that
+    nothing else needs; on a CPU only where the settings ask for it, since its memory is other programs', too.
+
+    Args:
+        cache_bytes: what a copy of each 4-bit weight would take.
+    """
+
+    def fitting(checkpointing: Checkpointing) -> int:
+        empty = forecast(checkpointing, 0, 0)
+        return int((USABLE * empty.available - empty.missing) / max(activations.per_token(checkpointing), 1))
+
+    useful = min(USEFUL[device.type], max(lengths.step, lengths.longest))
+    asked = None if isinstance(settings.tokens_per_microbatch, str) else settings.tokens_per_microbatch
+    checkpointing = _choose_checkpointing(settings, activations.layers, fitting, lengths, useful, asked, device)
+    budget = asked or max(lengths.longest, min(useful, fitting(checkpointing)))
+    cached = 0
+    if settings.nf4_cache is True:
+        cached = len(cache_bytes)
+    elif settings.nf4_cache == "auto" and device.type != "cpu":
+        rest = forecast(checkpointing, min(max(budget, lengths.longest), max(lengths.step, 1)), 0)
+        cached = weights_that_fit(cache_bytes, int(USABLE * rest.available - rest.missing))
+    return Choices(budget, checkpointing.layers, checkpointing.offload, cached, segment_attention.crossover())
+
+
+def settled(settings: StepConfig, stored: Choices, today: Choices) -> Choices:
+    """The choices of a resumed run: those stored with its checkpoint, but for what the settings name outright."""
+    if settings.tokens_per_microbatch != "auto":
+        stored = replace(stored, tokens_per_microbatch=today.tokens_per_microbatch)
+    if settings.gradient_checkpointing != "auto":
+        stored = replace(stored, checkpointed_layers=today.checkpointed_layers, offload=False)
+    if settings.nf4_cache != "auto":
+        stored = replace(stored, cached_weights=today.cached_weights)
+    return stored
+
+
+def _choose_checkpointing(
+    settings: StepConfig,
+    layers: int,
+    fitting: Callable[[Checkpointing], int],
+    lengths: Lengths,
+    useful: int,
+    asked: int | None,
+    device: torch.device,
+) -> Checkpointing:
+    """None → the fewest layers that make room → all → all with their inputs in the CPU's memory."""
+    if settings.gradient_checkpointing != "auto":
+        return Checkpointing(max(layers, 1) if settings.gradient_checkpointing else 0)
+    wished = max(lengths.longest, min(asked or LEAST[device.type], useful))
+    for tokens in (wished, lengths.longest):
+        for count in range(layers + 1):
+            if fitting(Checkpointing(count)) >= tokens:
+                return Checkpointing(count)
+    return Checkpointing(layers, offload=device.type == "cuda" and layers > 0)
+
+
+def apply(choices: Choices, model: Any, compute: torch.dtype) -> None:
+    """Set the prepared transformers model up as chosen."""
+    segment_attention.use_crossover(choices.attention_by_products)
+    install_checkpointing(model, choices.checkpointing)
+    cache_weights(model, choices.cached_weights, compute)
+
+
+def measure_attention(model: Any, device: torch.device, compute: torch.dtype) -> None:
+    """Find out how this CPU computes this model's attention fastest, where there is a choice."""
+    if device.type != "cpu" or compute != torch.bfloat16:
+        return
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    segment_attention.use_crossover(segment_attention.measure_crossover(heads, key_heads, width))

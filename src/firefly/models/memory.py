@@ -1,0 +1,234 @@
+"""Memory of a training step before the run: what a pass keeps per token is measured on the model itself, the rest
+follows from its weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from firefly.data.schema import Segment
+from firefly.models.checkpointing import Checkpointing, decoder_layers
+from firefly.models.kernels.segment_attention import keeps_probabilities
+from firefly.models.kernels.token_nll import LOGITS_PER_CHUNK
+
+PROBE_TOKENS = (16, 48)
+"""Two passes: what grows between them is kept per token, the rest is not."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that a training pass keeps per token until backward.
+
+    Attributes:
+        layers: decoder layers that can be checkpointed.
+        kept: of one layer, on average, when all that its gradient needs is kept.
+        entering: of one layer's input, all that a checkpointed layer keeps.
+        outside: of what lies before and after the layers (the last norm, the head's gradient).
+    """
+
+    layers: int
+    kept: float
+    entering: int
+    outside: float
+
+    def per_token(self, checkpointing: Checkpointing) -> float:
+        """Bytes per token at the peak: the first layers are checkpointed, so when one of them is computed again all
+        later layers are through and their bytes free."""
+        again = min(checkpointing.layers, self.layers)
+        kept = self.kept * max(self.layers - again, min(again, 1))
+        entering = self.entering * (1 if checkpointing.offload and again else again)
+        return kept + entering + self.outside
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes by part, what of them is on the device already, and what the device has free now."""
+
+    parts: dict[str, int]
+    loaded: int
+    available: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def missing(self) -> int:
+        """Bytes that the run still has to get."""
+        return self.total - self.loaded
+
+
+def forecast_memory(
+    model: Any,
+    device: torch.device,
+    activations: Activations,
+    checkpointing: Checkpointing,
+    tokens: int,
+    optimizer_bytes: int = 8,
+    weight_cache: int = 0,
+    reference: int = 0,
+) -> Forecast:
+    """Forecast the peak of a training step on `model` (adapters attached) with `tokens` in a microbatch.
+
+    Args:
+        optimizer_bytes: state per trained number (see `optimizer_bytes_of`).
+        weight_cache: bytes of 16-bit copies of 4-bit weights.
+        reference: bytes of a second model that the loss compares with.
+    """
+    weights = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parts = {
+        "weights": weights,
+        "masters": 4 * trained,
+        "gradients": 4 * trained,
+        "optimizer": optimizer_bytes * trained,
+        "activations": int(activations.per_token(checkpointing) * tokens),
+        "head": 8 * LOGITS_PER_CHUNK,
+    }
+    parts |= {name: size for name, size in {"weight cache": weight_cache, "reference": reference}.items() if size}
+    # A CPU's weights may be pages of a file, which count as free until they are touched.
+    loaded = weights + 4 * trained if device.type == "cuda" else 0
+    return Forecast(parts, loaded, free_memory(device))
+
+
+def optimizer_bytes_of(name: str) -> int:
+    """Bytes of state per trained number: two moments in fp32 for Adam and its kin, in 8 bit where the name says so."""
+    if "8bit" in name:
+        return 2
+    if name.startswith(("sgd", "adagrad", "rmsprop", "lion")):
+        return 4
+    return 8
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a run could still take."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if (available := read_proc("/proc/meminfo", "MemAvailable")) is not None:
+        return available
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def read_proc(path: str, name: str) -> int | None:
+    """Bytes of one line of a Linux memory report; None where there is no such report or line."""
+    try:
+        with open(path, encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith(f"{name}:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+# ---- measuring ----
+
+
+def measure_activations(model: Any, layout: str, autocast: torch.dtype | None, attention_tokens: int) -> Activations:
+    """Run two short passes of a prepared model (see `heads`) and count what they keep for backward.
+
+    Works on any device, also on "meta", where nothing is computed. Random state and gradients stay as they were.
+
+    Args:
+        autocast: the type that full fine-tuning computes in, None without autocast.
+        attention_tokens: length of the examples: where attention keeps its probabilities, a token's grow with it.
+    """
+    layers = decoder_layers(model)
+    short, long = (_kept(model, layers, tokens, layout, autocast) for tokens in PROBE_TOKENS)
+    grown = [(more - less) / (PROBE_TOKENS[1] - PROBE_TOKENS[0]) for less, more in zip(short, long, strict=True)]
+    inside, outside = grown
+    width = model.config.get_text_config().hidden_size
+    probabilities = _probability_bytes(model, attention_tokens) * len(layers)
+    return Activations(
+        layers=len(layers),
+        kept=(inside + probabilities) / max(len(layers), 1),
+        entering=width * _hidden_type(model).itemsize,
+        outside=outside,
+    )
+
+
+def _kept(model: Any, layers: list[nn.Module], tokens: int, layout: str, autocast: torch.dtype | None) -> list[int]:
+    """Bytes kept by a pass over so many tokens, all of them targets: inside the layers and outside."""
+    place = _place(model)
+    own = {_address(p) for p in model.parameters()} | {_address(b) for b in model.buffers()}
+    seen: dict[tuple[int, int], Tensor] = {}  # kept alive, or another tensor could take the address
+    counted = [0, 0]
+    depth = [0]
+
+    def count(tensor: Tensor) -> Tensor:
+        address = _address(tensor)
+        if tensor.device == place and address not in own and address not in seen:
+            seen[address] = tensor
+            counted[0 if depth[0] else 1] += tensor.untyped_storage().nbytes()
+        return tensor
+
+    ids = torch.arange(tokens, device=place)
+    inputs: dict[str, Any] = {"input_ids": ids[None], "position_ids": ids[None], "target_index": ids, "targets": ids}
+    if layout == "segments":
+        inputs["segments"] = (Segment(0, tokens),)
+    with _counting_depth(layers, depth), _unchanged(model), saved_tensors_hooks(count, lambda kept: kept):
+        with torch.autocast(place.type, dtype=autocast, enabled=autocast is not None):
+            result = model(**inputs)
+        del result
+    return counted
+
+
+def _address(tensor: Tensor) -> tuple[int, int]:
+    storage = tensor.untyped_storage()
+    # "meta" has no addresses: there the storage object itself tells tensors apart.
+    return (storage.data_ptr() or storage._cdata, storage.nbytes())
+
+
+def _place(model: Any) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _hidden_type(model: Any) -> torch.dtype:
+    return model.get_input_embeddings().weight.dtype
+
+
+def _probability_bytes(model: Any, tokens: int) -> float:
+    """Bytes of attention probabilities that a layer keeps per token, where it keeps them."""
+    dtype = _hidden_type(model)
+    heads = getattr(model.config.get_text_config(), "num_attention_heads", 0)
+    return heads * tokens / 2 * dtype.itemsize if keeps_probabilities(_place(model), dtype, tokens) else 0.0
+
+
+@contextmanager
+def _counting_depth(layers: list[nn.Module], depth: list[int]) -> Iterator[None]:
+    """`depth[0]` is above 0 while one of the layers computes."""
+
+    def enter(*_: Any) -> None:
+        depth[0] += 1
+
+    def leave(*_: Any) -> None:
+        depth[0] -= 1
+
+    handles = [layer.register_forward_pre_hook(enter) for layer in layers]
+    handles += [layer.register_forward_hook(leave) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _unchanged(model: Any) -> Iterator[None]:
+    """Training mode for a while; the random state is as before afterwards."""
+    was_training = model.training
+    place = _place(model)
+    model.train()
+    try:
+        with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), torch.enable_grad():
+            yield
+    finally:
+        model.train(was_training)
