@@ -22,6 +22,7 @@ from firefly.config import load_config
 from firefly.data.batching import StepPlan
 from firefly.data.schema import IGNORE, Tokens
 from firefly.errors import UsageError
+from firefly.models.kernels.segment_attention import GEMM_LONGEST
 from firefly.runs.checkpoints import BINDING_SINCE
 from firefly.runs.metrics import read_metrics
 from firefly.train import train
@@ -451,6 +452,10 @@ def test_the_passport_names_all_that_shaped_the_run(run: Run) -> None:
         "precision": "float32",
         "layout": "segments",
         "tokens_per_microbatch": 200,
+        "checkpointed_layers": 0,
+        "offload": False,
+        "cached_weights": 0,
+        "attention_by_products": GEMM_LONGEST,
         "examples_per_step": 4,
     }
     assert set(passport["hashes"]) >= {"data", "tokenizer", "base_weights"}
@@ -772,6 +777,14 @@ def test_a_resumed_run_keeps_the_budget_that_its_checkpoint_measured(run: Run, o
     assert_continues(out, uninterrupted)
     assert json.loads((out / "run.json").read_text())["resolved"]["tokens_per_microbatch"] == 200
     assert json.loads((out / "checkpoint-12" / "plan.json").read_text())["choices"]["tokens_per_microbatch"] == 200
+
+
+def test_a_resumed_run_does_what_its_configuration_names_outright(run: Run, out: Path, uninterrupted: Path) -> None:
+    stopped_at(out, 8)
+    run(resume_from_checkpoint=True, **SAVING | {"tokens_per_microbatch": 100, "gradient_checkpointing": True})
+    plan = json.loads((out / "checkpoint-12" / "plan.json").read_text())
+    assert plan["choices"]["tokens_per_microbatch"] == 100
+    assert plan["choices"]["checkpointed_layers"] == 3
 
 
 def test_a_run_that_starts_anew_moves_earlier_checkpoints_aside(run: Run, out: Path) -> None:

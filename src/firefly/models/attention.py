@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
 
 from firefly.data.schema import Segment, segment_positions
 from firefly.models.kernels.segment_attention import attend
@@ -60,7 +59,8 @@ def _is_sliding(module: nn.Module) -> bool:
 
 
 AttentionInterface.register(NAME, segment_attention)
-AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+# In the interface for masks the name stays unknown: transformers then makes none, and spares the question whether
+# position ids tell of packed rows, which waits for the device in every pass.
 
 
 def choose_layout(model: PreTrainedModel) -> tuple[str, str]:

@@ -15,11 +15,12 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from firefly.data.schema import Segment
 from firefly.models.checkpointing import Checkpointing, decoder_layers
-from firefly.models.kernels.segment_attention import keeps_probabilities
+from firefly.models.kernels.segment_attention import BLOCK
 from firefly.models.kernels.token_nll import LOGITS_PER_CHUNK
 
-PROBE_TOKENS = (16, 48)
-"""Two passes: what grows between them is kept per token, the rest is not."""
+PROBE_TOKENS = (16, 32, 48)
+"""Three passes of two examples each: what grows evenly is kept per token; what grows faster is attention's
+probabilities, where it keeps them; the rest is kept once."""
 
 
 @dataclass(frozen=True)
@@ -132,31 +133,35 @@ def read_proc(path: str, name: str) -> int | None:
 # ---- measuring ----
 
 
-def measure_activations(model: Any, layout: str, autocast: torch.dtype | None, attention_tokens: int) -> Activations:
-    """Run two short passes of a prepared model (see `heads`) and count what they keep for backward.
+def measure_activations(model: Any, layout: str, autocast: torch.dtype | None, longest: int) -> Activations:
+    """Run a few short passes of a prepared model (see `heads`) and count what they keep for backward.
 
     Works on any device, also on "meta", where nothing is computed. Random state and gradients stay as they were.
 
     Args:
         autocast: the type that full fine-tuning computes in, None without autocast.
-        attention_tokens: length of the examples: where attention keeps its probabilities, a token's grow with it.
+        longest: tokens of the longest example: where attention keeps its probabilities, a token's grow with it.
     """
     layers = decoder_layers(model)
-    short, long = (_kept(model, layers, tokens, layout, autocast) for tokens in PROBE_TOKENS)
-    grown = [(more - less) / (PROBE_TOKENS[1] - PROBE_TOKENS[0]) for less, more in zip(short, long, strict=True)]
-    inside, outside = grown
-    width = model.config.get_text_config().hidden_size
-    probabilities = _probability_bytes(model, attention_tokens) * len(layers)
-    return Activations(
-        layers=len(layers),
-        kept=(inside + probabilities) / max(len(layers), 1),
-        entering=width * _hidden_type(model).itemsize,
-        outside=outside,
-    )
+    counted = [_kept(model, layers, tokens, layout, autocast) for tokens in PROBE_TOKENS]
+    inside, outside = (_per_token([pass_[place] for pass_ in counted], longest) for place in (0, 1))
+    entering = model.config.get_text_config().hidden_size * _hidden_type(model).itemsize
+    return Activations(len(layers), kept=inside / max(len(layers), 1), entering=entering, outside=outside)
+
+
+def _per_token(kept: list[int], longest: int) -> float:
+    """Bytes per token of an example of `longest` tokens; those of a probe's two examples are c + 2 (a · n + q · n²)."""
+    first, middle, last = (total / 2 for total in kept)
+    step = PROBE_TOKENS[1] - PROBE_TOKENS[0]
+    quadratic = (last - 2 * middle + first) / (2 * step**2)
+    linear = (middle - first) / step - quadratic * (PROBE_TOKENS[0] + PROBE_TOKENS[1])
+    # Attention goes in blocks of queries, which see no keys behind their own block: half of the square in the end.
+    seen = longest if longest <= BLOCK else (longest + BLOCK) / 2
+    return linear + quadratic * seen
 
 
 def _kept(model: Any, layers: list[nn.Module], tokens: int, layout: str, autocast: torch.dtype | None) -> list[int]:
-    """Bytes kept by a pass over so many tokens, all of them targets: inside the layers and outside."""
+    """Bytes kept by a pass over two examples of so many tokens, all of them targets: inside the layers and outside."""
     place = _place(model)
     own = {_address(p) for p in model.parameters()} | {_address(b) for b in model.buffers()}
     seen: dict[tuple[int, int], Tensor] = {}  # kept alive, or another tensor could take the address
@@ -170,10 +175,13 @@ def _kept(model: Any, layers: list[nn.Module], tokens: int, layout: str, autocas
             counted[0 if depth[0] else 1] += tensor.untyped_storage().nbytes()
         return tensor
 
-    ids = torch.arange(tokens, device=place)
-    inputs: dict[str, Any] = {"input_ids": ids[None], "position_ids": ids[None], "target_index": ids, "targets": ids}
-    if layout == "segments":
-        inputs["segments"] = (Segment(0, tokens),)
+    ids = torch.arange(2 * tokens, device=place)
+    positions = ids % tokens
+    inputs: dict[str, Any] = {"input_ids": ids[None], "position_ids": positions[None], "target_index": ids}
+    inputs |= {"targets": ids, "segments": (Segment(0, tokens), Segment(tokens, 2 * tokens))}
+    if layout == "solo":  # one example a row, so one of twice the length
+        inputs |= {"position_ids": ids[None]}
+        del inputs["segments"]
     with _counting_depth(layers, depth), _unchanged(model), saved_tensors_hooks(count, lambda kept: kept):
         with torch.autocast(place.type, dtype=autocast, enabled=autocast is not None):
             result = model(**inputs)
@@ -193,13 +201,6 @@ def _place(model: Any) -> torch.device:
 
 def _hidden_type(model: Any) -> torch.dtype:
     return model.get_input_embeddings().weight.dtype
-
-
-def _probability_bytes(model: Any, tokens: int) -> float:
-    """Bytes of attention probabilities that a layer keeps per token, where it keeps them."""
-    dtype = _hidden_type(model)
-    heads = getattr(model.config.get_text_config(), "num_attention_heads", 0)
-    return heads * tokens / 2 * dtype.itemsize if keeps_probabilities(_place(model), dtype, tokens) else 0.0
 
 
 @contextmanager

@@ -94,6 +94,7 @@ class StepTrainer(Trainer, ABC):
         # A mixture of experts also balances what its routers choose, over the whole step (see `router`).
         self.router = router_settings(transformers_model(model))
         self._recorded: list[tuple[tuple[Tensor, ...], Tensor]] = []
+        self._running = 0  # the microbatch that is computed at the moment
         # Frozen weights are held in the compute type; full fine-tuning keeps fp32 weights and computes under autocast.
         self.autocast_type = precision.compute if masters and precision.compute != torch.float32 else None
         super().__init__(
@@ -196,7 +197,7 @@ class StepTrainer(Trainer, ABC):
         total = torch.zeros((), device=self.args.device)
         batches = [batch.to(self.args.device) for batch in step.microbatches]
         choices = self._count_choices(model, batches) if self.router and len(batches) > 1 else None
-        for batch in batches:
+        for self._running, batch in enumerate(batches):
             loss = self.microbatch_loss(model, batch, step.totals)
             if self.router:
                 loss = loss + self._router_loss(self.router, choices, step.totals)
@@ -219,25 +220,26 @@ class StepTrainer(Trainer, ABC):
         return restore
 
     def _with_less_memory(self, model: Any, step: Step[Any]) -> Step[Any]:
-        """Halve the microbatches from this step on; where each is a single example, compute layers again instead.
+        """Halve the microbatches from this step on, or if a single example was too much, compute layers again.
 
         Raises:
             OutOfMemoryError: there is nothing left to save.
         """
         choices, inner = self.options.choices, transformers_model(self.accelerator.unwrap_model(model))
         layers = len(decoder_layers(inner))
-        largest = max(self._tokens(rows) for rows in step.rows)
-        if max(len(rows) for rows in step.rows) > 1:
-            choices = replace(choices, tokens_per_microbatch=max(largest // 2, 1))
+        failed = step.rows[self._running]
+        tokens = int(self.step_plan.counts.lengths[list(failed)].sum())
+        if len(failed) > 1:
+            choices = replace(choices, tokens_per_microbatch=tokens // 2)
             notice("memory.halved", step=self.state.global_step + 1, budget=choices.tokens_per_microbatch)
         elif choices.checkpointed_layers < layers:
             choices = replace(choices, checkpointed_layers=layers)
-            notice("memory.checkpointed", step=self.state.global_step + 1, tokens=largest)
+            notice("memory.checkpointed", step=self.state.global_step + 1, tokens=tokens)
         elif self.args.device.type == "cuda" and layers and not choices.offload:
             choices = replace(choices, offload=True)
-            notice("memory.offloaded", step=self.state.global_step + 1, tokens=largest)
+            notice("memory.offloaded", step=self.state.global_step + 1, tokens=tokens)
         else:
-            raise torch.OutOfMemoryError(f"one example of {largest:,} tokens does not fit")
+            raise torch.OutOfMemoryError(f"one example of {tokens:,} tokens does not fit")
         self.options = replace(self.options, choices=choices)
         install_checkpointing(inner, choices.checkpointing)
         self.step_plan.budget = choices.tokens_per_microbatch
@@ -245,9 +247,6 @@ class StepTrainer(Trainer, ABC):
         dataset = self.train_dataset
         assert isinstance(dataset, PackedExamples)
         return dataset.__getitems__(self.step_plan.plan(rows))
-
-    def _tokens(self, rows: Sequence[int]) -> int:
-        return int(self.step_plan.counts.lengths[list(rows)].sum())
 
     def run_model(self, model: Any, row: PackedBatch, per_token: bool = False) -> dict[str, Any]:
         """Call a prepared model on one packed row; in training, keep what its routers said for the router loss."""

@@ -97,11 +97,6 @@ def use_crossover(tokens: int) -> None:
     _crossover = tokens
 
 
-def keeps_probabilities(device: torch.device, dtype: torch.dtype, tokens: int) -> bool:
-    """Whether a segment of so many tokens keeps its attention probabilities for backward."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and tokens <= _crossover
-
-
 def measure_crossover(heads: int, key_heads: int, width: int) -> int:
     """The longest of a few lengths up to which products beat `sdpa` in bf16 on this CPU, forward and backward; 0: none.
 

@@ -1,0 +1,106 @@
+"""Which layers are computed again, how large a microbatch is and what is cached, by the memory at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from firefly.config import StepConfig
+from firefly.models.checkpointing import Checkpointing
+from firefly.models.choices import LEAST, USABLE, USEFUL, Choices, Lengths, choose, settled
+from firefly.models.memory import Activations, Forecast
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+TEN_LAYERS = Activations(10, kept=1000, entering=100, outside=0)  # 10,000 bytes a token, 2,000 with all checkpointed
+
+
+def chosen(
+    room: int,
+    device: torch.device = GPU,
+    longest: int = 1000,
+    step: int = 100_000,
+    cache: tuple[int, ...] = (),
+    **settings: Any,
+) -> Choices:
+    """The choice on a device with `room` usable bytes for activations and caches."""
+
+    def forecast(checkpointing: Checkpointing, tokens: int, cached: int) -> Forecast:
+        needed = int(TEN_LAYERS.per_token(checkpointing) * tokens)
+        return Forecast({"weights": 5000, "activations": needed, "weight cache": cached}, 5000, int(room / USABLE) + 1)
+
+    return choose(StepConfig(**settings), TEN_LAYERS, forecast, Lengths(longest, step), device, list(cache))
+
+
+def test_with_room_for_all_nothing_is_computed_again() -> None:
+    found = chosen(room=10_000 * USEFUL["cuda"])
+    assert found.checkpointing == Checkpointing(0)
+    assert found.tokens_per_microbatch == USEFUL["cuda"]
+
+
+def test_smaller_microbatches_come_before_computing_layers_again() -> None:
+    found = chosen(room=10_000 * 5000)
+    assert found.checkpointing == Checkpointing(0)
+    assert found.tokens_per_microbatch == 5000
+
+
+def test_as_few_layers_as_make_room_for_a_worthwhile_microbatch() -> None:
+    found = chosen(room=8_300 * LEAST["cuda"])
+    # Two layers: 8 · 1,000 + 2 · 100 bytes a token.
+    assert found.checkpointing == Checkpointing(2)
+    assert LEAST["cuda"] <= found.tokens_per_microbatch < 1.1 * LEAST["cuda"]
+
+
+def test_the_longest_example_must_fit_even_if_no_worthwhile_microbatch_does() -> None:
+    found = chosen(room=2_000 * 1500, longest=1500)
+    assert found.checkpointed_layers in (9, 10)
+    assert found.tokens_per_microbatch >= 1500
+
+
+def test_inputs_go_to_the_cpu_only_when_all_layers_computed_again_are_not_enough() -> None:
+    assert chosen(room=2_000 * 1500, longest=1500).offload is False
+    assert chosen(room=1_500 * 1500, longest=1500).checkpointing == Checkpointing(10, offload=True)
+    assert chosen(room=1_500 * 1500, longest=1500, device=CPU) == Choices(1500, 10, offload=False)
+
+
+def test_a_step_smaller_than_a_worthwhile_microbatch_asks_for_no_more_than_itself() -> None:
+    found = chosen(room=10_000 * 600, longest=300, step=600)
+    assert found == Choices(600, 0)
+
+
+@pytest.mark.parametrize(("asked", "layers"), [(True, 10), (False, 0)])
+def test_true_means_always_and_false_never(asked: bool, layers: int) -> None:
+    for room in (100, 10**12):
+        assert chosen(room=room, gradient_checkpointing=asked).checkpointed_layers == layers
+
+
+def test_a_budget_that_is_asked_for_is_kept_and_layers_make_room_for_it() -> None:
+    found = chosen(room=5_600 * 4000, tokens_per_microbatch=4000)
+    assert found.tokens_per_microbatch == 4000
+    assert found.checkpointed_layers == 5
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "expected"),
+    [("auto", GPU, 2), (True, GPU, 4), (False, GPU, 0), ("auto", CPU, 0), (True, CPU, 4)],
+)
+def test_copies_of_4_bit_weights_fill_what_nothing_else_needs(
+    setting: bool | str, device: torch.device, expected: int
+) -> None:
+    room = 10_000 * 1000 + 2500
+    found = chosen(room, device, longest=1000, step=1000, cache=(1000, 1000, 1000, 1000), nf4_cache=setting)
+    assert found.cached_weights == expected
+    assert found.checkpointed_layers == 0
+
+
+def test_a_resumed_run_keeps_stored_choices_but_for_what_is_named_outright() -> None:
+    stored, today = Choices(100, 3, True, 7, 128), Choices(900, 0, False, 9, 512)
+    assert settled(StepConfig(), stored, today) == stored
+    named = StepConfig(tokens_per_microbatch=900)
+    assert settled(named, stored, today) == dataclasses.replace(stored, tokens_per_microbatch=900)
+    named = StepConfig(gradient_checkpointing=False)
+    assert settled(named, stored, today) == dataclasses.replace(stored, checkpointed_layers=0, offload=False)
+    named = StepConfig(nf4_cache=True)
+    assert settled(named, stored, today) == dataclasses.replace(stored, cached_weights=9)

@@ -1,0 +1,137 @@
+"""Memory of a step: what is measured on short passes holds for long ones, and leaves no trace."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from firefly.data.batching import pack
+from firefly.models.adapters import transformers_model
+from firefly.models.checkpointing import Checkpointing, install_checkpointing
+from firefly.models.memory import Activations, forecast_memory, measure_activations, optimizer_bytes_of
+from tiny import SHAPE, prepared, random_examples
+
+CPU = torch.device("cpu")
+
+
+def kept_by(model: Any, layout: str, *lengths: int) -> int:
+    """Bytes that a pass over examples of these lengths keeps, counted once a storage, without the model's own."""
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    batch = pack([replace(example, labels=example.input_ids) for example in random_examples(*lengths)])
+    model.train()
+    with saved_tensors_hooks(count, lambda tensor: tensor):
+        result = model(**batch.model_inputs(layout == "solo"))
+    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    del result
+    return total
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt_neox", "phi3"])
+def test_what_is_measured_on_short_passes_is_what_a_longer_one_keeps_more(name: str, mode: str) -> None:
+    model, layout, _ = prepared(name, mode)
+    inner = transformers_model(model)
+    found = measure_activations(inner, layout, None, 100)
+    grown = (kept_by(inner, layout, *4 * [100]) - kept_by(inner, layout, 100, 100)) / 200
+    assert found.per_token(Checkpointing(0)) == pytest.approx(grown, rel=0.05)
+    for layers in (3,) if name == "gemma2" else (1, 2, 3):  # whose layers with a window keep less than the others
+        install_checkpointing(inner, Checkpointing(layers))
+        grown = (kept_by(inner, layout, *4 * [100]) - kept_by(inner, layout, 100, 100)) / 200
+        expected = found.kept * (3 - layers) + found.entering * layers + found.outside
+        assert expected == pytest.approx(grown, rel=0.15)
+
+
+def test_a_frozen_llama_layer_keeps_the_inputs_of_its_layers_and_two_inner_arrays() -> None:
+    model, layout, _ = prepared("llama", "lora")
+    found = measure_activations(transformers_model(model), layout, None, 10)
+    width, inner = SHAPE["hidden_size"], SHAPE["intermediate_size"]
+    # Norm inputs and outputs (4), queries, keys, values (2: two heads of four), attention's output: 7 widths at least.
+    assert 4 * (7 * width + 2 * inner) < found.kept < 4 * (10 * width + 2 * inner + 100)
+    assert found.entering == 4 * width
+    assert found.layers == 3
+
+
+def test_measuring_leaves_random_state_gradients_and_mode_alone() -> None:
+    model, layout, _ = prepared("llama", "lora")
+    inner = transformers_model(model).eval()
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    measure_activations(inner, layout, None, 10)
+    assert torch.equal(torch.rand(4), expected)
+    assert all(p.grad is None for p in inner.parameters())
+    assert not inner.training
+    assert not any(hooks for module in inner.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks))
+
+
+def test_no_gradient_is_computed_below_the_first_trainable_layer() -> None:
+    """Layers below the first adapter keep nothing at all for backward."""
+    from firefly.config import AdapterConfig
+    from firefly.models.adapters import attach_adapter
+    from firefly.models.attention import choose_layout
+    from firefly.models.forwards import install_training_forwards
+    from tiny import tiny_model
+
+    model = tiny_model("llama")
+    layout, _ = choose_layout(model)
+    wrapped = attach_adapter(model, AdapterConfig(mode="lora", rank=4, target=("layers.2.self_attn.q_proj",)))
+    install_training_forwards(wrapped)
+    inner = transformers_model(wrapped)
+    lower: list[Tensor] = []
+    handles = [layer.register_forward_hook(lambda *seen: lower.append(seen[2])) for layer in inner.model.layers[:2]]
+    whole = measure_activations(inner, layout, None, 10)
+    for handle in handles:
+        handle.remove()
+    assert len(lower) == 6
+    assert not any(hidden.requires_grad for hidden in lower)
+    everywhere, layout, _ = prepared("llama", "lora")
+    assert whole.kept < 0.4 * measure_activations(transformers_model(everywhere), layout, None, 10).kept
+
+
+@pytest.mark.parametrize(
+    ("layers", "offload", "expected"),
+    [
+        (0, False, 4 * 100 + 7),
+        (1, False, 3 * 100 + 10 + 7),
+        (3, False, 1 * 100 + 30 + 7),
+        (4, False, 1 * 100 + 40 + 7),  # one layer at a time is whole again
+        (4, True, 1 * 100 + 10 + 7),
+    ],
+)
+def test_bytes_per_token_under_checkpointing(layers: int, offload: bool, expected: int) -> None:
+    assert Activations(4, kept=100, entering=10, outside=7).per_token(Checkpointing(layers, offload)) == expected
+
+
+def test_a_forecast_adds_up_the_parts() -> None:
+    model, _, _ = prepared("llama", "lora")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    activations = Activations(3, kept=1000, entering=100, outside=50)
+    forecast = forecast_memory(model, CPU, activations, Checkpointing(0), 10, optimizer_bytes=2, weight_cache=123)
+    assert forecast.parts["weights"] == 4 * frozen
+    assert forecast.parts["masters"] == forecast.parts["gradients"] == 4 * trained
+    assert forecast.parts["optimizer"] == 2 * trained
+    assert forecast.parts["activations"] == 10 * 3050
+    assert forecast.parts["weight cache"] == 123
+    assert forecast.missing == forecast.total == sum(forecast.parts.values())
+    assert "reference" not in forecast.parts
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("adamw_torch", 8), ("paged_adamw_32bit", 8), ("adamw_bnb_8bit", 2), ("paged_adamw_8bit", 2), ("sgd", 4)],
+)
+def test_optimizer_state_by_name(name: str, expected: int) -> None:
+    assert optimizer_bytes_of(name) == expected
