@@ -346,10 +346,12 @@ def test_weight_decay_pulls_matrices_and_spares_norms(run: Run, place: Path) -> 
 
 
 def test_a_paged_optimizer_runs_unpaged_on_a_cpu_and_says_so(run: Run) -> None:
-    paged, plain = run("paged", optim="paged_adamw_32bit"), run("plain", optim="adamw_torch")
+    paged, plain = run("paged", optim="paged_adamw_32bit"), run("plain", optim="adamw_torch_fused")
     assert "optim.paged" in notices(paged)
     assert "optim.paged" not in notices(plain)
     assert losses(paged) == losses(plain)
+    in_8_bit, unpaged = run("paged_8bit", optim="paged_adamw_8bit"), run("unpaged_8bit", optim="adamw_8bit")
+    assert losses(in_8_bit) == losses(unpaged)
 
 
 def test_half_precision_that_a_cpu_lacks_is_replaced_and_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,7 +179,7 @@ SECTIONS: dict[str, type] = {
 }
 
 # Firefly's own choices for TrainingArguments; the user's file overrides them.
-TRAINING_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": "tensorboard", "optim": "adamw_torch"}
+TRAINING_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": "tensorboard", "optim": "adamw_torch_fused"}
 
 # The least values of TrainingArguments that transformers and torch would only refuse with a traceback.
 TRAINING_MINIMUM: dict[str, float] = {

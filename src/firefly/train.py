@@ -285,9 +285,10 @@ def resolved_arguments(config: Config, precision: Precision, device: torch.devic
         "restore_callback_states_from_checkpoint": config.evaluation.patience is not None,
     }
     values.setdefault("per_device_eval_batch_size", config.step.examples_per_rank)
-    if device.type == "cpu" and str(values.get("optim", "")).startswith("paged_"):
-        notice("optim.paged", asked=values["optim"])
-        values["optim"] = "adamw_torch"
+    optim = str(values.get("optim", ""))
+    if device.type == "cpu" and optim.startswith("paged_"):
+        values["optim"] = "adamw_torch_fused" if optim == "paged_adamw_32bit" else optim.removeprefix("paged_")
+        notice("optim.paged", asked=optim, used=values["optim"])
     if device.type == "cpu" and values.get("dataloader_pin_memory") is None:
         values["dataloader_pin_memory"] = False
     return values

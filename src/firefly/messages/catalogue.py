@@ -142,8 +142,8 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "legacy.ignored": ("{old} has no effect any more and is ignored.", "{old} 已不再起作用，予以忽略。"),
     "legacy.value": ("{key} {old} is read as {new}.", "{key} 的值 {old} 按 {new} 处理。"),
     "optim.paged": (
-        "optim {asked} pages GPU memory; on this CPU the same AdamW runs without paging (adamw_torch).",
-        "optim {asked} 用于显存分页；在此 CPU 上改用不分页的 AdamW（adamw_torch）。",
+        "optim {asked} pages GPU memory; on this CPU the same optimizer runs without paging ({used}).",
+        "optim {asked} 用于显存分页；在此 CPU 上改用不分页的同一优化器（{used}）。",
     ),
     "key.no_effect": (
         "{key} has no effect with {setting}.",
