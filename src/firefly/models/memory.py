@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from firefly.data.schema import Segment
 from firefly.models.checkpointing import Checkpointing, decoder_layers
 from firefly.models.kernels.segment_attention import BLOCK
-from firefly.models.kernels.token_nll import LOGITS_PER_CHUNK
+from firefly.models.kernels.token_nll import logits_per_chunk
 
 PROBE_TOKENS = (16, 32, 48)
 """Three passes of two examples each: what grows evenly is kept per token; what grows faster is attention's
@@ -91,7 +91,7 @@ def forecast_memory(
         "gradients": 4 * trained,
         "optimizer": optimizer_bytes * trained,
         "activations": int(activations.per_token(checkpointing) * tokens),
-        "head": 8 * LOGITS_PER_CHUNK,
+        "head": 8 * logits_per_chunk(device),
     }
     parts |= {name: size for name, size in {"weight cache": weight_cache, "reference": reference}.items() if size}
     # A CPU's weights may be pages of a file, which count as free until they are touched.

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LOGITS_PER_CHUNK = 1 << 24
-"""Numbers of logits that exist at a time: 64 MiB in fp32."""
+LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}
+"""Numbers of logits that exist at a time: 64 MiB in fp32 on a CPU. A GPU reads the whole head once a chunk, so it needs
+some hundreds of rows to be busy with more than that."""
 
 
 def summed_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -45,8 +46,13 @@ def _compute_type(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
+def logits_per_chunk(device: torch.device) -> int:
+    """Numbers of logits that exist at a time."""
+    return LOGITS_PER_CHUNK.get(device.type, LOGITS_PER_CHUNK["cpu"])
+
+
 def _chunks(weight: Tensor, tokens: int) -> list[slice]:
-    size = max(32, LOGITS_PER_CHUNK // weight.shape[0])
+    size = max(32, logits_per_chunk(weight.device) // weight.shape[0])
     return [slice(start, start + size) for start in range(0, tokens, size)]
 
 
