@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import shlex
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -48,13 +47,17 @@ def without_folders(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
-def parse_environment(text: str) -> dict[str, str]:
+def parse_assignments(texts: Sequence[str]) -> dict[str, str]:
     """Read `NAME=VALUE NAME=VALUE`."""
-    return dict(assignment.split("=", 1) for assignment in shlex.split(text))
+    if wrong := [text for text in texts if "=" not in text]:
+        raise SystemExit(f"{wrong[0]!r} is no NAME=VALUE")
+    return dict(text.split("=", 1) for text in texts)
 
 
 def too_short_to_publish(pairs: Sequence[tuple[Result, Result]]) -> list[str]:
     """Say so when runs are too few or too short for a number to be quoted."""
+    if not pairs:
+        return ["not publishable: no pair of runs"]
     shortest = min(result["steady_seconds"] for pair in pairs for result in pair)
     if len(pairs) >= PUBLISHABLE_PAIRS and shortest >= PUBLISHABLE_SECONDS:
         return []
