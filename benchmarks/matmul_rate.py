@@ -29,7 +29,21 @@ def main() -> None:
     shape = shape_of(AutoConfig.from_pretrained(job.model))
     sizes = [(size, shape.layers) for size in shape.linears] + [(shape.head, 1)]
     found = measure(sizes, arguments.rows, getattr(torch, arguments.dtype), job.device, arguments.seconds)
-    print(json.dumps(found | {"dtype": arguments.dtype, "rows": arguments.rows, "threads": job.threads}), flush=True)
+    found |= {"dtype": arguments.dtype, "rows": arguments.rows, "threads": job.threads, "device": device_of(job.device)}
+    print(json.dumps(found), flush=True)
+
+
+def device_of(device: str) -> dict[str, Any]:
+    """What a reader needs to know of the card; a CPU is described elsewhere."""
+    if device != "cuda":
+        return {"name": device}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+    }
 
 
 def measure(

@@ -54,16 +54,18 @@ def parse_assignments(texts: Sequence[str]) -> dict[str, str]:
     return dict(text.split("=", 1) for text in texts)
 
 
-def too_short_to_publish(pairs: Sequence[tuple[Result, Result]]) -> list[str]:
+def too_short_to_publish(
+    pairs: Sequence[tuple[Result, Result]],
+    least_pairs: float = PUBLISHABLE_PAIRS,
+    least_seconds: float = PUBLISHABLE_SECONDS,
+) -> list[str]:
     """Say so when runs are too few or too short for a number to be quoted."""
-    if not pairs:
-        return ["not publishable: no pair of runs"]
     shortest = min(result["steady_seconds"] for pair in pairs for result in pair)
-    if len(pairs) >= PUBLISHABLE_PAIRS and shortest >= PUBLISHABLE_SECONDS:
+    if len(pairs) >= least_pairs and shortest >= least_seconds:
         return []
     return [
         f"not publishable: {len(pairs)} pairs, and {shortest:.0f} s of steady state in the shortest run; "
-        f"it takes {PUBLISHABLE_PAIRS} pairs and {PUBLISHABLE_SECONDS} s"
+        f"it takes {least_pairs} pairs and {least_seconds} s"
     ]
 
 

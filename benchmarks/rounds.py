@@ -1,7 +1,8 @@
 """Run the sides of a case in turns, gate first, and sum up what they measured."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,27 @@ from engines import ENGINES, HERE, in_order
 from flops import Tokens, necessary_flops, shape_of, tokens_of
 from job import Job, read_job
 from measuring import read_dump
-from processes import Result, Side, SideFailed, Tuning
+from processes import Result, Side, SideFailed, SideStopped, Tuning
 from reporting import too_short_to_publish
 
 Runs = dict[str, list[Result]]
+
+
+class Clock:
+    """The time that a comparison may take; without `seconds`, as long as it likes."""
+
+    def __init__(self, seconds: float | None = None, needed: float = 45.0) -> None:
+        """`needed` is what a run has to have left to be started at all."""
+        self.end = None if seconds is None else time.monotonic() + seconds
+        self.needed = needed
+
+    def left(self) -> float | None:
+        """Seconds left; None: no end."""
+        return None if self.end is None else self.end - time.monotonic()
+
+    def enough(self) -> bool:
+        """Whether a run may be started."""
+        return self.end is None or self.end - time.monotonic() >= self.needed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,28 +46,35 @@ class Comparison:
     save: Callable[[], None]
     same_start: bool = True
     """All begin with the same adapter, or with none."""
+    ours_first: bool = False
+    """Run Firefly before its peers in the first round: for runs that may be cut short."""
+    fallbacks: Mapping[str, Sequence[Tuning]] = field(default_factory=dict)
+    """What a peer is tried with when it runs out of memory."""
+    clock: Clock = field(default_factory=Clock)
+    publishable: Mapping[str, float] = field(default_factory=dict)
+    """Other limits than `too_short_to_publish` has."""
 
     @property
     def peers(self) -> list[str]:
         """All but us."""
         return [name for name in self.sides if name != "firefly"]
 
-    def run(self, rounds: int, may_go_on: Callable[[], bool] = lambda: True) -> Runs:
+    def run(self, rounds: int) -> Runs:
         """Run every side once a round, every second round turned round: A-B-B-A with each peer.
 
         The first round is the gate: a peer that did not train the same thing is not timed any further.
         """
-        self.report["tunings"] = {name: asdict(tuning) for name, tuning in self.tunings.items()}
+        tunings = dict(self.tunings)
         self.report.update(runs=[], gates={})
         runs: Runs = {name: [] for name in self.sides}
-        half = len(self.peers) // 2
+        half = 0 if self.ours_first else len(self.peers) // 2
         order = [*self.peers[:half], "firefly", *self.peers[half:]]
         for number in range(rounds):
-            if number and not may_go_on():
-                self.report["rounds_left_out"] = rounds - number
-                break
             for name in order if number % 2 == 0 else reversed(order):
-                self._run_once(name, runs)
+                if not self.clock.enough():
+                    self._leave_out(name, number)
+                elif (result := self._run_once(name, tunings, first=number == 0)) is not None:
+                    runs[name].append(result)
             if number == 0:
                 self._gate(runs)
                 order = [name for name in order if self._goes_on(name)]
@@ -57,20 +82,41 @@ class Comparison:
                     break
         return runs
 
-    def _run_once(self, name: str, runs: Runs) -> None:
+    def _leave_out(self, name: str, number: int) -> None:
+        if number == 0:
+            self.report["skipped"][name] = "the time was used up"
+        else:
+            self.report["rounds_left_out"] = True
+        self.save()
+
+    def _run_once(self, name: str, tunings: dict[str, Tuning], *, first: bool) -> Result | None:
+        """One run; a peer that runs out of memory falls back, and one that fails at first is skipped by name."""
         try:
-            result = self.sides[name].run(self.tunings[name])
-        except SideFailed as failed:
-            if name == "firefly" or runs[name]:
+            result = self._run_with_fallbacks(name, tunings)
+        except (SideFailed, SideStopped) as failed:
+            if name == "firefly" or not first:
                 raise
             self.report["skipped"][name] = f"its run failed: {failed}"
-            print(f"run    {name:13} failed; the log is in the result file", flush=True)
             self.save()
-            return
-        runs[name].append(result)
+            print(f"run    {name:13} failed; the log is in the result file", flush=True)
+            return None
+        self.report["tunings"] = {**self.report.get("tunings", {}), name: asdict(tunings[name])}
         self.report["runs"].append(result)
         self.save()
         print(f"run    {name:13} {describe_rate(result)}", flush=True)
+        return result
+
+    def _run_with_fallbacks(self, name: str, tunings: dict[str, Tuning]) -> Result:
+        left = iter(self.fallbacks.get(name, ()))
+        while True:
+            try:
+                return self.sides[name].run(tunings[name], timeout_seconds=self.clock.left())
+            except SideFailed as failed:
+                following = next(left, None) if "out of memory" in str(failed).lower() else None
+                if following is None or not self.clock.enough():
+                    raise
+                self.report.setdefault("out_of_memory", {}).setdefault(name, []).append(asdict(tunings[name]))
+                tunings[name] = following
 
     def _goes_on(self, name: str) -> bool:
         return name == "firefly" or self.report["gates"].get(name, {}).get("passed", False)
@@ -137,7 +183,7 @@ def summarise(comparison: Comparison, runs: Runs) -> dict[str, Any]:
             "losses": {side: describe_losses(runs[side][0]) for side in ("firefly", name)},
             "precision": {side: runs[side][0]["settings"]["precision"] for side in ("firefly", name)},
             "versions_that_differ": version_differences(*pairs[0]),
-            "caveats": caveats(pairs),
+            "caveats": caveats(pairs) + too_short_to_publish(pairs, **comparison.publishable),
         }
         if comparison.case.asked_ratio is not None:
             reached = found[name]["ratio_examples_per_second"]["median"] >= comparison.case.asked_ratio
@@ -156,7 +202,7 @@ def describe_losses(result: Result) -> dict[str, float]:
 
 
 def caveats(pairs: Sequence[tuple[Result, Result]]) -> list[str]:
-    """Say in words what is not equal, or not enough to publish."""
+    """Say in words what is not equal."""
     ours, theirs = pairs[0]
     found = []
     if not theirs["settings"]["rows_of_a_step_are_consecutive"]:
@@ -168,7 +214,7 @@ def caveats(pairs: Sequence[tuple[Result, Result]]) -> list[str]:
         found.append("the two sides ran in different precisions; say so beside the ratio")
     if different := version_differences(ours, theirs):
         found.append(f"versions differ (ours, theirs): {different}")
-    return found + too_short_to_publish(pairs)
+    return found
 
 
 def share_of_limit(job: Job, config: Any, results: Sequence[Result], limit: dict[str, Any]) -> dict[str, Any]:
