@@ -75,6 +75,8 @@ class Comparison:
                     self._leave_out(name, number)
                 elif (result := self._run_once(name, tunings, first=number == 0)) is not None:
                     runs[name].append(result)
+            if not runs["firefly"]:
+                break
             if number == 0:
                 self._gate(runs)
                 order = [name for name in order if self._goes_on(name)]
