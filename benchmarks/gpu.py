@@ -4,7 +4,7 @@ r"""The GPU cases on one card, without a network: Firefly beside TRL, TRL with L
     python benchmarks/gpu.py --shapes tiny --device cpu --minutes 30  # the same lines without one
 
 Every run is a fresh process on made-up weights of real shapes. Peers that are not installed are skipped by name, and so
-is what the time does not suffice for. Exit 3: a gate failed.
+is what the time does not suffice for. Exit 3: a gate failed, or a run of Firefly.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from comparing import spread
 from engines import ENGINES, reason_to_skip
 from gpu_cases import GPU_CASES, GpuCase, made_up_rows, write_model
 from job import Job
-from processes import Result, Side, Tuning
+from processes import Result, Side, SideFailed, SideStopped, Tuning
 from reporting import new_report, parse_assignments, saver
-from rounds import Clock, Comparison, make_side, print_summary, share_of_limit, summarise
+from rounds import Clock, Comparison, Runs, make_side, print_summary, share_of_limit, summarise
 from token_dump import write_lines
 from transformers import AutoConfig
 
@@ -34,7 +34,7 @@ TINY_ROWS = 4
 
 
 def main() -> int:
-    """Run the cases while there is time; each has an equal share of what is left."""
+    """Run the cases while there is time, each with an equal share of what is left."""
     arguments = parse_arguments()
     end = time.monotonic() + 60 * arguments.minutes
     passed = []
@@ -43,7 +43,7 @@ def main() -> int:
         share = (end - time.monotonic()) / (len(arguments.cases) - number)
         report = run_case(GPU_CASES[name], arguments, Clock(share, needed=arguments.seconds_per_run))
         reports[name] = report
-        passed += [gate["passed"] for gate in report.get("gates", {}).values()]
+        passed += [gate["passed"] for gate in report.get("gates", {}).values()] + ["failed" not in report]
     print("\n" + table(reports))
     return 0 if all(passed) else 3
 
@@ -107,7 +107,7 @@ def run_case(gpu_case: GpuCase, arguments: argparse.Namespace, clock: Clock) -> 
             clock=clock,
             publishable={"least_pairs": ENOUGH_ROUNDS, "least_seconds": ENOUGH_SECONDS},
         )
-        runs = comparison.run(arguments.rounds)
+        runs = run_or_record(comparison, arguments.rounds)
         if runs["firefly"]:
             config = AutoConfig.from_pretrained(job.model)
             report["share_of_limit"] = share_of_limit(job, config, runs["firefly"], limit)
@@ -116,6 +116,16 @@ def run_case(gpu_case: GpuCase, arguments: argparse.Namespace, clock: Clock) -> 
     save()
     print_summary(report, arguments.out / f"{case.name}.json")
     return report
+
+
+def run_or_record(comparison: Comparison, rounds: int) -> Runs:
+    """Run; when our own side fails, say so and leave the time to the other cases."""
+    try:
+        return comparison.run(rounds)
+    except (SideFailed, SideStopped) as failed:
+        comparison.report["failed"] = str(failed)
+        print(f"FAILED: {failed}", flush=True)
+        return {name: [] for name in comparison.sides}
 
 
 def make_job(gpu_case: GpuCase, case: Any, arguments: argparse.Namespace, folder: Path) -> Job:
