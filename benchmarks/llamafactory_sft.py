@@ -59,6 +59,9 @@ def own_configuration(job: Job, tuning: argparse.Namespace, neat: bool) -> dict[
         "stage": "pt" if job.task == "pretrain" and not job.isolated else "sft",
         "packing": neat,
         "neat_packing": neat,
+        # Its packing keeps one token of the length for a border and drops rows that are longer without it; and its
+        # collator pads all but the positions to a multiple of 8.
+        "cutoff_len": job.max_tokens + (8 if neat else 0),
         "disable_shuffling": tuning.layout == "padded",
         "train_sampling_strategy": "group_by_length" if tuning.layout == "grouped" else "random",
     }

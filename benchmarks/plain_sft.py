@@ -50,10 +50,10 @@ class PaddedRows:
 
 def collate_block(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     """Put blocks one behind the other; each document's positions start at 0."""
-    positions = [range(length) for row in rows for length in segment_lengths(row)]
-    columns = {name: chain.from_iterable(row[name] for row in rows) for name in ("input_ids", "labels")}
-    columns["position_ids"] = chain.from_iterable(positions)
-    return {name: torch.tensor([list(values)]) for name, values in columns.items()}
+    lengths = [length for row in rows for length in segment_lengths(row)]
+    columns = {name: list(chain.from_iterable([row[name] for row in rows])) for name in ("input_ids", "labels")}
+    columns["position_ids"] = list(chain.from_iterable(range(length) for length in lengths))
+    return {name: torch.tensor([values]) for name, values in columns.items()}
 
 
 def make_trainer(
