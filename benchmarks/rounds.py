@@ -129,17 +129,18 @@ class Comparison:
             if not runs[name]:
                 continue
             theirs = runs[name][0]
-            found = self.report["gates"][name] = gate(
-                ours,
-                theirs,
-                self._same_steps(name, ours, theirs),
-                task=self.case.task,
-                thresholds=self.case.thresholds,
-                same_start=self.same_start,
-            )
+            found = self.report["gates"][name] = self._gate_of(name, ours, theirs)
             self.save()
             failed = [check for check, value in found.items() if check != "passed" and not value["passed"]]
             print(f"gate   {name:13} {'passed' if found['passed'] else 'FAILED: ' + ', '.join(failed)}", flush=True)
+
+    def _gate_of(self, name: str, ours: Result, theirs: Result) -> dict[str, Any]:
+        try:
+            same_steps = self._same_steps(name, ours, theirs)
+        except SideFailed as failed:
+            return {"passed": False, "run_with_our_rows": {"passed": False, "log": str(failed)}}
+        options = {"task": self.case.task, "thresholds": self.case.thresholds, "same_start": self.same_start}
+        return gate(ours, theirs, same_steps, **options)
 
     def _same_steps(self, name: str, ours: Result, theirs: Result) -> Result:
         """A run of the peer with our rows in each of its steps, in our precision; only the losses are used."""
