@@ -5,12 +5,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from cases import Thresholds
 from processes import Result
-
-FIRST_LOSS_TOLERANCE = 1e-3
-LAST_LOSSES_TOLERANCE = 1e-2
-GRADIENT_NORM_TOLERANCE = 1e-3
-GRADIENT_NORM_TOLERANCE_BF16 = 3e-2
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -27,8 +23,8 @@ def ratios(pairs: Sequence[tuple[Result, Result]], name: str) -> dict[str, Any]:
 def memory(results: Sequence[Result]) -> dict[str, int]:
     """Largest peak of a side's runs, whole and less what its imports had taken."""
     return {
-        "peak_rss_bytes": max(r["peak_rss_bytes"] for r in results),
-        "peak_less_imports_bytes": max(r["peak_rss_bytes"] - r["rss_after_imports_bytes"] for r in results),
+        "peak_bytes": max(r["peak_memory_bytes"] for r in results),
+        "peak_less_imports_bytes": max(r["peak_memory_bytes"] - r["memory_after_imports_bytes"] for r in results),
     }
 
 
@@ -37,68 +33,51 @@ def mean_of_last(losses: Sequence[float]) -> float:
     return statistics.fmean(losses[-max(1, len(losses) // 4) :])
 
 
-def gate(ours: Result, theirs: Result, same_steps: Result | None) -> dict[str, Any]:
+def gate(
+    ours: Result, theirs: Result, same_steps: Result, *, task: str, thresholds: Thresholds, same_start: bool = True
+) -> dict[str, Any]:
     """Check that both sides trained the same thing; a speed may be quoted only when `passed`.
 
-    `theirs` is a run of the tuning compared with. Where it packs, its steps hold other rows than ours, so
-    losses are compared through two detours: TRL's loss on our first step's rows before training, and
-    `same_steps`, a TRL run without packing whose every step holds our rows (None leaves the last losses
-    unchecked).
+    Args:
+        theirs: a run of the tuning compared with. Where it packs or sorts, its steps hold other rows than ours.
+        same_steps: a run of the peer whose every step holds our rows; `theirs` itself where it is one.
+        same_start: both began with the same adapter, which decides the first gradient.
     """
-    checks = theirs["checks"]
-    found = {
-        "tokens": compare_counts(ours, theirs, "tokens"),
-        "target_tokens": compare_counts(ours, theirs, "target_tokens"),
-        "our_own_token_counts": {
-            "passed": ours["checks"]["input_tokens_agree"] and ours["checks"]["target_tokens_agree"]
-        },
-        "first_step": compare_losses(
-            ours["losses"][0], checks["loss_of_first_rows_before_training"], FIRST_LOSS_TOLERANCE
-        ),
-        "peer_first_step_against_its_rows_alone": compare_losses(
-            checks["first_step_loss"], checks["first_step_loss_row_by_row"], FIRST_LOSS_TOLERANCE
-        ),
-    }
-    if same_steps is not None:
-        found["mean_of_last_steps"] = compare_losses(
-            mean_of_last(ours["losses"]), mean_of_last(same_steps["losses"]), LAST_LOSSES_TOLERANCE
-        )
-    return {"passed": all(check["passed"] for check in found.values()), **found}
-
-
-def preference_gate(ours: Result, theirs: Result, *, same_adapter: bool) -> dict[str, Any]:
-    """Check that both sides trained the same pairs alike; a speed may be quoted only when `passed`.
-
-    Every side takes the dump's pairs in order, so losses are of the same pairs step by step. Before training
-    policy and reference are equal, and the loss of any pair is ln 2; so the first gradient is compared too, which
-    the adapters' random halves decide (`same_adapter`: both started from the same).
-    """
+    exact = ours["settings"]["precision"] == same_steps["settings"]["precision"] == "float32"
     own_counts = {name: value for name, value in ours["checks"].items() if name.endswith("_agree")}
     found = {
-        "pairs": compare_counts(ours, theirs, "rows"),
+        "rows": compare_counts(ours, theirs, "rows"),
         "tokens": compare_counts(ours, theirs, "tokens"),
         "target_tokens": compare_counts(ours, theirs, "target_tokens"),
         "our_own_counts": own_counts | {"passed": bool(own_counts) and all(own_counts.values())},
-        "our_first_step_is_ln_2": compare_losses(ours["losses"][0], math.log(2), FIRST_LOSS_TOLERANCE),
-        "their_first_step_is_ln_2": compare_losses(theirs["losses"][0], math.log(2), FIRST_LOSS_TOLERANCE),
-        "mean_of_last_steps": compare_losses(
-            mean_of_last(ours["losses"]), mean_of_last(theirs["losses"]), LAST_LOSSES_TOLERANCE
+        "first_loss": compare(ours["losses"][0], same_steps["losses"][0], thresholds.first_loss),
+        "first_gradient_norm": compare(
+            ours["checks"]["gradient_norms"][0],
+            same_steps["checks"]["gradient_norms"][0],
+            thresholds.gradient_norm if exact and same_start else thresholds.gradient_norm_16_bit,
+        ),
+        "mean_of_last_losses": compare(
+            mean_of_last(ours["losses"]), mean_of_last(same_steps["losses"]), thresholds.last_losses
         ),
     }
-    if same_adapter:
-        exact = ours["settings"]["precision"] == theirs["settings"]["precision"] == "float32"
-        found["first_gradient_norm"] = compare_losses(
-            ours["checks"]["gradient_norms"][0],
-            theirs["checks"]["gradient_norms"][0],
-            GRADIENT_NORM_TOLERANCE if exact else GRADIENT_NORM_TOLERANCE_BF16,
-        )
+    if task == "dpo":
+        # Policy and reference are equal before training, whatever the pair.
+        found["first_loss_is_ln_2"] = compare(ours["losses"][0], math.log(2), thresholds.first_loss)
+    if (alone := theirs["checks"].get("first_step_loss_row_by_row")) is not None:
+        found["peer_first_step_against_its_rows_alone"] = compare(theirs["losses"][0], alone, thresholds.first_loss)
     return {"passed": all(check["passed"] for check in found.values()), **found}
 
 
-def compare_losses(ours: float, theirs: float, tolerance: float) -> dict[str, Any]:
+def compare(ours: float, theirs: float, tolerance: float) -> dict[str, Any]:
     """Relative difference of two losses, or norms, and whether it is small enough."""
-    difference = abs(ours - theirs) / abs(theirs)
-    return {"ours": ours, "theirs": theirs, "relative": difference, "passed": difference <= tolerance}
+    difference = abs(ours - theirs) / abs(theirs) if theirs else math.inf
+    return {
+        "ours": ours,
+        "theirs": theirs,
+        "relative": difference,
+        "allowed": tolerance,
+        "passed": difference <= tolerance,
+    }
 
 
 def compare_counts(ours: Result, theirs: Result, name: str) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""What both sides of a benchmark measure, in one place, so that neither can measure it more kindly.
+"""What all sides of a benchmark measure, in one place, so that none can measure it more kindly.
 
 Standard library only: the peer's program imports this file inside the peer's own virtual environment.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -19,7 +18,7 @@ from pathlib import Path
 IGNORE_INDEX = -100
 PACKAGES = (
     *("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy"),
-    *("trl", "llamafactory", "firefly-llm"),
+    *("bitsandbytes", "trl", "llamafactory", "liger-kernel", "unsloth", "firefly-llm"),
 )
 # The flags that decide which matrix kernels a CPU can run.
 INSTRUCTION_SETS = (
@@ -66,8 +65,8 @@ class Measurement:
     steady_tokens: int
     rows_per_second: float
     tokens_per_second: float
-    rss_after_imports_bytes: int
-    peak_rss_bytes: int
+    memory_after_imports_bytes: int
+    peak_memory_bytes: int
     losses: list[float]
     threads: int
     versions: dict[str, str]
@@ -81,8 +80,8 @@ def measure(
     work: Sequence[Work],
     log_times: Sequence[float],
     losses: Sequence[float],
-    rss_after_imports: int,
-    peak_rss: int,
+    memory_after_imports: int,
+    peak_memory: int,
     threads: int,
     settings: dict,
     checks: dict,
@@ -112,28 +111,14 @@ def measure(
         steady_tokens=steady_tokens,
         rows_per_second=steady_rows / seconds,
         tokens_per_second=steady_tokens / seconds,
-        rss_after_imports_bytes=rss_after_imports,
-        peak_rss_bytes=peak_rss,
+        memory_after_imports_bytes=memory_after_imports,
+        peak_memory_bytes=peak_memory,
         losses=list(losses),
         threads=threads,
         versions=versions(),
         settings=settings,
         checks=checks,
     )
-
-
-def common_parser(description: str | None, threads: int) -> argparse.ArgumentParser:
-    """Begin a side's command line with the options that are equal on both sides."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--dump", type=Path, required=True)
-    parser.add_argument("--max_seq_length", type=int, default=512)
-    parser.add_argument("--examples_per_step", type=int, default=8)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--threads", type=int, default=threads)
-    return parser
 
 
 def print_measurement(measurement: Measurement) -> None:
@@ -148,9 +133,9 @@ def stdout_kept_for_the_result() -> Iterator[None]:
         yield
 
 
-def read_dump(path: Path) -> list[dict[str, list[int]]]:
+def read_dump(path: str | Path) -> list[dict[str, list[int]]]:
     """Read the rows of a dump made by `token_dump.py` or `pair_dump.py`."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def work_of(rows: Sequence[dict[str, list[int]]]) -> Work:

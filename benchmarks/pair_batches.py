@@ -1,10 +1,13 @@
 """Count what a peer's preference collator really hands to its model."""
 
+import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from measuring import Work, work_of_pairs
+from job import Job
+from measuring import Measurement, Work, measure, work_of_pairs
+from side import LogTimes, peak_memory, settings_of
 
 Pair = dict[str, list[int]]
 
@@ -56,3 +59,32 @@ def pairs_of(batch: Any, answers: torch.Tensor) -> list[Pair]:
         {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
         for prompt, chosen, rejected in zip(prompts[:half], endings[:half], endings[half:], strict=True)
     ]
+
+
+def train_and_measure_pairs(
+    framework: str,
+    job: Job,
+    tuning: argparse.Namespace,
+    pairs: Sequence[Pair],
+    trainer: Any,
+    collator: CountingPairs,
+    memory_after_imports: int,
+) -> Measurement:
+    """Train, read time and memory, then check what was trained on."""
+    trainer.data_collator = collator
+    log = LogTimes()
+    trainer.add_callback(log)
+    trainer.train()
+    peak = peak_memory(job.device)
+    collator.check(pairs)
+    return measure(
+        framework=framework,
+        work=collator.work_by_step(trainer.args.gradient_accumulation_steps),
+        log_times=log.times,
+        losses=log.losses,
+        memory_after_imports=memory_after_imports,
+        peak_memory=peak,
+        threads=torch.get_num_threads(),
+        settings=settings_of(job, tuning, trainer, collator.positions),
+        checks={"gradient_norms": log.gradient_norms},
+    )

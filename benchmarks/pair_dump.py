@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import torch
 from measuring import IGNORE_INDEX
-from token_dump import encode_messages
+from token_dump import encode_messages, write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -18,14 +18,14 @@ def write_pairs(
     model: str,
     data: Path,
     records: int,
-    max_seq_length: int,
+    max_tokens: int,
     pairs_per_step: int,
     path: Path,
     max_pairs: int | None = None,
 ) -> dict[str, Any]:
     """Encode those of the first `records` records that fit, one JSON object a line; return what was left out.
 
-    Nothing is truncated: a pair with a sequence longer than `max_seq_length` is dropped. The last pairs that
+    Nothing is truncated: a pair with a sequence longer than `max_tokens` is dropped. The last pairs that
     do not fill an optimizer step are dropped too, since frameworks scale a shorter step differently.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -34,7 +34,7 @@ def write_pairs(
         pair = encode_pair(tokenizer, record)
         if pair is None:
             unshared += 1
-        elif len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) > max_seq_length:
+        elif len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) > max_tokens:
             too_long += 1
         else:
             pairs.append(pair)
@@ -42,11 +42,11 @@ def write_pairs(
     pairs = pairs[: min(fitting, max_pairs or fitting) // pairs_per_step * pairs_per_step]
     if not pairs:
         raise SystemExit(f"{data}: {fitting} pairs fit, fewer than the {pairs_per_step} of an optimizer step")
-    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    write_lines(path, pairs)
     prompts = sum(len(pair["prompt_ids"]) for pair in pairs)
     answers = sum(len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs)
     return {
-        "pairs": len(pairs),
+        "rows": len(pairs),
         "dropped_as_too_long": too_long,
         "dropped_for_an_unshared_prompt": unshared,
         "dropped_from_an_incomplete_step": fitting - len(pairs),
@@ -74,11 +74,11 @@ def encode_pair(tokenizer: Any, record: dict[str, Any]) -> dict[str, list[int]] 
     return {"prompt_ids": prompts[0], "chosen_ids": answers[0], "rejected_ids": answers[1]}
 
 
-def write_adapter(*, model: str, rank: int, seed: int, folder: Path) -> None:
+def write_adapter(*, model: str, rank: int, alpha: int, seed: int, folder: Path) -> None:
     """Save a new LoRA adapter: it adds nothing yet, but its random halves decide the first gradients."""
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     config = peft.LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     peft.get_peft_model(base, config).save_pretrained(folder)

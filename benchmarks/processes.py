@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 Result = dict[str, Any]
+SOURCES = Path(__file__).resolve().parents[1] / "src"
 
 
 class SideFailed(RuntimeError):
@@ -66,9 +67,10 @@ class Tuning:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Make the environment of every run: as many threads on both sides, and no network."""
+    """Make the environment of every run: as many threads on all sides, no network, and Firefly's code as it is here."""
     return os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(SOURCES),
     }

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import shlex
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -48,19 +47,25 @@ def without_folders(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
-def parse_environment(text: str) -> dict[str, str]:
+def parse_assignments(texts: Sequence[str]) -> dict[str, str]:
     """Read `NAME=VALUE NAME=VALUE`."""
-    return dict(assignment.split("=", 1) for assignment in shlex.split(text))
+    if wrong := [text for text in texts if "=" not in text]:
+        raise SystemExit(f"{wrong[0]!r} is no NAME=VALUE")
+    return dict(text.split("=", 1) for text in texts)
 
 
-def too_short_to_publish(pairs: Sequence[tuple[Result, Result]]) -> list[str]:
+def too_short_to_publish(
+    pairs: Sequence[tuple[Result, Result]],
+    least_pairs: float = PUBLISHABLE_PAIRS,
+    least_seconds: float = PUBLISHABLE_SECONDS,
+) -> list[str]:
     """Say so when runs are too few or too short for a number to be quoted."""
     shortest = min(result["steady_seconds"] for pair in pairs for result in pair)
-    if len(pairs) >= PUBLISHABLE_PAIRS and shortest >= PUBLISHABLE_SECONDS:
+    if len(pairs) >= least_pairs and shortest >= least_seconds:
         return []
     return [
         f"not publishable: {len(pairs)} pairs, and {shortest:.0f} s of steady state in the shortest run; "
-        f"it takes {PUBLISHABLE_PAIRS} pairs and {PUBLISHABLE_SECONDS} s"
+        f"it takes {least_pairs} pairs and {least_seconds} s"
     ]
 
 

@@ -1,0 +1,142 @@
+"""Print the recorded results as Markdown tables: `python benchmarks/table.py [--results FOLDER]`.
+
+Reads result files alone; docs/performance.md holds what it printed. Files from before `compare.py` are read as well:
+they name their ratio by what they counted.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cases import CASES
+from engines import ENGINES
+
+HERE = Path(__file__).resolve().parent
+GIGABYTE = 1e9
+HEAD = (
+    "| case | peer | speed over it: median (min–max) | pairs | memory above imports: ours : its | gate | recorded |",
+    "|---|---|---|---|---|---|---|",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One peer of one case."""
+
+    case: str
+    peer: str
+    ratio: Mapping[str, Any]
+    ours_bytes: int
+    its_bytes: int
+    gate_passed: bool
+    publishable: bool
+    recorded: str
+
+    def text(self) -> str:
+        """The row of the table; what may not be quoted says so."""
+        ratio = f"{self.ratio['median']:.2f} ({self.ratio['min']:.2f}–{self.ratio['max']:.2f})"
+        if not self.gate_passed:
+            ratio = "not to be quoted"
+        elif not self.publishable:
+            ratio += ", a trial"
+        cells = (
+            self.case,
+            ENGINES[self.peer].label,
+            ratio,
+            str(len(self.ratio["per_pair"])),
+            f"{self.ours_bytes / GIGABYTE:.2f} : {self.its_bytes / GIGABYTE:.2f} GB",
+            "passed" if self.gate_passed else "FAILED",
+            self.recorded,
+        )
+        return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Print the tables of a folder of results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    arguments = parser.parse_args()
+    print(render(arguments.results))
+
+
+def render(folder: Path) -> str:
+    """The Markdown of all results in a folder, and the names of the cases that have none."""
+    reports = {name: read(folder / f"{name}.json") for name in CASES if (folder / f"{name}.json").is_file()}
+    parts = ["\n".join([*HEAD, *(line.text() for name, report in reports.items() for line in lines(name, report))])]
+    parts += [skipped(name, report) for name, report in reports.items() if report.get("skipped")]
+    parts += [limit(name, report) for name, report in reports.items() if report.get("share_of_limit")]
+    parts += [machine(name, report) for name, report in reports.items()]
+    if missing := [name for name in CASES if name not in reports]:
+        parts.append(f"Not measured yet: {', '.join(missing)}.")
+    if (startup := folder / "startup.json").is_file():
+        parts.append(start(read(startup)))
+    return "\n\n".join(parts)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read one result file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def lines(case: str, report: Mapping[str, Any]) -> Iterator[Line]:
+    """The table's rows of one case."""
+    for peer, summary in by_peer(report):
+        gate = summary.get("gate_passed", summary.get("gate", {}).get("passed", False))
+        yield Line(
+            case=case,
+            peer=peer,
+            ratio=next(value for name, value in summary.items() if name.startswith("ratio_")),
+            ours_bytes=summary["memory"]["firefly"]["peak_less_imports_bytes"],
+            its_bytes=summary["memory"][peer]["peak_less_imports_bytes"],
+            gate_passed=gate,
+            publishable=not any(text.startswith("not publishable") for text in summary["caveats"]),
+            recorded=f"{report['date'][:10]}, {report['git_commit'][:7]}",
+        )
+
+
+def by_peer(report: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Peer → its summary; the first SFT program had one peer and no name for it."""
+    summary = report.get("summary", {})
+    if "gate" in summary:
+        yield "trl", summary
+    else:
+        yield from summary.items()
+
+
+def skipped(case: str, report: Mapping[str, Any]) -> str:
+    """Name what a case was not compared with."""
+    reasons = "; ".join(f"{ENGINES[name].label}: {why.splitlines()[0]}" for name, why in report["skipped"].items())
+    return f"{case}, not compared with {reasons}."
+
+
+def limit(case: str, report: Mapping[str, Any]) -> str:
+    """How much of the machine's own rate of matrix products a case needed."""
+    share = report["share_of_limit"]
+    return (
+        f"{case}: {share['flops_per_second']['median'] / 1e9:.1f} necessary GFLOP/s, "
+        f"{share['share_of_limit']['median']:.0%} of the {share['limit_flops_per_second'] / 1e9:.1f} GFLOP/s that "
+        f"matrix products of the model's shapes reached in {share['limit_dtype']}."
+    )
+
+
+def machine(case: str, report: Mapping[str, Any]) -> str:
+    """Where a case was measured."""
+    hardware = report["hardware"]
+    bf16 = "with" if hardware["bf16_matrix_instructions"] else "without"
+    return f"{case}: {hardware['cpu']}, {hardware['cores']} cores, {bf16} bf16 matrix instructions."
+
+
+def start(report: Mapping[str, Any]) -> str:
+    """Start-up in a sentence."""
+    median = report["median"]
+    return (
+        f"Start-up: first step after {median['firefly']:.1f} s, importing torch, Trainer and peft alone "
+        f"{median['imports']:.1f} s: {report['ratio']:.2f} ×, the median of {len(report['rounds'])} rounds."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What every side trains on: labels of chats, blocks of documents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_every_answer_and_its_stop_token_are_labelled(chatml_tokenizer: Any) -> None:
+    import copy
+
+    from token_dump import encode_messages, messages_of
+
+    tokenizer = copy.deepcopy(chatml_tokenizer)
+    tokenizer.chat_template, tokenizer.eos_token = CHATML, "<|im_end|>"
+    turns = [{"human": "What?", "assistant": "That."}, {"human": "Who?", "assistant": "I am."}]
+    row = encode_messages(tokenizer, messages_of({"conversation": turns}))
+    trained = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    assert tokenizer.decode(trained) == "That.<|im_end|>I am.<|im_end|>"
+    assert tokenizer.decode(row["input_ids"]) == tokenizer.apply_chat_template(
+        messages_of({"conversation": turns}), tokenize=False
+    )
+
+
+def test_blocks_restart_where_a_document_begins_or_goes_on() -> None:
+    from row_batches import segment_lengths
+    from token_dump import cut_blocks
+
+    stream = list(range(10, 19))  # documents of 2, 4 and 3 tokens
+    blocks = cut_blocks(stream, [0, 2, 6], num_blocks=2, size=4, isolated=True)
+    assert [block["starts"] for block in blocks] == [[0, 2], [0, 2]]
+    assert blocks[0]["labels"] == [-100, 11, -100, 13]
+    assert blocks[1]["input_ids"] == [14, 15, 16, 17]
+    assert segment_lengths(blocks[1]) == [2, 2]
+
+
+def test_joined_blocks_are_one_segment_each() -> None:
+    from token_dump import cut_blocks
+
+    (block,) = cut_blocks(list(range(4)), [0, 2], num_blocks=1, size=4, isolated=False)
+    assert block["starts"] == [0]
+    assert block["labels"] == [-100, 1, 2, 3]
+
+
+def test_our_own_blocks_are_the_dump_s(chatml_tokenizer: Any, tmp_path: Any) -> None:
+    """Firefly cuts its own blocks from the texts; they must be those that the peers are given."""
+    import json
+
+    from token_dump import write_blocks
+
+    from firefly.config import DataConfig
+    from firefly.data.dataset import load_split
+    from firefly.data.encoding import Encoder
+    from firefly.data.templates import plain_template
+
+    chatml_tokenizer.save_pretrained(tmp_path / "model")
+    data, dump, documents = (tmp_path / name for name in ("data.jsonl", "dump.jsonl", "documents.jsonl"))
+    data.write_text(
+        "".join(json.dumps({"text": f"{number} is who you are. " * number}) + "\n" for number in range(1, 9))
+    )
+    common = {"model": str(tmp_path / "model"), "data": data, "path": dump, "documents": documents}
+    write_blocks(**common, num_blocks=3, max_tokens=32, isolated=True)
+    config = DataConfig(train_file=str(documents), max_seq_length=32, max_lost_share=1.0)
+    blocks = load_split(config, Encoder(chatml_tokenizer, plain_template()), "pretrain").train
+    for number, line in enumerate(dump.read_text().splitlines()):
+        wanted = json.loads(line)
+        assert blocks[number].input_ids.tolist() == wanted["input_ids"]
+        assert list(blocks[number].starts) == wanted["starts"]

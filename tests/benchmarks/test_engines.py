@@ -1,0 +1,199 @@
+"""Cases, tunings and the order of runs."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+from measurements import result
+
+
+def test_cases_are_frozen_and_hold_whole_steps() -> None:
+    from cases import CASES
+
+    for case in CASES.values():
+        assert case.rows % case.examples_per_step == 0
+        with pytest.raises(FrozenInstanceError):
+            case.rows = 1  # type: ignore[misc]
+
+
+def test_every_layout_fills_a_step_and_full_fine_tuning_is_not_packed() -> None:
+    from cases import CASES
+    from engines import CPU_ENGINES, ENGINES, layouts
+
+    for case in CASES.values():
+        for name in CPU_ENGINES[1:]:
+            if case.task in ENGINES[name].programs:
+                found = layouts(name, case)
+                assert found
+                assert all(case.examples_per_step % layout.batch_size == 0 for layout in found)
+                assert case.mode != "full" or all(layout.kind != "packed" for layout in found)
+
+
+def test_known_tunings_are_those_that_sweeps_found() -> None:
+    from cases import CASES
+    from engines import KEEP_FREED_MEMORY, known_good
+
+    trl = known_good("trl", CASES["sft_lora"], has_bf16=False)
+    assert trl.arguments == "--precision float32 --layout padding_free --batch_size 2 --attention eager"
+    assert trl.environment == KEEP_FREED_MEMORY
+    pairs = known_good("llamafactory", CASES["dpo_lora"], has_bf16=False)
+    assert pairs.arguments == "--precision float32 --layout padded --batch_size 1 --attention sdpa"
+
+
+def test_full_fine_tuning_keeps_float32_masters_on_every_side() -> None:
+    from cases import CASES
+    from engines import precisions
+
+    assert "bfloat16" not in precisions(CASES["sft_full"], has_bf16=True)
+
+
+def test_engines_that_cannot_run_a_case_are_named() -> None:
+    from cases import CASES
+    from engines import reason_to_skip
+
+    assert reason_to_skip("plain", CASES["dpo_lora"], sys.executable) == "it has no side for dpo"
+    assert "not installed" in (reason_to_skip("unsloth", CASES["sft_lora"], sys.executable) or "")
+    assert "does not run" in (reason_to_skip("trl", CASES["sft_lora"], "/nowhere/python") or "")
+    assert reason_to_skip("plain", CASES["sft_lora"], sys.executable) is None
+
+
+class FakeSide:
+    """A side that answers at once, and notes the order of all runs."""
+
+    def __init__(self, name: str, order: list[str], **changes: Any) -> None:
+        self.name, self.order, self.changes = name, order, changes
+
+    def run(self, tuning: Any, *, timeout_seconds: float | None = None) -> dict[str, Any]:
+        from processes import SideFailed
+
+        if tuning.name == "too large":
+            raise SideFailed("torch.OutOfMemoryError: CUDA out of memory")
+        self.order.append(self.name)
+        return result(**self.changes)
+
+
+def comparison(order: list[str], changes: Any = None, **options: Any) -> Any:
+    from cases import CASES
+    from processes import Tuning
+    from rounds import Comparison
+
+    names = ("firefly", "trl", "plain")
+    return Comparison(
+        case=CASES["sft_lora"],
+        sides={name: FakeSide(name, order, **(changes or {}).get(name, {})) for name in names},
+        tunings={name: Tuning(name="given") for name in names} | options.pop("tunings", {}),
+        report={"skipped": {}},
+        save=lambda: None,
+        **options,
+    )
+
+
+def test_every_peer_and_firefly_alternate() -> None:
+    order: list[str] = []
+    comparison(order).run(2)
+    assert order == ["trl", "firefly", "plain", "plain", "firefly", "trl"]
+
+
+def test_a_peer_that_fails_the_gate_is_not_timed_any_further() -> None:
+    order: list[str] = []
+    compared = comparison(order, {"plain": {"losses": [3.0, 3.0]}})
+    compared.run(2)
+    assert order == ["trl", "firefly", "plain", "firefly", "trl"]
+    assert not compared.report["gates"]["plain"]["passed"]
+
+
+def test_a_peer_that_packs_is_gated_by_a_run_with_our_rows() -> None:
+    order: list[str] = []
+    settings = {"precision": "float32", "rows_of_a_step_are_consecutive": False}
+    compared = comparison(order, {"trl": {"settings": settings}})
+    compared.run(1)
+    assert order == ["trl", "firefly", "plain", "trl"]
+    assert "trl" in compared.report["gate_runs"]
+
+
+def test_out_of_memory_falls_back_to_the_next_tuning() -> None:
+    from processes import Tuning
+
+    compared = comparison(
+        [], tunings={"trl": Tuning(name="too large")}, fallbacks={"trl": [Tuning(name="small")]}, ours_first=True
+    )
+    compared.run(1)
+    assert compared.report["tunings"]["trl"]["name"] == "small"
+    assert [tuning["name"] for tuning in compared.report["out_of_memory"]["trl"]] == ["too large"]
+
+
+def test_a_run_that_fails_is_skipped_by_name() -> None:
+    from processes import Tuning
+
+    compared = comparison([], tunings={"trl": Tuning(name="too large")})
+    runs = compared.run(1)
+    assert runs["trl"] == []
+    assert "out of memory" in compared.report["skipped"]["trl"]
+
+
+def test_what_the_time_does_not_suffice_for_is_left_out_by_name() -> None:
+    from rounds import Clock
+
+    compared = comparison([], clock=Clock(seconds=1.0, needed=2.0))
+    assert compared.run(1)["firefly"] == []
+    assert compared.report["skipped"] == dict.fromkeys(("firefly", "trl", "plain"), "the time was used up")
+
+
+def test_gpu_cases_take_the_tutorial_as_given() -> None:
+    from gpu_cases import GPU_CASES, made_up_rows
+
+    tutorial = GPU_CASES["gpu_14b_tutorial"]
+    assert (tutorial.rank, tutorial.alpha, tutorial.dropout, tutorial.checkpointing) == (64, 16, 0.05, True)
+    assert tutorial.case.training["optim"] == "paged_adamw_32bit"
+    assert {len(row["input_ids"]) for row in made_up_rows(tutorial.case, tutorial.lengths)} == {1024}
+    for gpu_case in GPU_CASES.values():
+        assert gpu_case.case.rows >= 2 * gpu_case.case.examples_per_step
+
+
+def test_made_up_weights_have_the_shapes_of_the_model(tmp_path: Path) -> None:
+    import torch
+    import transformers
+    from gpu_cases import write_model
+    from random_weights import made_up
+
+    write_model("qwen1.5-14b", tmp_path, tiny=True)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        shape = transformers.AutoModelForCausalLM.from_config(config)
+    state = made_up(shape, seed=0)
+    assert {name: tuple(value.shape) for name, value in state.items()} == {
+        name: tuple(parameter.shape) for name, parameter in shape.named_parameters()
+    }
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path)) == 259
+
+
+@pytest.mark.slow
+def test_compare_runs_firefly_against_plain_transformers(tmp_path: Path, chatml_tokenizer: Any) -> None:
+    """The whole program on four rows of a tiny model: fresh processes, gate, report."""
+    import copy
+    import json
+    import subprocess
+
+    from gpu_cases import CHATML
+
+    from tiny import tiny_model
+
+    tokenizer = copy.deepcopy(chatml_tokenizer)
+    tokenizer.chat_template, tokenizer.eos_token = CHATML, "<|im_end|>"
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny_model("llama_tied", vocab_size=512, eos_token_id=2).save_pretrained(tmp_path / "model")
+    questions = [{"instruction": f"What is {n}?", "input": "", "output": f"A number, {n}."} for n in range(16)]
+    (tmp_path / "alpaca_en_demo.json").write_text(json.dumps(questions))
+    program = Path(__file__).resolve().parents[2] / "benchmarks" / "compare.py"
+    options = ["--engines", "firefly", "plain", "--rounds", "1", "--rows", "16", "--threads", "1"]
+    paths = ["--model", str(tmp_path / "model"), "--data_dir", str(tmp_path), "--out", str(tmp_path)]
+    command = [sys.executable, str(program), "sft_lora", *options, *paths, "--limit_seconds", "0.1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "sft_lora.json").read_text())
+    assert report["summary"]["plain"]["gate_passed"]
+    assert report["share_of_limit"]["share_of_limit"]["median"] > 0
