@@ -34,6 +34,8 @@ class Case:
     thresholds: Thresholds = field(default_factory=Thresholds)
     asked_ratio: float | None = None
     """Speed over the best-tuned peer that the project asks of this case; None where none is stated."""
+    asked_memory: float | None = None
+    """Memory above imports over that peer's, at most."""
     training: Mapping[str, Any] = field(default_factory=dict)
     firefly: Mapping[str, Any] = field(default_factory=dict)
 
@@ -46,8 +48,8 @@ COMMON_TRAINING: Mapping[str, Any] = {
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
 }
-# Keeps the frozen layers as NF4, as the peers do: {"nf4_cache": False} as soon as `firefly train` has the key.
-NF4_KEPT: Mapping[str, Any] = {}
+# Keeps the frozen layers as NF4, as the peers do.
+NF4_KEPT: Mapping[str, Any] = {"nf4_cache": False}
 
 RANK = 16
 ALPHA = 32
@@ -61,6 +63,8 @@ _CASES = (
         max_tokens=512,
         examples_per_step=8,
         rows=64,
+        asked_ratio=2.3,
+        asked_memory=0.7,
     ),
     Case(
         name="sft_lora_long",
@@ -70,6 +74,8 @@ _CASES = (
         max_tokens=1024,
         examples_per_step=4,
         rows=24,
+        asked_ratio=2.0,
+        asked_memory=0.7,
     ),
     Case(
         name="sft_full",
@@ -80,6 +86,8 @@ _CASES = (
         examples_per_step=8,
         rows=64,
         training={"learning_rate": 1e-5},
+        asked_ratio=1.6,
+        asked_memory=0.8,
     ),
     Case(
         name="sft_qlora",
@@ -90,6 +98,8 @@ _CASES = (
         examples_per_step=8,
         rows=64,
         firefly=NF4_KEPT,
+        asked_ratio=2.0,
+        asked_memory=0.7,
     ),
     Case(
         name="dpo_lora",
@@ -99,6 +109,8 @@ _CASES = (
         max_tokens=1024,
         examples_per_step=4,
         rows=64,
+        asked_ratio=3.0,
+        asked_memory=0.6,
     ),
     Case(
         name="pretrain_lora",
@@ -108,6 +120,8 @@ _CASES = (
         max_tokens=1024,
         examples_per_step=4,
         rows=24,
+        asked_ratio=1.6,
+        asked_memory=0.8,
     ),
     Case(
         name="pretrain_lora_joined",

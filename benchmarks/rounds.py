@@ -188,9 +188,13 @@ def summarise(comparison: Comparison, runs: Runs) -> dict[str, Any]:
             "versions_that_differ": version_differences(*pairs[0]),
             "caveats": caveats(pairs) + too_short_to_publish(pairs, **comparison.publishable),
         }
-        if comparison.case.asked_ratio is not None:
-            reached = found[name]["ratio_examples_per_second"]["median"] >= comparison.case.asked_ratio
-            found[name]["asked_ratio"] = {"asked": comparison.case.asked_ratio, "reached": reached}
+        case = comparison.case
+        if case.asked_ratio is not None:
+            reached = found[name]["ratio_examples_per_second"]["median"] >= case.asked_ratio
+            found[name]["asked_ratio"] = {"asked": case.asked_ratio, "reached": reached}
+        if case.asked_memory is not None:
+            reached = found[name]["memory_ratio"] <= case.asked_memory
+            found[name]["asked_memory"] = {"asked": case.asked_memory, "reached": reached}
     return found
 
 
