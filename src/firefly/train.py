@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from firefly.data.batching import ExampleList
 from firefly.data.blocks import Blocks
 from firefly.data.certificate import FILE_NAME as CERTIFICATE
 from firefly.data.certificate import Certificate, certify
-from firefly.data.dataset import Split, load_split, tokenizer_hash
+from firefly.data.dataset import Split, load_split
 from firefly.data.encoding import Encoder
 from firefly.data.examples import Examples
 from firefly.data.formats import TaskName
@@ -98,7 +99,9 @@ def train(config: Config) -> Path:
     data.check(config.data)
     checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
     set_seed(args.seed)
-    model = load_model(config.model, config.adapter.mode, precision, device)
+    with ThreadPoolExecutor(1) as beside:  # hashing leaves the interpreter free to load what is hashed
+        hashed = beside.submit(weights_hash, resolve_model(config.model))
+        model = load_model(config.model, config.adapter.mode, precision, device)
     layout = choose_layout(model)
     certificate = None
     if task.chats:
@@ -109,7 +112,7 @@ def train(config: Config) -> Path:
         notice("router.quiet", count=len(quiet))
     head = install_training_forwards(model)
     args, options = resolve_step(config, args, model, data.train, layout[0], device)
-    base = weights_hash(resolve_model(config.model), getattr(transformers_model(model).config, "_commit_hash", None))
+    base = identify_base(hashed.result(), model)
     plan = run_plan(config, args, options, data.train, base)
     if checkpoint:
         check_same_run(checkpoint, plan)
@@ -199,6 +202,13 @@ def make_reference(config: Config, model: Any, precision: Precision) -> Referenc
 def reference_parts(config: Config, plan: RunPlan, precision: Precision) -> list[Any]:
     """What the log-probabilities of a reference depend on, besides the examples."""
     return [plan.base_weights, plan.add_tokens, plan.adapter, config.adapter.mode == "qlora", precision.name]
+
+
+def identify_base(hashed: dict[str, Any], model: Any) -> dict[str, Any]:
+    """The passport's word on the base: the hash of its files or, for a hub's model, the commit that was loaded."""
+    if "sha256" in hashed:
+        return hashed
+    return hashed | {"commit": getattr(transformers_model(model).config, "_commit_hash", None)}
 
 
 def callbacks(config: Config, plan: RunPlan) -> list[Any]:
@@ -433,7 +443,7 @@ def write_records(
             "hashes": {
                 "data": data.train.fingerprint,
                 "eval_data": data.held_out.fingerprint if data.held_out else None,
-                "tokenizer": tokenizer_hash(encoder.tokenizer),
+                "tokenizer": encoder.tokenizer_hash,
                 "base_weights": base_weights,
             },
             "seed": options.seed,
