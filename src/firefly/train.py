@@ -32,6 +32,7 @@ from firefly.inference.engine import tokenizer_source
 from firefly.messages import render
 from firefly.models.adapters import adapter_settings, attach_adapter, count_parameters, transformers_model
 from firefly.models.attention import choose_layout
+from firefly.models.compilation import compile_layers
 from firefly.models.forwards import install_training_forwards
 from firefly.models.loading import load_model, load_tokenizer, resolve_model
 from firefly.models.precision import Precision, pick_device, resolve_precision
@@ -132,6 +133,8 @@ def train(config: Config) -> Path:
         callbacks=callbacks(config, replace(plan, tokens_per_microbatch=options.tokens_per_microbatch)),
         **objective_options(config, model, precision),
     )
+    if wants_compiling(config):  # a copied reference stays as it is
+        compile_model(config, model)
     if isinstance(trainer, PreferenceTrainer) and config.preference.precompute_reference and trainer.reference:
         trainer.precompute_reference(
             reference_parts(config, plan, precision),
@@ -219,6 +222,21 @@ def callbacks(config: Config, plan: RunPlan) -> list[Any]:
     return found
 
 
+def wants_compiling(config: Config) -> bool:
+    """Whether `torch_compile` is on; as in transformers, to choose its backend or mode is to ask for it."""
+    named = any(config.training.get(name) for name in ("torch_compile_backend", "torch_compile_mode"))
+    return bool(config.training.get("torch_compile", named))
+
+
+def compile_model(config: Config, model: Any) -> None:
+    """Compile what can be, and say what that is."""
+    backend, mode = config.training.get("torch_compile_backend"), config.training.get("torch_compile_mode")
+    if count := compile_layers(model, backend, mode):
+        notice("compile.layers", count=count)
+    else:
+        notice("compile.nothing", name=type(transformers_model(model)).__name__)
+
+
 def leave_one_rank_group() -> None:
     """torchrun with one process asks for a process group of one; a run without it does the same work with less."""
     if os.environ.get("WORLD_SIZE") == "1":
@@ -286,6 +304,10 @@ def resolved_arguments(config: Config, precision: Precision, device: torch.devic
         "logging_nan_inf_filter": False,  # it waits for the device in every step
         "ddp_find_unused_parameters": False,
         "label_names": [],
+        # Compiled whole, a model would be compiled again for every packing (see `models.compilation`).
+        "torch_compile": False,
+        "torch_compile_backend": None,
+        "torch_compile_mode": None,
         "restore_callback_states_from_checkpoint": config.evaluation.patience is not None,
     }
     values.setdefault("per_device_eval_batch_size", config.step.examples_per_rank)
