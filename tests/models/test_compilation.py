@@ -54,7 +54,7 @@ def passes(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, t
 
 
 def steps(task: str) -> list[dict[str, Any]]:
-    if task == "sft":
+    if task.startswith("sft"):
         packed = [pack(random_examples(*lengths, seed=n)) for n, lengths in enumerate(SFT_STEPS)]
         return [batch.model_inputs(False) for batch in packed]
     pairs = [pack_pairs(random_pairs(*shapes, seed=n), shared=True) for n, shapes in enumerate(DPO_STEPS)]
@@ -63,10 +63,17 @@ def steps(task: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("task", "backend"),
-    [("sft", "eager"), ("dpo", "eager"), pytest.param("sft", "inductor", marks=pytest.mark.slow)],
+    [
+        ("sft", "eager"),
+        ("dpo", "eager"),
+        ("sft, checkpointed", "eager"),
+        pytest.param("sft", "inductor", marks=pytest.mark.slow),
+    ],
 )
 def test_compiled_layers_compute_the_same_and_are_not_compiled_anew_for_every_packing(task, backend):
     plain, compiled = trained("llama"), trained("llama")
+    if "checkpointed" in task:
+        compiled.get_base_model().gradient_checkpointing_enable()
     assert compile_layers(compiled, backend=backend) == 3
     graphs = []
     for batch in steps(task):

@@ -6,8 +6,11 @@ inside it does not look at, and attention, which reads them, runs as it is betwe
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -44,15 +47,19 @@ def compile_layers(model: Any, backend: str | None = None, mode: str | None = No
     AttentionInterface.register(NAME, torch.compiler.disable(_attend_sealed))
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     for layer in layers:
-        compiled = torch.compile(layer.forward, dynamic=True, backend=backend or "inductor", mode=mode)
-        layer.forward = _sealing(compiled)  # type: ignore[method-assign]
+        own = MethodType(inspect.unwrap(type(layer).forward), layer)  # without the checkpoint around it
+        compiled = torch.compile(own, dynamic=True, backend=backend or "inductor", mode=mode)
+        layer.forward = MethodType(_forward_with(compiled), layer)  # type: ignore[method-assign]
     return len(layers)
 
 
-def _sealing(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(*args: Any, segments: tuple[Segment, ...] | None = None, **kwargs: Any) -> Any:
-        sealed = {} if segments is None else {"segments": Sealed(segments)}
-        return compiled(*args, **kwargs, **sealed)
+def _forward_with(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: Any, *args: Any, segments: tuple[Segment, ...] | None = None, **kwargs: Any) -> Any:
+        if segments is not None:
+            kwargs["segments"] = Sealed(segments)
+        if self.gradient_checkpointing and self.training:  # around compiled code: a checkpoint within is not compiled
+            return self._gradient_checkpointing_func(partial(compiled, **kwargs), *args)
+        return compiled(*args, **kwargs)
 
     return forward
 
