@@ -323,7 +323,6 @@ def test_an_evaluation_file_is_used_even_without_a_strategy():
     [
         ("deepspeed", "ds.json"),
         ("fsdp", "full_shard"),
-        ("torch_compile", True),
         ("use_liger_kernel", True),
         ("auto_find_batch_size", True),
         ("label_smoothing_factor", 0.1),

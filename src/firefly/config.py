@@ -532,7 +532,6 @@ def _flat_fields(section: Any) -> dict[str, Any]:
 UNFINISHED: dict[str, tuple[tuple[Any, ...], str]] = {
     "deepspeed": ((None, ""), "feature.many_ranks"),
     "fsdp": ((None, "", False, []), "feature.many_ranks"),
-    "torch_compile": ((None, False), "feature.compile"),
     "use_liger_kernel": ((None, False), "feature.liger"),
 }
 

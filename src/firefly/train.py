@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from firefly.data.batching import ExampleList
 from firefly.data.blocks import Blocks
 from firefly.data.certificate import FILE_NAME as CERTIFICATE
 from firefly.data.certificate import Certificate, certify
-from firefly.data.dataset import Split, load_split, tokenizer_hash
+from firefly.data.dataset import Split, load_split
 from firefly.data.encoding import Encoder
 from firefly.data.examples import Examples
 from firefly.data.formats import TaskName
@@ -34,6 +35,7 @@ from firefly.models.adapters import adapter_settings, attach_adapter, count_para
 from firefly.models.attention import choose_layout
 from firefly.models.checkpointing import Checkpointing, decoder_layers
 from firefly.models.choices import Choices, Lengths
+from firefly.models.compilation import compile_layers
 from firefly.models.forwards import install_training_forwards
 from firefly.models.kernels.segment_attention import describe_attention
 from firefly.models.kernels.weight_cache import cache_sizes
@@ -104,7 +106,9 @@ def train(config: Config) -> Path:
     data.check(config.data)
     checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
     set_seed(args.seed)
-    model = load_model(config.model, config.adapter.mode, precision, device)
+    with ThreadPoolExecutor(1) as beside:  # hashing leaves the interpreter free to load what is hashed
+        hashed = beside.submit(weights_hash, resolve_model(config.model))
+        model = load_model(config.model, config.adapter.mode, precision, device)
     layout = choose_layout(model)
     certificate = None
     if task.chats:
@@ -114,7 +118,7 @@ def train(config: Config) -> Path:
     if quiet := quiet_routers(model):
         notice("router.quiet", count=len(quiet))
     head = install_training_forwards(model)
-    base = weights_hash(resolve_model(config.model), getattr(transformers_model(model).config, "_commit_hash", None))
+    base = identify_base(hashed.result(), model)
     plan = run_plan(config, args, layout[0], data.train, base)
     if checkpoint:
         check_same_run(checkpoint, plan)
@@ -135,6 +139,8 @@ def train(config: Config) -> Path:
         callbacks=callbacks(config),
         **objective_options(config, model, precision),
     )
+    if wants_compiling(config):  # a copied reference stays as it is
+        compile_model(config, model)
     if isinstance(trainer, PreferenceTrainer) and config.preference.precompute_reference and trainer.reference:
         trainer.precompute_reference(
             reference_parts(config, plan, precision),
@@ -215,6 +221,28 @@ def callbacks(config: Config) -> list[Any]:
     return [EarlyStoppingCallback(config.evaluation.patience, config.evaluation.threshold)]
 
 
+def identify_base(hashed: dict[str, Any], model: Any) -> dict[str, Any]:
+    """The passport's word on the base: the hash of its files or, for a hub's model, the commit that was loaded."""
+    if "sha256" in hashed:
+        return hashed
+    return hashed | {"commit": getattr(transformers_model(model).config, "_commit_hash", None)}
+
+
+def wants_compiling(config: Config) -> bool:
+    """Whether `torch_compile` is on; as in transformers, to choose its backend or mode is to ask for it."""
+    named = any(config.training.get(name) for name in ("torch_compile_backend", "torch_compile_mode"))
+    return bool(config.training.get("torch_compile", named))
+
+
+def compile_model(config: Config, model: Any) -> None:
+    """Compile what can be, and say what that is."""
+    backend, mode = config.training.get("torch_compile_backend"), config.training.get("torch_compile_mode")
+    if count := compile_layers(model, backend, mode):
+        notice("compile.layers", count=count)
+    else:
+        notice("compile.nothing", name=type(transformers_model(model)).__name__)
+
+
 def leave_one_rank_group() -> None:
     """torchrun with one process asks for a process group of one; a run without it does the same work with less."""
     if os.environ.get("WORLD_SIZE") == "1":
@@ -282,6 +310,10 @@ def resolved_arguments(config: Config, precision: Precision, device: torch.devic
         "logging_nan_inf_filter": False,  # it waits for the device in every step
         "ddp_find_unused_parameters": False,
         "label_names": [],
+        # Compiled whole, a model would be compiled again for every packing (see `models.compilation`).
+        "torch_compile": False,
+        "torch_compile_backend": None,
+        "torch_compile_mode": None,
         "restore_callback_states_from_checkpoint": config.evaluation.patience is not None,
     }
     values.setdefault("per_device_eval_batch_size", config.step.examples_per_rank)
@@ -458,7 +490,7 @@ def write_records(
             "hashes": {
                 "data": data.train.fingerprint,
                 "eval_data": data.held_out.fingerprint if data.held_out else None,
-                "tokenizer": tokenizer_hash(encoder.tokenizer),
+                "tokenizer": encoder.tokenizer_hash,
                 "base_weights": base_weights,
             },
             "seed": options.seed,

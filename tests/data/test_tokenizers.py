@@ -17,11 +17,10 @@ from remote_tokenizers import BaichuanTokenizer, ChatGLM2Tokenizer, ChatGLM3Toke
 
 from firefly.config import ModelConfig
 from firefly.data.certificate import battery_hash, certify
-from firefly.data.dataset import tokenizer_hash
 from firefly.data.encoding import Encoder
 from firefly.data.schema import IGNORE, Conversation, Message, Tokens
 from firefly.data.templates import bind_template
-from firefly.data.tokenizers import SlowTokenizer, adapt_tokenizer
+from firefly.data.tokenizers import SlowTokenizer, adapt_tokenizer, tokenizer_hash
 from firefly.errors import UsageError
 from firefly.models.loading import load_tokenizer
 

@@ -29,7 +29,6 @@ from firefly.data.preparation import prepare
 from firefly.data.readers import read_records
 from firefly.data.schema import RawRecord
 from firefly.data.sources import DataSource, find_sources, repeat
-from firefly.data.tokenizers import SlowTokenizer
 from firefly.errors import UsageError
 from firefly.messages import language
 
@@ -197,7 +196,7 @@ def fingerprint(path: Path, config: DataConfig, encoder: Encoder, task: TaskName
             str(template.date),
             template.on_system,
             template.thinking,
-            tokenizer_hash(encoder.tokenizer),
+            encoder.tokenizer_hash,
             encoder.tokenizer.eos_token_id if task == "pretrain" else None,
             task,
             max_rows,
@@ -221,12 +220,6 @@ def _digest(parts: Any) -> str:
 def hash_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    if isinstance(tokenizer, SlowTokenizer):
-        return tokenizer.fingerprint()
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
 @cache

@@ -18,7 +18,7 @@ import numpy as np
 
 from firefly.data.schema import IGNORE, Conversation, Message, Rendered, Tokens
 from firefly.data.templates import ChatTemplate, TemplateFailure
-from firefly.data.tokenizers import BREAK, SlowTokenizer
+from firefly.data.tokenizers import BREAK, SlowTokenizer, tokenizer_hash
 from firefly.errors import UsageError
 from firefly.messages import render as message
 
@@ -42,6 +42,11 @@ class Encoder:
         # Some tokenizer.json files carry a truncation or padding that would silently apply to every text.
         self.tokenizer.backend_tokenizer.no_truncation()
         self.tokenizer.backend_tokenizer.no_padding()
+
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        """Taken once: it writes the whole vocabulary down."""
+        return tokenizer_hash(self.tokenizer)
 
     @cached_property
     def _plain_tokenizer(self) -> Any:

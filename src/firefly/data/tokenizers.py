@@ -42,6 +42,13 @@ def adapt_tokenizer(tokenizer: Any) -> Any:
     return tokenizer
 
 
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Hash of all that decides about ids."""
+    if isinstance(tokenizer, SlowTokenizer):
+        return tokenizer.fingerprint()
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Family:
     """What the Python code of a model family says beyond the common interface.

@@ -105,10 +105,6 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "{key} = {value}: DeepSpeed and FSDP are not in this version yet; remove the key to run on one device.",
         "{key} = {value}：此版本尚不支持 DeepSpeed 和 FSDP；请删除该键以在单设备上运行。",
     ),
-    "feature.compile": (
-        "{key} = {value}: torch.compile is not in this version yet; remove the key.",
-        "{key} = {value}：此版本尚不支持 torch.compile；请删除该键。",
-    ),
     "feature.liger": (
         "{key} = {value}: liger-kernel is not in this version yet; remove the key.",
         "{key} = {value}：此版本尚不支持 liger-kernel；请删除该键。",
@@ -156,6 +152,15 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "preference.no_smoothing": (
         "label_smoothing has no effect with preference_loss {loss}; robust, simpo and cpo use it.",
         "label_smoothing 在 preference_loss {loss} 下不起作用；robust、simpo 和 cpo 会用到它。",
+    ),
+    "compile.layers": (
+        "torch_compile: each of {count} decoder layers is compiled when it first runs, which can take minutes; "
+        "attention stays uncompiled.",
+        "torch_compile：{count} 个解码层各在首次运行时编译，可能需要数分钟；注意力部分不编译。",
+    ),
+    "compile.nothing": (
+        "torch_compile has no effect: {name} has no decoder layers that could be compiled one by one.",
+        "torch_compile 不起作用：{name} 没有可逐层编译的解码层。",
     ),
     "router.quiet": (
         "{count} routers choose without the random noise that their architecture adds in training, so that a step does "

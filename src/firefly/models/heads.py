@@ -44,6 +44,7 @@ def _is_plain(model: PreTrainedModel, head: nn.Linear) -> bool:
     """
     inputs = _probe(model)
     seen: list[Tensor] = []
+    calls: list[tuple[dict[str, Any], Any]] = []
 
     def record(hidden: Tensor) -> Tensor:
         seen.append(hidden)
@@ -51,20 +52,37 @@ def _is_plain(model: PreTrainedModel, head: nn.Linear) -> bool:
         made_up = torch.arange(count, device=hidden.device) * 7919 % 201 - 100
         return made_up.view(*hidden.shape[:-1], head.out_features).to(hidden.dtype)
 
+    def note_call(_: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        calls.append(({} if args else kwargs, output))
+
     was_training = model.training
     model.eval()
     head.forward = record  # type: ignore[method-assign]
+    watch = None
     try:
+        body = decoder(model)
+        watch = body.register_forward_hook(note_call, with_kwargs=True)
         with torch.no_grad():
             logits = type(model).forward(model, **inputs, use_cache=False).logits
-            hidden = decoder(model)(**inputs, use_cache=False).last_hidden_state
+            # What the decoder makes of the inputs as they are: mostly just what the model asked of it.
+            if len(calls) != 1 or not _same(calls[0][0], inputs | {"use_cache": False}):
+                body(**inputs, use_cache=False)
+            hidden = calls[-1][1].last_hidden_state
         untouched = torch.equal(logits.float(), record(hidden).float())
         return untouched and torch.allclose(seen[0].float(), hidden.float(), rtol=1e-3, atol=1e-5)
     except (AttributeError, NotImplementedError, UnsupportedAttention):
         return False
     finally:
+        if watch is not None:
+            watch.remove()
         del head.forward
         model.train(was_training)
+
+
+def _same(given: dict[str, Any], inputs: dict[str, Any]) -> bool:
+    """Whether a module was called with these very values and nothing else."""
+    given = {name: value for name, value in given.items() if value is not None}
+    return given.keys() == inputs.keys() and all(given[name] is value for name, value in inputs.items())
 
 
 def _is_patched(head: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from firefly.models.checkpointing import Checkpointing, decoder_layers
 from firefly.models.kernels.segment_attention import BLOCK
 from firefly.models.kernels.token_nll import logits_per_chunk
 
-PROBE_TOKENS = (16, 32, 48)
+PROBE_TOKENS = (4, 8, 12)
 """Three passes of two examples each: what grows evenly is kept per token; what grows faster is attention's
 probabilities, where it keeps them; the rest is kept once."""
 

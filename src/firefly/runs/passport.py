@@ -88,12 +88,12 @@ def git_commit(folder: Path) -> str | None:
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
-def weights_hash(place: str, commit: str | None) -> dict[str, Any]:
-    """Identify base weights: all bytes of a small model, even samples of a large one, a hub model's commit."""
+def weights_hash(place: str) -> dict[str, Any]:
+    """Identify base weights: all bytes of a small model, even samples of a large one; a hub's model has a commit."""
     folder = Path(place)
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     if not files:
-        return {"method": "hub_commit", "name": place, "commit": commit}
+        return {"method": "hub_commit", "name": place}
     whole = sum(file.stat().st_size for file in files) <= WHOLE_LIMIT
     digest = hashlib.sha256()
     for file in files:

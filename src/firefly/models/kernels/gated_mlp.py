@@ -268,5 +268,7 @@ def _part(tensor: Tensor | None, part: slice) -> Tensor | None:
 
 
 def _chunks(rows: Tensor) -> list[slice]:
+    if torch.compiler.is_compiling():  # a loop would be compiled anew for every number of rows
+        return [slice(None)]
     size = CPU_ROWS if rows.device.type == "cpu" else max(len(rows), 1)
     return [slice(start, start + size) for start in range(0, len(rows), size)]

@@ -1,0 +1,68 @@
+"""`torch_compile: true`: the decoder layers are compiled, each by itself, once for steps of any packing.
+
+What a step is made of never reaches the compiler: segments, other numbers in every batch, travel in an object whose
+inside it does not look at, and attention, which reads them, runs as it is between the compiled parts of a layer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from firefly.data.schema import Segment
+from firefly.models.adapters import transformers_model
+from firefly.models.attention import NAME, decoder, segment_attention
+
+VARIANTS = 32
+"""Of one function: with and without gradients, in training and evaluation, the adapter on and off. torch stops at 8."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sealed:
+    """Segments on their way through compiled code."""
+
+    segments: tuple[Segment, ...]
+
+
+def compile_layers(model: Any, backend: str | None = None, mode: str | None = None) -> int:
+    """Compile the decoder layers of a prepared model, for any number of tokens; return how many.
+
+    Weights, their names and the module tree stay as they are. Whatever torch cannot compile runs uncompiled.
+
+    Args:
+        backend, mode: of `torch.compile`; None leaves it its own choice.
+    """
+    body = decoder(transformers_model(model))
+    layers = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        return 0
+    AttentionInterface.register(NAME, torch.compiler.disable(_attend_sealed))
+    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+    for layer in layers:
+        own = MethodType(inspect.unwrap(type(layer).forward), layer)  # without the checkpoint around it
+        compiled = torch.compile(own, dynamic=True, backend=backend or "inductor", mode=mode)
+        layer.forward = MethodType(_forward_with(compiled), layer)  # type: ignore[method-assign]
+    return len(layers)
+
+
+def _forward_with(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: Any, *args: Any, segments: tuple[Segment, ...] | None = None, **kwargs: Any) -> Any:
+        if segments is not None:
+            kwargs["segments"] = Sealed(segments)
+        if self.gradient_checkpointing and self.training:  # around compiled code: a checkpoint within is not compiled
+            return self._gradient_checkpointing_func(partial(compiled, **kwargs), *args)
+        return compiled(*args, **kwargs)
+
+    return forward
+
+
+def _attend_sealed(*args: Any, segments: Sealed | tuple[Segment, ...] | None = None, **kwargs: Any) -> Any:
+    return segment_attention(*args, segments=segments.segments if isinstance(segments, Sealed) else segments, **kwargs)
