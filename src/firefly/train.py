@@ -37,6 +37,7 @@ from firefly.models.checkpointing import Checkpointing, decoder_layers
 from firefly.models.choices import Choices, Lengths
 from firefly.models.compilation import compile_layers
 from firefly.models.forwards import install_training_forwards
+from firefly.models.kernels import segment_attention
 from firefly.models.kernels.segment_attention import describe_attention
 from firefly.models.kernels.weight_cache import cache_sizes
 from firefly.models.loading import load_model, load_tokenizer, resolve_model
@@ -340,7 +341,8 @@ def resolve_choices(
     inner, full = transformers_model(model), config.adapter.mode == "full"
     largest = np.sort(examples.counts.lengths)[::-1][: config.step.examples_per_rank]
     lengths = Lengths(longest=int(largest[0]), step=int(largest.sum()))
-    choosing.measure_attention(inner, device, precision.compute)
+    by_products = choosing.measure_attention(inner, device, precision.compute)
+    segment_attention.use_crossover(by_products)  # what attention keeps is measured below
     autocast = precision.compute if full and precision.compute != torch.float32 else None
     activations = measure_activations(inner, layout, autocast, lengths.longest)
     keeps_copy = config.task_type == "dpo" and full and not config.preference.precompute_reference
@@ -351,7 +353,7 @@ def resolve_choices(
         state = optimizer_bytes_of(args.optim)
         return forecast_memory(model, device, activations, checkpointing, tokens, state, cached, copied)
 
-    choices = choosing.choose(config.step, activations, forecast, lengths, device, cacheable)
+    choices = choosing.choose(config.step, activations, forecast, lengths, device, cacheable, by_products)
     if checkpoint:
         choices = choosing.settled(config.step, stored_choices(checkpoint), choices)
     tokens = max(lengths.longest, min(choices.tokens_per_microbatch, lengths.step))

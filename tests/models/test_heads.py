@@ -44,14 +44,14 @@ def loss_and_gradients(function: Any, inputs: list[Tensor], targets: Tensor, fac
 def test_the_summed_nll_in_chunks_is_the_one_of_full_logits(
     tokens: int, biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_nll, "LOGITS_PER_CHUNK", 32 * VOCABULARY)
+    monkeypatch.setattr(token_nll, "LOGITS_PER_CHUNK", {"cpu": 32 * VOCABULARY})
     inputs, targets = head_inputs(tokens, biased)
     found = loss_and_gradients(summed_nll, inputs, targets, 0.37)
     assert_same(found, loss_and_gradients(naive_nll, inputs, targets, 0.37), 1e-5)
 
 
 def test_no_more_logits_than_a_chunk_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_nll, "LOGITS_PER_CHUNK", 40 * VOCABULARY)
+    monkeypatch.setattr(token_nll, "LOGITS_PER_CHUNK", {"cpu": 40 * VOCABULARY})
     inputs, targets = head_inputs(100, biased=False)
     rows = []
     original = torch.log_softmax
@@ -142,7 +142,7 @@ def test_a_prepared_model_has_the_loss_and_gradients_of_its_logits(name: str, mo
     model = tiny_model(name)
     own = copy.deepcopy(model)
     prepared(model)
-    monkeypatch.setattr(token_nll, "LOGITS_PER_CHUNK", 32 * VOCABULARY)  # several chunks
+    monkeypatch.setattr(token_nll, "LOGITS_PER_CHUNK", {"cpu": 32 * VOCABULARY})  # several chunks
     (example,) = random_examples(150)
     loss = model(**pack([example]).model_inputs())["loss"]
     loss.backward()

@@ -41,7 +41,7 @@ class Choices:
     checkpointed_layers: int = 0
     offload: bool = False
     cached_weights: int = 0
-    attention_by_products: int = segment_attention.GEMM_LONGEST
+    attention_by_products: int = 0
 
     @property
     def checkpointing(self) -> Checkpointing:
@@ -67,6 +67,7 @@ def choose(
     lengths: Lengths,
     device: torch.device,
     cache_bytes: list[int],
+    attention_by_products: int = 0,
 ) -> Choices:
     """Resolve what `settings` leaves to measurement.
 
@@ -75,6 +76,7 @@ def choose(
 
     Args:
         cache_bytes: what a copy of each 4-bit weight would take.
+        attention_by_products: what `measure_attention` found.
     """
 
     def fitting(checkpointing: Checkpointing) -> int:
@@ -91,7 +93,7 @@ def choose(
     elif settings.nf4_cache == "auto" and device.type != "cpu":
         rest = forecast(checkpointing, min(max(budget, lengths.longest), max(lengths.step, 1)), 0)
         cached = weights_that_fit(cache_bytes, int(USABLE * rest.available - rest.missing))
-    return Choices(budget, checkpointing.layers, checkpointing.offload, cached, segment_attention.crossover())
+    return Choices(budget, checkpointing.layers, checkpointing.offload, cached, attention_by_products)
 
 
 def settled(settings: StepConfig, stored: Choices, today: Choices) -> Choices:
@@ -132,14 +134,12 @@ def apply(choices: Choices, model: Any, compute: torch.dtype) -> None:
     cache_weights(model, choices.cached_weights, compute)
 
 
-def measure_attention(model: Any, device: torch.device, compute: torch.dtype) -> None:
-    """Find out how this CPU computes this model's attention fastest, where there is a choice."""
-    if device.type != "cpu" or compute != torch.bfloat16:
-        return
+def measure_attention(model: Any, device: torch.device, compute: torch.dtype) -> int:
+    """Tokens up to which this CPU computes this model's attention faster by products; 0 where there is no choice."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
-    if not heads:
-        return
+    if device.type != "cpu" or compute != torch.bfloat16 or not heads:
+        return 0
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
-    segment_attention.use_crossover(segment_attention.measure_crossover(heads, key_heads, width))
+    return segment_attention.measure_crossover(heads, key_heads, width)

@@ -86,11 +86,6 @@ def pick(query: Tensor, window: int | None, softcap: float | None, dropout: floa
 _crossover = GEMM_LONGEST
 
 
-def crossover() -> int:
-    """Tokens up to which bf16 segments are computed as matrix products on a CPU."""
-    return _crossover
-
-
 def use_crossover(tokens: int) -> None:
     """Compute bf16 segments of up to so many tokens as matrix products on a CPU, longer ones by `sdpa`."""
     global _crossover  # attention is one registered function for all models of a process
