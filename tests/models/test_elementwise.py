@@ -226,8 +226,8 @@ def test_attention_takes_ligers_rotation_and_only_where_it_fits(liger: StandIn) 
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
     assert liger.calls == ["rotate"] * 3
     liger.calls.clear()
-    q, k, cos = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 5, 8)
-    by_tokens = q.transpose(1, 2), k.transpose(1, 2), cos, cos
+    q, k, cos = torch.randn(1, 5, 5, 8), torch.randn(1, 5, 5, 8), torch.randn(1, 5, 8)
+    by_tokens = q.transpose(1, 2), k.transpose(1, 2), cos, cos  # of the same shape as by heads
     torch.testing.assert_close(ours(*by_tokens, unsqueeze_dim=2), own(*by_tokens, unsqueeze_dim=2))
     trained = cos.clone().requires_grad_()
     narrow = cos.bfloat16()

@@ -38,7 +38,7 @@ def gated_backward(kind: str, g: Tensor, u: Tensor, grad: Tensor) -> tuple[Tenso
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float, scales_in_fp32: bool) -> Tensor:
     """x / rms(x) · (offset + weight) over the last dimension, in the type of x; forms as in `kernels.rms_norm`.
 
-    A frozen weight costs no gradient (from Liger 0.8.5 on).
+    A frozen weight costs no gradient in Liger 0.8.5 (0.8.0 computes one that is thrown away).
     """
     casting = "gemma" if scales_in_fp32 else "llama"
     with _on_device_of(x):
