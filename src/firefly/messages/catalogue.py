@@ -141,6 +141,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "optim {asked} pages GPU memory; on this CPU the same optimizer runs without paging ({used}).",
         "optim {asked} 用于显存分页；在此 CPU 上改用不分页的同一优化器（{used}）。",
     ),
+    "kernels.liger_failed": (
+        "liger-kernel fails on this card ({reason}); PyTorch computes norms, rotary positions and gates instead.",
+        "liger-kernel 在此显卡上无法使用（{reason}）；归一化、旋转位置编码与门控改由 PyTorch 计算。",
+    ),
     "key.no_effect": (
         "{key} has no effect with {setting}.",
         "{key} 在 {setting} 时不起作用。",
@@ -661,6 +665,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "overview.layout": (
         "compute: {device}, {precision}, layout {layout}, head {head}",
         "计算：{device}，{precision}，布局 {layout}，输出头 {head}",
+    ),
+    "overview.elementwise": (
+        "norms, rotary positions and gates: {name}",
+        "归一化、旋转位置编码与门控：{name}",
     ),
     "overview.solo": (
         "layout solo: {reason}; one example per microbatch, same loss, slower",

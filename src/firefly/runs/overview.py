@@ -13,6 +13,7 @@ from firefly.data.blocks import Blocks
 from firefly.data.examples import Examples
 from firefly.data.schema import IGNORE, Example, Tokens
 from firefly.messages import render
+from firefly.models.kernels.elementwise import implementation, is_card
 from firefly.models.memory import Forecast
 from firefly.models.precision import Precision
 
@@ -72,6 +73,8 @@ def show_run(
     name, reason = layout
     how = render("overview.layout", device=device, precision=precision.name, layout=name, head=head)
     console.print(how, soft_wrap=True)
+    if is_card(device):
+        console.print(render("overview.elementwise", name=implementation(device)), soft_wrap=True)
     if reason:
         console.print(render("overview.solo", reason=reason), soft_wrap=True, style="yellow")
     parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in forecast.parts.items())

@@ -22,6 +22,8 @@ PACKAGES = (
     "peft",
     "accelerate",
     "bitsandbytes",
+    "liger-kernel",
+    "triton",
     "datasets",
     "pyarrow",
     "numpy",

@@ -10,38 +10,19 @@ The idea of recomputing is that of Unsloth's and Liger's kernels (arXiv:2410.109
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from firefly.models.kernels.gate import ACTIVATIONS, Activation, gate_for, graph_is_kept
 from firefly.models.kernels.lora_linear import compute_type, dense, is_plain_lora
 
 CPU_ROWS = 512
 """Rows of a chunk on a CPU: enough for matrix products at their rate."""
 
 LAYERS = ("gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Activation:
-    """φ, and the gradient of its argument from that of its value."""
-
-    value: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor], Tensor]
-
-
-ACTIVATIONS = (
-    Activation(F.silu, lambda grad, x: torch.ops.aten.silu_backward(grad, x)),
-    Activation(
-        lambda x: F.gelu(x, approximate="tanh"),
-        lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
-    ),
-    Activation(F.gelu, lambda grad, x: torch.ops.aten.gelu_backward(grad, x)),
-)
 
 
 class Projection(NamedTuple):
@@ -169,14 +150,15 @@ class GatedMLP(torch.autograd.Function):
         keep = grad_enabled and any(ctx.needs_input_grad)
         inner = [rows.new_empty(len(rows), len(gate.w)) if keep else None for _ in range(2)]
         lows = [layer.empty_low(rows) if keep else None for layer in layers]
+        gating = gate_for(activation, rows.device, len(gate.w))
         for part in _chunks(rows):
             g = gate.forward(rows[part], _part(inner[0], part), _part(lows[0], part))
             u = up.forward(rows[part], _part(inner[1], part), _part(lows[1], part))
-            down.forward(activation.value(g).mul_(u), out[part], _part(lows[2], part))
+            down.forward(gating.forward(g, u), out[part], _part(lows[2], part))
         if keep:
             weights = [tensor for p in projections for tensor in p[:3]]
             ctx.save_for_backward(rows, *inner, *lows, *weights)
-            ctx.activation, ctx.shape, ctx.scales = activation, x.shape, [p.scale for p in projections]
+            ctx.gating, ctx.shape, ctx.scales = gating, x.shape, [p.scale for p in projections]
         # As in LoraLinear: what is returned may be changed in place.
         return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
@@ -194,13 +176,14 @@ class GatedMLP(torch.autograd.Function):
         ]
         grad = grad.reshape(-1, grad.shape[-1])
         grad_x = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        spend = not graph_is_kept()
         for part in _chunks(rows):
             g, u = gated[part], lifted[part]
-            value = ctx.activation.value(g)
+            product, value = ctx.gating.again(g, u, down.learns)
             grad_h = torch.empty_like(g)
-            down.backward(grad[part], value * u if down.learns else None, _part(lows[2], part), grad_h)
-            grad_u = value.mul_(grad_h)
-            grad_g = ctx.activation.backward(grad_h.mul_(u), g)
+            down.backward(grad[part], product, _part(lows[2], part), grad_h)
+            del product
+            grad_g, grad_u = ctx.gating.backward(g, u, grad_h, value, spend)
             into = _part(grad_x, part)
             gate.backward(grad_g, rows[part], _part(lows[0], part), into)
             up.backward(grad_u, rows[part], _part(lows[1], part), into, add=True)

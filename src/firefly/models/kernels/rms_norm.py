@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from firefly.models.kernels.elementwise import implementation
+
 
 class Form(NamedTuple):
     """How an architecture scales: by offset + weight, in fp32 before the result takes the input's type or after."""
@@ -46,7 +48,8 @@ def _form_of(module: Any) -> Form | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or len(list(module.parameters())) != 1:
         return None
-    if _epsilon(module) is None or weight.device.type == "meta":
+    epsilon = _epsilon(module)
+    if epsilon is None or weight.device.type == "meta":
         return None
     x = torch.linspace(-2, 3, 3 * len(weight), device=weight.device).sin().view(1, 3, len(weight))
     tolerances = {weight.dtype: 1e-2, torch.bfloat16: 1e-2, torch.float32: 1e-5}
@@ -55,7 +58,7 @@ def _form_of(module: Any) -> Form | None:
         for dtype in {weight.dtype, torch.bfloat16}:
             try:
                 expected = type(module).forward(module, x.to(dtype))
-                found = {form: _forward_as(form)(module, x.to(dtype)) for form in FORMS}
+                found = {form: RMSNorm.apply(x.to(dtype), weight, epsilon, form) for form in FORMS}
             except Exception:  # a norm of another make: it keeps its own forward
                 return None
             for form, out in found.items():
@@ -78,10 +81,24 @@ def _epsilon(module: Any) -> float | None:
 
 def _forward_as(form: Form) -> Callable[[Any, Tensor], Tensor]:
     def forward(self: Any, x: Tensor) -> Tensor:
+        epsilon = _epsilon(self)
+        assert epsilon is not None  # `_form_of` saw to it
         with torch.autocast(x.device.type, enabled=False):
-            return RMSNorm.apply(x, self.weight, _epsilon(self), form)
+            return rms_norm(x, self.weight, epsilon, form)
 
     return forward
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, form: Form) -> Tensor:
+    """x / rms(x), scaled as `form` says, by what computes on x's device. x: (…, width), weight: (width,)."""
+    if implementation(x.device) == "liger":
+        from firefly.models.kernels import liger
+
+        # Liger's result has the type of x; a wider weight makes Llama's form give the weight's.
+        keeps_type = form.scales_in_fp32 or torch.promote_types(x.dtype, weight.dtype) == x.dtype
+        if keeps_type and len(weight) <= liger.WIDEST:
+            return liger.rms_norm(x, weight, epsilon, *form)
+    return RMSNorm.apply(x, weight, epsilon, form)
 
 
 class RMSNorm(torch.autograd.Function):
