@@ -18,9 +18,9 @@ from firefly.models.checkpointing import Checkpointing, decoder_layers
 from firefly.models.kernels.segment_attention import BLOCK
 from firefly.models.kernels.token_nll import logits_per_chunk
 
-PROBE_TOKENS = (4, 8, 12)
-"""Three passes of two examples each: what grows evenly is kept per token; what grows faster is attention's
-probabilities, where it keeps them; the rest is kept once."""
+PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
+"""Lengths of the two examples that are measured on: the first that divides no size in the model, so that a dimension
+which it divides is known to be one of tokens."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def read_proc(path: str, name: str) -> int | None:
 
 
 def measure_activations(model: Any, layout: str, autocast: torch.dtype | None, longest: int) -> Activations:
-    """Run a few short passes of a prepared model (see `heads`) and count what they keep for backward.
+    """Run one short pass of a prepared model (see `heads`) and count what it keeps for backward.
 
     Works on any device, also on "meta", where nothing is computed. Random state and gradients stay as they were.
 
@@ -143,50 +143,54 @@ def measure_activations(model: Any, layout: str, autocast: torch.dtype | None, l
         longest: tokens of the longest example: where attention keeps its probabilities, a token's grow with it.
     """
     layers = decoder_layers(model)
-    counted = [_kept(model, layers, tokens, layout, autocast) for tokens in PROBE_TOKENS]
-    inside, outside = (_per_token([pass_[place] for pass_ in counted], longest) for place in (0, 1))
-    entering = model.config.get_text_config().hidden_size * _hidden_type(model).itemsize
-    return Activations(len(layers), kept=inside / max(len(layers), 1), entering=entering, outside=outside)
-
-
-def _per_token(kept: list[int], longest: int) -> float:
-    """Bytes per token of an example of `longest` tokens; those of a probe's two examples are c + 2 (a · n + q · n²)."""
-    first, middle, last = (total / 2 for total in kept)
-    step = PROBE_TOKENS[1] - PROBE_TOKENS[0]
-    quadratic = (last - 2 * middle + first) / (2 * step**2)
-    linear = (middle - first) / step - quadratic * (PROBE_TOKENS[0] + PROBE_TOKENS[1])
+    length = _strange_length(model)
     # Attention goes in blocks of queries, which see no keys behind their own block: half of the square in the end.
     seen = longest if longest <= BLOCK else (longest + BLOCK) / 2
-    return linear + quadratic * seen
+    measured = length if layout == "segments" else 2 * length
+    bytes_of = [0.0, 0.0]
+    for inside, tensor in _kept(model, layers, length, layout, autocast):
+        of_tokens = sum(size % length == 0 for size in tensor.shape)
+        if of_tokens:  # else it is kept once, however many tokens there are
+            per_token = tensor.untyped_storage().nbytes() / (2 * length)
+            bytes_of[0 if inside else 1] += per_token * (seen / measured if of_tokens > 1 else 1)
+    entering = model.config.get_text_config().hidden_size * _hidden_type(model).itemsize
+    return Activations(len(layers), kept=bytes_of[0] / max(len(layers), 1), entering=entering, outside=bytes_of[1])
 
 
-def _kept(model: Any, layers: list[nn.Module], tokens: int, layout: str, autocast: torch.dtype | None) -> list[int]:
-    """Bytes kept by a pass over two examples of so many tokens, all of them targets: inside the layers and outside."""
+def _strange_length(model: Any) -> int:
+    """The first of PRIMES that divides no size in the model."""
+    sizes = {size for p in model.parameters() for size in getattr(getattr(p, "quant_state", p), "shape", p.shape)}
+    numbers = model.config.get_text_config().to_dict().values()
+    sizes |= {number for number in numbers if isinstance(number, int) and not isinstance(number, bool)}
+    sizes.discard(0)
+    return next((prime for prime in PRIMES if all(size % prime for size in sizes)), PRIMES[-1])
+
+
+def _kept(
+    model: Any, layers: list[nn.Module], length: int, layout: str, autocast: torch.dtype | None
+) -> list[tuple[bool, Tensor]]:
+    """What a pass over two examples of `length` tokens keeps, all of them targets, and whether inside a layer."""
     place = _place(model)
     own = {_address(p) for p in model.parameters()} | {_address(b) for b in model.buffers()}
-    seen: dict[tuple[int, int], Tensor] = {}  # kept alive, or another tensor could take the address
-    counted = [0, 0]
+    seen: dict[tuple[int, int], tuple[bool, Tensor]] = {}  # kept alive, or another tensor could take the address
     depth = [0]
 
-    def count(tensor: Tensor) -> Tensor:
+    def note(tensor: Tensor) -> Tensor:
         address = _address(tensor)
-        if tensor.device == place and address not in own and address not in seen:
-            seen[address] = tensor
-            counted[0 if depth[0] else 1] += tensor.untyped_storage().nbytes()
+        if tensor.device == place and address not in own:
+            seen.setdefault(address, (depth[0] > 0, tensor.detach()))
         return tensor
 
-    ids = torch.arange(2 * tokens, device=place)
-    positions = ids % tokens
-    inputs: dict[str, Any] = {"input_ids": ids[None], "position_ids": positions[None], "target_index": ids}
-    inputs |= {"targets": ids, "segments": (Segment(0, tokens), Segment(tokens, 2 * tokens))}
+    ids = torch.arange(2 * length, device=place)
+    inputs: dict[str, Any] = {"input_ids": ids[None], "position_ids": ids[None] % length, "target_index": ids}
+    inputs |= {"targets": ids, "segments": (Segment(0, length), Segment(length, 2 * length))}
     if layout == "solo":  # one example a row, so one of twice the length
         inputs |= {"position_ids": ids[None]}
         del inputs["segments"]
-    with _counting_depth(layers, depth), _unchanged(model), saved_tensors_hooks(count, lambda kept: kept):
-        with torch.autocast(place.type, dtype=autocast, enabled=autocast is not None):
-            result = model(**inputs)
-        del result
-    return counted
+    computing = torch.autocast(place.type, dtype=autocast, enabled=autocast is not None)
+    with _counting_depth(layers, depth), _unchanged(model), computing, saved_tensors_hooks(note, lambda kept: kept):
+        model(**inputs)
+    return list(seen.values())
 
 
 def _address(tensor: Tensor) -> tuple[int, int]:
