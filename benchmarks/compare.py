@@ -64,6 +64,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit_seconds", type=float, default=8.0, help="time to measure the rate of matrix products")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the result files")
     arguments = parser.parse_args()
+    for name in arguments.cases:
+        if arguments.rows and arguments.rows <= CASES[name].examples_per_step:
+            parser.error(
+                f"--rows {arguments.rows}: {name} has {CASES[name].examples_per_step} a step, and takes two steps"
+            )
     arguments.python = parse_assignments(arguments.python)
     if unknown := arguments.python.keys() - ENGINES.keys():
         parser.error(f"--python names {', '.join(sorted(unknown))}, which is no engine")
