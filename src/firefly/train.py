@@ -356,7 +356,7 @@ def resolve_choices(
     choices = choosing.choose(config.step, activations, forecast, lengths, device, cacheable, by_products)
     if checkpoint:
         choices = choosing.settled(config.step, stored_choices(checkpoint), choices)
-    tokens = max(lengths.longest, min(choices.tokens_per_microbatch, lengths.step))
+    tokens = lengths.largest_microbatch(choices.tokens_per_microbatch)
     return choices, forecast(choices.checkpointing, tokens, sum(cacheable[: choices.cached_weights]))
 
 

@@ -59,6 +59,10 @@ class Lengths:
     longest: int
     step: int
 
+    def largest_microbatch(self, budget: int) -> int:
+        """Tokens of the largest microbatch under a budget, which a single longer example exceeds."""
+        return max(self.longest, min(budget, self.step))
+
 
 def choose(
     settings: StepConfig,
@@ -79,9 +83,11 @@ def choose(
         attention_by_products: what `measure_attention` found.
     """
 
+    empty = forecast(Checkpointing(), 0, 0)  # without tokens it is the same whatever is computed again
+    room = USABLE * empty.available - empty.missing
+
     def fitting(checkpointing: Checkpointing) -> int:
-        empty = forecast(checkpointing, 0, 0)
-        return int((USABLE * empty.available - empty.missing) / max(activations.per_token(checkpointing), 1))
+        return int(room / max(activations.per_token(checkpointing), 1))
 
     useful = min(USEFUL[device.type], max(lengths.step, lengths.longest))
     asked = None if isinstance(settings.tokens_per_microbatch, str) else settings.tokens_per_microbatch
@@ -91,7 +97,7 @@ def choose(
     if settings.nf4_cache is True:
         cached = len(cache_bytes)
     elif settings.nf4_cache == "auto" and device.type != "cpu":
-        rest = forecast(checkpointing, min(max(budget, lengths.longest), max(lengths.step, 1)), 0)
+        rest = forecast(checkpointing, lengths.largest_microbatch(budget), 0)
         cached = weights_that_fit(cache_bytes, int(USABLE * rest.available - rest.missing))
     return Choices(budget, checkpointing.layers, checkpointing.offload, cached, attention_by_products)
 

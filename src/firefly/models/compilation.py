@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from firefly.data.schema import Segment
 from firefly.models.adapters import transformers_model
 from firefly.models.attention import NAME, decoder, segment_attention
+from firefly.models.checkpointing import decoder_layers
 
 VARIANTS = 32
 """Of one function: with and without gradients, in training and evaluation, the adapter on and off. torch stops at 8."""
@@ -40,8 +40,7 @@ def compile_layers(model: Any, backend: str | None = None, mode: str | None = No
     Args:
         backend, mode: of `torch.compile`; None leaves it its own choice.
     """
-    body = decoder(transformers_model(model))
-    layers = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers: list[Any] = decoder_layers(decoder(transformers_model(model)))
     if not layers:
         return 0
     AttentionInterface.register(NAME, torch.compiler.disable(_attend_sealed))
