@@ -19,7 +19,7 @@ from firefly.errors import UsageError
 from firefly.models.loading import EMBEDDED
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = sorted((ROOT / "train_args").rglob("*.json"))
+FILES = sorted((ROOT / "train_args").glob("*/*/*.json"))
 CELLS = [(task, mode) for task in ("pretrain", "sft", "dpo") for mode in ("full", "lora", "qlora")]
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from firefly import ranks
 from firefly.errors import FireflyError
 
 app = typer.Typer(
@@ -83,7 +84,9 @@ def train_command(
     with lasting_imports():
         resolved = load_config(source, parse_overrides(extra))
         from firefly.train import train
-    print(train(resolved))
+    output_dir = train(resolved)
+    if ranks.is_first():
+        print(output_dir)
 
 
 @app.command("check", context_settings=ANY_KEY)

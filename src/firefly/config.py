@@ -100,7 +100,7 @@ class StepConfig:
 
     @property
     def examples_per_rank(self) -> int:
-        """Examples of one optimizer step on one rank."""
+        """Examples of one optimizer step for each rank."""
         return self.per_device_examples * self.accumulation
 
 
@@ -530,8 +530,6 @@ def _flat_fields(section: Any) -> dict[str, Any]:
 
 # What later versions bring. Each entry: the key, the values that ask for nothing, and what is missing.
 UNFINISHED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "deepspeed": ((None, ""), "feature.many_ranks"),
-    "fsdp": ((None, "", False, []), "feature.many_ranks"),
     "use_liger_kernel": ((None, False), "feature.liger"),
 }
 
@@ -550,8 +548,6 @@ def refuse_unfinished(config: Config) -> None:
     for name, (harmless, reason) in (UNFINISHED | REFUSED).items():
         if flat.get(name) not in harmless:
             raise UsageError(reason, key=name, value=json.dumps(flat[name], default=str))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("feature.world_size", value=os.environ["WORLD_SIZE"])
 
 
 PREFERENCE_KEYS = (*(spec.metadata["key"] for spec in dataclasses.fields(PreferenceConfig)), "max_prompt_length")

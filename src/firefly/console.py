@@ -1,10 +1,15 @@
-"""What a person sees: one-line notices and rich output, always on stderr (stdout is for results)."""
+"""What a person sees: one-line notices and rich output, always on stderr (stdout is for results).
+
+Of many ranks the first one speaks.
+"""
 
 from __future__ import annotations
 
 import sys
+import time
 from typing import TYPE_CHECKING
 
+from firefly import ranks
 from firefly.messages import render
 
 if TYPE_CHECKING:
@@ -17,7 +22,8 @@ def notice(code: str, **values: object) -> None:
     """Print one line that says what Firefly did differently from what was asked, and remember it for run.json."""
     text = render(code, **values)
     _notices.append({"code": code, "message": text})
-    print(f"{render('label.notice')} {text}", file=sys.stderr, flush=True)
+    if ranks.is_first():
+        print(f"{render('label.notice')} {text}", file=sys.stderr, flush=True)
 
 
 def take_notices() -> list[dict[str, str]]:
@@ -31,7 +37,7 @@ def stderr_console() -> Console:
     """A rich console on stderr; colours only where the terminal has them."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, quiet=not ranks.is_first())
 
 
 def stdout_console() -> Console:
@@ -41,6 +47,13 @@ def stdout_console() -> Console:
     return Console(highlight=False)
 
 
+OTHERS_WAIT = 3.0
+"""Seconds that a rank waits before it speaks up: where all ranks fail alike, the launcher ends it before."""
+
+
 def print_error(message: str) -> None:
-    """Print the one message of a failed command."""
+    """Print the one message of a failed command: once, by the first rank, unless the fault is another rank's alone."""
+    if not ranks.is_first():
+        time.sleep(OTHERS_WAIT)
+        message = f"[rank {ranks.rank()}] {message}"
     print(f"{render('label.error')} {message}", file=sys.stderr, flush=True)

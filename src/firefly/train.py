@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +15,14 @@ from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
+from firefly import ranks
 from firefly.config import SMOOTHED_LOSSES, AdapterConfig, Config, names_in
 from firefly.console import notice, stderr_console, take_notices
 from firefly.data.batching import ExampleList
 from firefly.data.blocks import Blocks
 from firefly.data.certificate import FILE_NAME as CERTIFICATE
 from firefly.data.certificate import Certificate, certify
-from firefly.data.dataset import Split, load_split
+from firefly.data.dataset import Split, cache_folder, load_split
 from firefly.data.encoding import Encoder
 from firefly.data.examples import Examples
 from firefly.data.formats import TaskName
@@ -44,11 +44,12 @@ from firefly.models.loading import load_model, load_tokenizer, resolve_model
 from firefly.models.memory import Forecast, forecast_memory, measure_activations, optimizer_bytes_of
 from firefly.models.precision import Precision, pick_device, resolve_precision
 from firefly.models.tokens import add_tokens, fit_embeddings
+from firefly.objectives.engines import Engine, divide, resolve_engine, whole_weights
 from firefly.objectives.preference import PREFERENCE_LOSSES
 from firefly.objectives.preference_trainer import PreferenceTrainer, disable_dropout
 from firefly.objectives.reference import AdapterOff, FrozenAdapter, FrozenModel, Reference, Untrained
 from firefly.objectives.router import quiet_routers
-from firefly.objectives.trainers import CausalTrainer, StepOptions, StepTrainer, training_arguments
+from firefly.objectives.trainers import BeforeTraining, CausalTrainer, StepOptions, StepTrainer, training_arguments
 from firefly.runs.checkpoints import (
     OPTIMIZER_SETTINGS,
     PlanWriter,
@@ -87,46 +88,55 @@ def train(config: Config) -> Path:
         UsageError: the configuration, the data or the checkpoint to continue from is at fault; nothing was trained.
     """
     started = time.time()
-    leave_one_rank_group()
+    engine = resolve_engine(config)
     task = TASKS[config.task_type]
-    config = without_dropout(config)
+    config = with_reference_first(without_dropout(config), engine)
     output_dir = Path(config.output_dir).expanduser()
     refuse_own_source(config, output_dir)
     make_output_dir(output_dir)
     device = pick_device(bool(config.training.get("use_cpu")))
     precision = resolve_precision(config.precision, device)
-    args = training_arguments(resolved_arguments(config, precision, device))
     if config.adapter.name_or_path:
         adapter_settings(config.adapter.name_or_path)  # a wrong path is cheap to find now
     tokenizer = load_tokenizer(config.model, tokenizer_source(config.model, config.adapter.name_or_path))
     added = add_tokens(tokenizer, config.model.add_tokens)
     encoder = bind_encoder(config, tokenizer)
-    # Before weights: faults of the data are cheap to find.
+    # Before weights: faults of the data are cheap to find. And before ranks are joined: none times out on it.
     data = load_split(config.data, encoder, config.task_type, config.model.hub)
     write_json(output_dir / "data_report.json", data.report())
     data.check(config.data)
-    checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
+    args = join_ranks(config, engine, precision, device)
+    checkpoint = ranks.from_first(find_checkpoint(output_dir, config.resume_from_checkpoint))
     set_seed(args.seed)
-    with ThreadPoolExecutor(1) as beside:  # hashing leaves the interpreter free to load what is hashed
+    # Divided weights are loaded whole into the CPU's memory, where the model is tested.
+    place = torch.device("cpu") if engine.divides_weights else device
+    with ThreadPoolExecutor(1) as beside, whole_weights(args):
+        # Hashing leaves the interpreter free to load what is hashed.
         hashed = beside.submit(weights_hash, resolve_model(config.model))
-        model = load_model(config.model, config.adapter.mode, precision, device)
+        model = load_model(config.model, config.adapter.mode, precision, place)
     layout = choose_layout(model)
     certificate = None
     if task.chats:
         model.generation_config.eos_token_id = list(encoder.template.stop_ids)
         certificate = write_certificate(output_dir, encoder)
-    model = attach_adapter(model, config.adapter, fit_embeddings(model, tokenizer, added), config.given)
+    with whole_weights(args):
+        model = attach_adapter(model, config.adapter, fit_embeddings(model, tokenizer, added), config.given)
     if quiet := quiet_routers(model):
         notice("router.quiet", count=len(quiet))
     head = install_training_forwards(model)
     base = identify_base(hashed.result(), model)
     plan = run_plan(config, args, layout[0], data.train, base)
+    parameters = count_parameters(model)
     if checkpoint:
         check_same_run(checkpoint, plan)
     else:
         set_aside_old_checkpoints(output_dir)
-    choices, forecast = resolve_choices(config, args, model, data.train, layout[0], precision, device, checkpoint)
+    choices, forecast = resolve_choices(
+        config, args, model, data.train, layout[0], precision, device, checkpoint, engine
+    )
     choosing.apply(choices, transformers_model(model), precision.compute)
+    options = objective_options(config, model, precision)
+    divide(engine, model, args)
     trainer = task.trainer(
         model=model,
         args=args,
@@ -134,19 +144,18 @@ def train(config: Config) -> Path:
         held_out=data.held_out,
         sources=data.train.names if data.held_out is None else data.held_out.names,
         tokenizer=tokenizer,
-        options=StepOptions(plan.examples_per_step, choices, plan.seed, plan.shuffle, plan.layout),
+        options=StepOptions(plan.examples_per_step, choices, plan.seed, plan.shuffle, plan.layout, engine),
         precision=precision,
         masters=config.adapter.mode == "full",
         callbacks=callbacks(config),
-        **objective_options(config, model, precision),
+        **options,
     )
+    if ranks.rank():
+        torch.manual_seed(args.seed + ranks.rank())  # ranks draw dropout of their own
     if wants_compiling(config):  # a copied reference stays as it is
         compile_model(config, model)
     if isinstance(trainer, PreferenceTrainer) and config.preference.precompute_reference and trainer.reference:
-        trainer.precompute_reference(
-            reference_parts(config, plan, precision),
-            (data.train.fingerprint, data.held_out.fingerprint if data.held_out else None),
-        )
+        ask_reference_first(trainer, config, plan, precision, data, engine, checkpoint)
     trainer.add_callback(PlanWriter(plan, lambda: trainer.options.choices))
     recorder = RunRecorder(output_dir, trainer.counts, started)
     replace_progress(trainer, recorder)
@@ -156,13 +165,15 @@ def train(config: Config) -> Path:
         console,
         data.train,
         describe_steps(config, data, trainer),
-        count_parameters(model),
+        parameters,
         layout,
         head,
         precision,
         forecast,
         device,
     )
+    if ranks.world_size() > 1:
+        console.print(describe_ranks(config, trainer), soft_wrap=True)
     console.print(describe_choices(choices, transformers_model(model), precision, device), soft_wrap=True)
     write_records(config, output_dir, encoder, data, certificate, base, trainer.options, precision, device)
     keep_freed_memory(device)
@@ -170,11 +181,13 @@ def train(config: Config) -> Path:
     if checkpoint and not trainer.counts.steps:
         notice("resume.nothing_left", path=checkpoint, steps=trainer.state.global_step)
     trainer.save_model()
-    if config.adapter.mode != "full":
-        transformers_model(model).generation_config.save_pretrained(output_dir)
-    if trainer.counts.steps or not (output_dir / "train_results.json").is_file():
-        write_json(output_dir / "train_results.json", recorder.results(result.metrics, device))
-    draw_loss(read_metrics(recorder.path), output_dir / "loss.png")
+    results = recorder.results(result.metrics, device)
+    if ranks.is_first():
+        if config.adapter.mode != "full":
+            transformers_model(model).generation_config.save_pretrained(output_dir)
+        if trainer.counts.steps or not (output_dir / "train_results.json").is_file():
+            write_json(output_dir / "train_results.json", results)
+        draw_loss(read_metrics(recorder.path), output_dir / "loss.png")
     console.print(render("train.done", path=output_dir), soft_wrap=True)
     return output_dir
 
@@ -186,6 +199,37 @@ def without_dropout(config: Config) -> Config:
     if "lora_dropout" in config.given:
         notice("preference.no_dropout", value=config.adapter.dropout)
     return replace(config, adapter=replace(config.adapter, dropout=0.0))
+
+
+def with_reference_first(config: Config, engine: Engine) -> Config:
+    """Where weights are divided among ranks, a reference that is no adapter switched off is asked before training."""
+    settings = config.preference
+    needed = config.task_type == "dpo" and bool(PREFERENCE_LOSSES[settings.loss].reference)
+    second = config.adapter.mode == "full" or config.adapter.name_or_path
+    if not (needed and second and engine.divides_weights) or settings.precompute_reference:
+        return config
+    notice("engine.reference_first", engine=engine.name)
+    return replace(config, preference=replace(settings, precompute_reference=True))
+
+
+def ask_reference_first(
+    trainer: PreferenceTrainer,
+    config: Config,
+    plan: RunPlan,
+    precision: Precision,
+    data: Split,
+    engine: Engine,
+    checkpoint: Path | None,
+) -> None:
+    """The reference's log-probabilities, once and before the first step; where weights are divided, after they are."""
+    parts = reference_parts(config, plan, precision)
+    fingerprints = data.train.fingerprint, data.held_out.fingerprint if data.held_out else None
+    if not engine.divides_weights:
+        trainer.precompute_reference(parts, fingerprints)
+    elif checkpoint is None:
+        trainer.add_callback(BeforeTraining(lambda: trainer.precompute_reference(parts, fingerprints)))
+    elif not trainer.take_reference(parts, fingerprints):
+        raise UsageError("engine.no_reference", path=cache_folder(), engine=engine.name)
 
 
 def objective_options(config: Config, model: Any, precision: Precision) -> dict[str, Any]:
@@ -244,11 +288,13 @@ def compile_model(config: Config, model: Any) -> None:
         notice("compile.nothing", name=type(transformers_model(model)).__name__)
 
 
-def leave_one_rank_group() -> None:
-    """torchrun with one process asks for a process group of one; a run without it does the same work with less."""
-    if os.environ.get("WORLD_SIZE") == "1":
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK"):
-            os.environ.pop(name, None)
+def join_ranks(config: Config, engine: Engine, precision: Precision, device: torch.device) -> TrainingArguments:
+    """TrainingArguments of this run; to make them forms the process group, where there are several ranks."""
+    args = training_arguments(resolved_arguments(config, precision, device) | engine.arguments(precision))
+    if args.n_gpu > 1:  # one process: transformers would split each batch among the cards (DataParallel)
+        notice("engine.one_card", count=args.n_gpu)
+        args._n_gpu = 1
+    return args
 
 
 def refuse_own_source(config: Config, output_dir: Path) -> None:
@@ -261,6 +307,8 @@ def refuse_own_source(config: Config, output_dir: Path) -> None:
 
 def make_output_dir(path: Path) -> None:
     """Create the output folder, and find out now rather than at the first checkpoint that it cannot be written."""
+    if not ranks.is_first():
+        return
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".firefly-write-test"
@@ -336,8 +384,12 @@ def resolve_choices(
     precision: Precision,
     device: torch.device,
     checkpoint: Path | None,
+    engine: Engine,
 ) -> tuple[Choices, Forecast]:
-    """Resolve what is "auto", by measurement or from the checkpoint, and forecast the memory of a step so trained."""
+    """Resolve what is "auto", by measurement or from the checkpoint, and forecast the memory of a step so trained.
+
+    The same on every rank: the choices of the one with the least memory.
+    """
     inner, full = transformers_model(model), config.adapter.mode == "full"
     largest = np.sort(examples.counts.lengths)[::-1][: config.step.examples_per_rank]
     lengths = Lengths(longest=int(largest[0]), step=int(largest.sum()))
@@ -351,9 +403,11 @@ def resolve_choices(
 
     def forecast(checkpointing: Checkpointing, tokens: int, cached: int) -> Forecast:
         state = optimizer_bytes_of(args.optim)
-        return forecast_memory(model, device, activations, checkpointing, tokens, state, cached, copied)
+        whole = forecast_memory(model, device, activations, checkpointing, tokens, state, cached, copied)
+        return engine.share(whole)
 
     choices = choosing.choose(config.step, activations, forecast, lengths, device, cacheable, by_products)
+    choices = choosing.most_careful(ranks.all_of(choices))
     if checkpoint:
         choices = choosing.settled(config.step, stored_choices(checkpoint), choices)
     tokens = lengths.largest_microbatch(choices.tokens_per_microbatch)
@@ -366,7 +420,7 @@ def run_plan(
     """What a checkpoint of this run is bound to."""
     adapted = config.adapter.mode != "full"
     return RunPlan(
-        examples_per_step=config.step.examples_per_rank,
+        examples_per_step=config.step.examples_per_rank * args.world_size,
         seed=args.data_seed if args.data_seed is not None else args.seed,
         shuffle=config.data.shuffle,
         data=examples.fingerprint,
@@ -377,7 +431,7 @@ def run_plan(
         lora_alpha=config.adapter.alpha if adapted else 0,
         base_weights=str(base.get("sha256") or base.get("commit")),
         optimizer={name: getattr(args, name) for name in OPTIMIZER_SETTINGS},
-        world_size=1,
+        world_size=args.world_size,
         layout=layout,
         add_tokens=list(config.model.add_tokens or ()),
         **adapter_plan(config.adapter),
@@ -413,12 +467,13 @@ def replace_progress(trainer: StepTrainer, recorder: RunRecorder) -> None:
     transformers_logging.set_verbosity_error()
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(Progress(show_bar=not trainer.args.disable_tqdm))
+    if ranks.is_first():
+        trainer.add_callback(Progress(show_bar=not trainer.args.disable_tqdm))
     trainer.add_callback(recorder)
 
 
 def describe_steps(config: Config, data: Split, trainer: StepTrainer) -> str:
-    """How many examples make a step, and how many steps the run."""
+    """How many examples make a step, on which ranks, and how many steps the run."""
     per_epoch = len(trainer.get_train_dataloader())
     total = (
         trainer.args.max_steps if trainer.args.max_steps > 0 else int(per_epoch * trainer.args.num_train_epochs + 0.999)
@@ -432,6 +487,17 @@ def describe_steps(config: Config, data: Split, trainer: StepTrainer) -> str:
         steps=total,
         count=len(data.train),
         held_out=len(data.held_out) if data.held_out is not None else 0,
+    )
+
+
+def describe_ranks(config: Config, trainer: StepTrainer) -> str:
+    """How many processes share a step, and by which engine."""
+    return render(
+        "engine.ranks",
+        ranks=ranks.world_size(),
+        engine=trainer.options.engine.name,
+        per_rank=config.step.examples_per_rank,
+        total=trainer.options.examples_per_step,
     )
 
 
@@ -487,6 +553,8 @@ def write_records(
                 "layout": options.layout,
                 **asdict(options.choices),
                 "examples_per_step": options.examples_per_step,
+                "engine": options.engine.name,
+                "world_size": ranks.world_size(),
             },
             "template": None if certificate is None else describe_template(encoder, certificate),
             "hashes": {

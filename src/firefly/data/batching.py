@@ -45,7 +45,10 @@ class StepTotals:
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """One optimizer step: which examples lie in which microbatch."""
+    """One optimizer step: which examples lie in which microbatch of this rank, and the totals over all ranks.
+
+    A microbatch without examples fills a place (see `empty_row`).
+    """
 
     microbatches: tuple[tuple[int, ...], ...]
     totals: StepTotals
@@ -106,7 +109,12 @@ class PackedBatch:
         return tuple(rows)
 
     def weights(self) -> Tensor:
-        """How many examples' sides each token belongs to, fp32 (tokens,): the prompt of a pair counts for both."""
+        """How many examples' sides each token belongs to, fp32 (tokens,): the prompt of a pair counts for both.
+
+        Zeros for a row that holds no example (see `empty_row`): every example has a target.
+        """
+        if not len(self.targets):
+            return torch.zeros(self.input_ids.shape[1], device=self.input_ids.device)
         weights = torch.ones(self.input_ids.shape[1], device=self.input_ids.device)
         for segment in self.segments:
             weights[segment.prefix_start : segment.prefix_end] += 1
@@ -147,7 +155,7 @@ Batch = TypeVar("Batch")
 class Step(Generic[Batch]):
     """A packed step: what the data loader yields and `training_step` consumes.
 
-    `rows` are the examples of each microbatch, by their numbers in the data set.
+    `rows` are the examples of each microbatch of this rank, by their numbers in the data set; `totals` are all ranks'.
     """
 
     microbatches: tuple[Batch, ...]
@@ -159,8 +167,16 @@ class Step(Generic[Batch]):
         return _mapped(self, Tensor.pin_memory)
 
 
+def empty_row() -> PackedBatch:
+    """One token without a target: what a rank computes when a step has nothing left for it, so that none waits."""
+    nothing = np.zeros(0, np.int64)
+    return PackedBatch.of(np.zeros(1, np.int64), [Segment(0, 1)], nothing, nothing)
+
+
 def pack(examples: Sequence[Tokens]) -> PackedBatch:
     """Lay examples one after another. The first token of a segment is predicted by none."""
+    if not examples:
+        return empty_row()
     lengths = [len(example.input_ids) for example in examples]
     offsets = np.cumsum([0, *lengths])
     starts = [
@@ -175,12 +191,13 @@ def pack(examples: Sequence[Tokens]) -> PackedBatch:
     )
 
 
-def plan_microbatches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def plan_microbatches(lengths: Sequence[int], budget: int, multiple: int = 1) -> list[list[int]]:
     """Share examples out among as few microbatches as fit under `budget` tokens, of sizes as even as may be.
 
     An example longer than the budget gets a microbatch to itself. Returns lists of positions in `lengths`, each in
-    ascending order. First-fit-decreasing finds the number; placing the longest first into the emptiest evens them out
-    (and lowers the peak), unless that breaks the budget.
+    ascending order, in a number that is a multiple of `multiple`; some may be empty. First-fit-decreasing finds the
+    number; placing the longest first into the emptiest evens them out (and lowers the peak), unless that breaks the
+    budget.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     bins: list[list[int]] = []
@@ -193,6 +210,7 @@ def plan_microbatches(lengths: Sequence[int], budget: int) -> list[list[int]]:
         else:
             bins[place].append(i)
             loads[place] += lengths[i]
+    bins += [[] for _ in range(-len(bins) % multiple)]
     even: list[list[int]] = [[] for _ in bins]
     even_loads = [0] * len(bins)
     for i in order:
@@ -204,10 +222,28 @@ def plan_microbatches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return sorted(sorted(items) for items in chosen)
 
 
+def deal(groups: Sequence[Sequence[int]], lengths: Sequence[int], ranks: int) -> list[list[list[int]]]:
+    """Deal microbatches out to ranks, the same number to each, so that their tokens are as even as may be.
+
+    `groups` are as many as a multiple of `ranks`. The heaviest goes first, to the rank with the least so far that has
+    room for another.
+    """
+    loads = [sum(lengths[i] for i in group) for group in groups]
+    hands: list[list[list[int]]] = [[] for _ in range(ranks)]
+    totals = [0] * ranks
+    for number in sorted(range(len(groups)), key=lambda n: -loads[n]):
+        free = [r for r in range(ranks) if len(hands[r]) < len(groups) // ranks]
+        to = min(free, key=totals.__getitem__)
+        hands[to].append(list(groups[number]))
+        totals[to] += loads[number]
+    return [sorted(hand) for hand in hands]
+
+
 class StepPlan(Sampler[PlannedStep]):
     """The seeded order of examples (those at `rows`, or all), cut into steps: a batch sampler of whole optimizer steps.
 
-    An epoch's last step may be smaller, unless `drop_last`. The order of epoch e depends on (seed, e) alone.
+    An epoch's last step may be smaller, unless `drop_last`. The order of epoch e depends on (seed, e) alone. Of many
+    ranks each plans the whole step and takes its share: as many microbatches as the others, of about as many tokens.
     """
 
     def __init__(
@@ -221,8 +257,11 @@ class StepPlan(Sampler[PlannedStep]):
         solo: bool = False,
         nll_targets: np.ndarray | None = None,
         rows: np.ndarray | None = None,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self.counts = counts
+        self.rank, self.ranks = rank, ranks
         self.rows = np.arange(len(counts.lengths)) if rows is None else rows
         self.nll_targets = nll_targets
         self.examples_per_step = examples_per_step
@@ -252,11 +291,13 @@ class StepPlan(Sampler[PlannedStep]):
             yield self.plan(order[number * self.examples_per_step : (number + 1) * self.examples_per_step])
 
     def plan(self, rows: np.ndarray) -> PlannedStep:
-        """Plan the step that holds exactly these examples."""
+        """Plan the step that holds exactly these examples: this rank's microbatches, and what all ranks' hold."""
         lengths = [int(length) for length in self.counts.lengths[rows]]
-        groups = [[i] for i in range(len(rows))] if self.solo else plan_microbatches(lengths, self.budget)
+        budget = 0 if self.solo else self.budget  # none fits beside another
+        groups = plan_microbatches(lengths, budget, self.ranks)
+        mine = groups if self.ranks == 1 else deal(groups, lengths, self.ranks)[self.rank]
         return PlannedStep(
-            microbatches=tuple(tuple(int(rows[i]) for i in group) for group in groups),
+            microbatches=tuple(tuple(int(rows[i]) for i in group) for group in mine),
             totals=StepTotals(
                 examples=len(rows),
                 targets=int(self.counts.targets[rows].sum()),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from firefly.data.batching import PackedBatch, moved
+from firefly.data.batching import PackedBatch, empty_row, moved
 from firefly.data.schema import IGNORE, Segment, TokenPair, Tokens
 
 
@@ -52,7 +52,9 @@ def pack_pairs(
         reference: (pairs, 2), kept with the batch.
     """
     laid = [_lay_out(pair, prompts) for pair in pairs] if shared else []
-    if shared:
+    if not pairs:
+        rows, owners = [empty_row()], [np.zeros(0, np.int64)]
+    elif shared:
         rows, owners = _one_row(laid)
     else:
         rows, owners = _row_each(pairs, prompts)

@@ -101,18 +101,9 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "output_dir = {path} 无法写入：{problem}。请换一个目录。",
     ),
     # what this version does not have yet, and what it refuses
-    "feature.many_ranks": (
-        "{key} = {value}: DeepSpeed and FSDP are not in this version yet; remove the key to run on one device.",
-        "{key} = {value}：此版本尚不支持 DeepSpeed 和 FSDP；请删除该键以在单设备上运行。",
-    ),
     "feature.liger": (
         "{key} = {value}: liger-kernel is not in this version yet; remove the key.",
         "{key} = {value}：此版本尚不支持 liger-kernel；请删除该键。",
-    ),
-    "feature.world_size": (
-        "{value} processes were started, but training on many ranks is not in this version yet; "
-        "use --nproc_per_node=1.",
-        "启动了 {value} 个进程，但此版本尚不支持多进程训练；请使用 --nproc_per_node=1。",
     ),
     "refused.auto_find_batch_size": (
         "{key} = {value} would change how many examples make a step. Remove it: tokens_per_microbatch limits memory "
@@ -131,6 +122,78 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "refused.push_to_hub": (
         "{key} = {value} is not supported; upload output_dir after training.",
         "不支持 {key} = {value}；请在训练结束后自行上传 output_dir。",
+    ),
+    # many ranks
+    "engine.two": (
+        "both deepspeed and fsdp are asked for; keep one of them.",
+        "同时要求使用 deepspeed 和 fsdp；请只保留一个。",
+    ),
+    "engine.no_deepspeed": (
+        "the key deepspeed needs the package deepspeed, which is not installed: "
+        'pip install --no-build-isolation deepspeed. Without it: remove the key (DDP), or set "fsdp": true.',
+        "键 deepspeed 需要 deepspeed 包，但未安装：pip install --no-build-isolation deepspeed。"
+        '也可以删除该键（使用 DDP），或设置 "fsdp": true。',
+    ),
+    "engine.no_file": (
+        "{key}: the file {path} does not exist (paths are taken from the folder that the command runs in).",
+        "{key}：文件 {path} 不存在（相对路径以运行命令时所在的文件夹为准）。",
+    ),
+    "engine.no_qlora": (
+        "train_mode qlora cannot run with {engine}, which divides weights among ranks: 4-bit weights cannot be "
+        "divided. Use train_mode lora, or plain torchrun (DDP) or ZeRO-2 with qlora.",
+        "train_mode qlora 不能与 {engine} 一起使用：它会把权重切分到各进程，而 4-bit 权重无法切分。"
+        "请使用 train_mode lora，或用普通 torchrun（DDP）或 ZeRO-2 运行 qlora。",
+    ),
+    "engine.no_compile": (
+        "torch_compile cannot run with {engine}; remove the key, or use plain torchrun (DDP).",
+        "torch_compile 不能与 {engine} 一起使用；请删除该键，或使用普通 torchrun（DDP）。",
+    ),
+    "engine.no_dora": (
+        "use_dora cannot run with {engine}, which divides weights among ranks; remove the key, or use plain torchrun "
+        "(DDP) or ZeRO-2.",
+        "use_dora 不能与 {engine} 一起使用（它会切分权重）；请删除该键，或使用普通 torchrun（DDP）或 ZeRO-2。",
+    ),
+    "engine.no_megatron": (
+        "accelerate is configured for Megatron-LM, which Firefly does not run; choose DDP, FSDP or DeepSpeed there.",
+        "accelerate 被配置为 Megatron-LM，Firefly 不支持；请改为 DDP、FSDP 或 DeepSpeed。",
+    ),
+    "engine.overruled": (
+        "{key} is ignored: {keys} decides.",
+        "已忽略 {key}：以 {keys} 为准。",
+    ),
+    "engine.fsdp_alone": (
+        "fsdp is ignored: there is one process, and nothing to divide.",
+        "已忽略 fsdp：只有一个进程，无需切分。",
+    ),
+    "engine.fsdp2": (
+        "fsdp_config asks for FSDP 1, which transformers is about to drop; FSDP2 is used.",
+        "fsdp_config 要求使用 FSDP 1，但 transformers 即将移除它；改用 FSDP2。",
+    ),
+    "engine.loads_whole": (
+        "fsdp_config.cpu_ram_efficient_loading is ignored: every rank loads the model into CPU memory, where it is "
+        "tested, before it is divided.",
+        "已忽略 fsdp_config.cpu_ram_efficient_loading：每个进程都先把模型载入内存并检验，然后再切分。",
+    ),
+    "engine.one_card": (
+        "{count} cards are here and this run uses one. For all of them: torchrun --nproc_per_node={count} train.py "
+        "--train_args_file CONFIG",
+        "本机有 {count} 张显卡，而本次训练只用一张。要全部使用：torchrun --nproc_per_node={count} train.py "
+        "--train_args_file CONFIG",
+    ),
+    "engine.reference_first": (
+        "precompute_reference is switched on: {engine} divides the weights, and a second model would be whole on every "
+        "rank.",
+        "已自动打开 precompute_reference：{engine} 会切分权重，而参考模型会在每个进程上保留完整的一份。",
+    ),
+    "engine.no_reference": (
+        "this run's log-probabilities of the reference are gone from the cache ({path}), and under {engine} they "
+        "cannot be computed any more once training has begun. Start anew, or resume without {engine}.",
+        "本次训练的参考对数概率已不在缓存（{path}）中，而在 {engine} 下训练开始后无法再计算。"
+        "请重新开始训练，或不使用 {engine} 继续。",
+    ),
+    "engine.ranks": (
+        "{ranks} processes, {engine}: {per_rank} examples a step each, {total} in all",
+        "{ranks} 个进程，{engine}：每步每个进程 {per_rank} 个样本，共 {total} 个",
     ),
     # legacy spellings
     "legacy.both": ("{old} is ignored: {new} is set too.", "已忽略 {old}：同时设置了 {new}。"),

@@ -442,9 +442,21 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters; a 4-bit weight counts as the numbers it stands for."""
     trainable = total = 0
     for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        shape = parameter.shape if state is None else torch.Size(state.shape)
-        count = int(shape.numel())
+        count = numbers_in(parameter)
         total += count
         trainable += count if parameter.requires_grad else 0
     return trainable, total
+
+
+def count_body(model: nn.Module) -> int:
+    """Parameters without embeddings, and without a head that is tied to one."""
+    embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    return sum(numbers_in(p) for p in model.parameters() if id(p) not in embeddings)
+
+
+def numbers_in(parameter: Any) -> int:
+    """How many numbers a parameter stands for, in 4 bits or divided among ranks by ZeRO-3 as it may be."""
+    if (divided := getattr(parameter, "ds_numel", None)) is not None:
+        return int(divided)
+    state = getattr(parameter, "quant_state", None)
+    return int((parameter.shape if state is None else torch.Size(state.shape)).numel())

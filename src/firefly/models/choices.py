@@ -5,7 +5,7 @@ None of it changes what is trained beyond rounding. It is chosen once; a resumed
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,6 +100,17 @@ def choose(
         rest = forecast(checkpointing, lengths.largest_microbatch(budget), 0)
         cached = weights_that_fit(cache_bytes, int(USABLE * rest.available - rest.missing))
     return Choices(budget, checkpointing.layers, checkpointing.offload, cached, attention_by_products)
+
+
+def most_careful(choices: Sequence[Choices]) -> Choices:
+    """Of what ranks chose for themselves, what is good for all: they share one plan of each step."""
+    return Choices(
+        tokens_per_microbatch=min(one.tokens_per_microbatch for one in choices),
+        checkpointed_layers=max(one.checkpointed_layers for one in choices),
+        offload=any(one.offload for one in choices),
+        cached_weights=min(one.cached_weights for one in choices),
+        attention_by_products=choices[0].attention_by_products,
+    )
 
 
 def settled(settings: StepConfig, stored: Choices, today: Choices) -> Choices:

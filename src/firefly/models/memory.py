@@ -17,6 +17,7 @@ from firefly.data.schema import Segment
 from firefly.models.checkpointing import Checkpointing, decoder_layers
 from firefly.models.kernels.segment_attention import BLOCK
 from firefly.models.kernels.token_nll import logits_per_chunk
+from firefly.ranks import local_world_size
 
 PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
 """Lengths of the two examples that are measured on: the first that divides no size in the model, so that a dimension
@@ -109,13 +110,14 @@ def optimizer_bytes_of(name: str) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a run could still take."""
+    """Bytes that this rank could still take: on a CPU its part of what is free."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    if (available := read_proc("/proc/meminfo", "MemAvailable")) is not None:
-        return available
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = read_proc("/proc/meminfo", "MemAvailable")
+    if available is None:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return available // local_world_size()
 
 
 def read_proc(path: str, name: str) -> int | None:

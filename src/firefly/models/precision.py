@@ -8,6 +8,7 @@ import torch
 
 from firefly.config import PrecisionConfig
 from firefly.console import notice
+from firefly.ranks import local_rank
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,10 @@ class Precision:
 
 
 def pick_device(use_cpu: bool = False) -> torch.device:
-    """The first CUDA card if there is one, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() and not use_cpu else torch.device("cpu")
+    """This rank's CUDA card if there is one (the first card for a single process), else the CPU."""
+    if use_cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank())
 
 
 def has_bf16(device: torch.device) -> bool:

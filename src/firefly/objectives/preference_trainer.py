@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from firefly import ranks
 from firefly.config import PreferenceConfig
-from firefly.data.batching import ExampleList, PackedExamples, StepTotals
+from firefly.data.batching import ExampleList, PackedExamples, Step, StepTotals
 from firefly.data.pair_batching import PairBatch, pack_pairs
 from firefly.messages import render
 from firefly.objectives import reference
@@ -77,7 +78,8 @@ class PreferenceTrainer(StepTrainer):
             return batch.reference
         if self.reference is None:
             return torch.zeros(2, batch.pairs, device=batch.owner.device)
-        with torch.no_grad(), self.reference.lent(self.accelerator.unwrap_model(model)) as lent, resting(lent):
+        own = self.accelerator.unwrap_model(model)
+        with torch.no_grad(), self.reference.lent(own) as lent, resting(lent):
             return self.answer_logps(lent, batch)[:2]
 
     def pair_logps(self, model: Any, batch: PairBatch) -> tuple[PairLogps, Tensor]:
@@ -105,8 +107,12 @@ class PreferenceTrainer(StepTrainer):
         if self.nll_weight:
             loss = loss + self.nll_weight * nll / max(totals.nll_targets, 1)
         self._sums += self._measure(pair, losses, nll)
-        self._summed_pairs += batch.pairs
         return loss
+
+    def _accumulate(self, model: Any, step: Step[Any]) -> Tensor:
+        total = super()._accumulate(model, step)
+        self._summed_pairs += step.totals.examples
+        return total
 
     @torch.no_grad()
     def _measure(self, pair: PairLogps, losses: Tensor, nll: Tensor) -> Tensor:
@@ -129,7 +135,7 @@ class PreferenceTrainer(StepTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the steps since the last log; here, and only here, they leave the device."""
         if "loss" in logs and self._summed_pairs:
-            _, _, *sums = self._sums.tolist()
+            _, _, *sums = self.summed_over_ranks(self._sums).tolist()
             logs |= {name: value / self._summed_pairs for name, value in zip(SUMMED, sums, strict=True)}
             self._sums.zero_()
             self._summed_pairs = 0
@@ -144,13 +150,33 @@ class PreferenceTrainer(StepTrainer):
             parts: what the reference's log-probabilities depend on besides the examples: weights, types, adapter.
             fingerprints: of the training and the held-out examples.
         """
-        for held_out, dataset in ((False, self.train_dataset), (True, self.eval_dataset)):
-            if not isinstance(dataset, PackedExamples):
-                continue
-            key = reference.cache_key([*parts, fingerprints[held_out]])
-            found = reference.cached(key)
-            self.precomputed[held_out] = reference.store(key, self._all_logps(dataset)) if found is None else found
+        for held_out, dataset, key in self._reference_files(parts, fingerprints):
+            found = ranks.from_first(reference.cached(key))
+            if found is None:
+                found = reference.store(key, self._all_logps(dataset), ranks.is_first())
+            self.precomputed[held_out] = found
         self.reference = None
+
+    def take_reference(self, parts: list[Any], fingerprints: tuple[str, str | None]) -> bool:
+        """Take them from the cache alone; return whether all were there."""
+        files = self._reference_files(parts, fingerprints)
+        found = {held_out: ranks.from_first(reference.cached(key)) for held_out, _, key in files}
+        if any(logps is None for logps in found.values()):
+            return False
+        self.precomputed = {held_out: logps for held_out, logps in found.items() if logps is not None}
+        self.reference = None
+        return True
+
+    def _reference_files(
+        self, parts: list[Any], fingerprints: tuple[str, str | None]
+    ) -> list[tuple[bool, PackedExamples, str]]:
+        """(held out or not, its examples, the name of the file in the cache)"""
+        datasets = (False, self.train_dataset), (True, self.eval_dataset)
+        return [
+            (held_out, dataset, reference.cache_key([*parts, fingerprints[held_out]]))
+            for held_out, dataset in datasets
+            if isinstance(dataset, PackedExamples)
+        ]
 
     def _all_logps(self, dataset: PackedExamples) -> Tensor:
         logps = torch.zeros(len(dataset), 2, device=self.args.device)
@@ -165,8 +191,8 @@ class PreferenceTrainer(StepTrainer):
         ):
             for rows, batch in zip(planned.microbatches, step.microbatches, strict=True):
                 found = self.reference_logps(self.model, batch.to(self.args.device))
-                logps[torch.tensor(rows, device=logps.device)] = found.T
-        return logps
+                logps[torch.tensor(rows, dtype=torch.long, device=logps.device)] = found.T
+        return self.summed_over_ranks(logps)  # each rank has those of its own rows, and zeros
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

@@ -91,11 +91,14 @@ def cached(key: str) -> np.ndarray | None:
     return np.load(path) if path.is_file() else None
 
 
-def store(key: str, logps: Tensor) -> np.ndarray:
-    """Keep log-probabilities (examples, 2) for later runs; the file appears whole or not at all."""
+def store(key: str, logps: Tensor, write: bool = True) -> np.ndarray:
+    """Log-probabilities (examples, 2) as an array; where `write`, kept for later runs in a file that appears whole or
+    not at all."""
+    values = logps.float().cpu().numpy()
+    if not write:
+        return values
     path = _path(key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = logps.float().cpu().numpy()
     scratch = path.with_suffix(".partial.npy")
     np.save(scratch, values)
     scratch.rename(path)

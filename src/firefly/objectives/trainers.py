@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from firefly.console import notice
@@ -33,11 +33,11 @@ from firefly.data.batching import (
     step_loader,
 )
 from firefly.errors import UsageError
-from firefly.models.adapters import transformers_model
-from firefly.models.attention import decoder
+from firefly.models.adapters import count_body, transformers_model
 from firefly.models.checkpointing import decoder_layers, install_checkpointing
 from firefly.models.choices import Choices
 from firefly.models.precision import Precision
+from firefly.objectives.engines import ENGINES, Engine, gathered
 from firefly.objectives.router import RouterSettings, count_choices, recorded_logits, router_loss, router_settings
 
 EVALUATED_TOGETHER = 64
@@ -46,18 +46,19 @@ EVALUATED_TOGETHER = 64
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What a step is, resolved for this run."""
+    """What a step is, resolved for this run; `examples_per_step` over all ranks."""
 
     examples_per_step: int
     choices: Choices
     seed: int
     shuffle: bool
     layout: str
+    engine: Engine = ENGINES["single"]
 
 
 @dataclass
 class Counts:
-    """What this process has trained so far (a resumed run counts from where it resumed)."""
+    """What all ranks have trained so far (a resumed run counts from where it resumed)."""
 
     steps: int = 0
     examples: int = 0
@@ -96,6 +97,7 @@ class StepTrainer(Trainer, ABC):
         self._recorded: list[tuple[tuple[Tensor, ...], Tensor]] = []
         self._running = 0  # the microbatch that is computed at the moment
         # Frozen weights are held in the compute type; full fine-tuning keeps fp32 weights and computes under autocast.
+        self.masters = masters
         self.autocast_type = precision.compute if masters and precision.compute != torch.float32 else None
         super().__init__(
             model=model,
@@ -106,7 +108,7 @@ class StepTrainer(Trainer, ABC):
             callbacks=callbacks,
         )
         # Products of the body per parameter and token: forward 2, gradient of the input 2, gradient of the weight 2.
-        self._flops_per_token = (6 if masters else 4) * self.model.num_parameters(exclude_embeddings=True)  # type: ignore[union-attr]
+        self._flops_per_token = (6 if masters else 4) * count_body(model)
 
     # ---- what an objective says ----
 
@@ -145,6 +147,8 @@ class StepTrainer(Trainer, ABC):
             drop_last=self.args.dataloader_drop_last,
             solo=self.solo,
             nll_targets=self.nll_targets(dataset.examples),
+            rank=self.args.process_index,
+            ranks=self.args.world_size,
         )
         return step_loader(dataset, self.step_plan, **self._loader_options())
 
@@ -184,8 +188,8 @@ class StepTrainer(Trainer, ABC):
         try:
             return self._accumulate(model, step)
         except torch.OutOfMemoryError:
-            if self.args.world_size > 1:
-                raise  # the other ranks would wait for ever
+            if self.args.world_size > 1 or self.options.engine.deepspeed:
+                raise  # the other ranks would wait for ever; DeepSpeed cannot begin a step again
         # Outside of `except`: the error's traceback holds the tensors of the failed pass.
         model.zero_grad(set_to_none=True)
         restore()
@@ -196,15 +200,27 @@ class StepTrainer(Trainer, ABC):
     def _accumulate(self, model: Any, step: Step[Any]) -> Tensor:
         total = torch.zeros((), device=self.args.device)
         batches = [batch.to(self.args.device) for batch in step.microbatches]
-        choices = self._count_choices(model, batches) if self.router and len(batches) > 1 else None
+        in_parts = len(batches) > 1 or self.args.world_size > 1
+        choices = self._count_choices(model, batches) if self.router and in_parts else None
         for self._running, batch in enumerate(batches):
-            loss = self.microbatch_loss(model, batch, step.totals)
-            if self.router:
-                loss = loss + self._router_loss(self.router, choices, step.totals)
-            loss = loss * self.args.world_size  # engines average gradients over ranks
-            self.accelerator.backward(loss)
+            with self._exchange(model, last=self._running == len(batches) - 1):
+                loss = self.microbatch_loss(model, batch, step.totals)
+                if self.router:
+                    loss = loss + self._router_loss(self.router, choices, step.totals)
+                loss = loss * self.args.world_size  # engines average gradients over ranks
+                self.accelerator.backward(loss)
             total += loss.detach()
-        return total
+        return total  # the mean of all ranks' is the loss of the step
+
+    def _exchange(self, model: Any, last: bool) -> AbstractContextManager[Any]:
+        """Let ranks exchange gradients after the last microbatch of a step only, where that costs no memory."""
+        # DeepSpeed takes the optimizer's step at the end of the backward pass that this marks.
+        self.accelerator.gradient_state._set_sync_gradients(last)
+        # Unexchanged, FSDP2 keeps gradients of whole weights: those of adapters are small.
+        whole_gradients = self.options.engine.name == "fsdp2" and self.masters
+        if last or whole_gradients or self.args.world_size == 1:
+            return nullcontext()
+        return self.accelerator.no_sync(model)
 
     def _snapshot(self) -> Callable[[], None]:
         """A function that sets back what an attempt at a step changes, besides gradients."""
@@ -271,14 +287,21 @@ class StepTrainer(Trainer, ABC):
         Without dropout, so that the random state is left for the pass that trains.
         """
         assert self.router is not None
-        inner = transformers_model(self.accelerator.unwrap_model(model))
         total = torch.zeros(self.router.num_experts, device=self.args.device)
-        with resting(inner), self._autocast():
+        nothing = torch.zeros(0, dtype=torch.long, device=self.args.device)
+        with resting(model), self._autocast():
             for row in (row for batch in batches for row in self.rows_of(batch)):
-                inputs = {name: x for name, x in row.model_inputs(self.solo).items() if "target" not in name}
-                output = decoder(inner)(**inputs, use_cache=False, output_router_logits=True)
+                # Without targets there is nothing to compute in the head.
+                inputs = row.model_inputs(self.solo) | {"target_index": nothing, "targets": nothing}
+                output = model(**inputs, output_router_logits=True)
                 total += count_choices(recorded_logits(output, self.router), self.router, row.weights())
-        return total
+        return self.summed_over_ranks(total)
+
+    def summed_over_ranks(self, values: Tensor) -> Tensor:
+        """The sum of all ranks' values, on every rank."""
+        if self.args.world_size == 1:
+            return values
+        return self.accelerator.reduce(values, reduction="sum")
 
     def _router_loss(self, router: RouterSettings, choices: Tensor | None, totals: StepTotals) -> Tensor:
         """The share of the router loss of what was recorded since the last call."""
@@ -311,6 +334,8 @@ class StepTrainer(Trainer, ABC):
             solo=self.solo,
             nll_targets=self.nll_targets(dataset.examples),
             rows=rows,
+            rank=self.args.process_index,
+            ranks=self.args.world_size,
         )
         return step_loader(dataset, plan)
 
@@ -325,7 +350,7 @@ class StepTrainer(Trainer, ABC):
         """Metrics over the held-out examples, and the loss of each source; a few numbers leave the device."""
         dataset = dataloader.dataset
         assert isinstance(dataset, PackedExamples)
-        model: Any = self.model
+        model: Any = self.model_wrapped if self.is_deepspeed_enabled else self.model
         model.eval()
         sums, totals, of_sources = None, StepTotals(0, 0, 0, 0), {}
         for name, rows in self._by_source(dataset.examples):
@@ -349,7 +374,7 @@ class StepTrainer(Trainer, ABC):
                     sums = sums + self.evaluation_sums(model, batch.to(self.args.device)).double()
                 totals = totals + step.totals
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        return sums, totals
+        return self.summed_over_ranks(sums), totals
 
     def _by_source(self, examples: ExampleList) -> Iterator[tuple[str, np.ndarray]]:
         sources = examples.counts.sources
@@ -370,10 +395,24 @@ class StepTrainer(Trainer, ABC):
             group["lr"] = base * schedule(scheduler.last_epoch)
         scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
 
+    # ---- saving ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The files that one process would leave, whatever the engine; every rank has to call it."""
+        if not self.options.engine.deepspeed:
+            super().save_model(output_dir, _internal_call)
+            return
+        # DeepSpeed's own way writes all weights beside an adapter, and tied ones twice.
+        parameters = self.accelerator.unwrap_model(self.model).parameters()
+        kept = [p for p in parameters if self.masters or p.requires_grad]
+        with gathered(self.options.engine, kept):
+            if self.args.should_save:
+                self._save(output_dir)
+
     # ---- bookkeeping that would look inside a batch ----
 
     def floating_point_ops(self, inputs: Step[Any]) -> int:  # type: ignore[override]
-        return self._flops_per_token * inputs.totals.tokens
+        return self._flops_per_token * inputs.totals.tokens // self.args.world_size  # the Trainer adds ranks up
 
     def _track_num_input_tokens(self, inputs: Step[Any]) -> None:  # type: ignore[override]
         self.state.num_input_tokens_seen += inputs.totals.input_tokens
@@ -401,6 +440,16 @@ class CausalTrainer(StepTrainer):
     def evaluation_metrics(self, sums: list[float], totals: StepTotals) -> dict[str, float]:
         loss = sums[0] / max(totals.targets, 1)
         return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "target_tokens": totals.targets}
+
+
+class BeforeTraining(TrainerCallback):
+    """Does something once, when the engine has the model and before the first step."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.function()
 
 
 @contextmanager

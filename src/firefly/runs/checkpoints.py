@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from firefly.console import notice
 from firefly.errors import UsageError
 from firefly.models.choices import Choices
+from firefly.ranks import is_first
 from firefly.runs.passport import write_json
 
 REQUIRED_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "plan.json")
@@ -162,7 +163,7 @@ def check_same_run(checkpoint: Path, plan: RunPlan) -> None:
 def set_aside_old_checkpoints(output_dir: Path) -> None:
     """A run that starts anew in a used folder moves earlier checkpoints aside: none is lost, none is mixed up."""
     old = checkpoints(output_dir)
-    if not old:
+    if not old or not is_first():
         return
     aside = output_dir / f"earlier-{time.strftime('%Y%m%d-%H%M%S')}"
     aside.mkdir()

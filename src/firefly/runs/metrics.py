@@ -35,7 +35,7 @@ class RunRecorder(TrainerCallback):
         self.training_began = time.time()
         # A checkpoint brings its own logging_steps, eval_steps and save_steps along: today's apply.
         state.compute_steps(args, state.max_steps)
-        if state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps or not state.is_world_process_zero:
             return  # nothing is left to train, and what was written stays
         lines = read_metrics(self.path) if state.global_step else []
         kept = [line for line in lines if line.get("step", 0) <= state.global_step and "train_loss" not in line]
@@ -47,7 +47,7 @@ class RunRecorder(TrainerCallback):
             self.seconds_to_first_step = time.time() - self.started
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if state.global_step >= state.max_steps and not self.counts.steps:
+        if not state.is_world_process_zero or (state.global_step >= state.max_steps and not self.counts.steps):
             return
         now = time.time()
         line = {
@@ -62,7 +62,8 @@ class RunRecorder(TrainerCallback):
             file.write(json.dumps(line) + "\n")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        draw_loss(read_metrics(self.path), self.path.with_name("loss.png"))
+        if state.is_world_process_zero:
+            draw_loss(read_metrics(self.path), self.path.with_name("loss.png"))
 
     def results(self, metrics: dict[str, Any], device: torch.device) -> dict[str, Any]:
         """The numbers of this process's training, for train_results.json."""

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from firefly.ranks import is_first
+
 PACKAGES = (
     "firefly-llm",
     "torch",
@@ -21,6 +23,7 @@ PACKAGES = (
     "tokenizers",
     "peft",
     "accelerate",
+    "deepspeed",
     "bitsandbytes",
     "liger-kernel",
     "triton",
@@ -35,7 +38,9 @@ WHOLE_LIMIT = 2 << 30
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name and rename it: a reader sees the whole file or none."""
+    """Write JSON under a temporary name and rename it: a reader sees the whole file or none. The first rank writes."""
+    if not is_first():
+        return
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     scratch.replace(path)

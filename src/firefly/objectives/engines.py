@@ -1,0 +1,330 @@
+"""Who carries a step over many ranks: DDP, FSDP2 or DeepSpeed's ZeRO, as the configuration or the launcher asks.
+
+All of them come from torch, accelerate and DeepSpeed; here their settings are brought in line with what a step means
+in Firefly (one item of the data loader is one whole step, precision and schedule are ours), and what an engine cannot
+do is refused by name before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from firefly import ranks
+from firefly.config import Config
+from firefly.console import notice
+from firefly.errors import UsageError
+from firefly.models.memory import Forecast
+from firefly.models.precision import Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """What the rest of the program has to know of an engine.
+
+    Attributes:
+        name: as run.json and messages have it.
+        divides: which of "weights", "gradients" and "optimizer" each rank holds only its share of.
+        deepspeed: DeepSpeed runs the optimizer's step at the end of the step's last backward.
+        settings: for `TrainingArguments`.
+    """
+
+    name: str
+    divides: frozenset[str] = frozenset()
+    deepspeed: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def divides_weights(self) -> bool:
+        return "weights" in self.divides
+
+    def share(self, whole: Forecast) -> Forecast:
+        """One rank's part of what a single process would need."""
+        if not self.divides:
+            return whole
+        names = {OPTIMIZER: ("optimizer",), GRADIENTS: ("gradients",), WEIGHTS: ("weights", "masters")}
+        divided = {part for kind in self.divides for part in names[kind]}
+        count = ranks.world_size()
+        parts = {name: size // count if name in divided else size for name, size in whole.parts.items()}
+        return replace(whole, parts=parts, loaded=0 if self.divides_weights else whole.loaded)
+
+    def arguments(self, precision: Precision) -> dict[str, Any]:
+        """`TrainingArguments` of this engine."""
+        if "deepspeed" not in self.settings:
+            return {"deepspeed": None, "fsdp": None, "fsdp_config": None} | dict(self.settings)
+        # DeepSpeed casts a whole model to the type that it computes in; ours are chosen weight by weight. The scaling
+        # of losses for fp16 is its own affair, though.
+        settings = dict(self.settings["deepspeed"])
+        settings["fp16"] = {**settings.get("fp16", {}), "enabled": precision.scaled}
+        settings["bf16"] = {"enabled": False}
+        return {"deepspeed": settings, "fsdp": None, "fsdp_config": None}
+
+
+OPTIMIZER, GRADIENTS, WEIGHTS = "optimizer", "gradients", "weights"
+
+ENGINES: Mapping[str, Engine] = {
+    engine.name: engine
+    for engine in (
+        Engine(name="single"),
+        Engine(name="ddp"),
+        Engine(name="fsdp2", divides=frozenset((OPTIMIZER, GRADIENTS, WEIGHTS))),
+        Engine(name="zero0", deepspeed=True),
+        Engine(name="zero1", divides=frozenset((OPTIMIZER,)), deepspeed=True),
+        Engine(name="zero2", divides=frozenset((OPTIMIZER, GRADIENTS)), deepspeed=True),
+        Engine(name="zero3", divides=frozenset((OPTIMIZER, GRADIENTS, WEIGHTS)), deepspeed=True),
+    )
+}
+
+# Sections of a DeepSpeed configuration that Firefly's own keys decide, and those keys.
+DECIDED_ELSEWHERE: Mapping[str, str] = {
+    "optimizer": "optim, learning_rate, weight_decay",
+    "scheduler": "lr_scheduler_type, warmup_steps",
+    "train_batch_size": "per_device_train_batch_size",
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+    "amp": "bf16, fp16",
+    "bf16": "bf16",
+    "fp16": "fp16",
+    "activation_checkpointing": "gradient_checkpointing",
+}
+
+# accelerate's settings for what Firefly's own keys decide; with the values that ask for nothing.
+LAUNCHER_SETTINGS: Mapping[str, str] = {
+    "ACCELERATE_MIXED_PRECISION": "bf16, fp16",
+    "ACCELERATE_DYNAMO_BACKEND": "torch_compile",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps",
+    "ACCELERATE_GRADIENT_CLIPPING": "max_grad_norm",
+}
+NOTHING = ("", "no", "none", "false", "1", "1.0", "auto")
+
+
+def resolve_engine(config: Config) -> Engine:
+    """The engine of this run, with its settings.
+
+    Raises:
+        UsageError: a settings file that cannot be read, two engines at once, or something the engine cannot do.
+    """
+    launched = _take_launcher_settings()
+    deepspeed = config.training.get("deepspeed") or launched.get("deepspeed")
+    fsdp, fsdp_config = config.training.get("fsdp"), config.training.get("fsdp_config")
+    if not fsdp and "fsdp" in launched:
+        fsdp, fsdp_config = True, launched["fsdp"]
+    if deepspeed and fsdp:
+        raise UsageError("engine.two")
+    if deepspeed:
+        engine = _deepspeed_engine(deepspeed)
+        _one_rank_of_its_own()
+    elif ranks.world_size() == 1:
+        if fsdp:
+            notice("engine.fsdp_alone")
+        engine = ENGINES["single"]
+        _leave_one_rank_group()
+    elif fsdp:
+        engine = replace(ENGINES["fsdp2"], settings=_fsdp_settings(fsdp, fsdp_config))
+    else:
+        engine = ENGINES["ddp"]
+    _refuse(engine, config)
+    return engine
+
+
+def _refuse(engine: Engine, config: Config) -> None:
+    """What an engine cannot do, by name."""
+    if engine.divides_weights and config.adapter.mode == "qlora":
+        raise UsageError("engine.no_qlora", engine=engine.name)
+    compiled = any(config.training.get(f"torch_compile{part}") for part in ("", "_backend", "_mode"))
+    if engine.divides and compiled:
+        raise UsageError("engine.no_compile", engine=engine.name)
+    if engine.divides_weights and config.adapter.mode != "full" and config.adapter.use_dora:
+        raise UsageError("engine.no_dora", engine=engine.name)
+
+
+# ---- DeepSpeed ----
+
+
+def _deepspeed_engine(given: Any) -> Engine:
+    settings = _read_settings("deepspeed", given)
+    try:
+        import deepspeed  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UsageError("engine.no_deepspeed") from None
+    overruled = [name for name in DECIDED_ELSEWHERE if _says_something(settings.get(name))]
+    for name in overruled:
+        notice("engine.overruled", key=name, keys=DECIDED_ELSEWHERE[name])
+    settings = {name: value for name, value in settings.items() if name not in DECIDED_ELSEWHERE or name == "fp16"}
+    zero = dict(settings.get("zero_optimization", {}))
+    stage = zero.get("stage", 0)
+    if f"zero{stage}" not in ENGINES:
+        raise UsageError("config.bad_choice", key="zero_optimization.stage", value=stage, choices="0, 1, 2, 3")
+    if stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True  # the files that one process would leave
+    settings |= {
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # `optim` decides; DeepSpeed's own has to be compiled
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+    return replace(ENGINES[f"zero{stage}"], settings={"deepspeed": settings})
+
+
+def _says_something(value: Any) -> bool:
+    """Whether a part of a DeepSpeed configuration has a will of its own: not absent, "auto" or switched off."""
+    if isinstance(value, dict):
+        return value.get("enabled", True) not in (False, "auto") and bool(value)
+    return value not in (None, "auto", False)
+
+
+def _read_settings(key: str, given: Any) -> dict[str, Any]:
+    if isinstance(given, Mapping):
+        return dict(given)
+    path = Path(str(given)).expanduser()
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError("engine.no_file", key=key, path=path) from None
+    except (OSError, ValueError) as error:
+        raise UsageError("config.unreadable", path=path, problem=error) from None
+    if not isinstance(found, dict):
+        raise UsageError("config.not_an_object", path=path)
+    return found
+
+
+@contextmanager
+def whole_weights(args: Any) -> Iterator[None]:
+    """Let a model be loaded whole although ZeRO-3 is on: what is probed on it needs its weights (see `divide`)."""
+    from transformers.integrations import deepspeed as integration
+
+    config = getattr(args, "hf_deepspeed_config", None)
+    if config is not None:
+        integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            integration.set_hf_deepspeed_config(config)
+
+
+def divide(engine: Engine, model: Any, args: Any) -> None:
+    """Leave each rank its share of a model's weights under ZeRO-3, before DeepSpeed would move it whole to a card.
+
+    Our kernels use the weights of a decoder layer's parts directly, so a layer is gathered as one. (FSDP2 divides by
+    layers, too, when accelerate prepares the model.)
+    """
+    if engine.name != "zero3":
+        return
+    import deepspeed  # pyright: ignore[reportMissingImports]
+    from deepspeed.utils import set_z3_leaf_modules  # pyright: ignore[reportMissingImports]
+
+    from firefly.models.checkpointing import decoder_layers
+
+    layers = sorted({type(layer) for layer in decoder_layers(model)}, key=lambda kind: kind.__name__)
+    if layers:
+        set_z3_leaf_modules(model, layers)
+    deepspeed.zero.Init(module=model, config_dict_or_path=args.hf_deepspeed_config.config)
+
+
+def gathered(engine: Engine, parameters: list[Any]) -> Any:
+    """A context in which these parameters are whole on every rank."""
+    if engine.name != "zero3":
+        return nullcontext()
+    import deepspeed  # pyright: ignore[reportMissingImports]
+
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
+# ---- FSDP ----
+
+
+def _fsdp_settings(fsdp: Any, config: Any) -> dict[str, Any]:
+    """FSDP2's settings from a switch, older words ("full_shard auto_wrap offload") and `fsdp_config`."""
+    settings = _read_settings("fsdp_config", config) if config else {}
+    settings = {name.removeprefix("fsdp_"): value for name, value in settings.items()}
+    words = fsdp.split() if isinstance(fsdp, str) else list(fsdp) if isinstance(fsdp, list | tuple) else []
+    for word in (str(word) for word in words):
+        if word in ("full_shard", "shard_grad_op"):
+            settings.setdefault("reshard_after_forward", word == "full_shard")
+        elif word == "offload":
+            settings.setdefault("cpu_offload", True)
+        elif word not in ("auto_wrap", "true"):
+            choices = "true, full_shard, shard_grad_op, offload, auto_wrap"
+            raise UsageError("config.bad_choice", key="fsdp", value=json.dumps(word), choices=choices)
+    if str(settings.get("version", 2)) != "2":
+        notice("engine.fsdp2")
+    if str(settings.get("state_dict_type", "FULL_STATE_DICT")) != "FULL_STATE_DICT":
+        notice("engine.overruled", key="fsdp_config.state_dict_type", keys="FULL_STATE_DICT")
+    if str(settings.pop("activation_checkpointing", False)).lower() == "true":
+        notice("engine.overruled", key="fsdp_config.activation_checkpointing", keys="gradient_checkpointing")
+    if str(settings.pop("cpu_ram_efficient_loading", False)).lower() == "true":
+        notice("engine.loads_whole")
+    known = ("reshard_after_forward", "cpu_offload", "auto_wrap_policy", "min_num_params")
+    kept = {name: settings[name] for name in (*known, "transformer_layer_cls_to_wrap") if name in settings}
+    return {"fsdp": True, "fsdp_config": kept | {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
+
+
+# ---- launchers ----
+
+
+def _take_launcher_settings() -> dict[str, Any]:
+    """What `accelerate launch` was configured to do, taken out of the environment: one place decides from here on."""
+    environment, found = os.environ, {}
+    for name, key in LAUNCHER_SETTINGS.items():
+        value = environment.pop(name, "")
+        if value.lower() not in NOTHING:
+            notice("engine.overruled", key=name, keys=key)
+    if environment.pop("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        found["deepspeed"] = environment.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", "") or _launched_zero()
+    if environment.pop("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        found["fsdp"] = _launched_fsdp()
+    if environment.pop("ACCELERATE_USE_MEGATRON_LM", "false").lower() == "true":
+        raise UsageError("engine.no_megatron")
+    return found
+
+
+def _launched_zero() -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": int(os.environ.pop("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}
+    for part in ("optimizer", "param"):
+        device = os.environ.pop(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")
+        if device != "none":
+            zero[f"offload_{part}"] = {"device": device}
+    return {"zero_optimization": zero}
+
+
+def _launched_fsdp() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    names = {"RESHARD_AFTER_FORWARD": "reshard_after_forward", "OFFLOAD_PARAMS": "cpu_offload"}
+    for variable, name in names.items():
+        value = os.environ.pop(f"FSDP_{variable}", "").lower()
+        if value:
+            found[name] = value in ("true", "full_shard")
+    if layers := os.environ.pop("FSDP_TRANSFORMER_CLS_TO_WRAP", ""):
+        found["transformer_layer_cls_to_wrap"] = layers.split(",")
+    return found
+
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
+
+
+def _leave_one_rank_group() -> None:
+    """torchrun with one process asks for a process group of one; a run without it does the same work with less."""
+    for name in RANK_VARIABLES:
+        os.environ.pop(name, None)
+
+
+def _one_rank_of_its_own() -> None:
+    """DeepSpeed wants a process group even where it was started without a launcher."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    own = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ.update(own | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})

@@ -1,0 +1,200 @@
+"""Two ranks with 4 examples each train what one does with 8, on every engine, and leave the same files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from firefly.config import load_config
+from firefly.runs.metrics import read_metrics
+from firefly.train import train
+from tiny import assert_same, save_tiny_model, write_rows
+
+HERE = Path(__file__).resolve().parent
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp2": {"fsdp": "full_shard auto_wrap"},
+    "zero2": {"deepspeed": {"zero_optimization": {"stage": 2}}},
+    "zero3": {"deepspeed": {"zero_optimization": {"stage": 3}}},
+}
+OFFLOADING = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+ROWS = 17  # two full steps of 8, and a last one of a single example, which leaves one rank without any
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, and how; the same on one rank and on two."""
+
+    name: str
+    engine: dict[str, Any] = field(default_factory=dict)
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def settings(self, place: Path, output_dir: Path, ranks: int) -> dict[str, Any]:
+        task = self.changes.get("task_type", "sft")
+        file = {"sft": "train.jsonl", "dpo": "pairs.jsonl", "pretrain": "docs.jsonl"}[task]
+        common = {
+            "model_name_or_path": str(place / "llama_tied"),
+            "train_file": str(place / file),
+            "output_dir": str(output_dir),
+            "train_mode": "lora",
+            "lora_rank": 4,
+            "lora_dropout": 0.0,
+            "per_device_train_batch_size": 8 // ranks,
+            "tokens_per_microbatch": 200,
+            "max_seq_length": 64 if task == "pretrain" else 512,
+            "max_prompt_length": None,
+            "learning_rate": 0.01,
+            "num_train_epochs": 2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "bf16": False,
+            "seed": 1,
+            "ddp_timeout": 60,
+        }
+        chat = {} if task == "pretrain" else {"template_name": "default"}
+        model = {"model_name_or_path": str(place / self.changes["model"])} if "model" in self.changes else {}
+        changes = {key: value for key, value in self.changes.items() if key != "model"}
+        return common | chat | changes | model | (self.engine if ranks > 1 else {})
+
+
+CASES = [
+    Case(f"{engine}-{task}-{mode}", settings, {"task_type": task, "train_mode": mode})
+    for engine, settings in ENGINES.items()
+    for task in ("sft", "dpo")
+    for mode in ("full", "lora")
+]
+CASES += [
+    Case("ddp-sft-qlora", changes={"train_mode": "qlora"}),
+    Case("zero2-sft-qlora", ENGINES["zero2"], {"train_mode": "qlora"}),
+    Case("zero3-offload", {"deepspeed": {"zero_optimization": OFFLOADING}}, {"train_mode": "full"}),
+    *(Case(f"{engine}-pretrain", settings, {"task_type": "pretrain"}) for engine, settings in ENGINES.items()),
+    *(Case(f"{engine}-solo", settings, {"model": "bloom"}) for engine, settings in ENGINES.items()),
+    *(Case(f"{engine}-experts", settings, {"model": "mixtral"}) for engine, settings in ENGINES.items()),
+    *(
+        Case(f"{engine}-checkpointing", ENGINES[engine], {"gradient_checkpointing": True, "train_mode": "full"})
+        for engine in ("ddp", "fsdp2", "zero3")
+    ),
+    Case("ddp-evaluation", changes={"eval_ratio": 0.3}),
+    Case("zero3-evaluation", ENGINES["zero3"], {"eval_ratio": 0.3, "train_mode": "full"}),
+    Case("fsdp2-dpo-evaluation", ENGINES["fsdp2"], {"task_type": "dpo", "eval_ratio": 0.3}),
+    Case("ddp-apart", changes={"task_type": "dpo", "model": "bloom"}),
+]
+NAMES = [case.name for case in CASES]
+
+
+def write_uneven_pairs(path: Path) -> Path:
+    """Pairs of which some are twenty times as long as others."""
+    rows = [
+        {"prompt": f"question {i} " * (1 + i % 4), "chosen": "good " * (1 + 40 * (i % 5 == 0)), "rejected": "bad " * 3}
+        for i in range(ROWS)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    for name in ("llama_tied", "bloom", "mixtral"):
+        save_tiny_model(folder / name, name, **({"router_aux_loss_coef": 0.1} if name == "mixtral" else {}))
+    write_rows(folder / "train.jsonl", ROWS)
+    write_uneven_pairs(folder / "pairs.jsonl")
+    texts = [f"document {i} tells of " + "many things " * (i % 5) for i in range(36)]
+    (folder / "docs.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    return folder
+
+
+def launch(file: Path, processes: int = 2, seconds: int = 600) -> subprocess.CompletedProcess[str]:
+    """Run the trainings of a file on ranks of one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "FIREFLY_LANG": "en"}
+    return subprocess.run(
+        [*command, str(HERE / "many_ranks.py"), str(file)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=seconds,
+    )
+
+
+@pytest.fixture(scope="module")
+def two_ranks(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all cases as two ranks trained them."""
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.fail("deepspeed is not installed: make setup")
+    folder = tmp_path_factory.mktemp("two")
+    configurations = [case.settings(place, folder / case.name, ranks=2) for case in CASES]
+    (folder / "configurations.json").write_text(json.dumps(configurations), encoding="utf-8")
+    done = launch(folder / "configurations.json")
+    (folder / "log.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("firefly.train.draw_loss", lambda *_: None)
+    return
+
+
+def values(folder: Path, key: str = "loss") -> list[float]:
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [line[key] for line in lines if key in line and "train_loss" not in line]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.name not in ("loss.png", "log.txt")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_train_what_one_does(name: str, place: Path, two_ranks: Path, tmp_path: Path) -> None:
+    case = CASES[NAMES.index(name)]
+    found = two_ranks / name
+    for error in found.glob("error-*.txt"):
+        pytest.fail(error.read_text(encoding="utf-8"))
+    assert found.is_dir(), (two_ranks / "log.txt").read_text(encoding="utf-8")[-3000:]
+    expected = train(load_config(case.settings(place, tmp_path / "one", ranks=1)))
+    assert len(values(expected)) > 3
+    for key in ("loss", "eval_loss", "learning_rate", "rewards/margins", "logps/chosen"):
+        assert values(found, key) == pytest.approx(values(expected, key), rel=1e-5, abs=1e-6), key
+    # Of its norm, gradients of 0 have a large part of rounding.
+    assert values(found, "grad_norm") == pytest.approx(values(expected, "grad_norm"), rel=1e-3)
+    assert files(found) - {"loss.png"} == files(expected) - {"loss.png"}
+    assert_same(weights(found), weights(expected), 2e-3)
+    counts = [json.loads((folder / "train_results.json").read_text()) for folder in (found, expected)]
+    for key in ("steps", "examples", "input_tokens", "target_tokens"):
+        assert counts[0][key] == counts[1][key]
+
+
+def test_uneven_rows_give_every_rank_as_many_microbatches() -> None:
+    from firefly.data.batching import deal, plan_microbatches
+
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        ranks = int(generator.integers(1, 9))
+        lengths = generator.integers(1, 400, generator.integers(1, 40)).tolist()
+        budget = int(generator.integers(1, 1000))
+        groups = plan_microbatches(lengths, budget, ranks)
+        hands = deal(groups, lengths, ranks)
+        assert {len(hand) for hand in hands} == {len(groups) // ranks}
+        assert sorted(i for hand in hands for group in hand for i in group) == list(range(len(lengths)))
+        for hand in hands:
+            for group in hand:
+                assert len(group) <= 1 or sum(lengths[i] for i in group) <= budget
