@@ -32,7 +32,6 @@ from firefly.inference.engine import tokenizer_source
 from firefly.messages import render
 from firefly.models import choices as choosing
 from firefly.models.adapters import adapter_settings, attach_adapter, count_parameters, transformers_model
-from firefly.models.attention import choose_layout
 from firefly.models.checkpointing import Checkpointing, decoder_layers
 from firefly.models.choices import Choices, Lengths
 from firefly.models.compilation import compile_layers
@@ -41,9 +40,10 @@ from firefly.models.kernels import segment_attention
 from firefly.models.kernels.segment_attention import describe_attention
 from firefly.models.kernels.weight_cache import cache_sizes
 from firefly.models.loading import load_model, load_tokenizer, resolve_model
-from firefly.models.memory import Forecast, forecast_memory, measure_activations, optimizer_bytes_of
+from firefly.models.memory import Forecast, forecast_memory, optimizer_bytes_of
 from firefly.models.precision import Precision, pick_device, resolve_precision
 from firefly.models.tokens import add_tokens, fit_embeddings
+from firefly.models.verdicts import known_activations, known_layout
 from firefly.objectives.engines import Engine, divide, resolve_engine, whole_weights
 from firefly.objectives.preference import PREFERENCE_LOSSES
 from firefly.objectives.preference_trainer import PreferenceTrainer, disable_dropout
@@ -114,7 +114,7 @@ def train(config: Config) -> Path:
         # Hashing leaves the interpreter free to load what is hashed.
         hashed = beside.submit(weights_hash, resolve_model(config.model))
         model = load_model(config.model, config.adapter.mode, precision, place)
-    layout = choose_layout(model)
+    layout = known_layout(model)
     certificate = None
     if task.chats:
         model.generation_config.eos_token_id = list(encoder.template.stop_ids)
@@ -396,7 +396,7 @@ def resolve_choices(
     by_products = choosing.measure_attention(inner, device, precision.compute)
     segment_attention.use_crossover(by_products)  # what attention keeps is measured below
     autocast = precision.compute if full and precision.compute != torch.float32 else None
-    activations = measure_activations(inner, layout, autocast, lengths.longest)
+    activations = known_activations(inner, layout, autocast, lengths.longest)
     keeps_copy = config.task_type == "dpo" and full and not config.preference.precompute_reference
     copied = sum(p.numel() for p in model.parameters()) * precision.compute.itemsize if keeps_copy else 0
     cacheable = cache_sizes(inner, precision.compute)

@@ -1,0 +1,91 @@
+"""What was proved or measured of an architecture, kept so that the next run of the same one begins sooner.
+
+A verdict is found again only by all that it rests on: the model's configuration and class, its parameters' shapes and
+types, the libraries, this room's code and the device. Weights do not count: that segments stay apart, and what a token
+keeps for backward, follow from how a model computes. Code that a model brings along is tried every time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from firefly.data.dataset import cache_folder
+from firefly.models.attention import NAME, choose_layout
+from firefly.models.memory import Activations, measure_activations
+
+
+def known_layout(model: Any) -> tuple[str, str]:
+    """As `attention.choose_layout`, proved once."""
+    path = _path("layout", model, [])
+    found = _read(path)
+    if found is None:
+        layout, reason = choose_layout(model)
+        _write(path, {"layout": layout, "reason": reason})
+        return layout, reason
+    if found["layout"] == "segments":
+        model.set_attn_implementation(NAME)
+    return found["layout"], found["reason"]
+
+
+def known_activations(model: Any, layout: str, autocast: torch.dtype | None, longest: int) -> Activations:
+    """As `memory.measure_activations`, measured once."""
+    dropout = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    path = _path("activations", model, [layout, str(autocast), longest, dropout])
+    found = _read(path)
+    if found is None:
+        measured = measure_activations(model, layout, autocast, longest)
+        _write(path, asdict(measured))
+        return measured
+    return Activations(**found)
+
+
+def _path(kind: str, model: Any, parts: list[Any]) -> Path | None:
+    """Where the verdict on this model lies; None where it cannot be known again."""
+    if type(model).__module__.startswith("transformers_modules"):
+        return None
+    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    shapes = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
+    device = next(model.parameters()).device
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    versions = torch.__version__, transformers.__version__, code_hash()
+    whole = [f"{type(model).__module__}.{type(model).__qualname__}", config, shapes, card, versions, parts]
+    digest = hashlib.sha256(json.dumps(whole, default=str, sort_keys=True).encode()).hexdigest()
+    return cache_folder() / "verdicts" / f"{kind}-{digest[:32]}.json"
+
+
+@cache
+def code_hash() -> str:
+    """Hash of this room's own source."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path | None) -> dict[str, Any] | None:
+    """What lies there; None where nothing readable does."""
+    if path is None:
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _write(path: Path | None, verdict: dict[str, Any]) -> None:
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(json.dumps(verdict), encoding="utf-8")
+    scratch.replace(path)
