@@ -44,7 +44,7 @@ from firefly.models.memory import Forecast, forecast_memory, optimizer_bytes_of
 from firefly.models.precision import Precision, pick_device, resolve_precision
 from firefly.models.tokens import add_tokens, fit_embeddings
 from firefly.models.verdicts import known_activations, known_layout
-from firefly.objectives.engines import Engine, divide, resolve_engine, whole_weights
+from firefly.objectives.engines import Engine, divide, load_whole, resolve_engine
 from firefly.objectives.preference import PREFERENCE_LOSSES
 from firefly.objectives.preference_trainer import PreferenceTrainer, disable_dropout
 from firefly.objectives.reference import AdapterOff, FrozenAdapter, FrozenModel, Reference, Untrained
@@ -110,8 +110,7 @@ def train(config: Config) -> Path:
     set_seed(args.seed)
     # Divided weights are loaded whole into the CPU's memory, where the model is tested.
     place = torch.device("cpu") if engine.divides_weights else device
-    with ThreadPoolExecutor(1) as beside, whole_weights(args):
-        # Hashing leaves the interpreter free to load what is hashed.
+    with ThreadPoolExecutor(1) as beside:  # hashing leaves the interpreter free to load what is hashed
         hashed = beside.submit(weights_hash, resolve_model(config.model))
         model = load_model(config.model, config.adapter.mode, precision, place)
     layout = known_layout(model)
@@ -119,8 +118,7 @@ def train(config: Config) -> Path:
     if task.chats:
         model.generation_config.eos_token_id = list(encoder.template.stop_ids)
         certificate = write_certificate(output_dir, encoder)
-    with whole_weights(args):
-        model = attach_adapter(model, config.adapter, fit_embeddings(model, tokenizer, added), config.given)
+    model = attach_adapter(model, config.adapter, fit_embeddings(model, tokenizer, added), config.given)
     if quiet := quiet_routers(model):
         notice("router.quiet", count=len(quiet))
     head = install_training_forwards(model)
@@ -294,6 +292,7 @@ def join_ranks(config: Config, engine: Engine, precision: Precision, device: tor
     if args.n_gpu > 1:  # one process: transformers would split each batch among the cards (DataParallel)
         notice("engine.one_card", count=args.n_gpu)
         args._n_gpu = 1
+    load_whole(args)
     return args
 
 

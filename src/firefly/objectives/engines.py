@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -198,19 +198,12 @@ def _read_settings(key: str, given: Any) -> dict[str, Any]:
     return found
 
 
-@contextmanager
-def whole_weights(args: Any) -> Iterator[None]:
-    """Let a model be loaded whole although ZeRO-3 is on: what is probed on it needs its weights (see `divide`)."""
-    from transformers.integrations import deepspeed as integration
+def load_whole(args: Any) -> None:
+    """Let models be loaded whole although ZeRO-3 is on, until `divide`: what is probed on them needs their weights."""
+    if getattr(args, "hf_deepspeed_config", None) is not None:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    config = getattr(args, "hf_deepspeed_config", None)
-    if config is not None:
-        integration.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if config is not None:
-            integration.set_hf_deepspeed_config(config)
+        unset_hf_deepspeed_config()
 
 
 def divide(engine: Engine, model: Any, args: Any) -> None:
@@ -219,7 +212,12 @@ def divide(engine: Engine, model: Any, args: Any) -> None:
     Our kernels use the weights of a decoder layer's parts directly, so a layer is gathered as one. (FSDP2 divides by
     layers, too, when accelerate prepares the model.)
     """
-    if engine.name != "zero3":
+    if not engine.deepspeed:
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config
+
+    set_hf_deepspeed_config(args.hf_deepspeed_config)
+    if not engine.divides_weights:
         return
     import deepspeed  # pyright: ignore[reportMissingImports]
     from deepspeed.utils import set_z3_leaf_modules  # pyright: ignore[reportMissingImports]
