@@ -96,6 +96,8 @@ _SFT_LAYOUTS: Mapping[str, tuple[Layout, ...]] = {
 }
 # What earlier sweeps found best beside the layout (results/sft_lora_sweep.json, results/dpo_lora.json).
 _KNOWN_ATTENTION: Mapping[tuple[str, str], str] = {("trl", "sft"): "eager"}
+LONG = 512
+"""Tokens beyond which eager attention, which keeps the square of a row's length, takes tens of gigabytes."""
 
 
 def layouts(name: str, case: Case) -> tuple[Layout, ...]:
@@ -105,6 +107,9 @@ def layouts(name: str, case: Case) -> tuple[Layout, ...]:
     elif case.task == "pretrain":
         # Blocks are full, so there is nothing to pack; TRL keeps a block's documents apart in this layout alone.
         found = _layouts("padding_free" if name == "trl" and case.isolated else "padded", 1, 2)
+    elif case.max_tokens > LONG:
+        # Rows fill their length, so padding is small.
+        found = tuple(sorted(_SFT_LAYOUTS[name], key=lambda layout: (layout.kind != "padded", layout.batch_size)))
     else:
         found = _SFT_LAYOUTS[name]
     # Packs are checked against their rows with the adapter off, and full fine-tuning has none.
@@ -124,7 +129,7 @@ def known_good(name: str, case: Case, has_bf16: bool) -> Tuning:
     if name == "firefly":
         return Tuning(name="firefly")
     layout, precision = layouts(name, case)[0], precisions(case, has_bf16)[0]
-    attention = _KNOWN_ATTENTION.get((name, case.task), "sdpa")
+    attention = "sdpa" if case.max_tokens > LONG else _KNOWN_ATTENTION.get((name, case.task), "sdpa")
     return Tuning(
         name=f"{precision}, {layout.name}, {attention}, freed memory kept",
         arguments=f"--precision {precision} {layout.arguments} --attention {attention}",

@@ -158,6 +158,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
 
 
+def read(file: Path) -> dict[str, Any] | None:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
 def files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.name not in ("loss.png", "log.txt")}
 
@@ -178,6 +182,8 @@ def test_two_ranks_train_what_one_does(name: str, place: Path, two_ranks: Path, 
     assert values(found, "grad_norm") == pytest.approx(values(expected, "grad_norm"), rel=1e-3)
     assert files(found) - {"loss.png"} == files(expected) - {"loss.png"}
     assert_same(weights(found), weights(expected), 2e-3)
+    for name in ("config.json", "adapter_config.json", "generation_config.json"):
+        assert read(found / name) == read(expected / name)
     counts = [json.loads((folder / "train_results.json").read_text()) for folder in (found, expected)]
     for key in ("steps", "examples", "input_tokens", "target_tokens"):
         assert counts[0][key] == counts[1][key]
