@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 DATA = HERE.parents[1] / "shared" / "data"
 EXAMPLES_PER_STEP = 8
 ALONE = ["-c", "from firefly.cli import run; run()", "train"]
-TOGETHER = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", str(HERE.parent / "train.py")]
+TOGETHER = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(HERE.parent / "train.py")]
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ The file holds a list of configurations; a training that fails leaves error.txt 
 """
 
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -26,7 +27,10 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"error-{ranks.rank()}.txt").write_text(traceback.format_exc(), encoding="utf-8")
             traceback.print_exc()
-        unset_hf_deepspeed_config()  # the next training may have another engine
+        # The next training may have another engine.
+        unset_hf_deepspeed_config()
+        for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_MIXED_PRECISION"):
+            os.environ.pop(name, None)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,10 @@ ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {},
     "fsdp2": {"fsdp": "full_shard auto_wrap"},
     "zero2": {"deepspeed": {"zero_optimization": {"stage": 2}}},
-    "zero3": {"deepspeed": {"zero_optimization": {"stage": 3}}},
+    # By default DeepSpeed keeps parameters as small as these whole.
+    "zero3": {"deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}},
 }
-OFFLOADING = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+OFFLOADED = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
 ROWS = 17  # two full steps of 8, and a last one of a single example, which leaves one rank without any
 
 
@@ -79,7 +80,11 @@ CASES = [
 CASES += [
     Case("ddp-sft-qlora", changes={"train_mode": "qlora"}),
     Case("zero2-sft-qlora", ENGINES["zero2"], {"train_mode": "qlora"}),
-    Case("zero3-offload", {"deepspeed": {"zero_optimization": OFFLOADING}}, {"train_mode": "full"}),
+    Case(
+        "zero3-offload",
+        {"deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **OFFLOADED}}},
+        {"train_mode": "full"},
+    ),
     *(Case(f"{engine}-pretrain", settings, {"task_type": "pretrain"}) for engine, settings in ENGINES.items()),
     *(Case(f"{engine}-solo", settings, {"model": "bloom"}) for engine, settings in ENGINES.items()),
     *(Case(f"{engine}-experts", settings, {"model": "mixtral"}) for engine, settings in ENGINES.items()),
@@ -119,7 +124,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def launch(file: Path, processes: int = 2, seconds: int = 600) -> subprocess.CompletedProcess[str]:
     """Run the trainings of a file on ranks of one thread each."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "FIREFLY_LANG": "en"}
     return subprocess.run(
         [*command, str(HERE / "many_ranks.py"), str(file)],

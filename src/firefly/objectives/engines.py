@@ -20,6 +20,8 @@ from firefly import ranks
 from firefly.config import Config
 from firefly.console import notice
 from firefly.errors import UsageError
+from firefly.models.adapters import transformers_model
+from firefly.models.checkpointing import decoder_layers
 from firefly.models.memory import Forecast
 from firefly.models.precision import Precision
 
@@ -151,9 +153,12 @@ def _refuse(engine: Engine, config: Config) -> None:
 def _deepspeed_engine(given: Any) -> Engine:
     settings = _read_settings("deepspeed", given)
     try:
-        import deepspeed  # noqa: F401  # pyright: ignore[reportMissingImports]
+        import deepspeed  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UsageError("engine.no_deepspeed") from None
+    # On CPUs it would compile an extension, which takes a compiler and a minute, for what gloo does as well.
+    compatible = getattr(getattr(deepspeed, "ops", None), "__compatible_ops__", {})
+    compatible["deepspeed_shm_comm"] = False
     overruled = [name for name in DECIDED_ELSEWHERE if _says_something(settings.get(name))]
     for name in overruled:
         notice("engine.overruled", key=name, keys=DECIDED_ELSEWHERE[name])
@@ -222,11 +227,12 @@ def divide(engine: Engine, model: Any, args: Any) -> None:
     import deepspeed  # pyright: ignore[reportMissingImports]
     from deepspeed.utils import set_z3_leaf_modules  # pyright: ignore[reportMissingImports]
 
-    from firefly.models.checkpointing import decoder_layers
-
     layers = sorted({type(layer) for layer in decoder_layers(model)}, key=lambda kind: kind.__name__)
     if layers:
         set_z3_leaf_modules(model, layers)
+        # Such a layer's gradients are taken when that of its input is there, so the first one has to have one, too.
+        transformers_model(model).enable_input_require_grads()
+    deepspeed.init_distributed()  # or it takes itself for the only rank
     deepspeed.zero.Init(module=model, config_dict_or_path=args.hf_deepspeed_config.config)
 
 
