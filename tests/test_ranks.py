@@ -98,6 +98,12 @@ CASES += [
     Case("ddp-apart", changes={"task_type": "dpo", "model": "bloom"}),
 ]
 NAMES = [case.name for case in CASES]
+SAVING = {"lora_dropout": 0.1, "save_strategy": "steps", "save_steps": 2}
+RESUMED = [
+    Case(f"{engine}-resumed-{mode}", settings, {"train_mode": mode, **SAVING})
+    for engine, settings in ENGINES.items()
+    for mode in ("full", "lora")
+]
 
 
 def write_uneven_pairs(path: Path) -> Path:
@@ -141,7 +147,10 @@ def two_ranks(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if importlib.util.find_spec("deepspeed") is None:
         pytest.fail("deepspeed is not installed: make setup")
     folder = tmp_path_factory.mktemp("two")
-    configurations = [case.settings(place, folder / case.name, ranks=2) for case in CASES]
+    configurations = [case.settings(place, folder / case.name, ranks=2) for case in (*CASES, *RESUMED)]
+    for case in RESUMED:
+        again = case.settings(place, folder / f"{case.name}-again", ranks=2)
+        configurations.append(again | {"resume_from_checkpoint": str(folder / case.name / "checkpoint-2")})
     (folder / "configurations.json").write_text(json.dumps(configurations), encoding="utf-8")
     done = launch(folder / "configurations.json")
     (folder / "log.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
@@ -163,8 +172,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
 
 
-def read(file: Path) -> dict[str, Any] | None:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+def read(file: Path) -> dict[str, Any]:
+    """A settings file; peft writes sets in any order."""
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return {name: sorted(value, key=str) if isinstance(value, list) else value for name, value in settings.items()}
 
 
 def files(folder: Path) -> set[str]:
@@ -192,6 +203,28 @@ def test_two_ranks_train_what_one_does(name: str, place: Path, two_ranks: Path, 
     counts = [json.loads((folder / "train_results.json").read_text()) for folder in (found, expected)]
     for key in ("steps", "examples", "input_tokens", "target_tokens"):
         assert counts[0][key] == counts[1][key]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", RESUMED, ids=lambda case: case.name)
+def test_two_ranks_resume_in_the_middle_of_an_epoch_as_if_nothing_had_been(case: Case, two_ranks: Path) -> None:
+    whole, again = two_ranks / case.name, two_ranks / f"{case.name}-again"
+    for error in (*whole.glob("error-*.txt"), *again.glob("error-*.txt")):
+        pytest.fail(error.read_text(encoding="utf-8"))
+    assert values(again) == values(whole)[2:]
+    assert_same(weights(again), weights(whole), 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_one_rank_goes_on_where_two_stopped(engine: str, place: Path, two_ranks: Path, tmp_path: Path) -> None:
+    """With dropout, ranks draw other masks; the losses stay near."""
+    case = next(case for case in RESUMED if case.name == f"{engine}-resumed-lora")
+    whole = two_ranks / case.name
+    settings = case.settings(place, tmp_path / "one", ranks=1)
+    found = train(load_config(settings | {"resume_from_checkpoint": str(whole / "checkpoint-2")}))
+    assert len(values(found)) == len(values(whole)) - 2
+    assert values(found) == pytest.approx(values(whole)[2:], rel=0.05)
 
 
 def test_uneven_rows_give_every_rank_as_many_microbatches() -> None:
