@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -490,6 +490,13 @@ def without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if not name.endswith("_token")}
 
 
+def unnamed_defaults(config: Config) -> dict[str, Any]:
+    """transformers' keys that the configuration leaves alone, at the defaults of the version that trains."""
+    named = config.flat()
+    specs = (spec for spec in fields(TrainingArguments) if spec.init and spec.default is not MISSING)
+    return {spec.name: spec.default for spec in specs if spec.name not in named}
+
+
 def write_records(
     config: Config,
     output_dir: Path,
@@ -509,6 +516,7 @@ def write_records(
         output_dir / "run.json",
         {
             "config": without_secrets(config.flat()),
+            "defaults": unnamed_defaults(config),
             "resolved": {
                 "precision": precision.name,
                 "layout": options.layout,

@@ -765,6 +765,7 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "runs.head_state": ("state, steps", "状态、步数"),
     "runs.head_loss": ("loss, eval", "损失、评估"),
     "runs.head_started": ("started, took", "开始、用时"),
+    "runs.steps": ("step {steps}", "第 {steps} 步"),
     "runs.resumed": ("resumed from {path}", "从 {path} 继续"),
     "runs.heading_configuration": ("configuration, where it is not the default", "与默认值不同的配置"),
     "runs.heading_choices": ("chosen for this run", "本次训练的选择"),

@@ -1,7 +1,7 @@
 """`firefly runs diff`: why two runs differ.
 
-Told in the order of what explains most: what is trained, how it is computed (which rounding alone should show), what has
-no effect; and then how far the losses went together.
+Told in the order of what explains most: what is trained, how it is computed (which rounding alone should show), what
+has no effect; and then how far the losses went together.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rich.text import Text
 
 from firefly.config import TRAINING_DEFAULTS, UNUSED, own_fields
 from firefly.messages import render
-from firefly.reports.runs import clock, compact, nearby, number, paragraph, same, size, state_name
+from firefly.reports.runs import clock, compact, nearby, number, paragraph, size, state_name
 from firefly.runs.records import RunRecord, finite, mapping, series
 
 # Configuration keys that say how something is computed. Whatever is in neither list counts as changing what is trained.
@@ -165,7 +165,7 @@ def compare_runs(a: RunRecord, b: RunRecord) -> RunDiff:
             if name == "data":
                 trained += _differences(*({count: run.data.get(count) for count in COUNTS} for run in (a, b)))
     held_out = [mapping(run.passport.get("hashes")).get("eval_data") for run in (a, b)]
-    keys = compare_configs(a.config, b.config)
+    keys = compare_configs(a, b)
     trained += keys["trained"]
     if held_out[0] != held_out[1]:
         keys["idle"].insert(0, Difference("eval_data", *held_out))
@@ -178,7 +178,8 @@ def compare_runs(a: RunRecord, b: RunRecord) -> RunDiff:
     versions = [mapping(run.passport.get("versions")) for run in (a, b)]
     commits = [{"firefly_commit": run.passport.get("firefly_commit")} for run in (a, b)]
     computed += _differences(*machines) + _differences(*versions, first=PACKAGES_FIRST) + _differences(*commits)
-    computed += keys["computed"]
+    told = {item.what for item in computed}  # what a key resolved to says more than the key
+    computed += [item for item in keys["computed"] if item.what not in told]
     if not keys["trained"]:
         same_parts.append("configuration")
     for name, pair in (("versions", versions), ("hardware", machines)):
@@ -237,21 +238,24 @@ COUNTS = ("rows", "kept", "cut", "train_examples", "tokens", "target_tokens")
 """What data_report.json says of different data."""
 
 
-def compare_configs(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[Difference]]:
+def compare_configs(a: RunRecord, b: RunRecord) -> dict[str, list[Difference]]:
     """Differing keys by what they change: "trained", "computed" or "idle".
 
-    A key that one of them does not have is at its default: transformers' keys are recorded only where somebody set
-    them, and Firefly's own came one after another.
+    A key that one of them does not name is at its default: the one recorded with the run or, of a run from before such
+    a key or before defaults were recorded, the other run's, or today's.
     """
-    defaults = {name: spec.default for name, (_, spec) in own_fields().items()} | TRAINING_DEFAULTS
+    recorded = [mapping(run.passport.get("defaults")) for run in (a, b)]
+    today = {name: spec.default for name, (_, spec) in own_fields().items()} | TRAINING_DEFAULTS
+    ours, theirs = (today | other | own | run.config for run, own, other in ((a, *recorded), (b, *reversed(recorded))))
     groups: dict[str, list[Difference]] = {"trained": [], "computed": [], "idle": []}
-    for name in dict.fromkeys((*defaults, *a, *b)):
-        ours, theirs = a.get(name, defaults.get(name)), b.get(name, defaults.get(name))
-        if same(ours, theirs) or same(theirs, ours) or name in IDENTITY_KEYS:
+    for name in dict.fromkeys((*ours, *theirs)):
+        value, other = _plain(ours.get(name)), _plain(theirs.get(name))
+        if value == other or name in IDENTITY_KEYS:
             continue
-        idle = name in IDLE_KEYS or name.startswith(IDLE_PREFIXES) or (_unused(name, a) and _unused(name, b))
+        unused = _unused(name, a.config) and _unused(name, b.config)
+        idle = name in IDLE_KEYS or name.startswith(IDLE_PREFIXES) or unused
         group = "computed" if name in COMPUTING_KEYS else "idle" if idle else "trained"
-        groups[group].append(Difference(name, _plain(ours), _plain(theirs)))
+        groups[group].append(Difference(name, value, other))
     return groups
 
 
@@ -261,6 +265,7 @@ def _unused(name: str, config: Mapping[str, Any]) -> bool:
 
 
 def _plain(value: Any) -> Any:
+    """JSON has lists where a configuration has tuples."""
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -400,18 +405,20 @@ def show_differences(console: Console, title: str, items: Sequence[Difference], 
     console.print()
     console.print(Text(title, style="bold"))
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    own = own_fields()  # where null is a value
     table.add_column("", overflow="fold")
     table.add_column("A", overflow="fold")
     table.add_column("B", overflow="fold")
     for item in items:
-        ours, theirs = (shortened(value) for value in (item.a, item.b))
+        nothing = "null" if item.what in own else render("runs.not_set")
+        ours, theirs = (nothing if value is None else shortened(value) for value in (item.a, item.b))
         table.add_row(Text(f"  {names.get(item.what, item.what)}"), Text(ours), Text(theirs))
     console.print(table)
 
 
 def shortened(value: Any) -> str:
     """A value; of a hash or a commit, as much as tells it from others."""
-    text = render("runs.not_set") if value is None else compact(value)
+    text = compact(value)
     match = re.fullmatch(r"([0-9a-f]{10})[0-9a-f]{22,}(.*)", text)
     return f"{match[1]}…{match[2]}" if match else text
 

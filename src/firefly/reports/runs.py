@@ -49,7 +49,7 @@ def show_list(records: Sequence[RunRecord], folders: Sequence[str], console: Con
     table.add_column(render("runs.head_started"), no_wrap=True)
     for record in records:
         table.add_row(
-            two_lines(nearby(record.folder), describe_task(record)),
+            two_lines(nearby(record.folder), f"  {describe_task(record)}", "bold"),
             two_lines(state_name(record.state), steps_of(record), STYLES[record.state]),
             two_lines(number(record.loss), number(record.eval_loss)),
             two_lines(moment(record.started), clock(record.seconds)),
@@ -88,7 +88,7 @@ def show_run(record: RunRecord, console: Console) -> None:
     console.print(
         Text.assemble(
             (state_name(record.state), STYLES[record.state]),
-            f"  {steps_of(record)} {render('progress.step')}  {moment(record.started)}  {clock(record.seconds)}",
+            f"  {render('runs.steps', steps=steps_of(record))}  {moment(record.started)}  {clock(record.seconds)}",
         )
     )
     console.print(describe_task(record), markup=False)
@@ -145,16 +145,17 @@ def show_data(record: RunRecord, console: Console) -> None:
 
 def show_curves(record: RunRecord, console: Console) -> None:
     curves = {name: series(record.metrics, name) for name in ("loss", "eval_loss", "rewards/margins")}
-    lines = [describe_curve(name, points) for name, points in curves.items() if points]
+    width = max((len(name) for name, points in curves.items() if points), default=0)
+    lines = [describe_curve(f"{name:{width}}", points) for name, points in curves.items() if points]
     paragraph(console, render("runs.heading_loss"), lines)
 
 
 def describe_curve(name: str, points: Mapping[int, float]) -> str:
     """A curve in one line: first value, its shape, last value, and where it is lowest."""
     values = list(points.values())
-    shape = f"{name:9} {number(values[0])} {sparkline(values)} {number(values[-1])}"
+    shape = f"{name} {number(values[0])} {sparkline(values)} {number(values[-1])}"
     known = {step: value for step, value in points.items() if math.isfinite(value)}
-    if len(known) < 2 or name == "rewards/margins":
+    if len(known) < 2 or "loss" not in name:
         return shape
     lowest = min(known, key=known.__getitem__)
     return f"{shape}  {render('runs.lowest', value=number(known[lowest]), step=lowest)}"
@@ -281,6 +282,8 @@ def moment(seconds: float | None) -> str:
 
 def compact(value: Any) -> str:
     """A value as it would stand in a configuration; text without quotation marks."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a number of steps that passed through a float
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 

@@ -25,7 +25,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: resident set now on a CPU; the peak on a GPU, for what is allocated between steps says nothing of a step."""
+    """Bytes: resident set now on a CPU; the peak on a GPU, where between steps little is allocated."""
     if device.type != "cuda" and (resident := read_proc("/proc/self/status", "VmRSS")) is not None:
         return resident
     return peak_memory(device)
