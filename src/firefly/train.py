@@ -72,7 +72,7 @@ from firefly.runs.passport import (
     weights_hash,
     write_json,
 )
-from firefly.runs.plots import draw_loss
+from firefly.runs.plots import LAST_DRAWING_SECONDS, draw_loss
 from firefly.runs.state import RUNNING, this_process
 from firefly.runs.trackers import PassportReporter, choose_trackers, never_ask
 
@@ -90,10 +90,6 @@ TASKS: dict[TaskName, Task] = {
     "sft": Task(CausalTrainer, chats=True),
     "dpo": Task(PreferenceTrainer, chats=True),
 }
-
-
-LAST_DRAWING_SECONDS = 60
-"""How long a finished run waits for its loss.png at most."""
 
 
 def train(config: Config) -> Path:
@@ -433,9 +429,9 @@ def replace_progress(trainer: StepTrainer, recorder: RunRecorder) -> None:
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     never_ask(trainer.args.report_to)
-    callbacks = trainer.callback_handler.callbacks
-    callbacks.insert(1, recorder)  # behind the flow of control, before the trackers
-    trainer.add_callback(PassportReporter(recorder.path.parent, callbacks))
+    watching = trainer.callback_handler.callbacks
+    watching.insert(1, recorder)  # behind the flow of control, before the trackers
+    trainer.add_callback(PassportReporter(recorder.path.parent, watching))
     trainer.add_callback(Progress(show_bar=not trainer.args.disable_tqdm and sys.stderr.isatty()))
 
 

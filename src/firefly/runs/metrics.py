@@ -208,7 +208,8 @@ class Progress(TrainerCallback):
         if not learnt:
             return
         if self.bar is not None and self.show_bar:
-            self.bar.set_postfix_str(", ".join(pace) or self.bar.postfix, refresh=False)
+            if pace:
+                self.bar.set_postfix_str(", ".join(pace), refresh=False)
             pace = []
         elif pace:
             pace.append(render("progress.left", time=tqdm.format_interval(logs["seconds_left"])))

@@ -16,6 +16,8 @@ import firefly
 from firefly.console import notice
 from firefly.runs.records import read_metrics, series
 
+LAST_DRAWING_SECONDS = 60
+"""How long a finished run waits for its picture at most."""
 NOISY = 30
 """From so many points on, a curve is shown smoothed, with the points themselves pale behind it."""
 
