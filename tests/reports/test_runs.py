@@ -103,7 +103,7 @@ def test_a_run_is_shown_with_everything_that_a_person_asks_for(capsys):
         "precision float32",
         "42 rows, 38 kept, 2 cut, lost: too_long 2; 10,000 tokens, 40% trained",
         "40 examples to train, 0 held out",
-        "loss 2.9000 █▇▇▆▆▆▅▅▅▄▄▄▃▃▃▃▂▂▁▁ 1.0000 lowest 1.0000 at step 20",
+        "loss 2.9000 ██▇▇▇▆▆▅▅▅▄▄▄▃▃▂▂▂▁▁ 1.0000 lowest 1.0000 at step 20",
         "eval_loss 2.5000 █▁ 1.2500",
         "train_runtime 0:03:00",
         "peak_memory_bytes 3.00 GiB",
