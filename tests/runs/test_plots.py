@@ -90,7 +90,7 @@ def test_long_curves_are_painted_smoothed_over_the_points_themselves(tmp_path, p
     assert values == list(losses.values())
     assert raw.startswith("_")  # stands in no legend
     assert label == "loss (smoothed)"
-    assert max(smooth[50:]) - min(smooth[50:]) < 0.5  # of 2 between neighbours
+    assert max(smooth[5:-5]) - min(smooth[5:-5]) < 0.5  # of 2 between neighbours
 
 
 def test_preference_training_has_margins_and_accuracies_too(tmp_path, panels):
@@ -103,8 +103,9 @@ def test_preference_training_has_margins_and_accuracies_too(tmp_path, panels):
     assert panels[1]["curves"] == {"rewards/margins": [0.0, 0.4], "eval_rewards/margins": [0.3]}
 
 
-def test_smoothing_keeps_a_constant_and_steps_over_what_is_not_finite():
-    assert smoothed([2.0] * 9) == pytest.approx([2.0] * 9)
-    found = smoothed([float("nan"), 1.0, float("inf"), 1.0])
+def test_smoothing_bends_no_trend_and_steps_over_what_is_not_finite():
+    slope = [float(step) for step in range(200)]
+    assert smoothed(slope) == pytest.approx(slope)
+    found = smoothed([float("nan"), 1.0, float("inf"), 1.0, 1.0, 4.0])
     assert math.isnan(found[0])
-    assert found[1:] == pytest.approx([1.0] * 3)
+    assert found[1:] == pytest.approx([1.0, 1.0, 1.75, 2.0, 4.0])

@@ -793,6 +793,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "eval_ratio, the versions of the programs that prepare them, and the language of messages.",
         "数据的哈希涵盖文件内容与路径、模板、分词器与长度限制、eval_ratio、负责预处理的程序版本，以及消息语言。",
     ),
+    "runs.same_counts": (
+        "rows, examples, tokens and targets are equal in number, so it may be the same data after all.",
+        "行数、样本数、token 数与目标数都相等，因此数据可能其实相同。",
+    ),
     "runs.rounding_only": (
         "nothing that is trained differs: what the losses differ by comes from how they were computed.",
         "训练内容没有差异：损失的差别来自计算方式。",

@@ -374,6 +374,8 @@ def show_diff(diff: RunDiff, console: Console) -> None:
         summary.append(render("runs.unknown", parts=", ".join(names[part] for part in diff.unknown)))
     if any(item.what == "data" for item in diff.trained):
         summary.append(render("runs.data_hash"))
+        if all(diff.a.data.get(count) == diff.b.data.get(count) for count in COUNTS):
+            summary.append(render("runs.same_counts"))
     if not diff.trained:
         summary.append(render("runs.rounding_only" if diff.computed else "runs.all_the_same"))
     paragraph(console, render("runs.heading_same"), summary)

@@ -22,7 +22,7 @@ from firefly.runs.state import FAILED, FINISHED, INTERRUPTED, RUNNING
 
 STYLES = {RUNNING: "bold cyan", FINISHED: "green", INTERRUPTED: "yellow", FAILED: "bold red"}
 BLOCKS = "▁▂▃▄▅▆▇█"
-CURVE_WIDTH = 40
+CURVE_WIDTH = 24
 
 
 def default_folders() -> list[str]:

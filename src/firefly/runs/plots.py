@@ -5,6 +5,7 @@ It is drawn in a process of its own, out of metrics.jsonl: a run never waits for
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -88,16 +89,16 @@ def _plot(axes: Any, name: str, points: dict[int, float], color: str) -> None:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential moving average over about a thirtieth of the curve; without the pull of a first value (Adam's
-    correction of its bias), and over gaps where a value is not finite."""
-    decay = 1 - 1 / max(5.0, len(values) / 30)
-    total = weight = 0.0
+    """Means over about a thirtieth of the curve around each point, fewer towards its ends, so that no trend is bent.
+
+    What is not finite is left out; NaN where nothing else is there.
+    """
+    reach = max(2, len(values) // 60)
     result = []
-    for value in values:
-        if abs(value) < float("inf"):  # false of NaN, too
-            total = decay * total + (1 - decay) * value
-            weight = decay * weight + (1 - decay)
-        result.append(total / weight if weight else float("nan"))
+    for place in range(len(values)):
+        half = min(reach, place, len(values) - 1 - place)
+        known = [value for value in values[place - half : place + half + 1] if math.isfinite(value)]
+        result.append(sum(known) / len(known) if known else math.nan)
     return result
 
 
