@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -84,13 +86,14 @@ def test_every_tracker_of_transformers_is_known_with_its_package():
 
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> ModuleType:
-    """A package of that name with a server and a table of values, and a home without a key."""
+    """A package of that name with a table of values, and a home without a key."""
     module = ModuleType("wandb")
-    module.setup = lambda: SimpleNamespace(settings=SimpleNamespace(base_url="https://wandb.example.org"))  # type: ignore[attr-defined]
     module.config = Table()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NETRC"):
+    monkeypatch.chdir(tmp_path)
+    variables = ("MODE", "API_KEY", "IDENTITY_TOKEN_FILE", "BASE_URL", "CONFIG_DIR", "DIR")
+    for name in ("NETRC", *(f"WANDB_{name}" for name in variables)):
         monkeypatch.setenv(name, "")  # so that what is set in a test is undone after it
     take_notices()
     return module
@@ -103,8 +106,6 @@ class Table(dict):
 
 
 def mode() -> str:
-    import os
-
     return os.environ["WANDB_MODE"]
 
 
@@ -122,12 +123,35 @@ def test_with_a_key_a_run_reports_at_once(wandb, monkeypatch, variable):
     assert take_notices() == []
 
 
-@pytest.mark.parametrize(("machine", "expected"), [("wandb.example.org", ""), ("api.wandb.ai", "offline")])
-def test_a_login_counts_for_the_server_it_is_for(wandb, tmp_path, machine, expected):
+def settings_file(folder: Path, text: str) -> None:
+    folder.mkdir(parents=True)
+    (folder / "settings").write_text(f"[default]\n{text}\n")
+
+
+@pytest.mark.parametrize(
+    ("machine", "place", "expected"),
+    [
+        ("api.wandb.ai", None, ""),
+        ("wandb.example.org", None, "offline"),
+        ("wandb.example.org", ".config/wandb", ""),
+        ("wandb.example.org", "wandb", ""),
+        ("api.wandb.ai", "wandb", "offline"),
+    ],
+)
+def test_a_login_counts_for_the_server_it_is_for(wandb, tmp_path, machine, place, expected):
     (tmp_path / ".netrc").write_text(f"machine {machine}\n  login user\n  password secret\n")
     (tmp_path / ".netrc").chmod(0o600)
+    if place:
+        settings_file(tmp_path / place, "base_url = https://wandb.example.org")
     never_ask(["wandb"])
     assert mode() == expected
+
+
+@pytest.mark.parametrize("text", ["mode = disabled", "mode = disabled\n[broken", "not a settings file"])
+def test_settings_files_may_name_a_mode_or_be_broken(wandb, tmp_path, text):
+    settings_file(tmp_path / ".config" / "wandb", text)
+    never_ask(["wandb"])
+    assert mode() == ("" if text == "mode = disabled" else "offline")
 
 
 def test_a_mode_that_the_user_set_stays(wandb, monkeypatch):

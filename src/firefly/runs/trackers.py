@@ -6,6 +6,7 @@ they are told beyond the training arguments: the passport.
 
 from __future__ import annotations
 
+import configparser
 import difflib
 import json
 import netrc
@@ -92,22 +93,38 @@ def _installed(name: str) -> bool:
 
 
 def never_ask(trackers: Sequence[str]) -> None:
-    """A run never waits for somebody to type a key: without one, Weights & Biases writes its files here (offline)."""
-    if "wandb" in trackers and not os.environ.get("WANDB_MODE") and not _knows_wandb_key():
+    """A run never waits for somebody to type a key: without one, Weights & Biases writes its files here (offline).
+
+    Its own files are read for that rather than its package asked: once asked, it keeps the mode that it then had.
+    """
+    if "wandb" not in trackers:
+        return
+    settings = _wandb_settings()
+    if not settings.get("mode") and not _has_wandb_key(settings.get("base_url", "https://api.wandb.ai")):
         os.environ["WANDB_MODE"] = "offline"
         notice("tracker.wandb_offline")
 
 
-def _knows_wandb_key() -> bool:
+def _wandb_settings() -> dict[str, str]:
+    """What its settings files and the environment say, the later over the earlier."""
+    folders = (os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb", f"{os.environ.get('WANDB_DIR') or '.'}/wandb")
+    settings: dict[str, str] = {}
+    for folder in folders:
+        parser = configparser.ConfigParser(interpolation=None)
+        with suppress(configparser.Error, OSError, UnicodeDecodeError):
+            parser.read(Path(folder, "settings").expanduser(), encoding="utf-8")
+            settings |= dict(parser["default"]) if parser.has_section("default") else {}
+    variables = {"mode": "WANDB_MODE", "base_url": "WANDB_BASE_URL"}
+    return settings | {name: os.environ[variable] for name, variable in variables.items() if os.environ.get(variable)}
+
+
+def _has_wandb_key(server: str) -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    import wandb  # type: ignore[import-not-found]
-
-    host = urlsplit(wandb.setup().settings.base_url).netloc  # of the environment or of wandb's settings file
-    places = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
-    for place in places:
+    host = urlsplit(server).netloc
+    for place in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
         with suppress(OSError, netrc.NetrcParseError):
-            if netrc.netrc(Path(place).expanduser()).authenticators(host):
+            if place and netrc.netrc(Path(place).expanduser()).authenticators(host):
                 return True
     return False
 
