@@ -81,7 +81,23 @@ def test_every_tracker_of_transformers_is_known_with_its_package():
     assert trackers.TOLD.keys() <= trackers.PACKAGES.keys()
 
 
-# ---- Weights & Biases without a key ----
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_swanlab_that_transformers_cannot_talk_to_is_refused(installed, monkeypatch, fits):
+    def get_run() -> None:
+        if not fits:
+            raise RuntimeError("No active Run. Call swanlab.init() first.")
+
+    installed.add("swanlab")
+    monkeypatch.setitem(sys.modules, "swanlab", SimpleNamespace(get_run=get_run))
+    if fits:
+        assert choose_trackers("swanlab", True) == ["tensorboard", "swanlab"]
+        return
+    with pytest.raises(UsageError) as raised:
+        choose_trackers("swanlab", True)
+    assert raised.value.code == "tracker.unfit"
+
+
+# ---- trackers without a key ----
 
 
 @pytest.fixture
@@ -112,7 +128,7 @@ def mode() -> str:
 def test_without_a_key_a_run_is_kept_offline_and_says_so(wandb):
     never_ask(["tensorboard", "wandb"])
     assert mode() == "offline"
-    assert [item["code"] for item in take_notices()] == ["tracker.wandb_offline"]
+    assert [item["code"] for item in take_notices()] == ["tracker.offline"]
 
 
 @pytest.mark.parametrize("variable", ["WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"])
@@ -163,6 +179,38 @@ def test_a_mode_that_the_user_set_stays(wandb, monkeypatch):
 def test_who_does_not_report_to_it_is_left_alone(wandb):
     never_ask(["tensorboard"])
     assert mode() == ""
+
+
+@pytest.fixture
+def swanlab(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A home without a key of SwanLab's."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("MODE", "API_KEY", "SAVE_DIR"):
+        monkeypatch.setenv(f"SWANLAB_{name}", "")
+    take_notices()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("variables", "place", "expected"),
+    [
+        ({}, None, "offline"),
+        ({"SWANLAB_API_KEY": "x"}, None, ""),
+        ({"SWANLAB_MODE": "local"}, None, "local"),
+        ({}, ".swanlab", ""),
+        ({"SWANLAB_SAVE_DIR": "~/elsewhere"}, "elsewhere", ""),
+        ({"SWANLAB_SAVE_DIR": "~/elsewhere"}, ".swanlab", "offline"),
+    ],
+)
+def test_swanlab_without_a_key_is_kept_offline_too(swanlab, monkeypatch, variables, place, expected):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if place:
+        (swanlab / place).mkdir()
+        (swanlab / place / ".netrc").write_text("machine https://swanlab.cn\n  login x\n  password y\n")
+    never_ask(["swanlab"])
+    assert os.environ["SWANLAB_MODE"] == expected
+    assert len(take_notices()) == (expected == "offline")
 
 
 # ---- what trackers are told ----

@@ -734,11 +734,16 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "tensorboard is not installed, so no events are written (pip install tensorboard).",
         "未安装 tensorboard，因此不写入事件文件（pip install tensorboard）。",
     ),
-    "tracker.wandb_offline": (
-        "Weights & Biases has no key here, so the run is kept offline: upload it later with wandb sync. To report at "
-        "once, run wandb login first, or set WANDB_API_KEY.",
-        "此处没有 Weights & Biases 的密钥，因此离线记录：之后可用 wandb sync 上传。"
-        "若要即时上传，请先运行 wandb login，或设置 WANDB_API_KEY。",
+    "tracker.unfit": (
+        "report_to: the installed {name} does not go with this version of transformers. Install one that does: "
+        "pip install {package}",
+        "report_to：已安装的 {name} 与此版本的 transformers 不兼容。可安装兼容的版本：pip install {package}",
+    ),
+    "tracker.offline": (
+        "{name} has no key here, so the run is kept offline: upload it later with {name} sync. To report at once, run "
+        "{name} login first, or set {variable}.",
+        "此处没有 {name} 的密钥，因此离线记录：之后可用 {name} sync 上传。"
+        "若要即时上传，请先运行 {name} login，或设置 {variable}。",
     ),
     "train.done": ("done: the result is in {path}", "完成：结果保存在 {path}"),
     # firefly runs

@@ -37,7 +37,7 @@ PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "flyte": (("flytekit",), "flytekit"),
     "mlflow": (("mlflow",), "mlflow"),
     "neptune": (("neptune",), "neptune"),
-    "swanlab": (("swanlab",), "swanlab"),
+    "swanlab": (("swanlab",), "'swanlab<0.8'"),
     "tensorboard": (("tensorboard",), "tensorboard"),
     "trackio": (("trackio",), "trackio"),
     "wandb": (("wandb",), "wandb"),
@@ -82,6 +82,8 @@ def _check(name: str) -> None:
         raise UsageError("tracker.unknown", name=name, near=near, known=", ".join(known))
     if not _installed(name):
         raise UsageError("tracker.not_installed", name=name, package=PACKAGES[name][1])
+    if name == "swanlab" and not _swanlab_fits():
+        raise UsageError("tracker.unfit", name=name, package=PACKAGES[name][1])
     variable = REQUIRED_VARIABLES.get(name)
     if variable and not os.environ.get(variable):
         raise UsageError("tracker.no_variable", name=name, variable=variable)
@@ -92,17 +94,39 @@ def _installed(name: str) -> bool:
     return all(find_spec(module) is not None for module in modules)
 
 
-def never_ask(trackers: Sequence[str]) -> None:
-    """A run never waits for somebody to type a key: without one, Weights & Biases writes its files here (offline).
+def _swanlab_fits() -> bool:
+    """Whether the swanlab that is installed goes with transformers, whose callback asks for a run before it begins one:
+    0.7 answers None, 0.10 raises."""
+    import swanlab  # type: ignore[import-not-found]
 
-    Its own files are read for that rather than its package asked: once asked, it keeps the mode that it then had.
+    try:
+        swanlab.get_run()
+    except RuntimeError:
+        return False
+    return True
+
+
+# ---- trackers that would ask for a key ----
+
+
+def never_ask(trackers: Sequence[str]) -> None:
+    """A run never waits for somebody to type a key: without one, W&B and SwanLab write their files here (offline).
+
+    Their own files are read for that rather than their packages asked: once asked, W&B keeps the mode it then had.
     """
-    if "wandb" not in trackers:
-        return
+    for name in trackers:
+        if name in ASKING and not ASKING[name]():
+            os.environ[f"{name.upper()}_MODE"] = "offline"
+            notice("tracker.offline", name=name, variable=f"{name.upper()}_API_KEY")
+
+
+def _wandb_knows() -> bool:
+    """Whether W&B has been told a mode or a key."""
     settings = _wandb_settings()
-    if not settings.get("mode") and not _has_wandb_key(settings.get("base_url", "https://api.wandb.ai")):
-        os.environ["WANDB_MODE"] = "offline"
-        notice("tracker.wandb_offline")
+    if settings.get("mode") or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(settings.get("base_url", "https://api.wandb.ai")).netloc
+    return any(_has_login(place, host) for place in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc") if place)
 
 
 def _wandb_settings() -> dict[str, str]:
@@ -118,15 +142,27 @@ def _wandb_settings() -> dict[str, str]:
     return settings | {name: os.environ[variable] for name, variable in variables.items() if os.environ.get(variable)}
 
 
-def _has_wandb_key(server: str) -> bool:
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+def _swanlab_knows() -> bool:
+    """Whether SwanLab has been told a mode or a key; it keeps the key of its one server in a netrc of its own."""
+    if os.environ.get("SWANLAB_MODE") or os.environ.get("SWANLAB_API_KEY"):
         return True
-    host = urlsplit(server).netloc
-    for place in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
-        with suppress(OSError, netrc.NetrcParseError):
-            if place and netrc.netrc(Path(place).expanduser()).authenticators(host):
-                return True
-    return False
+    return _has_login(f"{os.environ.get('SWANLAB_SAVE_DIR') or '~/.swanlab'}/.netrc")
+
+
+def _has_login(place: str, host: str | None = None) -> bool:
+    """Whether a netrc file holds a login, for `host` if it is named."""
+    try:
+        logins = netrc.netrc(Path(place).expanduser())
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return bool(logins.hosts if host is None else logins.authenticators(host))
+
+
+# Tracker → whether it can begin without asking.
+ASKING: dict[str, Callable[[], bool]] = {"wandb": _wandb_knows, "swanlab": _swanlab_knows}
+
+
+# ---- what trackers are told ----
 
 
 class PassportReporter(TrainerCallback):
