@@ -428,7 +428,7 @@ def replace_progress(trainer: StepTrainer, recorder: RunRecorder) -> None:
     transformers_logging.set_verbosity_error()
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    never_ask(trainer.args.report_to)
+    never_ask(list(trainer.args.report_to or ()))
     watching = trainer.callback_handler.callbacks
     watching.insert(1, recorder)  # behind the flow of control, before the trackers
     trainer.add_callback(PassportReporter(recorder.path.parent, watching))

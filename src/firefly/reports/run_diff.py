@@ -151,39 +151,21 @@ class RunDiff:
 
 def compare_runs(a: RunRecord, b: RunRecord) -> RunDiff:
     """What differs between two runs, and how far their losses agree."""
-    trained, computed, same_parts, unknown = [], [], [], []
-    for name, read in IDENTITIES.items():
-        ours, theirs = read(a), read(b)
-        if ours is None and theirs is None:
-            continue
-        if ours is None or theirs is None:
-            unknown.append(name)
-        elif ours == theirs:
-            same_parts.append(name)
-        else:
-            trained.append(Difference(name, ours, theirs))
-            if name == "data":
-                trained += _differences(*({count: run.data.get(count) for count in COUNTS} for run in (a, b)))
-    held_out = [mapping(run.passport.get("hashes")).get("eval_data") for run in (a, b)]
+    trained, same_parts, unknown = _compare_identities(a, b)
     keys = compare_configs(a, b)
     trained += keys["trained"]
+    if not keys["trained"]:
+        same_parts.append("configuration")
+    computed = [item for read in COMPUTED for item in _differences(read(a), read(b))]
+    told = {item.what for item in computed}  # what a key resolved to says more than the key
+    computed += [item for item in keys["computed"] if item.what not in told]
+    held_out = _hash("eval_data")(a), _hash("eval_data")(b)
     if held_out[0] != held_out[1]:
         keys["idle"].insert(0, Difference("eval_data", *held_out))
     elif held_out[0]:
         same_parts.append("eval_data")
-    resolved = _differences(mapping(a.passport.get("resolved")), mapping(b.passport.get("resolved")))
-    computed += [item for item in resolved if item.what != "examples_per_step"]
-    computed += _differences(*({"world_size": run.passport.get("world_size")} for run in (a, b)))
-    machines = [{name: mapping(run.passport.get("hardware")).get(name) for name in HARDWARE} for run in (a, b)]
-    versions = [mapping(run.passport.get("versions")) for run in (a, b)]
-    commits = [{"firefly_commit": run.passport.get("firefly_commit")} for run in (a, b)]
-    computed += _differences(*machines) + _differences(*versions, first=PACKAGES_FIRST) + _differences(*commits)
-    told = {item.what for item in computed}  # what a key resolved to says more than the key
-    computed += [item for item in keys["computed"] if item.what not in told]
-    if not keys["trained"]:
-        same_parts.append("configuration")
-    for name, pair in (("versions", versions), ("hardware", machines)):
-        if pair[0] == pair[1] and any(pair[0].values()):
+    for name, read in (("versions", _versions), ("hardware", _hardware)):
+        if read(a) == read(b) and any(read(a).values()):
             same_parts.append(name)
     return RunDiff(
         a=a,
@@ -196,6 +178,24 @@ def compare_runs(a: RunRecord, b: RunRecord) -> RunDiff:
         agreement=compare_losses(series(a.metrics, "loss"), series(b.metrics, "loss")),
         outcome={name: (ours, outcome_of(b)[name]) for name, ours in outcome_of(a).items()},
     )
+
+
+def _compare_identities(a: RunRecord, b: RunRecord) -> tuple[list[Difference], list[str], list[str]]:
+    """Which identities differ, which are the same, and which only one of the runs recorded."""
+    differing, equal, unknown = [], [], []
+    for name, read in IDENTITIES.items():
+        ours, theirs = read(a), read(b)
+        if ours is None and theirs is None:
+            continue
+        if ours is None or theirs is None:
+            unknown.append(name)
+        elif ours == theirs:
+            equal.append(name)
+        else:
+            differing.append(Difference(name, ours, theirs))
+            if name == "data":
+                differing += _differences(_counts(a), _counts(b))
+    return differing, equal, unknown
 
 
 # ---- what a run was ----
@@ -221,6 +221,34 @@ def _examples_per_step(run: RunRecord) -> int | None:
 def _seed(run: RunRecord) -> Any:
     return run.config.get("seed", run.passport.get("seed"))  # a seed that nobody set is in the passport alone
 
+
+def _counts(run: RunRecord) -> dict[str, Any]:
+    return {name: run.data.get(name) for name in COUNTS}
+
+
+def _resolved(run: RunRecord) -> dict[str, Any]:
+    resolved = mapping(run.passport.get("resolved"))
+    return {name: value for name, value in resolved.items() if name != "examples_per_step"}  # an identity
+
+
+def _ranks(run: RunRecord) -> dict[str, Any]:
+    return {"world_size": run.passport.get("world_size")}
+
+
+def _hardware(run: RunRecord) -> dict[str, Any]:
+    return {name: mapping(run.passport.get("hardware")).get(name) for name in HARDWARE}
+
+
+def _versions(run: RunRecord) -> dict[str, Any]:
+    versions = mapping(run.passport.get("versions"))
+    return {name: versions[name] for name in dict.fromkeys((*PACKAGES_FIRST, *versions)) if name in versions}
+
+
+def _commit(run: RunRecord) -> dict[str, Any]:
+    return {"firefly_commit": run.passport.get("firefly_commit")}
+
+
+COMPUTED = (_resolved, _ranks, _hardware, _versions, _commit)
 
 # What identifies a run, most telling first; the names are codes of the catalogue, after `runs.part_`.
 IDENTITIES: dict[str, Callable[[RunRecord], Any]] = {
@@ -269,11 +297,11 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _differences(a: Mapping[str, Any], b: Mapping[str, Any], first: Sequence[str] = ()) -> list[Difference]:
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Difference]:
     """Where two mappings differ; what a run of an earlier version did not record is no difference."""
     return [
         Difference(name, a[name], b[name])
-        for name in dict.fromkeys((*first, *a))
+        for name in a
         if a.get(name) is not None and b.get(name) is not None and a[name] != b[name]
     ]
 

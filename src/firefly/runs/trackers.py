@@ -19,7 +19,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from transformers import TrainerCallback
-from transformers.integrations import INTEGRATION_TO_CALLBACK, TensorBoardCallback, get_available_reporting_integrations
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    TensorBoardCallback,
+    get_available_reporting_integrations,
+)
 
 from firefly.config import names_in
 from firefly.console import notice
