@@ -306,6 +306,7 @@ def test_the_outcome_stands_side_by_side(capsys):
 
 def test_losses_agree_until_they_do_not(capsys):
     drifting = {step: loss + (2e-7 if step <= 10 else 4e-4 if step <= 15 else 0.5) for step, loss in LOSSES.items()}
+    drifting[20] = LOSSES[20]  # that they meet again is no agreement
     found = compare_losses(LOSSES, drifting)
     assert found.until == {"1e-6": 10, "1e-3": 15}
     assert (found.steps, found.last) == (20, 20)

@@ -22,7 +22,7 @@ def test_runs_are_found_to_a_sensible_depth_newest_first(tmp_path):
     (tmp_path / "output" / "other" / "run.json").write_text('{"model_name_or_path": "a configuration"}')
     (tmp_path / "output" / "broken").mkdir()
     (tmp_path / "output" / "broken" / "run.json").write_text('{"config": {')
-    found = find_runs([tmp_path / "output", str(tmp_path / "output" / "old")])
+    found = find_runs([tmp_path / "output", str(tmp_path / "output" / "deep" / ".." / "old")])
     assert [record.folder.name for record in found] == ["new", "old"]
 
 
