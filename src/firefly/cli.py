@@ -264,6 +264,64 @@ def chat_command(
     chat(engine, settings, system or None)
 
 
+runs_app = typer.Typer(no_args_is_help=True, help="Runs and what they left: list, show, diff.")
+app.add_typer(runs_app, name="runs")
+
+
+@runs_app.command("list")
+def runs_list(
+    folders: Annotated[
+        list[str] | None, typer.Argument(help="Folders to search: output, if there is one, or here.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The runs in some folders, newest first: state, steps, losses, duration."""
+    from firefly.console import stdout_console
+    from firefly.reports import runs
+    from firefly.runs.records import find_runs
+
+    places = folders or runs.default_folders()
+    records = find_runs(places)
+    if as_json:
+        print(runs.list_as_json(records))
+    else:
+        runs.show_list(records, places, stdout_console())
+
+
+@runs_app.command("show")
+def runs_show(
+    run: Annotated[str, typer.Argument(help="The output_dir of a run.")], as_json: JsonOption = False
+) -> None:
+    """Everything of one run: configuration, choices, data, loss, results, checkpoints, notes, versions."""
+    from firefly.console import stdout_console
+    from firefly.reports import runs
+    from firefly.runs.records import open_run
+
+    record = open_run(run)
+    if as_json:
+        print(runs.show_as_json(record))
+    else:
+        runs.show_run(record, stdout_console())
+
+
+@runs_app.command("diff")
+def runs_diff(
+    first: Annotated[str, typer.Argument(metavar="A", help="The output_dir of a run.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="The output_dir of another.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Why two runs differ, what explains most first, and how far their losses agree."""
+    from firefly.console import stdout_console
+    from firefly.reports import run_diff
+    from firefly.runs.records import open_run
+
+    found = run_diff.compare_runs(open_run(first), open_run(second))
+    if as_json:
+        print(run_diff.as_json(found))
+    else:
+        run_diff.show_diff(found, stdout_console())
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code (DESIGN.md, "Errors")."""
     import warnings

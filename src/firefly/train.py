@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +62,20 @@ from firefly.runs.checkpoints import (
     stored_choices,
 )
 from firefly.runs.memory import keep_freed_memory
-from firefly.runs.metrics import Progress, RunRecorder, read_metrics
+from firefly.runs.metrics import Progress, RunRecorder
 from firefly.runs.overview import show_example, show_run
-from firefly.runs.passport import adapter_hash, git_commit, hardware, package_versions, weights_hash, write_json
-from firefly.runs.plots import draw_loss
+from firefly.runs.passport import (
+    adapter_hash,
+    git_commit,
+    hardware,
+    package_versions,
+    recorded_end,
+    weights_hash,
+    write_json,
+)
+from firefly.runs.plots import LAST_DRAWING_SECONDS, draw_loss
+from firefly.runs.state import RUNNING, this_process
+from firefly.runs.trackers import PassportReporter, choose_trackers, never_ask
 
 
 @dataclass(frozen=True)
@@ -173,19 +185,20 @@ def train(config: Config) -> Path:
     if ranks.world_size() > 1:
         console.print(describe_ranks(config, trainer), soft_wrap=True)
     console.print(describe_choices(choices, transformers_model(model), precision, device), soft_wrap=True)
-    write_records(config, output_dir, encoder, data, certificate, base, trainer.options, precision, device)
+    write_records(config, output_dir, encoder, data, certificate, base, trainer, precision, device, checkpoint)
     keep_freed_memory(device)
-    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if checkpoint and not trainer.counts.steps:
-        notice("resume.nothing_left", path=checkpoint, steps=trainer.state.global_step)
-    trainer.save_model()
-    results = recorder.results(result.metrics, device)
-    if ranks.is_first():
-        if config.adapter.mode != "full":
-            transformers_model(model).generation_config.save_pretrained(output_dir)
-        if trainer.counts.steps or not (output_dir / "train_results.json").is_file():
-            write_json(output_dir / "train_results.json", results)
-        draw_loss(read_metrics(recorder.path), output_dir / "loss.png")
+    with recorded_end(output_dir):
+        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if checkpoint and not trainer.counts.steps:
+            notice("resume.nothing_left", path=checkpoint, steps=trainer.state.global_step)
+        trainer.save_model()
+        results = recorder.results(result.metrics, device)
+        if ranks.is_first():
+            if config.adapter.mode != "full":
+                transformers_model(model).generation_config.save_pretrained(output_dir)
+            if trainer.counts.steps or not (output_dir / "train_results.json").is_file():
+                write_json(output_dir / "train_results.json", results)
+            draw_loss(output_dir, LAST_DRAWING_SECONDS)
     console.print(render("train.done", path=output_dir), soft_wrap=True)
     return output_dir
 
@@ -363,6 +376,8 @@ def resolved_arguments(config: Config, precision: Precision, device: torch.devic
         "torch_compile_backend": None,
         "torch_compile_mode": None,
         "restore_callback_states_from_checkpoint": config.evaluation.patience is not None,
+        "report_to": choose_trackers(values.get("report_to"), "report_to" in config.given) or "none",
+        "run_name": values.get("run_name") or Path(config.output_dir).expanduser().name,  # what trackers call it
     }
     values.setdefault("per_device_eval_batch_size", config.step.examples_per_rank)
     optim = str(values.get("optim", ""))
@@ -462,28 +477,34 @@ def objective_settings(config: Config) -> dict[str, Any]:
 
 
 def replace_progress(trainer: StepTrainer, recorder: RunRecorder) -> None:
-    """Our progress line instead of transformers' printed dictionaries, and quiet libraries."""
+    """Our progress line instead of transformers' printed dictionaries, trackers that are told all, quiet libraries."""
     transformers_logging.set_verbosity_error()
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
+    never_ask(list(trainer.args.report_to or ()))
+    watching = trainer.callback_handler.callbacks
+    watching.insert(1, recorder)  # behind the flow of control, before the trackers
+    trainer.add_callback(PassportReporter(recorder.path.parent, watching))
     if ranks.is_first():
-        trainer.add_callback(Progress(show_bar=not trainer.args.disable_tqdm))
-    trainer.add_callback(recorder)
+        trainer.add_callback(Progress(show_bar=not trainer.args.disable_tqdm and sys.stderr.isatty()))
+
+
+def planned_steps(trainer: StepTrainer) -> int:
+    """The steps of the whole run, those before a checkpoint included."""
+    if trainer.args.max_steps > 0:
+        return trainer.args.max_steps
+    return math.ceil(len(trainer.get_train_dataloader()) * trainer.args.num_train_epochs)
 
 
 def describe_steps(config: Config, data: Split, trainer: StepTrainer) -> str:
     """How many examples make a step, on which ranks, and how many steps the run."""
-    per_epoch = len(trainer.get_train_dataloader())
-    total = (
-        trainer.args.max_steps if trainer.args.max_steps > 0 else int(per_epoch * trainer.args.num_train_epochs + 0.999)
-    )
     return render(
         "overview.steps",
         examples=trainer.options.examples_per_step,
         device=config.step.per_device_examples,
         accumulation=config.step.accumulation,
         budget=trainer.options.choices.tokens_per_microbatch,
-        steps=total,
+        steps=planned_steps(trainer),
         count=len(data.train),
         held_out=len(data.held_out) if data.held_out is not None else 0,
     )
@@ -530,6 +551,13 @@ def without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if not name.endswith("_token")}
 
 
+def unnamed_defaults(config: Config) -> dict[str, Any]:
+    """transformers' keys that the configuration leaves alone, at the defaults of the version that trains."""
+    named = config.flat()
+    specs = (spec for spec in fields(TrainingArguments) if spec.init and spec.default is not MISSING)
+    return {spec.name: spec.default for spec in specs if spec.name not in named}
+
+
 def write_records(
     config: Config,
     output_dir: Path,
@@ -537,16 +565,19 @@ def write_records(
     data: Split,
     certificate: Certificate | None,
     base_weights: dict[str, Any],
-    options: StepOptions,
+    trainer: StepTrainer,
     precision: Precision,
     device: torch.device,
+    checkpoint: Path | None,
 ) -> None:
-    """train_args.json (as given) and run.json (the passport)."""
+    """train_args.json (as given) and run.json (the passport, which says "running" until the run ends)."""
+    options = trainer.options
     write_json(output_dir / "train_args.json", without_secrets(config.given))
     write_json(
         output_dir / "run.json",
         {
             "config": without_secrets(config.flat()),
+            "defaults": unnamed_defaults(config),
             "resolved": {
                 "precision": precision.name,
                 "layout": options.layout,
@@ -568,6 +599,11 @@ def write_records(
             "git_commit": git_commit(Path.cwd()),
             "firefly_commit": git_commit(Path(__file__).parent),
             "notices": take_notices(),
+            "total_steps": planned_steps(trainer),
+            "world_size": trainer.args.world_size,
+            "resumed_from": None if checkpoint is None else str(checkpoint),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "state": RUNNING,
+            "process": this_process(),
         },
     )

@@ -770,11 +770,144 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "gradient_checkpointing: {architecture} has no layers that can be computed again. Set it to false.",
         "gradient_checkpointing：{architecture} 没有可以重新计算的层。请设为 false。",
     ),
-    "progress.unit": ("step", "步"),
     "progress.reference": ("reference log-probabilities", "参考模型对数概率"),
     "progress.row": ("rows", "行"),
     "progress.step": ("step", "步"),
+    "progress.speed": ("{speed} tokens/s", "{speed} token/秒"),
+    "progress.share": ("{share} targets", "目标 {share}"),
+    "progress.left": ("{time} left", "剩余 {time}"),
+    "plots.failed": (
+        "{path} could not be drawn: {problem}. The run itself is not affected; metrics.jsonl has the numbers.",
+        "无法绘制 {path}：{problem}。训练本身不受影响；数据在 metrics.jsonl 中。",
+    ),
+    # trackers
+    "tracker.unknown": (
+        "report_to: {name!r} is unknown; did you mean {near!r}? Known: {known}, all, none.",
+        "report_to：未知的 {name!r}；是否想写 {near!r}？可用：{known}、all、none。",
+    ),
+    "tracker.not_installed": (
+        "report_to: {name} is not installed. Install it with: pip install {package}",
+        "report_to：尚未安装 {name}。安装命令：pip install {package}",
+    ),
+    "tracker.no_variable": (
+        "report_to: {name} needs the environment variable {variable}. Set it, or leave {name} out.",
+        "report_to：{name} 需要环境变量 {variable}。请设置它，或去掉 {name}。",
+    ),
+    "tracker.no_tensorboard": (
+        "tensorboard is not installed, so no events are written (pip install tensorboard).",
+        "未安装 tensorboard，因此不写入事件文件（pip install tensorboard）。",
+    ),
+    "tracker.unfit": (
+        "report_to: the installed {name} does not go with this version of transformers. Install one that does: "
+        "pip install {package}",
+        "report_to：已安装的 {name} 与此版本的 transformers 不兼容。可安装兼容的版本：pip install {package}",
+    ),
+    "tracker.offline": (
+        "{name} has no key here, so the run is kept offline: upload it later with {name} sync. To report at once, run "
+        "{name} login first, or set {variable}.",
+        "此处没有 {name} 的密钥，因此离线记录：之后可用 {name} sync 上传。"
+        "若要即时上传，请先运行 {name} login，或设置 {variable}。",
+    ),
     "train.done": ("done: the result is in {path}", "完成：结果保存在 {path}"),
+    # firefly runs
+    "runs.not_a_run": (
+        "{path} holds no run: there is no run.json of firefly train in it. Give the output_dir of a run; "
+        "`firefly runs list` shows them.",
+        "{path} 中没有训练记录：缺少 firefly train 写出的 run.json。请给出某次训练的 output_dir；"
+        "可用 `firefly runs list` 查看。",
+    ),
+    "runs.no_folder": (
+        "{path} is no folder. Give folders that hold runs.",
+        "{path} 不是目录。请给出存放训练结果的目录。",
+    ),
+    "runs.none": (
+        "no runs in: {folders}. A run is a folder with the run.json that firefly train writes; name other folders to "
+        "search there.",
+        "以下目录中没有训练记录：{folders}。训练记录是包含 firefly train 所写 run.json 的目录；可以指定其他目录。",
+    ),
+    "runs.running": ("running", "进行中"),
+    "runs.finished": ("finished", "已完成"),
+    "runs.interrupted": ("interrupted", "已中断"),
+    "runs.failed": ("failed", "失败"),
+    "runs.head_run": ("run", "训练"),
+    "runs.head_state": ("state, steps", "状态、步数"),
+    "runs.head_loss": ("loss, eval", "损失、评估"),
+    "runs.head_started": ("started, took", "开始、用时"),
+    "runs.steps": ("step {steps}", "第 {steps} 步"),
+    "runs.resumed": ("resumed from {path}", "从 {path} 继续"),
+    "runs.heading_configuration": ("configuration, where it is not the default", "与默认值不同的配置"),
+    "runs.heading_choices": ("chosen for this run", "本次训练的选择"),
+    "runs.heading_data": ("data", "数据"),
+    "runs.heading_loss": ("loss", "损失"),
+    "runs.heading_results": ("results", "结果"),
+    "runs.heading_checkpoints": ("checkpoints", "checkpoint（步数）"),
+    "runs.heading_notices": ("notes", "提示"),
+    "runs.heading_environment": ("versions and hardware", "版本与硬件"),
+    "runs.lowest": ("lowest {value} at step {step}", "最低 {value}（第 {step} 步）"),
+    "runs.incomplete": ("{step} (incomplete)", "{step}（不完整）"),
+    "runs.ranks": ("{count} rank(s)", "{count} 个进程"),
+    "runs.heading_trained": ("what is trained differs", "训练内容的差异"),
+    "runs.heading_computed": (
+        "how it is computed differs (rounding, mostly)",
+        "计算方式的差异（一般只影响舍入）",
+    ),
+    "runs.heading_idle": ("differs without an effect on training", "不影响训练的差异"),
+    "runs.heading_same": ("in short", "小结"),
+    "runs.heading_outcome": ("outcome", "训练结果"),
+    "runs.same": ("the same: {parts}", "相同：{parts}"),
+    "runs.unknown": ("recorded by one of them only: {parts}", "只有其中一次记录了：{parts}"),
+    "runs.data_hash": (
+        "the hash of the data covers the bytes and paths of the files, template, tokenizer and length limits, "
+        "eval_ratio, the versions of the programs that prepare them, and the language of messages.",
+        "数据的哈希涵盖文件内容与路径、模板、分词器与长度限制、eval_ratio、负责预处理的程序版本，以及消息语言。",
+    ),
+    "runs.same_counts": (
+        "rows, examples, tokens and targets are equal in number, so it may be the same data after all.",
+        "行数、样本数、token 数与目标数都相等，因此数据可能其实相同。",
+    ),
+    "runs.rounding_only": (
+        "nothing that is trained differs: what the losses differ by comes from how they were computed.",
+        "训练内容没有差异：损失的差别来自计算方式。",
+    ),
+    "runs.all_the_same": (
+        "nothing that shapes training differs, as far as both recorded it.",
+        "就两次记录而言，影响训练的内容没有差异。",
+    ),
+    "runs.not_set": ("not set", "未设置"),
+    "runs.no_common_steps": ("no step was logged by both.", "没有两次训练都记录过的步。"),
+    "runs.identical": (
+        "the losses are identical at all {steps} common logs, up to step {last}.",
+        "在共同记录的 {steps} 处，直到第 {last} 步，损失完全相同。",
+    ),
+    "runs.agree_throughout": (
+        "the losses agree to {tolerance} at all {steps} common logs.",
+        "在共同记录的 {steps} 处，损失之差都不超过 {tolerance}。",
+    ),
+    "runs.agree_until": (
+        "the losses agree to {tolerance} until step {step}.",
+        "直到第 {step} 步，损失之差不超过 {tolerance}。",
+    ),
+    "runs.never_agree": (
+        "the losses do not agree to {tolerance} even at the first common log.",
+        "从第一处共同记录起，损失之差就超过 {tolerance}。",
+    ),
+    "runs.first_difference": (
+        "first difference: step {step}, {a} against {b} ({gap} apart).",
+        "首次出现差别：第 {step} 步，{a} 与 {b}（相差 {gap}）。",
+    ),
+    "runs.largest_difference": ("largest difference: {gap}, at step {step}.", "最大差别：{gap}，在第 {step} 步。"),
+    "runs.part_task": ("task", "任务"),
+    "runs.part_mode": ("train_mode", "训练方式"),
+    "runs.part_base": ("base model", "基座模型"),
+    "runs.part_data": ("data", "数据"),
+    "runs.part_template": ("template", "模板"),
+    "runs.part_tokenizer": ("tokenizer", "分词器"),
+    "runs.part_eval_data": ("evaluation data", "评估数据"),
+    "runs.part_seed": ("seed", "随机种子"),
+    "runs.part_examples": ("examples per step", "每步样本数"),
+    "runs.part_configuration": ("configuration", "配置"),
+    "runs.part_versions": ("versions", "版本"),
+    "runs.part_hardware": ("hardware", "硬件"),
     # resume
     "resume.from": ("resuming from {path}.", "从 {path} 继续训练。"),
     "resume.skipped": (

@@ -148,7 +148,10 @@ def load_model(config: ModelConfig, mode: str, precision: Precision, device: tor
         UsageError: weights missing, unreadable or not safetensors; out of memory is left to the caller.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # a log file would be filled with its carriage returns
     place = resolve_model(config)
     options = hub_options(config) | {"use_safetensors": True, "low_cpu_mem_usage": True}
     options["dtype"] = torch.float32 if mode == "full" else precision.compute

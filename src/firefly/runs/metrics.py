@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +17,85 @@ from transformers import TrainerCallback
 
 from firefly.messages import render
 from firefly.objectives.trainers import Counts
-from firefly.runs.memory import peak_memory
+from firefly.runs.memory import memory_in_use, peak_memory
 from firefly.runs.plots import draw_loss
+from firefly.runs.records import read_metrics
+from firefly.runs.state import HEARTBEAT_SECONDS
+
+REDRAW_SECONDS = 30
+"""The least time between two drawings of loss.png while a run goes on."""
+
+
+class Pace:
+    """How fast a run trains from one log to the next, and how long it still takes."""
+
+    def __init__(self, counts: Counts) -> None:
+        self.counts = counts
+        self.begin(0)
+
+    def begin(self, step: int) -> None:
+        """Training begins now, behind `step`."""
+        self.since = self.first = self.moment = time.time()
+        self.first_step = step
+        self.warm = False
+        self.paused = 0.0
+        self.tokens, self.targets = self.counts.tokens, self.counts.targets
+
+    def trained(self, device: torch.device, control: Any) -> None:
+        """A step or an epoch ends; what an evaluation or a checkpoint takes from here on is no training."""
+        if device.type == "cuda" and (control.should_evaluate or control.should_save):
+            torch.cuda.synchronize(device)  # which they would do first; the wait belongs to the steps
+        self.moment = time.time()
+
+    def resume(self) -> None:
+        """An evaluation or a checkpoint is done."""
+        now = time.time()
+        self.paused += now - self.moment
+        self.moment = now
+
+    def measure(self, step: int, max_steps: int, device: torch.device) -> dict[str, float]:
+        """Tokens a second and the share of them with a loss since the last log, bytes of memory, seconds left.
+
+        The seconds left count evaluations and checkpoints in, and of the steps behind this one those after the first
+        log, which had the warm-up.
+        """
+        now = time.time()
+        tokens, targets = self.counts.tokens - self.tokens, self.counts.targets - self.targets
+        per_step = (now - self.first) / max(step - self.first_step, 1)
+        measured = {
+            "tokens_per_second": tokens / max(now - self.since - self.paused, 1e-9),
+            "target_share": targets / max(tokens, 1),
+            "memory_bytes": memory_in_use(device),
+            "seconds_left": per_step * (max_steps - step),
+        }
+        self.since, self.moment, self.paused = now, now, 0.0
+        self.tokens, self.targets = self.counts.tokens, self.counts.targets
+        if not self.warm:
+            self.first, self.first_step, self.warm = now, step, True
+        return measured
 
 
 class RunRecorder(TrainerCallback):
-    """Writes metrics.jsonl (one object a log, flushed at once) and draws the loss.
+    """Writes metrics.jsonl (one object a log, flushed at once) and has the loss drawn.
 
+    Put before the trackers' callbacks: it adds its measurements to each training log, so they reach every tracker.
     A resumed run drops the lines of steps that it is about to repeat, so a step stands there once.
     """
 
     def __init__(self, output_dir: Path, counts: Counts, started: float) -> None:
         self.path = output_dir / "metrics.jsonl"
         self.counts = counts
+        self.pace = Pace(counts)
         self.started = started
         self.seconds_to_first_step: float | None = None
         self.training_began = 0.0
+        self.beat = 0.0
+        self.drawn = 0.0
+        self.drawing: subprocess.Popen[bytes] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.training_began = time.time()
+        self.training_began = self.beat = self.drawn = time.time()
+        self.pace.begin(state.global_step)
         # A checkpoint brings its own logging_steps, eval_steps and save_steps along: today's apply.
         state.compute_steps(args, state.max_steps)
         if state.global_step >= state.max_steps or not state.is_world_process_zero:
@@ -45,14 +108,31 @@ class RunRecorder(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.seconds_to_first_step is None:
             self.seconds_to_first_step = time.time() - self.started
+        self.pace.trained(args.device, control)
+        self._show_life()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.pace.trained(args.device, control)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._show_life()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.pace.resume()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.pace.resume()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if not state.is_world_process_zero or (state.global_step >= state.max_steps and not self.counts.steps):
             return
-        now = time.time()
+        logs = {} if logs is None else logs
+        if "loss" in logs:
+            logs.update(self.pace.measure(state.global_step, state.max_steps, args.device))
+        now = self.beat = time.time()
         line = {
             "step": state.global_step,
-            **(logs or {}),
+            **logs,
             "time": now,
             "input_tokens": self.counts.tokens,
             "target_tokens": self.counts.targets,
@@ -60,10 +140,26 @@ class RunRecorder(TrainerCallback):
         }
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        self._redraw(now)
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            draw_loss(read_metrics(self.path), self.path.with_name("loss.png"))
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.drawing is not None:
+            with suppress(subprocess.TimeoutExpired):  # else it might put its picture over the last one
+                self.drawing.wait(REDRAW_SECONDS)
+
+    def _show_life(self) -> None:
+        """Readers on other machines know a run that still goes on by the time of its metrics.jsonl."""
+        now = time.time()
+        if now - self.beat > HEARTBEAT_SECONDS:
+            self.beat = now
+            with suppress(OSError):
+                os.utime(self.path)
+
+    def _redraw(self, now: float) -> None:
+        if now - self.drawn < REDRAW_SECONDS or (self.drawing is not None and self.drawing.poll() is None):
+            return
+        self.drawn = now
+        self.drawing = draw_loss(self.path.parent)
 
     def results(self, metrics: dict[str, Any], device: torch.device) -> dict[str, Any]:
         """The numbers of this process's training, for train_results.json."""
@@ -84,7 +180,8 @@ class RunRecorder(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """A progress bar on stderr, and a line for each log above it. `disable_tqdm` leaves the lines alone."""
+    """A line on stderr for each log. On a terminal it says how the model learns, and a bar below it how fast that goes;
+    elsewhere (`show_bar` false) the line says both, and nothing is ever drawn over."""
 
     def __init__(self, show_bar: bool) -> None:
         self.show_bar = show_bar
@@ -96,7 +193,8 @@ class Progress(TrainerCallback):
             initial=state.global_step,
             disable=not self.show_bar,
             dynamic_ncols=True,
-            unit=render("progress.unit"),
+            smoothing=0,  # the time left by the whole run: evaluations come back
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
             file=sys.stderr,
         )
 
@@ -105,39 +203,49 @@ class Progress(TrainerCallback):
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        shown = _shown(logs or {})
-        if shown:
-            tqdm.write(f"{render('progress.step')} {state.global_step}/{state.max_steps}  {shown}", file=sys.stderr)
+        logs = logs or {}
+        learnt, pace = _learnt(logs), _pace(logs)
+        if not learnt:
+            return
+        if self.bar is not None and self.show_bar:
+            if pace:
+                self.bar.set_postfix_str(", ".join(pace), refresh=False)
+            pace = []
+        elif pace:
+            pace.append(render("progress.left", time=tqdm.format_interval(logs["seconds_left"])))
+        place = f"{render('progress.step')} {state.global_step}/{state.max_steps}"
+        tqdm.write("  ".join([place, *learnt, *pace]), file=sys.stderr)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:
             self.bar.close()
 
 
+# Metric → (what a line calls it, format). A line of preference training fits 80 columns, too.
 SHOWN = {
-    "loss": ".4f",
-    "rewards/accuracies": ".3f",
-    "rewards/margins": ".4f",
-    "eval_loss": ".4f",
-    "eval_perplexity": ".3f",
-    "eval_rewards/accuracies": ".3f",
-    "eval_rewards/margins": ".4f",
-    "learning_rate": ".2e",
-    "grad_norm": ".3f",
+    "loss": ("loss", ".4f"),
+    "rewards/accuracies": ("accuracy", ".2f"),
+    "rewards/margins": ("margin", ".3f"),
+    "eval_loss": ("eval_loss", ".4f"),
+    "eval_perplexity": ("eval_perplexity", ".3f"),
+    "eval_rewards/accuracies": ("eval_accuracy", ".3f"),
+    "eval_rewards/margins": ("eval_margin", ".4f"),
+    "learning_rate": ("lr", ".2e"),
+    "grad_norm": ("grad", ".3f"),
 }
 
 
-def _shown(logs: dict[str, Any]) -> str:
-    return "  ".join(f"{name} {logs[name]:{style}}" for name, style in SHOWN.items() if name in logs)
+def _learnt(logs: dict[str, Any]) -> list[str]:
+    """How the model learns."""
+    return [f"{label} {logs[name]:{style}}" for name, (label, style) in SHOWN.items() if name in logs]
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that a crash cut short is left out."""
-    lines = []
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                continue
-    return lines
+def _pace(logs: dict[str, Any]) -> list[str]:
+    """How fast that goes, and on how much memory."""
+    if "tokens_per_second" not in logs:
+        return []
+    return [
+        render("progress.speed", speed=f"{logs['tokens_per_second']:,.0f}"),
+        render("progress.share", share=f"{logs['target_share']:.0%}"),
+        f"{logs['memory_bytes'] / 2**30:.1f} GiB",
+    ]

@@ -8,13 +8,20 @@ import os
 import platform
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from firefly.console import take_notices
+from firefly.errors import FireflyError
 from firefly.ranks import is_first
+from firefly.runs.records import read_object
+from firefly.runs.state import FAILED, FINISHED, INTERRUPTED
 
 PACKAGES = (
     "firefly-llm",
@@ -44,6 +51,42 @@ def write_json(path: Path, value: Any) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     scratch.replace(path)
+
+
+@contextmanager
+def recorded_end(output_dir: Path) -> Iterator[None]:
+    """Write into run.json how what is done inside ends, and the notices that were given meanwhile.
+
+    An exception goes on as it came: this only records it.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        with suppress(OSError):  # the interruption is what the user has to hear of
+            _record_end(output_dir, INTERRUPTED)
+        raise
+    except BaseException as error:
+        with suppress(OSError):
+            _record_end(output_dir, FAILED, describe_error(error))
+        raise
+    _record_end(output_dir, FINISHED)
+
+
+def describe_error(error: BaseException) -> dict[str, Any]:
+    """What run.json says of a failure: its code in the message catalogue (None: it has none), type and message."""
+    code = error.code if isinstance(error, FireflyError) else None
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        code = "cli.out_of_memory"
+    return {"code": code, "type": type(error).__name__, "message": str(error)}
+
+
+def _record_end(output_dir: Path, state: str, error: dict[str, Any] | None = None) -> None:
+    if int(os.environ.get("RANK", "0")):
+        return  # one file, written by rank 0
+    path = output_dir / "run.json"
+    passport = read_object(path)
+    notices = [*passport.get("notices", []), *take_notices()]
+    write_json(path, passport | {"state": state, "ended": time.time(), "error": error, "notices": notices})
 
 
 def package_versions() -> dict[str, str | None]:

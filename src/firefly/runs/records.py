@@ -1,0 +1,256 @@
+"""A run's folder, read back: what `firefly runs` lists, shows and compares.
+
+Whatever is missing or damaged is None here, never an error: runs of earlier versions, runs that were killed, and runs
+that write at this moment are read alike. Nothing heavy is imported, so the commands answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from firefly.errors import UsageError
+from firefly.runs.state import FAILED, FINISHED, RUNNING, has_newer_results, last_sign, run_state, time_of
+
+DEPTH = 3
+"""Folders below the one that is searched in which a run may lie."""
+SKIPPED = re.compile(r"\..*|checkpoint-\d+|earlier-.*|runs|node_modules|__pycache__|site-packages")
+"""Folders that hold no run of their own; `runs` is where TensorBoard's events lie."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run.
+
+    Attributes:
+        passport: run.json as it stands there.
+        state: running, finished, interrupted or failed.
+    """
+
+    folder: Path
+    passport: dict[str, Any]
+    state: str
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return mapping(self.passport.get("config"))
+
+    @property
+    def model(self) -> str | None:
+        return self.config.get("model_name_or_path")
+
+    @cached_property
+    def results(self) -> dict[str, Any]:
+        """train_results.json, if it is of this run: a run that was started anew leaves the earlier one's in place."""
+        recorded = self.passport.get("state") is not None
+        current = self.state == FINISHED if recorded else has_newer_results(self.folder)
+        return read_object(self.folder / "train_results.json") if current else {}
+
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        """data_report.json."""
+        return read_object(self.folder / "data_report.json")
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return read_metrics(self.folder / "metrics.jsonl")
+
+    @cached_property
+    def _last(self) -> dict[str, float | None]:
+        return last_values(self.folder / "metrics.jsonl", ("step", "loss", "eval_loss", "time"))
+
+    @property
+    def loss(self) -> float | None:
+        """The training loss that was logged last."""
+        return self._last["loss"]
+
+    @property
+    def eval_loss(self) -> float | None:
+        return self._last["eval_loss"]
+
+    @property
+    def steps(self) -> int:
+        """Steps that were trained, as far as a log or a checkpoint proves it."""
+        logged = self._last["step"] or 0
+        return int(max(logged, *(step for step, _ in self.checkpoints), 0))
+
+    @property
+    def total_steps(self) -> int | None:
+        total = self.passport.get("total_steps")
+        return total if isinstance(total, int) else None
+
+    @property
+    def started(self) -> float | None:
+        """Seconds since the epoch."""
+        text = self.passport.get("started")
+        try:
+            return datetime.fromisoformat(str(text)).timestamp()
+        except ValueError:
+            return time_of(self.folder / "run.json")
+
+    @property
+    def seconds(self) -> float | None:
+        """How long the run took, or has taken so far; of an interrupted one, until its last sign of life."""
+        if self.started is None:
+            return None
+        ended = self.passport.get("ended")
+        if self.state == RUNNING:
+            end = time.time()
+        elif isinstance(ended, (int, float)):
+            end = float(ended)
+        else:
+            end = self._last["time"] or last_sign(self.folder)
+        return max(end - self.started, 0.0)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """Of a failed run: `code` (of the message catalogue, or None), `type` and `message`."""
+        return mapping(self.passport.get("error")) if self.state == FAILED else {}
+
+    @cached_property
+    def checkpoints(self) -> list[tuple[int, bool]]:
+        """(step, complete) of each checkpoint, by step; plan.json is what is written last."""
+        found = [
+            (int(match[1]), (path / "plan.json").is_file())
+            for path in self.folder.glob("checkpoint-*")
+            if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
+        ]
+        return sorted(found)
+
+    def as_dict(self) -> dict[str, Any]:
+        """One element of what `firefly runs list --json` prints."""
+        began = self.started
+        return {
+            "path": str(self.folder),
+            "state": self.state,
+            "started": None if began is None else datetime.fromtimestamp(began).astimezone().isoformat("T", "seconds"),
+            "seconds": self.seconds,
+            "task_type": self.config.get("task_type"),
+            "train_mode": self.config.get("train_mode"),
+            "model": self.model,
+            "steps": self.steps,
+            "total_steps": self.total_steps,
+            "loss": finite(self.loss),
+            "eval_loss": finite(self.eval_loss),
+            "error": self.error or None,
+        }
+
+
+def open_run(path: str | Path) -> RunRecord:
+    """The run of an output_dir (or of the run.json in it).
+
+    Raises:
+        UsageError: no run was recorded there.
+    """
+    folder = Path(path).expanduser()
+    record = read_run(folder.parent if folder.is_file() and folder.name == "run.json" else folder)
+    if record is None:
+        raise UsageError("runs.not_a_run", path=path)
+    return record
+
+
+def read_run(folder: Path) -> RunRecord | None:
+    """The run in a folder; None where run.json is missing, or is somebody else's file of that name."""
+    passport = read_object(folder / "run.json")
+    if not isinstance(passport.get("config"), dict):
+        return None
+    return RunRecord(folder, passport, run_state(folder, passport))
+
+
+def find_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
+    """The runs in some folders and DEPTH levels below them, newest first.
+
+    Raises:
+        UsageError: one of the folders does not exist.
+    """
+    found: dict[Path, RunRecord] = {}
+    for name in folders:
+        root = Path(name).expanduser()
+        if not root.is_dir():
+            raise UsageError("runs.no_folder", path=name)
+        for folder in _folders(root):
+            if record := read_run(folder):
+                found[folder.resolve()] = record
+    return sorted(found.values(), key=lambda record: record.started or 0, reverse=True)
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    """Folders that hold a run.json."""
+    for place, below, files in os.walk(root):
+        depth = len(Path(place).relative_to(root).parts)
+        below[:] = sorted(name for name in below if depth < DEPTH and not SKIPPED.fullmatch(name))
+        if "run.json" in files:
+            yield Path(place)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; empty if there is none that can be read."""
+    try:
+        return mapping(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that a crash cut short is left out."""
+    return [line for text in _lines(path) if (line := _parse(text))]
+
+
+def last_values(path: Path, names: Sequence[str]) -> dict[str, float | None]:
+    """The last number under each name in a metrics.jsonl; only lines that hold a name are parsed."""
+    found: dict[str, float | None] = dict.fromkeys(names)
+    lines = _lines(path)
+    for name in names:
+        for text in reversed(lines):
+            if f'"{name}":' in text and isinstance(value := _parse(text).get(name), (int, float)):
+                found[name] = value
+                break
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        return mapping(json.loads(text))
+    except (ValueError, RecursionError):
+        return {}
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """The value, if it is an object of JSON; otherwise an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def series(metrics: Sequence[dict[str, Any]], name: str) -> dict[int, float]:
+    """A number of metrics.jsonl by step."""
+    return {
+        line["step"]: float(line[name])
+        for line in metrics
+        if isinstance(line.get("step"), int) and isinstance(line.get(name), (int, float))
+    }
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def finite_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with None for numbers that JSON does not have."""
+    return {name: finite(value) if isinstance(value, float) else value for name, value in values.items()}
