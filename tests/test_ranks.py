@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -225,6 +227,61 @@ def test_one_rank_goes_on_where_two_stopped(engine: str, place: Path, two_ranks:
     found = train(load_config(settings | {"resume_from_checkpoint": str(whole / "checkpoint-2")}))
     assert len(values(found)) == len(values(whole)) - 2
     assert values(found) == pytest.approx(values(whole)[2:], rel=0.05)
+
+
+LAUNCHERS = {
+    "accelerate": [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes=2",
+        "--main_process_port={port}",
+    ],
+    "deepspeed": ["-m", "deepspeed.launcher.launch", "--world_info={world}", "--master_port={port}"],
+    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_launcher_starts_two_ranks(launcher: str, place: Path, tmp_path: Path) -> None:
+    settings = Case("door", changes={"max_steps": 2}).settings(place, tmp_path / "out", ranks=2)
+    (tmp_path / "run.json").write_text(json.dumps(settings), encoding="utf-8")
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [word.format(world=world, port=port) for word in LAUNCHERS[launcher]]
+    done = subprocess.run(
+        [sys.executable, *words, str(HERE.parent / "train.py"), "--train_args_file", str(tmp_path / "run.json")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "FIREFLY_LANG": "en"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(str(tmp_path / "out")) == 1  # one rank speaks
+    assert "2 processes, ddp: 4 examples a step each, 8 in all" in " ".join(done.stderr.split())
+    assert json.loads((tmp_path / "out" / "train_results.json").read_text())["examples"] == 16
+
+
+@pytest.mark.slow
+def test_a_fault_of_the_users_is_said_once(place: Path, tmp_path: Path) -> None:
+    settings = Case("fault").settings(place, tmp_path / "out", ranks=2) | {"lora_target": "nothing_like_it"}
+    (tmp_path / "run.json").write_text(json.dumps(settings), encoding="utf-8")
+    done = subprocess.run(
+        [
+            *(sys.executable, *LAUNCHERS["torchrun"], str(HERE.parent / "train.py")),
+            *("--train_args_file", str(tmp_path / "run.json")),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "FIREFLY_LANG": "en"},
+        timeout=300,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("error: lora_target") == 1
+    assert "exitcode  : 2" in done.stderr
 
 
 def test_uneven_rows_give_every_rank_as_many_microbatches() -> None:

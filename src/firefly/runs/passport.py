@@ -81,8 +81,8 @@ def describe_error(error: BaseException) -> dict[str, Any]:
 
 
 def _record_end(output_dir: Path, state: str, error: dict[str, Any] | None = None) -> None:
-    if int(os.environ.get("RANK", "0")):
-        return  # one file, written by rank 0
+    if not is_first():
+        return
     path = output_dir / "run.json"
     passport = read_object(path)
     notices = [*passport.get("notices", []), *take_notices()]
