@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from firefly.messages import render
@@ -17,7 +18,8 @@ def notice(code: str, **values: object) -> None:
     """Print one line that says what Firefly did differently from what was asked, and remember it for run.json."""
     text = render(code, **values)
     _notices.append({"code": code, "message": text})
-    print(f"{render('label.notice')} {text}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # a log file on a full disk: what is said there must not end a run
+        print(f"{render('label.notice')} {text}", file=sys.stderr, flush=True)
 
 
 def take_notices() -> list[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -18,11 +19,11 @@ from transformers.utils import logging as transformers_logging
 
 from firefly.config import SMOOTHED_LOSSES, AdapterConfig, Config, names_in
 from firefly.console import notice, stderr_console, take_notices
-from firefly.data.batching import ExampleList
+from firefly.data.batching import ExampleList, steps_per_epoch
 from firefly.data.blocks import Blocks
 from firefly.data.certificate import FILE_NAME as CERTIFICATE
 from firefly.data.certificate import Certificate, certify
-from firefly.data.dataset import Split, load_split
+from firefly.data.dataset import PREPARATION_KEYS, Split, load_split
 from firefly.data.encoding import Encoder
 from firefly.data.examples import Examples
 from firefly.data.formats import TaskName
@@ -51,18 +52,19 @@ from firefly.objectives.router import quiet_routers
 from firefly.objectives.trainers import CausalTrainer, StepOptions, StepTrainer, training_arguments
 from firefly.runs.checkpoints import (
     OPTIMIZER_SETTINGS,
-    PlanWriter,
+    TRAINING_SETTINGS,
     RunPlan,
     check_same_run,
     find_checkpoint,
     set_aside_old_checkpoints,
     stored_choices,
 )
+from firefly.runs.folders import remove_leftovers
+from firefly.runs.lock import only_run
 from firefly.runs.memory import keep_freed_memory
-from firefly.runs.metrics import Progress, RunRecorder, read_metrics
+from firefly.runs.metrics import Guarded, Progress, RunRecorder
 from firefly.runs.overview import show_example, show_run
 from firefly.runs.passport import adapter_hash, git_commit, hardware, package_versions, weights_hash, write_json
-from firefly.runs.plots import draw_loss
 
 
 @dataclass(frozen=True)
@@ -84,15 +86,23 @@ def train(config: Config) -> Path:
     """Train as configured; return the directory that holds the result.
 
     Raises:
-        UsageError: the configuration, the data or the checkpoint to continue from is at fault; nothing was trained.
+        UsageError: the configuration, the data or the checkpoint to continue from is at fault, and nothing was trained;
+            or a loss was not a number, or the disk did not take the result: checkpoints are there.
+        Interrupted: a signal stopped the run between two steps, and left a checkpoint.
     """
     started = time.time()
     leave_one_rank_group()
-    task = TASKS[config.task_type]
-    config = without_dropout(config)
     output_dir = Path(config.output_dir).expanduser()
     refuse_own_source(config, output_dir)
     make_output_dir(output_dir)
+    with only_run(output_dir):
+        return train_into(output_dir, config, started)
+
+
+def train_into(output_dir: Path, config: Config, started: float) -> Path:
+    """`train`, in a folder that is there and that no other run writes into."""
+    task = TASKS[config.task_type]
+    config = without_dropout(config)
     device = pick_device(bool(config.training.get("use_cpu")))
     precision = resolve_precision(config.precision, device)
     args = training_arguments(resolved_arguments(config, precision, device))
@@ -120,11 +130,12 @@ def train(config: Config) -> Path:
         notice("router.quiet", count=len(quiet))
     head = install_training_forwards(model)
     base = identify_base(hashed.result(), model)
-    plan = run_plan(config, args, layout[0], data.train, base)
+    plan = run_plan(config, args, layout[0], data.train, base, encoder, precision)
     if checkpoint:
-        check_same_run(checkpoint, plan)
+        check_same_run(checkpoint, plan, config.resume_anyway)
     else:
         set_aside_old_checkpoints(output_dir)
+    remove_leftovers(output_dir)
     choices, forecast = resolve_choices(config, args, model, data.train, layout[0], precision, device, checkpoint)
     choosing.apply(choices, transformers_model(model), precision.compute)
     trainer = task.trainer(
@@ -134,7 +145,9 @@ def train(config: Config) -> Path:
         held_out=data.held_out,
         sources=data.train.names if data.held_out is None else data.held_out.names,
         tokenizer=tokenizer,
-        options=StepOptions(plan.examples_per_step, choices, plan.seed, plan.shuffle, plan.layout),
+        options=StepOptions(
+            plan.examples_per_step, choices, plan.seed, plan.shuffle, plan.layout, config.step.on_nonfinite_loss
+        ),
         precision=precision,
         masters=config.adapter.mode == "full",
         callbacks=callbacks(config),
@@ -147,7 +160,7 @@ def train(config: Config) -> Path:
             reference_parts(config, plan, precision),
             (data.train.fingerprint, data.held_out.fingerprint if data.held_out else None),
         )
-    trainer.add_callback(PlanWriter(plan, lambda: trainer.options.choices))
+    trainer.checkpoint_plan = lambda: asdict(plan) | {"choices": asdict(trainer.options.choices)}
     recorder = RunRecorder(output_dir, trainer.counts, started)
     replace_progress(trainer, recorder)
     console = stderr_console()
@@ -169,12 +182,10 @@ def train(config: Config) -> Path:
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if checkpoint and not trainer.counts.steps:
         notice("resume.nothing_left", path=checkpoint, steps=trainer.state.global_step)
-    trainer.save_model()
-    if config.adapter.mode != "full":
-        transformers_model(model).generation_config.save_pretrained(output_dir)
+    trainer.save_result()
     if trainer.counts.steps or not (output_dir / "train_results.json").is_file():
-        write_json(output_dir / "train_results.json", recorder.results(result.metrics, device))
-    draw_loss(read_metrics(recorder.path), output_dir / "loss.png")
+        write_json(output_dir / "train_results.json", recorder.results(result.metrics, trainer.skipped, device))
+    recorder.draw()
     console.print(render("train.done", path=output_dir), soft_wrap=True)
     return output_dir
 
@@ -315,6 +326,8 @@ def resolved_arguments(config: Config, precision: Precision, device: torch.devic
         "torch_compile": False,
         "torch_compile_backend": None,
         "torch_compile_mode": None,
+        # A signal leaves a checkpoint anyway (see `runs.interruption`).
+        "enable_jit_checkpoint": False,
         "restore_callback_states_from_checkpoint": config.evaluation.patience is not None,
     }
     values.setdefault("per_device_eval_batch_size", config.step.examples_per_rank)
@@ -361,12 +374,21 @@ def resolve_choices(
 
 
 def run_plan(
-    config: Config, args: TrainingArguments, layout: str, examples: Examples | Blocks, base: dict[str, Any]
+    config: Config,
+    args: TrainingArguments,
+    layout: str,
+    examples: Examples | Blocks,
+    base: dict[str, Any],
+    encoder: Encoder,
+    precision: Precision,
 ) -> RunPlan:
     """What a checkpoint of this run is bound to."""
     adapted = config.adapter.mode != "full"
+    examples_per_step = config.step.examples_per_rank * args.world_size
+    per_epoch = steps_per_epoch(len(examples), examples_per_step, args.dataloader_drop_last)
+    prepared = {"data": examples.content, "template": encoder.template.hash, "tokenizer": encoder.tokenizer_hash}
     return RunPlan(
-        examples_per_step=config.step.examples_per_rank,
+        examples_per_step=examples_per_step,
         seed=args.data_seed if args.data_seed is not None else args.seed,
         shuffle=config.data.shuffle,
         data=examples.fingerprint,
@@ -377,8 +399,12 @@ def run_plan(
         lora_alpha=config.adapter.alpha if adapted else 0,
         base_weights=str(base.get("sha256") or base.get("commit")),
         optimizer={name: getattr(args, name) for name in OPTIMIZER_SETTINGS},
-        world_size=1,
+        world_size=args.world_size,
         layout=layout,
+        prepared=prepared | {name: value for name, value in config.flat().items() if name in PREPARATION_KEYS},
+        training={name: getattr(args, name) for name in TRAINING_SETTINGS}
+        | {"precision": precision.name, "lora_dropout": config.adapter.dropout if adapted else 0.0},
+        total_steps=total_steps(args, per_epoch),
         add_tokens=list(config.model.add_tokens or ()),
         **adapter_plan(config.adapter),
     )
@@ -413,23 +439,31 @@ def replace_progress(trainer: StepTrainer, recorder: RunRecorder) -> None:
     transformers_logging.set_verbosity_error()
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
+    handler = trainer.callback_handler
+    reporters = [type(callback).__module__.startswith("transformers.integrations") for callback in handler.callbacks]
+    handler.callbacks = [
+        Guarded(callback, recorder) if reports else callback
+        for callback, reports in zip(handler.callbacks, reporters, strict=True)
+    ]
     trainer.add_callback(Progress(show_bar=not trainer.args.disable_tqdm))
     trainer.add_callback(recorder)
+
+
+def total_steps(args: TrainingArguments, per_epoch: int) -> int:
+    """Optimizer steps of the whole run, as transformers counts them."""
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
 
 
 def describe_steps(config: Config, data: Split, trainer: StepTrainer) -> str:
     """How many examples make a step, and how many steps the run."""
     per_epoch = len(trainer.get_train_dataloader())
-    total = (
-        trainer.args.max_steps if trainer.args.max_steps > 0 else int(per_epoch * trainer.args.num_train_epochs + 0.999)
-    )
     return render(
         "overview.steps",
         examples=trainer.options.examples_per_step,
         device=config.step.per_device_examples,
         accumulation=config.step.accumulation,
         budget=trainer.options.choices.tokens_per_microbatch,
-        steps=total,
+        steps=total_steps(trainer.args, per_epoch),
         count=len(data.train),
         held_out=len(data.held_out) if data.held_out is not None else 0,
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed
 from torch import Tensor
 from tqdm import tqdm
 
@@ -134,6 +135,20 @@ class PreferenceTrainer(StepTrainer):
             self._sums.zero_()
             self._summed_pairs = 0
         super().log(logs, start_time)
+
+    def unlogged(self) -> dict[str, Any]:
+        sums, pairs = self._sums.clone(), self._summed_pairs
+        if self.args.world_size > 1:
+            told = torch.cat([sums, sums.new_tensor([pairs])])
+            torch.distributed.all_reduce(told)
+            sums, pairs = told[:-1], int(told[-1])
+        return super().unlogged() | {"sums": sums.tolist(), "pairs": pairs}
+
+    def restore_unlogged(self, kept: Mapping[str, Any]) -> None:
+        super().restore_unlogged(kept)
+        if self.args.process_index == 0:  # the log adds up what the ranks have
+            self._sums += self._sums.new_tensor(kept["sums"])
+            self._summed_pairs += kept["pairs"]
 
     # ---- the reference beforehand ----
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from firefly.console import notice
@@ -38,6 +38,7 @@ from firefly.models.attention import decoder
 from firefly.models.checkpointing import decoder_layers, install_checkpointing
 from firefly.models.choices import Choices
 from firefly.models.precision import Precision
+from firefly.objectives.finite import ComputedStep, FiniteSteps
 from firefly.objectives.router import RouterSettings, count_choices, recorded_logits, router_loss, router_settings
 
 EVALUATED_TOGETHER = 64
@@ -53,6 +54,7 @@ class StepOptions:
     seed: int
     shuffle: bool
     layout: str
+    on_nonfinite_loss: str = "stop"
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Counts:
         self.targets += totals.targets
 
 
-class StepTrainer(Trainer, ABC):
+class StepTrainer(FiniteSteps, ABC):
     """The loop over whole steps and over held-out data. An objective adds how examples are packed, a microbatch's share
     of the step's loss, and the sums that its evaluation needs."""
 
@@ -91,10 +93,12 @@ class StepTrainer(Trainer, ABC):
         self.options = options
         self.sources = list(sources)
         self.counts = Counts()
+        self.on_nonfinite_loss = options.on_nonfinite_loss
         # A mixture of experts also balances what its routers choose, over the whole step (see `router`).
         self.router = router_settings(transformers_model(model))
         self._recorded: list[tuple[tuple[Tensor, ...], Tensor]] = []
         self._running = 0  # the microbatch that is computed at the moment
+        self._losses: list[Tensor] = []  # of the microbatches of the step that is computed
         # Frozen weights are held in the compute type; full fine-tuning keeps fp32 weights and computes under autocast.
         self.autocast_type = precision.compute if masters and precision.compute != torch.float32 else None
         super().__init__(
@@ -172,10 +176,11 @@ class StepTrainer(Trainer, ABC):
         trained stays the same.
         """
         model.train()
-        step = inputs
+        step, undo = inputs, self.undo_of_step(self._snapshot())
         while (total := self._attempt(model, step)) is None:
             step = self._with_less_memory(model, step)
         self.counts.add(inputs.totals)
+        self.computed = ComputedStep(undo, total, self._losses, step.rows)
         return total
 
     def _attempt(self, model: Any, step: Step[Any]) -> Tensor | None:
@@ -194,7 +199,7 @@ class StepTrainer(Trainer, ABC):
         return None
 
     def _accumulate(self, model: Any, step: Step[Any]) -> Tensor:
-        total = torch.zeros((), device=self.args.device)
+        total, self._losses = torch.zeros((), device=self.args.device), []
         batches = [batch.to(self.args.device) for batch in step.microbatches]
         choices = self._count_choices(model, batches) if self.router and len(batches) > 1 else None
         for self._running, batch in enumerate(batches):
@@ -204,6 +209,7 @@ class StepTrainer(Trainer, ABC):
             loss = loss * self.args.world_size  # engines average gradients over ranks
             self.accelerator.backward(loss)
             total += loss.detach()
+            self._losses.append(loss.detach())
         return total
 
     def _snapshot(self) -> Callable[[], None]:
@@ -358,6 +364,12 @@ class StepTrainer(Trainer, ABC):
             yield name, np.flatnonzero(sources == number)
 
     # ---- resuming ----
+
+    def _run_epoch(self, **epoch: Any) -> None:
+        """The steps of an epoch that a resumed run has behind it are not planned again."""
+        resumed = epoch["resume_from_checkpoint"] is not None and epoch["epoch"] == epoch["epochs_trained"]
+        self.step_plan.start = epoch["steps_trained_in_current_epoch"] if resumed else 0
+        super()._run_epoch(**epoch)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """A run that was prolonged goes on at the new schedule's rate: a checkpoint keeps that of the old one's end."""
