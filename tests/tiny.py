@@ -17,7 +17,7 @@ from torch import Tensor
 
 from firefly.config import AdapterConfig
 from firefly.data.examples import INDEX, ExampleCounts, index_entry
-from firefly.data.schema import IGNORE, Example, Segment, TokenPair, Tokens
+from firefly.data.schema import IGNORE, Example, Segment, Source, TokenPair, Tokens
 from firefly.models.adapters import attach_adapter, lora_parameters, lora_targets
 from firefly.models.attention import choose_layout
 from firefly.models.forwards import install_training_forwards
@@ -166,6 +166,9 @@ class ListedExamples:
 
     def __getitem__(self, index: int) -> Example:
         return self.examples[index]
+
+    def place(self, index: int) -> Source:
+        return Source("listed", index + 1)
 
 
 def padded_batch(examples: Sequence[Tokens]) -> dict[str, Tensor]:

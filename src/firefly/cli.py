@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import sys
 from collections.abc import Iterator
@@ -343,6 +344,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if show := getattr(error, "show", None):  # click's own complaints about options
             show(file=sys.stderr)
+            return 2
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print_error(render("cli.disk_full", path=error.filename or error))
             return 2
         if _is_out_of_memory(error):
             problem = next(iter(str(error).splitlines()), type(error).__name__)

@@ -97,6 +97,7 @@ class StepConfig:
     tokens_per_microbatch: int | str = key("tokens_per_microbatch", "auto", (int, str), minimum=1)
     gradient_checkpointing: bool | str = key("gradient_checkpointing", "auto", (bool, str), (True, False, "auto"))
     nf4_cache: bool | str = key("nf4_cache", "auto", (bool, str), (True, False, "auto"))
+    on_nonfinite_loss: str = key("on_nonfinite_loss", "stop", str, ("stop", "skip"))
 
     @property
     def examples_per_rank(self) -> int:
@@ -147,6 +148,7 @@ class Config:
     task_type: Literal["pretrain", "sft", "dpo"] = key("task_type", "sft", str, ("pretrain", "sft", "dpo"))
     output_dir: str = key("output_dir", "", str)
     resume_from_checkpoint: bool | str | None = key("resume_from_checkpoint", None, (bool, str))
+    resume_anyway: bool = key("resume_anyway", False, bool)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from firefly import ranks
@@ -22,7 +23,9 @@ def notice(code: str, **values: object) -> None:
     """Print one line that says what Firefly did differently from what was asked, and remember it for run.json."""
     text = render(code, **values)
     _notices.append({"code": code, "message": text})
-    if ranks.is_first():
+    if not ranks.is_first():
+        return
+    with suppress(OSError):  # a log file on a full disk: what is said there must not end a run
         print(f"{render('label.notice')} {text}", file=sys.stderr, flush=True)
 
 

@@ -20,11 +20,11 @@ from transformers.utils import logging as transformers_logging
 from firefly import ranks
 from firefly.config import SMOOTHED_LOSSES, AdapterConfig, Config, names_in
 from firefly.console import notice, stderr_console, take_notices
-from firefly.data.batching import ExampleList
+from firefly.data.batching import ExampleList, steps_per_epoch
 from firefly.data.blocks import Blocks
 from firefly.data.certificate import FILE_NAME as CERTIFICATE
 from firefly.data.certificate import Certificate, certify
-from firefly.data.dataset import Split, cache_folder, load_split
+from firefly.data.dataset import PREPARATION_KEYS, Split, cache_folder, load_split
 from firefly.data.encoding import Encoder
 from firefly.data.examples import Examples
 from firefly.data.formats import TaskName
@@ -54,15 +54,17 @@ from firefly.objectives.router import quiet_routers
 from firefly.objectives.trainers import BeforeTraining, CausalTrainer, StepOptions, StepTrainer, training_arguments
 from firefly.runs.checkpoints import (
     OPTIMIZER_SETTINGS,
-    PlanWriter,
+    TRAINING_SETTINGS,
     RunPlan,
     check_same_run,
     find_checkpoint,
     set_aside_old_checkpoints,
     stored_choices,
 )
+from firefly.runs.folders import remove_leftovers
+from firefly.runs.lock import only_run
 from firefly.runs.memory import keep_freed_memory
-from firefly.runs.metrics import Progress, RunRecorder
+from firefly.runs.metrics import Guarded, Progress, RunRecorder
 from firefly.runs.overview import show_example, show_run
 from firefly.runs.passport import (
     adapter_hash,
@@ -97,15 +99,23 @@ def train(config: Config) -> Path:
     """Train as configured; return the directory that holds the result.
 
     Raises:
-        UsageError: the configuration, the data or the checkpoint to continue from is at fault; nothing was trained.
+        UsageError: the configuration, the data or the checkpoint to continue from is at fault, and nothing was trained;
+            or a loss was not a number, or the disk did not take the result: checkpoints are there.
+        Interrupted: a signal stopped the run between two steps, and left a checkpoint.
     """
     started = time.time()
     engine = resolve_engine(config)
-    task = TASKS[config.task_type]
-    config = with_reference_first(without_dropout(config), engine)
     output_dir = Path(config.output_dir).expanduser()
     refuse_own_source(config, output_dir)
     make_output_dir(output_dir)
+    with only_run(output_dir):
+        return train_into(output_dir, config, engine, started)
+
+
+def train_into(output_dir: Path, config: Config, engine: Engine, started: float) -> Path:
+    """`train`, in a folder that is there and that no other run writes into."""
+    task = TASKS[config.task_type]
+    config = with_reference_first(without_dropout(config), engine)
     device = pick_device(bool(config.training.get("use_cpu")))
     precision = resolve_precision(config.precision, device)
     if config.adapter.name_or_path:
@@ -135,12 +145,13 @@ def train(config: Config) -> Path:
         notice("router.quiet", count=len(quiet))
     head = install_training_forwards(model)
     base = identify_base(hashed.result(), model)
-    plan = run_plan(config, args, layout[0], data.train, base)
+    plan = run_plan(config, args, layout[0], data.train, base, encoder, precision, engine)
     parameters = count_parameters(model)
     if checkpoint:
-        check_same_run(checkpoint, plan)
+        check_same_run(checkpoint, plan, config.resume_anyway)
     else:
         set_aside_old_checkpoints(output_dir)
+    remove_leftovers(output_dir)
     choices, forecast = resolve_choices(
         config, args, model, data.train, layout[0], precision, device, checkpoint, engine
     )
@@ -154,7 +165,15 @@ def train(config: Config) -> Path:
         held_out=data.held_out,
         sources=data.train.names if data.held_out is None else data.held_out.names,
         tokenizer=tokenizer,
-        options=StepOptions(plan.examples_per_step, choices, plan.seed, plan.shuffle, plan.layout, engine),
+        options=StepOptions(
+            plan.examples_per_step,
+            choices,
+            plan.seed,
+            plan.shuffle,
+            plan.layout,
+            config.step.on_nonfinite_loss,
+            engine,
+        ),
         precision=precision,
         masters=config.adapter.mode == "full",
         callbacks=callbacks(config),
@@ -166,7 +185,7 @@ def train(config: Config) -> Path:
         compile_model(config, model)
     if isinstance(trainer, PreferenceTrainer) and config.preference.precompute_reference and trainer.reference:
         ask_reference_first(trainer, config, plan, precision, data, engine, checkpoint)
-    trainer.add_callback(PlanWriter(plan, lambda: trainer.options.choices))
+    trainer.checkpoint_plan = lambda: asdict(plan) | {"choices": asdict(trainer.options.choices)}
     recorder = RunRecorder(output_dir, trainer.counts, started)
     replace_progress(trainer, recorder)
     console = stderr_console()
@@ -191,13 +210,10 @@ def train(config: Config) -> Path:
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if checkpoint and not trainer.counts.steps:
             notice("resume.nothing_left", path=checkpoint, steps=trainer.state.global_step)
-        trainer.save_model()
-        results = recorder.results(result.metrics, device)
+        trainer.save_result()
+        if trainer.counts.steps or not (output_dir / "train_results.json").is_file():
+            write_json(output_dir / "train_results.json", recorder.results(result.metrics, trainer.skipped, device))
         if ranks.is_first():
-            if config.adapter.mode != "full":
-                transformers_model(model).generation_config.save_pretrained(output_dir)
-            if trainer.counts.steps or not (output_dir / "train_results.json").is_file():
-                write_json(output_dir / "train_results.json", results)
             draw_loss(output_dir, LAST_DRAWING_SECONDS)
     console.print(render("train.done", path=output_dir), soft_wrap=True)
     return output_dir
@@ -375,6 +391,8 @@ def resolved_arguments(config: Config, precision: Precision, device: torch.devic
         "torch_compile": False,
         "torch_compile_backend": None,
         "torch_compile_mode": None,
+        # A signal leaves a checkpoint anyway (see `runs.interruption`).
+        "enable_jit_checkpoint": False,
         "restore_callback_states_from_checkpoint": config.evaluation.patience is not None,
         "report_to": choose_trackers(values.get("report_to"), "report_to" in config.given) or "none",
         "run_name": values.get("run_name") or Path(config.output_dir).expanduser().name,  # what trackers call it
@@ -429,12 +447,22 @@ def resolve_choices(
 
 
 def run_plan(
-    config: Config, args: TrainingArguments, layout: str, examples: Examples | Blocks, base: dict[str, Any]
+    config: Config,
+    args: TrainingArguments,
+    layout: str,
+    examples: Examples | Blocks,
+    base: dict[str, Any],
+    encoder: Encoder,
+    precision: Precision,
+    engine: Engine,
 ) -> RunPlan:
     """What a checkpoint of this run is bound to."""
     adapted = config.adapter.mode != "full"
+    examples_per_step = config.step.examples_per_rank * args.world_size
+    per_epoch = steps_per_epoch(len(examples), examples_per_step, args.dataloader_drop_last)
+    prepared = {"data": examples.content, "template": encoder.template.hash, "tokenizer": encoder.tokenizer_hash}
     return RunPlan(
-        examples_per_step=config.step.examples_per_rank * args.world_size,
+        examples_per_step=examples_per_step,
         seed=args.data_seed if args.data_seed is not None else args.seed,
         shuffle=config.data.shuffle,
         data=examples.fingerprint,
@@ -447,6 +475,11 @@ def run_plan(
         optimizer={name: getattr(args, name) for name in OPTIMIZER_SETTINGS},
         world_size=args.world_size,
         layout=layout,
+        prepared=prepared | {name: value for name, value in config.flat().items() if name in PREPARATION_KEYS},
+        training={name: getattr(args, name) for name in TRAINING_SETTINGS}
+        | {"precision": precision.name, "lora_dropout": config.adapter.dropout if adapted else 0.0},
+        total_steps=total_steps(args, per_epoch),
+        engine=engine.name,
         add_tokens=list(config.model.add_tokens or ()),
         **adapter_plan(config.adapter),
     )
@@ -481,30 +514,32 @@ def replace_progress(trainer: StepTrainer, recorder: RunRecorder) -> None:
     transformers_logging.set_verbosity_error()
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    never_ask(list(trainer.args.report_to or ()))
-    watching = trainer.callback_handler.callbacks
-    watching.insert(1, recorder)  # behind the flow of control, before the trackers
-    trainer.add_callback(PassportReporter(recorder.path.parent, watching))
+    names = list(trainer.args.report_to or ())
+    never_ask(names)
+    handler = trainer.callback_handler
+    trackers = [one for one in handler.callbacks if type(one).__module__.startswith("transformers.integrations")]
+    handler.callbacks = [Guarded(one, recorder) if one in trackers else one for one in handler.callbacks]
+    handler.callbacks.insert(1, recorder)  # behind the flow of control, before the trackers
+    trainer.add_callback(Guarded(PassportReporter(recorder.path.parent, trackers), recorder))
     if ranks.is_first():
         trainer.add_callback(Progress(show_bar=not trainer.args.disable_tqdm and sys.stderr.isatty()))
 
 
-def planned_steps(trainer: StepTrainer) -> int:
-    """The steps of the whole run, those before a checkpoint included."""
-    if trainer.args.max_steps > 0:
-        return trainer.args.max_steps
-    return math.ceil(len(trainer.get_train_dataloader()) * trainer.args.num_train_epochs)
+def total_steps(args: TrainingArguments, per_epoch: int) -> int:
+    """Optimizer steps of the whole run, as transformers counts them."""
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
 
 
 def describe_steps(config: Config, data: Split, trainer: StepTrainer) -> str:
     """How many examples make a step, on which ranks, and how many steps the run."""
+    per_epoch = len(trainer.get_train_dataloader())
     return render(
         "overview.steps",
         examples=trainer.options.examples_per_step,
         device=config.step.per_device_examples,
         accumulation=config.step.accumulation,
         budget=trainer.options.choices.tokens_per_microbatch,
-        steps=planned_steps(trainer),
+        steps=total_steps(trainer.args, per_epoch),
         count=len(data.train),
         held_out=len(data.held_out) if data.held_out is not None else 0,
     )
@@ -599,7 +634,7 @@ def write_records(
             "git_commit": git_commit(Path.cwd()),
             "firefly_commit": git_commit(Path(__file__).parent),
             "notices": take_notices(),
-            "total_steps": planned_steps(trainer),
+            "total_steps": total_steps(trainer.args, len(trainer.get_train_dataloader())),
             "world_size": trainer.args.world_size,
             "resumed_from": None if checkpoint is None else str(checkpoint),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

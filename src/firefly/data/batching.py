@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from firefly.data.examples import ExampleCounts
-from firefly.data.schema import IGNORE, Segment, Tokens, segment_positions
+from firefly.data.schema import IGNORE, Segment, Source, Tokens, segment_positions
 
 
 @dataclass(frozen=True)
@@ -239,11 +239,20 @@ def deal(groups: Sequence[Sequence[int]], lengths: Sequence[int], ranks: int) ->
     return [sorted(hand) for hand in hands]
 
 
-class StepPlan(Sampler[PlannedStep]):
+def steps_per_epoch(examples: int, examples_per_step: int, drop_last: bool = False) -> int:
+    """Optimizer steps that some examples make."""
+    whole, rest = divmod(examples, examples_per_step)
+    return whole + (1 if rest and not (drop_last and whole) else 0)
+
+
+class StepPlan(Sampler[PlannedStep | None]):
     """The seeded order of examples (those at `rows`, or all), cut into steps: a batch sampler of whole optimizer steps.
 
     An epoch's last step may be smaller, unless `drop_last`. The order of epoch e depends on (seed, e) alone. Of many
     ranks each plans the whole step and takes its share: as many microbatches as the others, of about as many tokens.
+
+    Attributes:
+        start: steps before it are yielded as None: a resumed run's loader drops them unseen, so none is planned.
     """
 
     def __init__(
@@ -271,10 +280,10 @@ class StepPlan(Sampler[PlannedStep]):
         self.drop_last = drop_last
         self.solo = solo
         self.epoch = 0
+        self.start = 0
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.rows), self.examples_per_step)
-        return whole + (1 if rest and not (self.drop_last and whole) else 0)
+        return steps_per_epoch(len(self.rows), self.examples_per_step, self.drop_last)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -285,9 +294,12 @@ class StepPlan(Sampler[PlannedStep]):
             return self.rows
         return self.rows[np.random.default_rng((self.seed, self.epoch)).permutation(len(self.rows))]
 
-    def __iter__(self) -> Iterator[PlannedStep]:
+    def __iter__(self) -> Iterator[PlannedStep | None]:
         order = self.order()
         for number in range(len(self)):
+            if number < self.start:
+                yield None
+                continue
             yield self.plan(order[number * self.examples_per_step : (number + 1) * self.examples_per_step])
 
     def plan(self, rows: np.ndarray) -> PlannedStep:
@@ -317,6 +329,8 @@ class ExampleList(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Any: ...
+
+    def place(self, index: int) -> Source: ...
 
 
 class PackedExamples(Dataset[Any]):

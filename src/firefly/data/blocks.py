@@ -25,7 +25,7 @@ class Blocks:
         self.size = size
         self.isolated = isolated
         self.files, self.ledgers, self.ledger = documents.files, documents.ledgers, documents.ledger
-        self.names = documents.names
+        self.names, self.content = documents.names, documents.content
         self.fingerprint = f"{documents.fingerprint}-{size}-{'isolated' if isolated else 'joined'}"
         lengths = documents.index["length"].astype(np.int64)
         self._ends = np.cumsum(lengths)  # of documents in the stream

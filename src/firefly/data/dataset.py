@@ -25,12 +25,29 @@ from firefly.data.examples import ExampleFile, Examples
 from firefly.data.formats import FORMATS, MalformedRecord, TaskName, detect_format
 from firefly.data.hygiene import note_findings
 from firefly.data.ledger import Ledger, report
-from firefly.data.preparation import prepare
+from firefly.data.preparation import prepare, prepare_once
 from firefly.data.readers import read_records
 from firefly.data.schema import RawRecord
 from firefly.data.sources import DataSource, find_sources, repeat
 from firefly.errors import UsageError
 from firefly.messages import language
+
+PREPARATION_KEYS = (
+    "train_file",
+    "eval_ratio",
+    "data_format",
+    "text_documents",
+    "template_date",
+    "on_system",
+    "thinking",
+    "max_seq_length",
+    "max_prompt_length",
+    "document_attention",
+    "on_too_long",
+    "train_on",
+    "allow_special_in_content",
+)
+"""Configuration keys that an examples' fingerprint is a hash of, beside files, template and tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +99,7 @@ def load_split(config: DataConfig, encoder: Encoder, task: TaskName = "sft", hub
     train = [loader.load(source, "train_file") for source in sources]
     held_sources = find_sources(config.eval_file, "eval_file", hub) if config.eval_file else []
     held_out = [loader.load(source, "eval_file") for source in held_sources]
-    note_findings(*([file for loaded in group for file, _ in loaded] for group in (train, held_out)))
+    note_findings(*([file.examples for loaded in group for file in loaded] for group in (train, held_out)))
     trained = _mix(sources, train)
     held = _mix(held_sources, held_out) if held_sources else None
     if config.eval_ratio and len(trained):
@@ -109,22 +126,24 @@ def limit_tokenizer_threads(count: int) -> None:
     os.environ.setdefault("RAYON_NUM_THREADS", str(min(count, os.cpu_count() or 1)))
 
 
-def _mix(sources: list[DataSource], loaded: list[list[tuple[ExampleFile, str]]]) -> Examples:
+def _mix(sources: list[DataSource], loaded: list[list[_Loaded]]) -> Examples:
     """Every source's examples, as often as its weight says."""
     order, start = [], 0
     for source, files in zip(sources, loaded, strict=True):
-        count = sum(len(file) for file, _ in files)
+        count = sum(len(file.examples) for file in files)
         order.append(start + repeat(count, source.weight, seed=_seed(source.name)))
         start += count
     shape = [
-        [source.name, source.weight, [key for _, key in files]] for source, files in zip(sources, loaded, strict=True)
+        [source.name, source.weight, [file.shape for file in files]]
+        for source, files in zip(sources, loaded, strict=True)
     ]
     return Examples(
-        files=[file for files in loaded for file, _ in files],
+        files=[file.examples for files in loaded for file in files],
         order=np.concatenate(order),
         fingerprint=_digest(shape),
         names=[source.name for source in sources],
         source_of_file=[number for number, files in enumerate(loaded) for _ in files],
+        content=_digest([file.content for files in loaded for file in files]),
     )
 
 
@@ -134,31 +153,45 @@ def _seed(name: str) -> int:
 
 
 @dataclass(frozen=True)
+class _Loaded:
+    """The examples of one data file, the key they are cached under, and the hash of the file's bytes."""
+
+    examples: ExampleFile
+    shape: str
+    content: str
+
+
+@dataclass(frozen=True)
 class _Loader:
     config: DataConfig
     encoder: Encoder
     task: TaskName
 
-    def load(self, source: DataSource, key: str) -> list[tuple[ExampleFile, str]]:
-        """The examples of a source's files, each with its cache key."""
+    def load(self, source: DataSource, key: str) -> list[_Loaded]:
+        """The examples of a source's files."""
         left, loaded = source.max_rows, []
         for path in source.files:
             if left == 0:
                 break
-            file, shape = self._load_file(path, left, key)
-            loaded.append((file, shape))
+            file = self._load_file(path, left, key)
+            loaded.append(file)
             if left is not None:
-                left -= file.ledger.rows
+                left -= file.examples.ledger.rows
         return loaded
 
-    def _load_file(self, path: Path, max_rows: int | None, key: str) -> tuple[ExampleFile, str]:
+    def _load_file(self, path: Path, max_rows: int | None, key: str) -> _Loaded:
         records = read_records(path, key, self.config.text_documents)  # names a missing file before it is hashed
-        shape = fingerprint(path, self.config, self.encoder, self.task, max_rows)
+        content = hash_file(path)
+        shape = fingerprint(path, self.config, self.encoder, self.task, max_rows, content)
         folder = cache_folder() / "examples" / shape
-        if not (folder / "ledger.json").is_file():
+
+        def make() -> None:
             prepare(_first(records, max_rows), str(path), self.config, self.encoder, self.task, folder)
+
+        if not (folder / "ledger.json").is_file():
+            prepare_once(folder, str(path), make)
         ledger = Ledger.from_dict(json.loads((folder / "ledger.json").read_text(encoding="utf-8")))
-        return ExampleFile(folder, ledger), shape
+        return _Loaded(ExampleFile(folder, ledger), shape, content)
 
 
 def _first(records: Iterator[RawRecord], count: int | None) -> Iterator[RawRecord]:
@@ -183,13 +216,19 @@ def find_task(config: DataConfig, hub: str = "huggingface") -> TaskName:
     return "sft"
 
 
-def fingerprint(path: Path, config: DataConfig, encoder: Encoder, task: TaskName, max_rows: int | None) -> str:
-    """Hash of everything that shapes the examples of a file (its name included: findings name it)."""
+def fingerprint(
+    path: Path, config: DataConfig, encoder: Encoder, task: TaskName, max_rows: int | None, content: str
+) -> str:
+    """Hash of everything that shapes the examples of a file (its name included: findings name it).
+
+    Args:
+        content: hash of the file's bytes.
+    """
     template = encoder.template
     return _digest(
         [
             str(path),
-            hash_file(path),
+            content,
             template.text,
             template.stop_tokens,
             template.variables,

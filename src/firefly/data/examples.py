@@ -81,6 +81,7 @@ class Examples:
         names: the names of the sources.
         sources: the source of each example, an index into `names`, int32 (examples,).
         fingerprint: hash of everything that shaped the examples.
+        content: hash of the bytes of the data files alone.
         ledger: the sum of the files' ledgers.
     """
 
@@ -91,8 +92,10 @@ class Examples:
         fingerprint: str,
         names: Sequence[str] = (),
         source_of_file: Sequence[int] = (),
+        content: str = "",
     ) -> None:
         self.fingerprint = fingerprint
+        self.content = content
         self.files = list(files)
         self.ledgers = [file.ledger for file in files]
         self.ledger = Ledger.total(self.ledgers)
@@ -136,7 +139,7 @@ class Examples:
     def part(self, chosen: np.ndarray, name: str) -> Examples:
         """The examples at `chosen` (indices in order); `name` tells the part in its fingerprint."""
         fingerprint = f"{self.fingerprint}-{name}"
-        part = Examples(self.files, self._order[chosen], fingerprint, self.names, self._source_of_file)
+        part = Examples(self.files, self._order[chosen], fingerprint, self.names, self._source_of_file, self.content)
         part.ledgers, part.ledger = self.ledgers, self.ledger
         return part
 

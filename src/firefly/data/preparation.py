@@ -10,9 +10,9 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from firefly.config import DataConfig
+from firefly.console import notice
 from firefly.data.encoding import Encoder
 from firefly.data.examples import INDEX, ROWS, SCHEMA, index_entry, record_batch
 from firefly.data.formats import MalformedRecord, Parsed, TaskName, parse_record
@@ -51,6 +52,7 @@ from firefly.data.schema import (
     Tokens,
 )
 from firefly.data.templates import TemplateFailure
+from firefly.locks import Held, Holder, hold
 from firefly.messages import render
 
 CHUNK, CHUNK_CHARACTERS = 1000, 1 << 24
@@ -83,6 +85,41 @@ def prepare(
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def prepare_once(folder: Path, file: str, make: Callable[[], None]) -> None:
+    """`make` the cache entry `folder`, unless another process is at it: then wait for it, and use what it made.
+
+    Ranks and runs share their preparation so: by a lock file, not by a collective operation that would time out. Where
+    the other process died, this one takes its place.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+
+    def waiting(holder: Holder) -> None:
+        notice("data.waiting", file=file, pid=holder.pid, host=holder.host)
+
+    with hold(_lock_of(folder), waiting) as held:
+        if (folder / "ledger.json").is_file():
+            return
+        if held:
+            shutil.rmtree(folder, ignore_errors=True)  # without its last file it is not whole
+            remove_scratch(folder)
+        make()
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def remove_scratch(own: Path) -> None:
+    """Remove what killed preparations left beside the entry `own`, whose lock is held: all that nobody is at."""
+    for scratch in own.parent.glob("*.*"):
+        if not scratch.is_dir():
+            continue
+        entry = own.parent / scratch.name.partition(".")[0]
+        with suppress(Held), nullcontext(True) if entry == own else hold(_lock_of(entry)) as held:
+            if held:
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 def with_progress(records: Iterator[RawRecord], file: str) -> Iterator[RawRecord]:

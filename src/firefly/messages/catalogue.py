@@ -21,6 +21,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "内存（显存）不足：{problem}。请减小 tokens_per_microbatch 或 max_seq_length，"
         "把 gradient_checkpointing 设为 true，或使用 train_mode qlora。",
     ),
+    "cli.disk_full": (
+        "no space is left on the disk, or the quota is used up: {path}. Free some space and start again.",
+        "磁盘已满或配额已用尽：{path}。请腾出空间后重新运行。",
+    ),
     # configuration
     "config.no_file": ("configuration file {path} does not exist.", "配置文件 {path} 不存在。"),
     "config.unreadable": ("cannot read configuration {path}: {problem}.", "无法读取配置文件 {path}：{problem}。"),
@@ -100,6 +104,16 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "output_dir = {path} cannot be written: {problem}. Choose another folder.",
         "output_dir = {path} 无法写入：{problem}。请换一个目录。",
     ),
+    "run.locked": (
+        "output_dir = {path} is in use by another run (process {pid} on {host}, started {started}). Wait for it, stop "
+        "it, or choose another output_dir.",
+        "output_dir = {path} 正被另一次训练使用（主机 {host} 上的进程 {pid}，开始于 {started}）。"
+        "请等待其结束、将其停止，或改用其他 output_dir。",
+    ),
+    "lock.unavailable": (
+        "{path}: this file system keeps no locks, so nothing prevents two processes from doing the same here.",
+        "{path}：此文件系统不支持文件锁，因此无法防止两个进程在此同时工作。",
+    ),
     # what this version does not have yet, and what it refuses
     "feature.liger": (
         "{key} = {value}: liger-kernel is not in this version yet; remove the key.",
@@ -152,6 +166,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "use_dora cannot run with {engine}, which divides weights among ranks; remove the key, or use plain torchrun "
         "(DDP) or ZeRO-2.",
         "use_dora 不能与 {engine} 一起使用（它会切分权重）；请删除该键，或使用普通 torchrun（DDP）或 ZeRO-2。",
+    ),
+    "engine.no_skip": (
+        'on_nonfinite_loss "skip" cannot run with {engine}: DeepSpeed moves the weights within backward. Use "stop".',
+        'on_nonfinite_loss "skip" 不能与 {engine} 一起使用：DeepSpeed 在反向传播中就更新权重。请使用 "stop"。',
     ),
     "engine.no_megatron": (
         "accelerate is configured for Megatron-LM, which Firefly does not run; choose DDP, FSDP or DeepSpeed there.",
@@ -582,6 +600,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "{file} 的 {total} 行中有 {lost} 行（{share}）不会被训练；max_lost_share 允许 {allowed}。{rows}\n"
         "请调大 max_seq_length、改正这些行，或调大 max_lost_share。",
     ),
+    "data.waiting": (
+        "{file} is being prepared by process {pid} on {host}; waiting for it.",
+        "{file} 正由主机 {host} 上的进程 {pid} 预处理，等待其完成。",
+    ),
     "data.more_rows": ("… and {count} more", "……另有 {count} 行"),
     "data.summary": (
         "data: {file}: {rows} rows, {kept} kept, {cut} cut, lost: {lost}; {tokens} tokens, {share} trained",
@@ -931,9 +953,52 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "设为 true 可使用最新的完整 checkpoint。",
     ),
     "resume.changed": (
-        "{path} belongs to a different run ({differences}). Restore the configuration and data, or start anew with "
-        "resume_from_checkpoint: false.",
-        "{path} 属于另一次训练（{differences}）。请恢复原来的配置和数据，或设 resume_from_checkpoint: false 重新开始。",
+        "{path} belongs to a different run ({differences}). Restore the configuration and data, start anew with "
+        "resume_from_checkpoint: false, or go on all the same with resume_anyway: true.",
+        "{path} 属于另一次训练（{differences}）。请恢复原来的配置和数据，设 resume_from_checkpoint: false 重新开始，"
+        "或设 resume_anyway: true 仍然继续。",
+    ),
+    "resume.other_weights": (
+        "{path} has other weights than this run would train ({differences}): resume_anyway cannot override {keys}.",
+        "{path} 中的权重与本次要训练的权重不同（{differences}）：resume_anyway 不能忽略 {keys}。",
+    ),
+    "resume.anyway": (
+        "{path} belongs to a different run and is continued all the same, as resume_anyway says ({differences}).",
+        "{path} 属于另一次训练，按 resume_anyway 的要求仍然继续（{differences}）。",
+    ),
+    "resume.schedule": (
+        "the run has {steps} steps now, not {before}: from here on the learning rate follows the new schedule.",
+        "总步数由 {before} 变为 {steps}：此后学习率按新的调度变化。",
+    ),
+    "resume.engine": (
+        "{path} was written by {before}, whose optimizer {now} cannot read. Resume with the same engine, or "
+        "start anew with its weights.",
+        "{path} 由 {before} 写成，{now} 无法读取其优化器状态。请用写出它的引擎继续，或以其权重重新开始。",
+    ),
+    "resume.divided": (
+        "{path} was written by {before} processes under {engine}, which keeps the optimizer in as many parts; {ranks} "
+        "cannot read it. Resume with {before}.",
+        "{path} 由 {before} 个进程在 {engine} 下写成，优化器状态按进程切分；{ranks} 个进程无法读取。请用 {before} 个进程继续。",
+    ),
+    "resume.ranks": (
+        "the checkpoint is of {before} rank(s), this run has {ranks}: each step has the same examples, but its "
+        "rounding and its dropout masks differ.",
+        "checkpoint 由 {before} 个进程训练，本次为 {ranks} 个：每一步的样本相同，但舍入误差和 dropout 掩码不同。",
+    ),
+    "resume.unfinished": (
+        "{path} was interrupted while it was written and is passed over.",
+        "{path} 写到一半时被中断，已跳过。",
+    ),
+    "resume.leftover": ("{path} was never finished and has been removed.", "{path} 从未写完，已删除。"),
+    "resume.skipped_model": (
+        "{path} holds the model alone (save_only_model), without the state to train on with, and is passed over.",
+        "{path} 只含模型（save_only_model），没有继续训练所需的状态，已跳过。",
+    ),
+    "resume.model_only": (
+        "resume_from_checkpoint = {path} holds the model alone (save_only_model), without the state to train on with. "
+        "Choose another checkpoint, or start a new run from this one (adapter_name_or_path or model_name_or_path).",
+        "resume_from_checkpoint = {path} 只含模型（save_only_model），没有继续训练所需的状态。"
+        "请选择其他 checkpoint，或以它为起点开始新的训练（adapter_name_or_path 或 model_name_or_path）。",
     ),
     "resume.kept": (
         "{key} = {value} has no effect on a resumed run: the checkpoint's optimizer state has {before}.",
@@ -943,6 +1008,51 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "{count} checkpoint(s) of an earlier run were moved to {path}.",
         "已将先前训练的 {count} 个 checkpoint 移到 {path}。",
     ),
+    # saving, stopping, and what goes wrong meanwhile
+    "save.failed": (
+        "{path} could not be written ({problem}; {free} free) and is left out; training goes on. {safe} "
+        "Free some space, or lower save_total_limit.",
+        "{path} 无法写入（{problem}；剩余空间 {free}），已放弃该 checkpoint，训练继续。{safe}"
+        "请腾出空间，或减小 save_total_limit。",
+    ),
+    "save.other_rank": ("another rank could not write", "另一个进程无法写入"),
+    "save.safe": ("{path} is safe.", "{path} 完好。"),
+    "save.nothing_safe": ("There is no complete checkpoint.", "没有完整的 checkpoint。"),
+    "save.result_failed": (
+        "the result could not be written to {path} ({problem}; {free} free). {safe} Free some space, then go on with: "
+        "{command}",
+        "结果无法写入 {path}（{problem}；剩余空间 {free}）。{safe}请腾出空间，然后用以下命令继续：{command}",
+    ),
+    "report.failed": (
+        "{what} could not be written and is left behind from here on: {problem}. Training goes on.",
+        "{what} 无法写入，此后的内容可能缺失：{problem}。训练继续。",
+    ),
+    "interrupted.asked": (
+        "{signal}: the present step is finished and a checkpoint saved. Another signal ends the run at once.",
+        "{signal}：将完成当前一步并保存 checkpoint。再次发送信号会立即结束。",
+    ),
+    "interrupted.saved": (
+        "stopped by {signal} after step {step}; {path} is saved. Go on with: {command}",
+        "在第 {step} 步后被 {signal} 停止；已保存 {path}。用以下命令继续：{command}",
+    ),
+    "interrupted.not_saved": (
+        "stopped by {signal} after step {step}, whose checkpoint could not be written. {safe} Free some space, then go "
+        "on with: {command}",
+        "在第 {step} 步后被 {signal} 停止，该步的 checkpoint 无法写入。{safe}请腾出空间，然后用以下命令继续：{command}",
+    ),
+    "loss.nonfinite": (
+        "step {step}: its loss or the norm of its gradients is infinite or not a number. No weight was changed by it. "
+        "{safe} Look at its rows: {rows}. If they are sound, start anew with a lower learning_rate or max_grad_norm, "
+        "or with bf16 or fp32 in place of fp16. To go on without such steps: {command} --on_nonfinite_loss skip",
+        "第 {step} 步的损失或梯度范数为无穷大或 NaN，未改动任何权重。{safe}请检查这些数据行：{rows}。"
+        "若数据无误，请减小 learning_rate 或 max_grad_norm，或把 fp16 换成 bf16 或 fp32 后重新开始。"
+        "若要跳过这样的步继续训练：{command} --on_nonfinite_loss skip",
+    ),
+    "loss.skipped": (
+        "step {step} is left out: its loss or the norm of its gradients is infinite or not a number. Its rows: {rows}.",
+        "已跳过第 {step} 步：其损失或梯度范数为无穷大或 NaN。相关数据行：{rows}。",
+    ),
+    "loss.more_rows": ("{rows} and {count} more", "{rows} 以及另外 {count} 行"),
     # merging
     "merge.merging": ("merging {adapter} into {base} ({dtype})", "正在将 {adapter} 合并到 {base}（{dtype}）"),
     "merge.verifying": (

@@ -140,6 +140,8 @@ def _refuse(engine: Engine, config: Config) -> None:
     """What an engine cannot do, by name."""
     if engine.divides_weights and config.adapter.mode == "qlora":
         raise UsageError("engine.no_qlora", engine=engine.name)
+    if engine.deepspeed and config.step.on_nonfinite_loss == "skip":
+        raise UsageError("engine.no_skip", engine=engine.name)
     compiled = any(config.training.get(f"torch_compile{part}") for part in ("", "_backend", "_mode"))
     if engine.divides and compiled:
         raise UsageError("engine.no_compile", engine=engine.name)

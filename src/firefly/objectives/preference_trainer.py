@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -140,6 +140,16 @@ class PreferenceTrainer(StepTrainer):
             self._sums.zero_()
             self._summed_pairs = 0
         super().log(logs, start_time)
+
+    def unlogged(self) -> dict[str, Any]:
+        sums = self.summed_over_ranks(self._sums)
+        return super().unlogged() | {"sums": sums.tolist(), "pairs": self._summed_pairs}
+
+    def restore_unlogged(self, kept: Mapping[str, Any]) -> None:
+        super().restore_unlogged(kept)
+        if self.args.process_index == 0:  # the log adds up what the ranks have
+            self._sums += self._sums.new_tensor(kept["sums"])
+        self._summed_pairs += kept["pairs"]
 
     # ---- the reference beforehand ----
 

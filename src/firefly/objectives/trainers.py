@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from firefly.console import notice
@@ -38,6 +38,7 @@ from firefly.models.checkpointing import decoder_layers, install_checkpointing
 from firefly.models.choices import Choices
 from firefly.models.precision import Precision
 from firefly.objectives.engines import ENGINES, Engine, gathered
+from firefly.objectives.finite import ComputedStep, FiniteSteps
 from firefly.objectives.router import RouterSettings, count_choices, recorded_logits, router_loss, router_settings
 
 EVALUATED_TOGETHER = 64
@@ -53,6 +54,7 @@ class StepOptions:
     seed: int
     shuffle: bool
     layout: str
+    on_nonfinite_loss: str = "stop"
     engine: Engine = ENGINES["single"]
 
 
@@ -72,7 +74,7 @@ class Counts:
         self.targets += totals.targets
 
 
-class StepTrainer(Trainer, ABC):
+class StepTrainer(FiniteSteps, ABC):
     """The loop over whole steps and over held-out data. An objective adds how examples are packed, a microbatch's share
     of the step's loss, and the sums that its evaluation needs."""
 
@@ -92,10 +94,13 @@ class StepTrainer(Trainer, ABC):
         self.options = options
         self.sources = list(sources)
         self.counts = Counts()
+        self.on_nonfinite_loss = options.on_nonfinite_loss
+        self.applies_at_once = options.engine.deepspeed
         # A mixture of experts also balances what its routers choose, over the whole step (see `router`).
         self.router = router_settings(transformers_model(model))
         self._recorded: list[tuple[tuple[Tensor, ...], Tensor]] = []
         self._running = 0  # the microbatch that is computed at the moment
+        self._losses: list[Tensor] = []  # of the microbatches of the step that is computed
         # Frozen weights are held in the compute type; full fine-tuning keeps fp32 weights and computes under autocast.
         self.masters = masters
         self.autocast_type = precision.compute if masters and precision.compute != torch.float32 else None
@@ -176,10 +181,12 @@ class StepTrainer(Trainer, ABC):
         trained stays the same.
         """
         model.train()
-        step = inputs
+        step, undo = inputs, self.undo_of_step(self._snapshot())
+        self._undo = undo
         while (total := self._attempt(model, step)) is None:
             step = self._with_less_memory(model, step)
         self.counts.add(inputs.totals)
+        self.computed = ComputedStep(undo, total, self._losses, step.rows)
         return total
 
     def _attempt(self, model: Any, step: Step[Any]) -> Tensor | None:
@@ -198,7 +205,7 @@ class StepTrainer(Trainer, ABC):
         return None
 
     def _accumulate(self, model: Any, step: Step[Any]) -> Tensor:
-        total = torch.zeros((), device=self.args.device)
+        total, self._losses = torch.zeros((), device=self.args.device), []
         batches = [batch.to(self.args.device) for batch in step.microbatches]
         in_parts = len(batches) > 1 or self.args.world_size > 1
         choices = self._count_choices(model, batches) if self.router and in_parts else None
@@ -208,8 +215,11 @@ class StepTrainer(Trainer, ABC):
                 if self.router:
                     loss = loss + self._router_loss(self.router, choices, step.totals)
                 loss = loss * self.args.world_size  # engines average gradients over ranks
+                total += loss.detach()
+                self._losses.append(loss.detach())
+                if self.applies_at_once and self._running == len(batches) - 1:
+                    self.look_before(ComputedStep(self._undo, total, self._losses, step.rows))
                 self.accelerator.backward(loss)
-            total += loss.detach()
         return total  # the mean of all ranks' is the loss of the step
 
     def _exchange(self, model: Any, last: bool) -> AbstractContextManager[Any]:
@@ -301,7 +311,8 @@ class StepTrainer(Trainer, ABC):
         """The sum of all ranks' values, on every rank."""
         if self.args.world_size == 1:
             return values
-        return self.accelerator.reduce(values, reduction="sum")
+        summed: Any = self.accelerator.reduce(values, reduction="sum")
+        return summed
 
     def _router_loss(self, router: RouterSettings, choices: Tensor | None, totals: StepTotals) -> Tensor:
         """The share of the router loss of what was recorded since the last call."""
@@ -384,6 +395,12 @@ class StepTrainer(Trainer, ABC):
 
     # ---- resuming ----
 
+    def _run_epoch(self, **epoch: Any) -> None:
+        """The steps of an epoch that a resumed run has behind it are not planned again."""
+        resumed = epoch["resume_from_checkpoint"] is not None and epoch["epoch"] == epoch["epochs_trained"]
+        self.step_plan.start = epoch["steps_trained_in_current_epoch"] if resumed else 0
+        super()._run_epoch(**epoch)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """A run that was prolonged goes on at the new schedule's rate: a checkpoint keeps that of the old one's end."""
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -403,7 +420,8 @@ class StepTrainer(Trainer, ABC):
             super().save_model(output_dir, _internal_call)
             return
         # DeepSpeed's own way writes all weights beside an adapter, and tied ones twice.
-        parameters = self.accelerator.unwrap_model(self.model).parameters()
+        model: Any = self.accelerator.unwrap_model(self.model)
+        parameters = model.parameters()
         kept = [p for p in parameters if self.masters or p.requires_grad]
         with gathered(self.options.engine, kept):
             if self.args.should_save:

@@ -1,6 +1,7 @@
 """Which checkpoint to continue from, and whether it is of the same run.
 
-A checkpoint's plan.json is written last: a folder without it was interrupted while it was saved.
+A checkpoint's plan.json is written last, with a list of the other files: what lacks one of them was never finished, or
+lost it since.
 """
 
 from __future__ import annotations
@@ -8,27 +9,29 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-from transformers import TrainerCallback
 
 from firefly.console import notice
 from firefly.errors import UsageError
 from firefly.models.choices import Choices
 from firefly.ranks import is_first
+from firefly.runs.folders import finish_replacing, leftovers, seal
 from firefly.runs.passport import write_json
 
-REQUIRED_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "plan.json")
+PLAN = "plan.json"
+REQUIRED_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", PLAN)
+"""Files of a checkpoint from before plan.json listed them."""
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What must not change between a checkpoint and the run that continues it."""
+    """What must not change between a checkpoint and the run that continues it, and what it is worth knowing of it."""
 
     examples_per_step: int
+    """Over all ranks."""
     seed: int
     shuffle: bool
     data: str
@@ -49,6 +52,13 @@ class RunPlan:
     add_tokens: list[str] = field(default_factory=list)
     adapter: str | None = None
     """Hash of the adapter that the run starts from."""
+    prepared: dict[str, Any] = field(default_factory=dict)
+    """What `data` is a hash of, part by part: hashes of data files, template and tokenizer, and keys with values."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Keys that shape every step, and the precision, with their values."""
+    total_steps: int = 0
+    engine: str = "single"
+    """What carried the steps over the ranks, and wrote the optimizer's state in its own form."""
 
 
 # A different value of these would train other examples, or something else.
@@ -72,27 +82,35 @@ BINDING_SINCE: dict[str, Any] = {
     "add_tokens": [],
     "adapter": None,
 }
+# Of these, what decides which weights there are: a checkpoint with others cannot even be loaded.
+STRUCTURE = ("train_mode", "lora_rank", "use_dora", "lora_target", "modules_to_save", "add_tokens")
 
 # Settings that live in the optimizer's and the scheduler's saved state, which a resumed run takes as they were.
 OPTIMIZER_SETTINGS = ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+# Settings of TrainingArguments that shape every step.
+TRAINING_SETTINGS = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "neftune_noise_alpha")
 
 
-class PlanWriter(TrainerCallback):
-    """Completes each checkpoint with its plan.json: the plan, and the choices as they stand at that moment."""
+def seal_checkpoint(partial: Path, folder: Path, plan: Mapping[str, Any]) -> None:
+    """Complete a checkpoint with its plan.json, flush it to the disk and give it its name.
 
-    def __init__(self, plan: RunPlan, choices: Callable[[], Choices]) -> None:
-        self.plan = plan
-        self.choices = choices
+    Raises:
+        OSError: the disk took not all of it.
+    """
+    files = {str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
+    write_json(partial / PLAN, {**plan, "files": files})
+    seal(partial, folder)
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if folder.is_dir():
-            write_json(folder / "plan.json", asdict(self.plan) | {"choices": asdict(self.choices())})
+
+def stored_plan(checkpoint: Path) -> dict[str, Any]:
+    """What plan.json says; nothing where there is none."""
+    path = checkpoint / PLAN
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def stored_choices(checkpoint: Path) -> Choices:
     """A measured choice is made once: the checkpoint's, whatever would be chosen today."""
-    plan = json.loads((checkpoint / "plan.json").read_text(encoding="utf-8"))
+    plan = stored_plan(checkpoint)
     # Early checkpoints had the budget alone.
     return Choices(**plan.get("choices", {"tokens_per_microbatch": plan.get("tokens_per_microbatch")}))
 
@@ -101,8 +119,9 @@ def find_checkpoint(output_dir: Path, request: bool | str | None) -> Path | None
     """Return the checkpoint to continue from: none, the newest complete one (true), or the one at a path.
 
     Raises:
-        UsageError: the path is no complete checkpoint.
+        UsageError: the path is no complete checkpoint, or one of the model alone.
     """
+    finish_replacing(output_dir)
     if not request:
         return None
     if isinstance(request, str):
@@ -110,15 +129,28 @@ def find_checkpoint(output_dir: Path, request: bool | str | None) -> Path | None
         missing = missing_files(path)
         if missing:
             raise UsageError("resume.incomplete", path=path, missing=", ".join(missing))
+        if is_model_only(path):
+            raise UsageError("resume.model_only", path=path)
         return path
+    for path in leftovers(output_dir):
+        notice("resume.unfinished", path=path)
     for path in reversed(checkpoints(output_dir)):
         missing = missing_files(path)
-        if not missing:
+        if missing:
+            notice("resume.skipped", path=path, missing=", ".join(missing))
+        elif is_model_only(path):
+            notice("resume.skipped_model", path=path)
+        else:
             notice("resume.from", path=path)
             return path
-        notice("resume.skipped", path=path, missing=", ".join(missing))
     notice("resume.none", path=output_dir)
     return None
+
+
+def newest_complete(output_dir: Path) -> Path | None:
+    """The checkpoint that a run would continue from, without a word."""
+    complete = (path for path in reversed(checkpoints(output_dir)) if not missing_files(path))
+    return next((path for path in complete if not is_model_only(path)), None)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -132,6 +164,13 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def missing_files(path: Path) -> list[str]:
+    """Files that a checkpoint should have and has not, or not whole."""
+    try:
+        listed = stored_plan(path).get("files")
+    except ValueError:
+        return [PLAN]
+    if listed is not None:
+        return [name for name, size in listed.items() if _size(path / name) != size]
     missing = [name for name in REQUIRED_FILES if not (path / name).is_file()]
     if not any(path.glob("rng_state*.pth")):
         missing.append("rng_state.pth")
@@ -140,24 +179,83 @@ def missing_files(path: Path) -> list[str]:
     return missing
 
 
-def check_same_run(checkpoint: Path, plan: RunPlan) -> None:
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def is_model_only(path: Path) -> bool:
+    """Whether a checkpoint was saved under save_only_model: there is no state to train on with."""
+    return bool(stored_plan(path).get("model_only"))
+
+
+def check_same_run(checkpoint: Path, plan: RunPlan, anyway: bool = False) -> None:
     """Refuse to continue a checkpoint with other data, steps, seed or mode: it would be a different run.
+
+    What may differ (a longer schedule, other ranks, settings that the optimizer's state overrules) is said.
+
+    Args:
+        anyway: say what differs, and go on.
 
     Raises:
         UsageError: naming what differs, with both values.
     """
-    stored = json.loads((checkpoint / "plan.json").read_text(encoding="utf-8"))
-    now = asdict(plan)
-    before = stored.get("objective", {})
-    stored, now = BINDING_SINCE | stored | before, now | plan.objective
-    names = dict.fromkeys((*BINDING, *BINDING_SINCE, *before, *plan.objective))
-    differing = [f"{name}: {stored.get(name)} → {now.get(name)}" for name in names if stored.get(name) != now.get(name)]
+    stored = stored_plan(checkpoint)
+    _check_engine(checkpoint, stored, plan)
+    differing = differences(stored, plan)
     if differing:
-        raise UsageError("resume.changed", path=checkpoint, differences="; ".join(differing))
+        told = "; ".join(f"{name}: {_short(before)} → {_short(now)}" for name, (before, now) in differing.items())
+        structure = [name for name in differing if name in STRUCTURE]
+        if anyway and structure:
+            raise UsageError("resume.other_weights", path=checkpoint, keys=", ".join(structure), differences=told)
+        if not anyway:
+            raise UsageError("resume.changed", path=checkpoint, differences=told)
+        notice("resume.anyway", path=checkpoint, differences=told)
     for name, value in plan.optimizer.items():
         before = stored.get("optimizer", {}).get(name, value)
         if before != value:
             notice("resume.kept", key=name, value=value, before=before)
+    before = stored.get("total_steps", plan.total_steps)
+    if before != plan.total_steps:
+        notice("resume.schedule", before=before, steps=plan.total_steps)
+    before = stored.get("world_size", plan.world_size)
+    if before != plan.world_size:
+        notice("resume.ranks", before=before, ranks=plan.world_size)
+
+
+WHOLE = ("single", "ddp")
+"""Engines that write the optimizer's state whole, and in one form."""
+
+
+def _check_engine(checkpoint: Path, stored: Mapping[str, Any], plan: RunPlan) -> None:
+    before, ranks = stored.get("engine", "single"), stored.get("world_size", plan.world_size)
+    if before != plan.engine and not (before in WHOLE and plan.engine in WHOLE):
+        raise UsageError("resume.engine", path=checkpoint, before=before, now=plan.engine)
+    if plan.engine.startswith("zero") and ranks != plan.world_size:
+        raise UsageError("resume.divided", path=checkpoint, before=ranks, engine=before, ranks=plan.world_size)
+
+
+def _short(value: Any) -> Any:
+    """A value as people compare it: of a hash its beginning."""
+    return f"{value[:12]}…" if isinstance(value, str) and re.fullmatch("[0-9a-f]{32,}", value) else value
+
+
+def differences(stored: Mapping[str, Any], plan: RunPlan) -> dict[str, tuple[Any, Any]]:
+    """What binds and differs between a plan.json and a plan: name → (value before, value now)."""
+    now = json.loads(json.dumps(asdict(plan), default=str))  # as it would have been stored
+    before = {**BINDING_SINCE, **stored}
+    names = dict.fromkeys((*BINDING, *BINDING_SINCE))
+    found = {name: (before.get(name), now[name]) for name in names if before.get(name) != now[name]}
+    for part in ("objective", "training"):  # early checkpoints lack the latter
+        then, today = before.get(part, now[part] if part == "training" else {}), now[part]
+        keys = dict.fromkeys((*then, *today))
+        found |= {key: (then.get(key), today.get(key)) for key in keys if then.get(key) != today.get(key)}
+    if "data" in found and "prepared" in stored:
+        then, today = stored["prepared"], now["prepared"]
+        parts = {key: (then.get(key), value) for key, value in today.items() if then.get(key) != value}
+        if parts:
+            del found["data"]
+            found = parts | found
+    return found
 
 
 def set_aside_old_checkpoints(output_dir: Path) -> None:

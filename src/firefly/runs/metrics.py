@@ -1,4 +1,7 @@
-"""What a run says while it trains: a progress bar with tidy lines, metrics.jsonl, and at its end train_results.json."""
+"""What a run says while it trains: a progress bar with tidy lines, metrics.jsonl, and at its end train_results.json.
+
+None of it may end a run: what cannot be written is said once.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +19,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from firefly.console import notice
 from firefly.messages import render
 from firefly.objectives.trainers import Counts
+from firefly.runs.folders import first_line
 from firefly.runs.memory import memory_in_use, peak_memory
 from firefly.runs.plots import draw_loss
 from firefly.runs.records import read_metrics
@@ -92,6 +98,7 @@ class RunRecorder(TrainerCallback):
         self.beat = 0.0
         self.drawn = 0.0
         self.drawing: subprocess.Popen[bytes] | None = None
+        self.failed: set[str] = set()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.training_began = self.beat = self.drawn = time.time()
@@ -102,8 +109,10 @@ class RunRecorder(TrainerCallback):
             return  # nothing is left to train, and what was written stays
         lines = read_metrics(self.path) if state.global_step else []
         kept = [line for line in lines if line.get("step", 0) <= state.global_step and "train_loss" not in line]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        with self.reporting(self.path.name):
+            scratch = self.path.with_name(f".{self.path.name}")
+            scratch.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            scratch.replace(self.path)  # killed in between, the run still has its old lines
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.seconds_to_first_step is None:
@@ -138,8 +147,9 @@ class RunRecorder(TrainerCallback):
             "target_tokens": self.counts.targets,
             "input_tokens_per_second": self.counts.tokens / max(now - self.training_began, 1e-9),
         }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        torn = "\n" if self.path.name in self.failed else ""  # half a line may stand at the end
+        with self.reporting(self.path.name), self.path.open("a", encoding="utf-8") as file:
+            file.write(torn + json.dumps(line) + "\n")
         self._redraw(now)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -161,13 +171,24 @@ class RunRecorder(TrainerCallback):
         self.drawn = now
         self.drawing = draw_loss(self.path.parent)
 
-    def results(self, metrics: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    @contextmanager
+    def reporting(self, what: str) -> Iterator[None]:
+        """A `with` block whose failure is said the first time, and ends nothing."""
+        try:
+            yield
+        except Exception as error:  # a full disk, or whatever a library that draws or sends may raise
+            if what not in self.failed:
+                self.failed.add(what)
+                notice("report.failed", what=what, problem=first_line(error))
+
+    def results(self, metrics: dict[str, Any], skipped_steps: int, device: torch.device) -> dict[str, Any]:
         """The numbers of this process's training, for train_results.json."""
         seconds = metrics["train_runtime"]
         return {
             "train_runtime": seconds,
             "train_loss": metrics["train_loss"],
             "steps": self.counts.steps,
+            "skipped_steps": skipped_steps,
             "examples": self.counts.examples,
             "input_tokens": self.counts.tokens,
             "target_tokens": self.counts.targets,
@@ -179,28 +200,57 @@ class RunRecorder(TrainerCallback):
         }
 
 
+class Guarded(TrainerCallback):
+    """A callback that reports to the outside (TensorBoard, a service); after its first failure it is left alone."""
+
+    def __init__(self, callback: TrainerCallback, recorder: RunRecorder) -> None:
+        self.callback = callback
+        self.recorder = recorder
+
+    def call(self, event: str, *arguments: Any, **values: Any) -> Any:
+        name = type(self.callback).__name__
+        if name in self.recorder.failed:
+            return None
+        with self.recorder.reporting(name):
+            return getattr(self.callback, event)(*arguments, **values)
+        return None
+
+
+def _guarded(event: str) -> Callable[..., Any]:
+    return lambda self, *arguments, **values: self.call(event, *arguments, **values)
+
+
+for _event in [name for name in dir(TrainerCallback) if name.startswith("on_")]:
+    setattr(Guarded, _event, _guarded(_event))
+
+
 class Progress(TrainerCallback):
     """A line on stderr for each log. On a terminal it says how the model learns, and a bar below it how fast that goes;
-    elsewhere (`show_bar` false) the line says both, and nothing is ever drawn over."""
+    elsewhere (`show_bar` false) the line says both, and nothing is ever drawn over.
+
+    Where stderr is a file on a full disk, they are lost.
+    """
 
     def __init__(self, show_bar: bool) -> None:
         self.show_bar = show_bar
         self.bar: tqdm[Any] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            disable=not self.show_bar,
-            dynamic_ncols=True,
-            smoothing=0,  # the time left by the whole run: evaluations come back
-            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
-            file=sys.stderr,
-        )
+        with suppress(OSError):
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                disable=not self.show_bar,
+                dynamic_ncols=True,
+                smoothing=0,  # the time left by the whole run: evaluations come back
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+                file=sys.stderr,
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+            with suppress(OSError):
+                self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         logs = logs or {}
@@ -214,11 +264,13 @@ class Progress(TrainerCallback):
         elif pace:
             pace.append(render("progress.left", time=tqdm.format_interval(logs["seconds_left"])))
         place = f"{render('progress.step')} {state.global_step}/{state.max_steps}"
-        tqdm.write("  ".join([place, *learnt, *pace]), file=sys.stderr)
+        with suppress(OSError):
+            tqdm.write("  ".join([place, *learnt, *pace]), file=sys.stderr)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:
-            self.bar.close()
+            with suppress(OSError):
+                self.bar.close()
 
 
 # Metric → (what a line calls it, format). A line of preference training fits 80 columns, too.

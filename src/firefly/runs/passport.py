@@ -20,6 +20,7 @@ import torch
 from firefly.console import take_notices
 from firefly.errors import FireflyError
 from firefly.ranks import is_first
+from firefly.runs.interruption import Interrupted
 from firefly.runs.records import read_object
 from firefly.runs.state import FAILED, FINISHED, INTERRUPTED
 
@@ -61,7 +62,7 @@ def recorded_end(output_dir: Path) -> Iterator[None]:
     """
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         with suppress(OSError):  # the interruption is what the user has to hear of
             _record_end(output_dir, INTERRUPTED)
         raise

@@ -1,0 +1,32 @@
+"""One run at a time writes into an output folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from firefly.errors import UsageError
+from firefly.locks import Held, hold
+from firefly.ranks import is_first
+
+LOCK_FILE = ".firefly.lock"
+
+
+@contextmanager
+def only_run(output_dir: Path) -> Iterator[None]:
+    """Keep other runs out of `output_dir` (which exists) during a `with` block. Rank 0 holds the lock for all ranks.
+
+    Raises:
+        UsageError: another run is in there; names its process, host and start.
+    """
+    with ExitStack() as stack:
+        if is_first():
+            try:
+                stack.enter_context(hold(output_dir / LOCK_FILE))
+            except Held as held:
+                who = held.holder
+                raise UsageError(
+                    "run.locked", path=output_dir, pid=who.pid, host=who.host, started=who.started
+                ) from None
+        yield
