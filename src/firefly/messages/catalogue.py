@@ -978,7 +978,8 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "resume.divided": (
         "{path} was written by {before} processes under {engine}, which keeps the optimizer in as many parts; {ranks} "
         "cannot read it. Resume with {before}.",
-        "{path} 由 {before} 个进程在 {engine} 下写成，优化器状态按进程切分；{ranks} 个进程无法读取。请用 {before} 个进程继续。",
+        "{path} 由 {before} 个进程在 {engine} 下写成，优化器状态按进程切分；"
+        "{ranks} 个进程无法读取。请用 {before} 个进程继续。",
     ),
     "resume.ranks": (
         "the checkpoint is of {before} rank(s), this run has {ranks}: each step has the same examples, but its "
