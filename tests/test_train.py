@@ -457,6 +457,7 @@ def test_the_passport_names_all_that_shaped_the_run(run: Run) -> None:
         "cached_weights": 0,
         "attention_by_products": 0,
         "examples_per_step": 4,
+        "engine": "single",
     }
     assert set(passport["hashes"]) >= {"data", "tokenizer", "base_weights"}
     assert torch.__version__.startswith(passport["versions"]["torch"].split("+")[0])

@@ -619,7 +619,6 @@ def write_records(
                 **asdict(options.choices),
                 "examples_per_step": options.examples_per_step,
                 "engine": options.engine.name,
-                "world_size": ranks.world_size(),
             },
             "template": None if certificate is None else describe_template(encoder, certificate),
             "hashes": {
