@@ -28,3 +28,9 @@ if ! [ -x "$venv/bin/python" ] || ! new_enough "$venv/bin/python"; then
     }
 fi
 "$venv/bin/python" -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
+# DeepSpeed asks the installed torch how to build; of its kernels none is needed here. It is for Linux.
+if [ "$(uname)" = Linux ]; then
+    "$venv/bin/python" -m pip install --disable-pip-version-check --quiet -c constraints.txt setuptools wheel
+    DS_BUILD_OPS=0 "$venv/bin/python" -m pip install --disable-pip-version-check --quiet -c constraints.txt \
+        --no-build-isolation deepspeed
+fi
