@@ -78,7 +78,6 @@ def train_with(settings: dict[str, Any], pictures: bool = False) -> Path:
     """Train; draw loss.png only where it matters (it takes longer than the training)."""
     with pytest.MonkeyPatch.context() as patch:
         if not pictures:
-            patch.setattr("firefly.train.draw_loss", lambda *_: None)
             patch.setattr("firefly.runs.metrics.draw_loss", lambda *_: None)
         return train(load_config(settings))
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
@@ -72,7 +73,6 @@ from firefly.runs.passport import (
     weights_hash,
     write_json,
 )
-from firefly.runs.plots import LAST_DRAWING_SECONDS, draw_loss
 from firefly.runs.state import RUNNING, this_process
 from firefly.runs.trackers import PassportReporter, choose_trackers, never_ask
 
@@ -187,7 +187,7 @@ def train(config: Config) -> Path:
             transformers_model(model).generation_config.save_pretrained(output_dir)
         if trainer.counts.steps or not (output_dir / "train_results.json").is_file():
             write_json(output_dir / "train_results.json", recorder.results(result.metrics, device))
-        draw_loss(output_dir, LAST_DRAWING_SECONDS)
+        recorder.draw()
     console.print(render("train.done", path=output_dir), soft_wrap=True)
     return output_dir
 
@@ -431,7 +431,8 @@ def replace_progress(trainer: StepTrainer, recorder: RunRecorder) -> None:
     never_ask(list(trainer.args.report_to or ()))
     watching = trainer.callback_handler.callbacks
     watching.insert(1, recorder)  # behind the flow of control, before the trackers
-    trainer.add_callback(PassportReporter(recorder.path.parent, watching))
+    boards = [callback for callback in watching if isinstance(callback, TensorBoardCallback)]
+    trainer.add_callback(PassportReporter(recorder.path.parent, boards))
     trainer.add_callback(Progress(show_bar=not trainer.args.disable_tqdm and sys.stderr.isatty()))
 
 

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from firefly.messages import render
 from firefly.objectives.trainers import Counts
 from firefly.runs.memory import memory_in_use, peak_memory
-from firefly.runs.plots import draw_loss
+from firefly.runs.plots import LAST_DRAWING_SECONDS, draw_loss
 from firefly.runs.records import read_metrics
 from firefly.runs.state import HEARTBEAT_SECONDS
 
@@ -160,6 +160,10 @@ class RunRecorder(TrainerCallback):
             return
         self.drawn = now
         self.drawing = draw_loss(self.path.parent)
+
+    def draw(self) -> None:
+        """Draw loss.png for the last time."""
+        draw_loss(self.path.parent, LAST_DRAWING_SECONDS)
 
     def results(self, metrics: dict[str, Any], device: torch.device) -> dict[str, Any]:
         """The numbers of this process's training, for train_results.json."""
