@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
@@ -75,7 +76,6 @@ from firefly.runs.passport import (
     weights_hash,
     write_json,
 )
-from firefly.runs.plots import LAST_DRAWING_SECONDS, draw_loss
 from firefly.runs.state import RUNNING, this_process
 from firefly.runs.trackers import PassportReporter, choose_trackers, never_ask
 
@@ -213,8 +213,7 @@ def train_into(output_dir: Path, config: Config, engine: Engine, started: float)
         trainer.save_result()
         if trainer.counts.steps or not (output_dir / "train_results.json").is_file():
             write_json(output_dir / "train_results.json", recorder.results(result.metrics, trainer.skipped, device))
-        if ranks.is_first():
-            draw_loss(output_dir, LAST_DRAWING_SECONDS)
+        recorder.draw()
     console.print(render("train.done", path=output_dir), soft_wrap=True)
     return output_dir
 
@@ -517,10 +516,11 @@ def replace_progress(trainer: StepTrainer, recorder: RunRecorder) -> None:
     names = list(trainer.args.report_to or ())
     never_ask(names)
     handler = trainer.callback_handler
+    boards = [one for one in handler.callbacks if isinstance(one, TensorBoardCallback)]
     trackers = [one for one in handler.callbacks if type(one).__module__.startswith("transformers.integrations")]
     handler.callbacks = [Guarded(one, recorder) if one in trackers else one for one in handler.callbacks]
     handler.callbacks.insert(1, recorder)  # behind the flow of control, before the trackers
-    trainer.add_callback(Guarded(PassportReporter(recorder.path.parent, trackers), recorder))
+    trainer.add_callback(Guarded(PassportReporter(recorder.path.parent, boards), recorder))
     if ranks.is_first():
         trainer.add_callback(Progress(show_bar=not trainer.args.disable_tqdm and sys.stderr.isatty()))
 

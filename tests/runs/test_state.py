@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from firefly.console import notice, take_notices
-from firefly.errors import UsageError
+from firefly.errors import FireflyError, UsageError
 from firefly.runs.passport import recorded_end
 from firefly.runs.records import read_object, read_run
 from firefly.runs.state import SILENCE_SECONDS, lives, this_process
@@ -22,6 +22,12 @@ from run_folders import age, write_run
 IN_A_PROCESS = (
     "import json, sys; from firefly.runs.state import this_process; print(json.dumps(this_process()), flush=True)"
 )
+
+
+class Stopped(FireflyError):
+    """What a signal would end a run with."""
+
+    exit_code = 143
 
 
 @pytest.fixture
@@ -89,6 +95,7 @@ def test_a_run_from_before_states_were_recorded_is_finished_if_its_results_are_n
     [
         (None, "finished", None),
         (KeyboardInterrupt(), "interrupted", None),
+        (Stopped("cli.interrupted"), "interrupted", None),
         (
             UsageError("config.no_file", path="x"),
             "failed",

@@ -227,8 +227,9 @@ def _counts(run: RunRecord) -> dict[str, Any]:
 
 
 def _resolved(run: RunRecord) -> dict[str, Any]:
+    """What was chosen, without the size of the step, which is an identity."""
     resolved = mapping(run.passport.get("resolved"))
-    return {name: value for name, value in resolved.items() if name != "examples_per_step"}  # an identity
+    return {name: value for name, value in resolved.items() if name not in ("examples_per_step", "world_size")}
 
 
 def _ranks(run: RunRecord) -> dict[str, Any]:

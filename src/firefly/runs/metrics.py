@@ -22,9 +22,10 @@ from transformers import TrainerCallback
 from firefly.console import notice
 from firefly.messages import render
 from firefly.objectives.trainers import Counts
+from firefly.ranks import is_first
 from firefly.runs.folders import first_line
 from firefly.runs.memory import memory_in_use, peak_memory
-from firefly.runs.plots import draw_loss
+from firefly.runs.plots import LAST_DRAWING_SECONDS, draw_loss
 from firefly.runs.records import read_metrics
 from firefly.runs.state import HEARTBEAT_SECONDS
 
@@ -180,6 +181,12 @@ class RunRecorder(TrainerCallback):
             if what not in self.failed:
                 self.failed.add(what)
                 notice("report.failed", what=what, problem=first_line(error))
+
+    def draw(self) -> None:
+        """Draw loss.png for the last time. The first rank does."""
+        if not is_first():
+            return
+        draw_loss(self.path.parent, LAST_DRAWING_SECONDS)
 
     def results(self, metrics: dict[str, Any], skipped_steps: int, device: torch.device) -> dict[str, Any]:
         """The numbers of this process's training, for train_results.json."""

@@ -20,7 +20,6 @@ import torch
 from firefly.console import take_notices
 from firefly.errors import FireflyError
 from firefly.ranks import is_first
-from firefly.runs.interruption import Interrupted
 from firefly.runs.records import read_object
 from firefly.runs.state import FAILED, FINISHED, INTERRUPTED
 
@@ -62,13 +61,14 @@ def recorded_end(output_dir: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyboardInterrupt, Interrupted):
-        with suppress(OSError):  # the interruption is what the user has to hear of
-            _record_end(output_dir, INTERRUPTED)
-        raise
     except BaseException as error:
-        with suppress(OSError):
-            _record_end(output_dir, FAILED, describe_error(error))
+        # A signal's exit codes begin at 128, as shells have it.
+        stopped = isinstance(error, KeyboardInterrupt) or (isinstance(error, FireflyError) and error.exit_code >= 128)
+        with suppress(OSError):  # the error is what the user has to hear of
+            if stopped:
+                _record_end(output_dir, INTERRUPTED)
+            else:
+                _record_end(output_dir, FAILED, describe_error(error))
         raise
     _record_end(output_dir, FINISHED)
 

@@ -175,18 +175,18 @@ class PassportReporter(TrainerCallback):
     Put behind the trackers' callbacks, which open the run that is told it.
     """
 
-    def __init__(self, output_dir: Path, callbacks: Sequence[TrainerCallback]) -> None:
+    def __init__(self, output_dir: Path, boards: Sequence[TensorBoardCallback]) -> None:
         self.path = output_dir / "run.json"
-        self.callbacks = callbacks
+        self.boards = boards
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
         passport = read_object(self.path)
-        for callback in self.callbacks:
-            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+        for board in self.boards:
+            if board.tb_writer is not None:
                 text = json.dumps(passport, indent=2, ensure_ascii=False)
-                callback.tb_writer.add_text("run.json", "    " + text.replace("\n", "\n    "))  # Markdown's code
+                board.tb_writer.add_text("run.json", "    " + text.replace("\n", "\n    "))  # Markdown's code
         for name in args.report_to:
             if tell := TOLD.get(name):
                 tell(flat_passport(passport))
