@@ -161,8 +161,7 @@ def two_ranks(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("firefly.train.draw_loss", lambda *_: None)
-    return
+    monkeypatch.setattr("firefly.runs.metrics.draw_loss", lambda *_: None)
 
 
 def values(folder: Path, key: str = "loss") -> list[float]:
