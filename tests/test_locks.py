@@ -106,6 +106,7 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest
     take_notices()
     with hold(tmp_path / "lock") as held:
         assert not held
+    assert list(tmp_path.iterdir()) == []
     assert [entry["code"] for entry in take_notices()] == ["lock.unavailable"]
 
 

@@ -87,6 +87,7 @@ def _acquire(path: Path, waiting: Callable[[Holder], None] | None) -> int | None
             raise
         os.close(descriptor)
         if not held:
+            path.unlink(missing_ok=True)
             return None
         # Its holder removed the file while we waited: the lock of a file without a name guards nothing.
 

@@ -446,7 +446,8 @@ def test_a_preparation_that_fails_leaves_nothing_behind(write, encoder, monkeypa
     assert len(load_examples(write(chat("q", "a")), DataConfig(), encoder)) == 1
 
 
-def test_two_runs_that_prepare_at_once_share_one_result(write, encoder, monkeypatch, tmp_path):
+def test_without_locks_two_runs_that_prepare_at_once_share_one_result(write, encoder, monkeypatch, tmp_path):
+    monkeypatch.setattr("firefly.locks.fcntl", None)
     monkeypatch.setenv("FIREFLY_CACHE", str(tmp_path / "cache"))
     path = write(chat("q", "a"))
     encode = Encoder.tokenize
