@@ -123,13 +123,9 @@ def upstream_files(shared: Path):
             yield keys["example"], {name: choices[number % len(choices)] for name, choices in values.items()}
 
 
-def test_upstreams_sft_files_load_unchanged_but_for_deepspeed(shared):
+def test_upstreams_sft_files_load_unchanged(shared):
     count = 0
     for example, values in upstream_files(shared):
-        if "deepspeed" in values:
-            with pytest.raises(UsageError, match="deepspeed"):
-                load_config(values)
-            values.pop("deepspeed")
         config = load_config(values)
         assert config.adapter.mode == values.get("train_mode", "qlora"), example
         assert set(values) - set(config.flat()) <= {"use_unsloth"}, example
@@ -321,8 +317,6 @@ def test_an_evaluation_file_is_used_even_without_a_strategy():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("deepspeed", "ds.json"),
-        ("fsdp", "full_shard"),
         ("use_liger_kernel", True),
         ("auto_find_batch_size", True),
         ("label_smoothing_factor", 0.1),
@@ -339,13 +333,6 @@ def test_what_this_version_does_not_do_is_refused_and_not_ignored(key, value):
 )
 def test_a_key_that_asks_for_nothing_is_accepted(key, value):
     assert configured(**{key: value}).flat()[key] == value
-
-
-def test_many_processes_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "2 processes" in str(refused())
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert configured()
 
 
 # ---- what a Config is ----

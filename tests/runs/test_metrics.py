@@ -44,7 +44,9 @@ def flow(**what: bool) -> Any:
 
 
 def state_at(step: int, max_steps: int = 20) -> Any:
-    return SimpleNamespace(global_step=step, max_steps=max_steps, compute_steps=lambda *_: None)
+    return SimpleNamespace(
+        global_step=step, max_steps=max_steps, compute_steps=lambda *_: None, is_world_process_zero=True
+    )
 
 
 # ---- pace ----

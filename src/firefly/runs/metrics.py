@@ -170,7 +170,8 @@ class RunRecorder(TrainerCallback):
         if now - self.drawn < REDRAW_SECONDS or (self.drawing is not None and self.drawing.poll() is None):
             return
         self.drawn = now
-        self.drawing = draw_loss(self.path.parent)
+        with self.reporting("loss.png"):
+            self.drawing = draw_loss(self.path.parent)
 
     @contextmanager
     def reporting(self, what: str) -> Iterator[None]:
@@ -186,7 +187,8 @@ class RunRecorder(TrainerCallback):
         """Draw loss.png for the last time. The first rank does."""
         if not is_first():
             return
-        draw_loss(self.path.parent, LAST_DRAWING_SECONDS)
+        with self.reporting("loss.png"):
+            draw_loss(self.path.parent, LAST_DRAWING_SECONDS)
 
     def results(self, metrics: dict[str, Any], skipped_steps: int, device: torch.device) -> dict[str, Any]:
         """The numbers of this process's training, for train_results.json."""
