@@ -15,7 +15,6 @@ from firefly.data.formats import parse_record
 from firefly.data.readers import read_records
 from firefly.data.sources import find_sources
 from firefly.data.templates import TEMPLATES
-from firefly.errors import UsageError
 from firefly.models.loading import EMBEDDED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,14 +111,6 @@ def test_a_file_with_the_keys_and_values_of_upstream_loads(
     number: int, choice: int, shared: Path, write: Write
 ) -> None:
     example, values = upstream_file(shared, number, choice)
-    deepspeed = values.pop("deepspeed", None)
-    if deepspeed is not None:
-        with pytest.raises(UsageError) as refusal:
-            load_config(write(values | {"deepspeed": deepspeed}))
-        assert str(refusal.value) == (
-            'deepspeed = "./train_args/ds_z3_config.json": DeepSpeed and FSDP are not in this version yet; '
-            "remove the key to run on one device."
-        )
     config = load_config(write(values))
     task, mode = example.split("/")[:2]
     assert (config.task_type, config.adapter.mode) == (task, mode)
