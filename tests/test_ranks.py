@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from firefly.config import load_config
+from firefly.errors import UsageError
 from firefly.runs.metrics import read_metrics
 from firefly.train import train
 from tiny import assert_same, save_tiny_model, write_rows
@@ -217,15 +218,24 @@ def test_two_ranks_resume_in_the_middle_of_an_epoch_as_if_nothing_had_been(case:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_one_rank_goes_on_where_two_stopped(engine: str, place: Path, two_ranks: Path, tmp_path: Path) -> None:
+def test_one_rank_goes_on_where_two_stopped(place: Path, two_ranks: Path, tmp_path: Path) -> None:
     """With dropout, ranks draw other masks; the losses stay near."""
-    case = next(case for case in RESUMED if case.name == f"{engine}-resumed-lora")
+    case = next(case for case in RESUMED if case.name == "ddp-resumed-lora")
     whole = two_ranks / case.name
     settings = case.settings(place, tmp_path / "one", ranks=1)
     found = train(load_config(settings | {"resume_from_checkpoint": str(whole / "checkpoint-2")}))
     assert len(values(found)) == len(values(whole)) - 2
     assert values(found) == pytest.approx(values(whole)[2:], rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
+def test_a_checkpoint_of_another_engine_is_refused(engine: str, place: Path, two_ranks: Path, tmp_path: Path) -> None:
+    case = next(case for case in RESUMED if case.name == f"{engine}-resumed-lora")
+    checkpoint = two_ranks / case.name / "checkpoint-2"
+    settings = case.settings(place, tmp_path / "one", ranks=1) | {"resume_from_checkpoint": str(checkpoint)}
+    with pytest.raises(UsageError, match=f"written by {engine}"):
+        train(load_config(settings))
 
 
 LAUNCHERS = {
