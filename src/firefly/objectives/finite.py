@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from firefly import ranks
 from firefly.console import notice
 from firefly.data.batching import PackedExamples
 from firefly.errors import UsageError
@@ -96,8 +96,7 @@ class FiniteSteps(SafeSaving):
         if self.on_nonfinite_loss == "stop":
             self._stop(step, rows, moved=self.applies_at_once)
         self._leave_out()
-        if self.is_world_process_zero():
-            notice("loss.skipped", step=step, rows=rows)
+        notice("loss.skipped", step=step, rows=rows)
         return None
 
     def _is_finite(self, norm: Any) -> bool:
@@ -129,8 +128,7 @@ class FiniteSteps(SafeSaving):
         chosen = [row for rows in doubtful or self.computed.rows for row in rows]
         places = [dataset.examples.place(row) for row in chosen]
         if self.args.world_size > 1:
-            gathered: list[Any] = [None] * self.args.world_size
-            torch.distributed.all_gather_object(gathered, (bool(doubtful), places))
+            gathered = ranks.all_of((bool(doubtful), places))
             # Ranks whose own loss is finite saw the others' gradients alone.
             some = any(found for found, _ in gathered)
             places = [place for found, theirs in gathered if found or not some for place in theirs]

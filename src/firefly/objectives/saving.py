@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed
+from torch import Tensor
 from transformers import Trainer, set_seed
 from transformers.trainer_callback import ExportableState
 
@@ -76,6 +77,13 @@ class SafeSaving(Trainer):
         told = torch.tensor(int(value), device=self.args.device)
         torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
         return int(told)
+
+    def summed_over_ranks(self, values: Tensor) -> Tensor:
+        """The sum of all ranks' values, on every rank."""
+        if self.args.world_size == 1:
+            return values
+        summed: Any = self.accelerator.reduce(values, reduction="sum")
+        return summed
 
     def attempt(self, parts: Sequence[Callable[[], None]]) -> str | None:
         """Run some parts of saving, and return what could not be written, or None if every rank wrote everything.
@@ -159,8 +167,7 @@ class SafeSaving(Trainer):
                 setattr(self.state, name, value)
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
-        if self.is_world_process_zero():
-            notice("save.failed", path=folder, problem=problem, free=free_space(self.output_dir), safe=self.safe())
+        notice("save.failed", path=folder, problem=problem, free=free_space(self.output_dir), safe=self.safe())
 
     def safe(self) -> str:
         """A sentence on what the run has on the disk."""
@@ -249,10 +256,7 @@ class SafeSaving(Trainer):
 
     def unlogged(self) -> dict[str, Any]:
         """What has been summed up for the next line of the log; every rank has to ask."""
-        loss = self._tr_loss.clone()
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(loss)
-            loss /= self.args.world_size
+        loss = self.summed_over_ranks(self._tr_loss) / self.args.world_size
         return {"loss": loss.item(), "since": self._globalstep_last_logged}
 
     def restore_unlogged(self, kept: Mapping[str, Any]) -> None:

@@ -307,13 +307,6 @@ class StepTrainer(FiniteSteps, ABC):
                 total += count_choices(recorded_logits(output, self.router), self.router, row.weights())
         return self.summed_over_ranks(total)
 
-    def summed_over_ranks(self, values: Tensor) -> Tensor:
-        """The sum of all ranks' values, on every rank."""
-        if self.args.world_size == 1:
-            return values
-        summed: Any = self.accelerator.reduce(values, reduction="sum")
-        return summed
-
     def _router_loss(self, router: RouterSettings, choices: Tensor | None, totals: StepTotals) -> Tensor:
         """The share of the router loss of what was recorded since the last call."""
         recorded, self._recorded = self._recorded, []
