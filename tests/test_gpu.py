@@ -47,7 +47,9 @@ def test_attention_on_the_card_is_a_masked_softmax(heads: int, key_heads: int, w
     out = attend(*moved, SEGMENTS, scale, window)
     found = [out, *torch.autograd.grad((out * weights.to(CARD)).sum(), moved)]
     for name, one, other in zip(("output", "query", "key", "value"), found, wanted, strict=True):
-        distance = (one.cpu().double() - other.double()).norm() / other.double().norm()
+        # A window of one token leaves the scores of its only key without a gradient.
+        size = max(other.double().norm(), 1e-2 * wanted[3].double().norm())
+        distance = (one.cpu().double() - other.double()).norm() / size
         assert distance < 1e-2, f"{name}: {distance}"
 
 
@@ -133,7 +135,7 @@ def test_a_preference_step_never_waits_for_the_card(tmp_path: Path, unforgiving:
     trainer = test_preference.make_trainer(model, tmp_path, layout=layout)
     trainer.model.to(CARD)
     (step,) = list(trainer.get_train_dataloader())
-    batches = [batch.pin_memory().to(CARD) for batch in step.microbatches]
+    batches = [batch.to(CARD) for batch in step.pin_memory().microbatches]
     totals: StepTotals = step.totals
     trainer.microbatch_loss(trainer.model, batches[0], totals).backward()
     unforgiving()
@@ -225,6 +227,7 @@ def test_copies_of_4_bit_weights_change_no_loss(run: Run, tmp_path: Path) -> Non
 
 def test_a_run_goes_on_where_it_stopped(run: Run, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"lora_dropout": 0.1, "save_strategy": "steps", "save_steps": 2}
+    settings |= {"lr_scheduler_type": "constant"}  # the rate does not tell where a run was to end
     whole = run("whole", **settings)
     run("halves", max_steps=2, **settings)
     again = run("halves", resume_from_checkpoint=True, **settings)

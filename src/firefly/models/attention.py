@@ -50,7 +50,9 @@ def segment_attention(
         sliding_window = getattr(module, "sliding_window")  # noqa: B009 — Qwen2-MoE passes none; its type is nn.Module
     _windows_met.add(sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = attend(query[0], key[0], value[0], segments, scale, sliding_window, softcap, dropout)
+    # Squeezed, not indexed: the gradient of an index is a copy of the whole array, in another layout.
+    query, key, value = (x.squeeze(0) for x in (query, key, value))
+    out = attend(query, key, value, segments, scale, sliding_window, softcap, dropout)
     return out.transpose(0, 1)[None], None
 
 

@@ -21,6 +21,7 @@ from firefly.data.dataset import cache_folder
 from firefly.data.tokenizers import adapt_tokenizer
 from firefly.errors import UsageError
 from firefly.models.experts import quantise_experts, quantising_while_loading
+from firefly.models.kernels.lora_linear import install_frozen_forward
 from firefly.models.precision import Precision
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -165,7 +166,23 @@ def load_model(config: ModelConfig, mode: str, precision: Precision, device: tor
         raise
     except Exception as error:
         raise _loading_error(error, place) from error
-    return quantise_experts(model, precision.compute) if mode == "qlora" else model.to(device)
+    return quantise_experts(_as_quantised(model), precision.compute) if mode == "qlora" else model.to(device)
+
+
+def _as_quantised(model: Any) -> Any:
+    """See to it that a CPU computes with the numbers that 4-bit weights stand for, whatever its instructions.
+
+    Where there are some for bf16, bitsandbytes repacks weights in a forward pass without gradients: in place, with
+    scales rounded to bf16, in a layout that nothing but that pass reads. Rows that are no whole number of blocks: see
+    `dense`.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            state = getattr(module.weight, "quant_state", None)
+            if state is not None and module.weight.device.type == "cpu" and state.shape[-1] % state.blocksize:
+                install_frozen_forward(module)
+    return model
 
 
 def nf4_config(compute: torch.dtype) -> Any:

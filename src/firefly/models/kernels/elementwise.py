@@ -21,7 +21,12 @@ Function = Callable[..., Tensor]
 
 
 def implementation(device: torch.device) -> str:
-    """The name of what computes on `device`: "liger" or "torch". Found out once for each device."""
+    """The name of what computes on `device`: "liger" or "torch". Found out once for each device.
+
+    Compiled code is PyTorch's: its compiler joins such operations by itself, and cannot look into Liger's functions.
+    """
+    if torch.compiler.is_compiling():
+        return "torch"
     return "liger" if is_card(device) and _liger_works(device) else "torch"
 
 

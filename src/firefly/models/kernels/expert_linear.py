@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from firefly.models.kernels.dropout import probability
 from firefly.models.kernels.lora_linear import LoraLinear, dense
 
 
@@ -150,6 +151,8 @@ def _linear(experts: Any, name: str, wrapper: Any, inputs: Sequence[Tensor], hit
     matrices = expert_matrices(getattr(experts, name), experts.is_transposed)
     biases = getattr(experts, f"{name}_bias").unbind(0) if experts.has_bias else [None] * len(matrices)
     a, b, scale = expert_factors(wrapper) if wrapper else ([], [], 0.0)
+    # peft has none for stacked weights, but the place for it.
+    dropped = probability(wrapper.lora_dropout[wrapper.active_adapters[0]]) or 0.0 if wrapper else 0.0
     outputs = []
     for x, number in zip(inputs, hit, strict=True):
         if wrapper:
@@ -157,19 +160,12 @@ def _linear(experts: Any, name: str, wrapper: Any, inputs: Sequence[Tensor], hit
         else:  # an adapter of rank 0
             size = outputs_of(experts, name)
             factors = x.new_empty(0, x.shape[-1]), x.new_empty(size, 0)
-        dropped = _drop(wrapper, x)
-        outputs.append(LoraLinear.apply(x, dropped, matrices[number], biases[number], *factors, scale))
+        outputs.append(LoraLinear.apply(x, matrices[number], biases[number], *factors, scale, dropped))
     return outputs
 
 
 def outputs_of(experts: Any, name: str) -> int:
     return getattr(experts, name).shape[2 if experts.is_transposed else 1]
-
-
-def _drop(wrapper: Any, x: Tensor) -> Tensor | None:
-    """The adapter's input under dropout, None without: peft has none for stacked weights, but the place for it."""
-    dropout = wrapper.lora_dropout[wrapper.active_adapters[0]] if wrapper else None
-    return dropout(x) if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0 else None
 
 
 def expert_matrices(weight: Any, transposed: bool) -> Sequence[Tensor]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from firefly.models.kernels.dropout import add_dropped, draw_mask, drop, probability
 from firefly.models.kernels.gate import ACTIVATIONS, Activation, gate_for, graph_is_kept
 from firefly.models.kernels.lora_linear import compute_type, dense, is_plain_lora
 
@@ -26,12 +27,14 @@ LAYERS = ("gate_proj", "up_proj", "down_proj")
 
 
 class Projection(NamedTuple):
-    """What a linear layer without bias computes now: x Wᵀ, plus scale · (x Aᵀ) Bᵀ where an adapter is on."""
+    """What a linear layer without bias computes now: x Wᵀ, plus scale · (x Aᵀ) Bᵀ where an adapter is on, before which
+    numbers of x are dropped with probability `dropped`."""
 
     weight: Tensor
     a: Tensor | None = None
     b: Tensor | None = None
     scale: float = 1.0
+    dropped: float = 0.0
 
 
 def install_gated_mlps(model: nn.Module) -> int:
@@ -56,18 +59,8 @@ def install_gated_mlps(model: nn.Module) -> int:
     return count
 
 
-def recomputes_products(model: nn.Module) -> bool:
-    """Whether training takes the fused forward in the gated blocks of `model`: dropout in an adapter rules it out."""
-    fused = [module for module in model.modules() if _has_layers(module) and "forward" in vars(module)]
-    return bool(fused) and not any(_drops(getattr(module, name)) for module in fused for name in LAYERS)
-
-
 def _has_layers(module: nn.Module) -> bool:
     return all(isinstance(getattr(module, name, None), nn.Module) for name in LAYERS)
-
-
-def _drops(layer: Any) -> bool:
-    return any(getattr(dropout, "p", 0) > 0 for dropout in getattr(layer, "lora_dropout", {}).values())
 
 
 def _is_bare(layer: Any) -> bool:
@@ -121,7 +114,7 @@ def _forward_with(activation: Activation) -> Callable[[Any, Tensor], Tensor]:
 
 
 def _current(layer: Any) -> Projection | None:
-    """The layer as it stands; None if it needs its own forward (dropout, merged or several adapters)."""
+    """The layer as it stands; None if it needs its own forward (merged, several adapters, another kind of dropout)."""
     if not hasattr(layer, "lora_A"):
         return Projection(layer.weight)
     base = layer.get_base_layer()
@@ -132,10 +125,11 @@ def _current(layer: Any) -> Projection | None:
     names = layer.active_adapters
     if len(names) != 1 or names[0] not in layer.lora_A:
         return None
-    if layer.training and _drops(layer):
-        return None
     name = names[0]
-    return Projection(base.weight, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+    dropped = probability(layer.lora_dropout[name])
+    if dropped is None:
+        return None
+    return Projection(base.weight, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], dropped)
 
 
 class GatedMLP(torch.autograd.Function):
@@ -143,34 +137,37 @@ class GatedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, activation: Activation, grad_enabled: bool, *parts: Any) -> Tensor:
-        projections = [Projection(*parts[i : i + 4]) for i in range(0, 12, 4)]
+        projections = [Projection(*parts[i : i + 5]) for i in range(0, 15, 5)]
         gate, up, down = layers = [_Layer(p, x.dtype) for p in projections]
         rows = x.reshape(-1, x.shape[-1])
         out = rows.new_empty(len(rows), len(down.w))
         keep = grad_enabled and any(ctx.needs_input_grad)
-        inner = [rows.new_empty(len(rows), len(gate.w)) if keep else None for _ in range(2)]
+        inner = [rows.new_empty(len(rows), len(gate.w)) for _ in range(2)] if keep else [None, None]
         lows = [layer.empty_low(rows) if keep else None for layer in layers]
+        # Drawn for all rows in the order of the block's own layers, so that chunks change nothing.
+        masks = [layer.draw_mask(len(rows)) for layer in layers]
         gating = gate_for(activation, rows.device, len(gate.w))
         for part in _chunks(rows):
-            g = gate.forward(rows[part], _part(inner[0], part), _part(lows[0], part))
-            u = up.forward(rows[part], _part(inner[1], part), _part(lows[1], part))
-            down.forward(gating.forward(g, u), out[part], _part(lows[2], part))
+            low, mask = ([_part(each, part) for each in of_all] for of_all in (lows, masks))
+            g = gate.forward(rows[part], mask[0], _part(inner[0], part), low[0])
+            u = up.forward(rows[part], mask[1], _part(inner[1], part), low[1])
+            down.forward(gating.forward(g, u), mask[2], out[part], low[2])
         if keep:
             weights = [tensor for p in projections for tensor in p[:3]]
-            ctx.save_for_backward(rows, *inner, *lows, *weights)
-            ctx.gating, ctx.shape, ctx.scales = gating, x.shape, [p.scale for p in projections]
+            ctx.save_for_backward(rows, *inner, *lows, *masks, *weights)
+            ctx.gating, ctx.shape, ctx.constants = gating, x.shape, [p[3:] for p in projections]
         # As in LoraLinear: what is returned may be changed in place.
         return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         rows, gated, lifted, *rest = ctx.saved_tensors
-        lows, weights = rest[:3], rest[3:]
+        lows, masks, weights = rest[:3], rest[3:6], rest[6:]
         gate, up, down = layers = [
             _Layer(
-                Projection(*weights[3 * i : 3 * i + 3], scale=ctx.scales[i]),
+                Projection(*weights[3 * i : 3 * i + 3], *ctx.constants[i]),
                 rows.dtype,
-                ctx.needs_input_grad[3 + 4 * i : 6 + 4 * i],
+                ctx.needs_input_grad[3 + 5 * i : 6 + 5 * i],
             )
             for i in range(3)
         ]
@@ -178,16 +175,17 @@ class GatedMLP(torch.autograd.Function):
         grad_x = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         spend = not graph_is_kept()
         for part in _chunks(rows):
+            low, mask = ([_part(each, part) for each in of_all] for of_all in (lows, masks))
             g, u = gated[part], lifted[part]
             product, value = ctx.gating.again(g, u, down.learns)
             grad_h = torch.empty_like(g)
-            down.backward(grad[part], product, _part(lows[2], part), grad_h)
+            down.backward(grad[part], product, mask[2], low[2], grad_h)
             del product
             grad_g, grad_u = ctx.gating.backward(g, u, grad_h, value, spend)
             into = _part(grad_x, part)
-            gate.backward(grad_g, rows[part], _part(lows[0], part), into)
-            up.backward(grad_u, rows[part], _part(lows[1], part), into, add=True)
-        gradients = [gradient for layer in layers for gradient in (*layer.gradients(), None)]
+            gate.backward(grad_g, rows[part], mask[0], low[0], into)
+            up.backward(grad_u, rows[part], mask[1], low[1], into, add=True)
+        gradients = [gradient for layer in layers for gradient in (*layer.gradients(), None, None)]
         return (None if grad_x is None else grad_x.view(ctx.shape), None, None, *gradients)
 
 
@@ -198,7 +196,7 @@ class _Layer:
         self.w = dense(p.weight, dtype)
         self.a = None if p.a is None else p.a.to(dtype)
         self.b = None if p.b is None else (p.b * p.scale).to(dtype)
-        self.scale = p.scale
+        self.scale, self.dropped = p.scale, p.dropped
         self.learns = any(needs)
         self.sums = [
             torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
@@ -211,19 +209,30 @@ class _Layer:
         """Room for what the adapter makes of `rows` on its way: (rows, rank)."""
         return None if self.a is None else rows.new_empty(len(rows), len(self.a))
 
-    def forward(self, rows: Tensor, out: Tensor | None = None, low: Tensor | None = None) -> Tensor:
+    def draw_mask(self, count: int) -> Tensor | None:
+        """What dropout leaves of `count` rows on their way into the adapter; None without dropout."""
+        return draw_mask((count, self.w.shape[1]), self.dropped, self.w.device)
+
+    def forward(self, rows: Tensor, mask: Tensor | None, out: Tensor | None, low: Tensor | None) -> Tensor:
         """The layer's output for `rows`, written to `out` and `low` where given."""
         out = torch.mm(rows, self.w.T, out=out)
         if self.a is not None and self.b is not None:
-            out.addmm_(torch.mm(rows, self.a.T, out=low), self.b.T)
+            out.addmm_(torch.mm(drop(rows, mask, self.dropped), self.a.T, out=low), self.b.T)
         return out
 
     def backward(
-        self, grad: Tensor, rows: Tensor | None, low: Tensor | None, into: Tensor | None, add: bool = False
+        self,
+        grad: Tensor,
+        rows: Tensor | None,
+        mask: Tensor | None,
+        low: Tensor | None,
+        into: Tensor | None,
+        add: bool = False,
     ) -> None:
         """Sum the gradients that `grad` gives; write the gradient of `rows` to `into`, or add it to what is there."""
         grad_low = None if self.b is None else grad @ self.b
-        for total, left, right in zip(self.sums, (grad, grad_low, grad), (rows, rows, low), strict=True):
+        dropped = rows if rows is None or self.sums[1] is None else drop(rows, mask, self.dropped)
+        for total, left, right in zip(self.sums, (grad, grad_low, grad), (rows, dropped, low), strict=True):
             if total is None or left is None or right is None:
                 continue
             if total.dtype == left.dtype:
@@ -236,8 +245,12 @@ class _Layer:
             into.addmm_(grad, self.w)
         else:
             torch.mm(grad, self.w, out=into)
-        if grad_low is not None and self.a is not None:
+        if grad_low is None or self.a is None:
+            return
+        if mask is None:
             into.addmm_(grad_low, self.a)
+        else:
+            add_dropped(into, grad_low @ self.a, mask, self.dropped)
 
     def gradients(self) -> list[Tensor | None]:
         """Of W, A and B."""

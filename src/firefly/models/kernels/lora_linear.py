@@ -6,11 +6,14 @@ and B stay fp32 masters, and a 4-bit base is dequantised where it is used, so it
 
 from __future__ import annotations
 
+from copy import copy
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from firefly.models.kernels.dropout import add_dropped, draw_mask, drop, probability
 
 DENSE_COPY = "firefly_dense_copy"
 """Attribute of a 4-bit weight: its copy in the compute type, where `weight_cache` keeps one."""
@@ -60,13 +63,14 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if self.disable_adapters or self.merged or len(names) != 1 or names[0] not in self.lora_A or args or kwargs:
         return type(self).forward(self, x, *args, **kwargs)
     name = names[0]
-    dropout = self.lora_dropout[name]
-    dropped = dropout(x) if isinstance(dropout, nn.Dropout) and self.training and dropout.p > 0 else None
+    dropped = probability(self.lora_dropout[name])
+    if dropped is None:
+        return type(self).forward(self, x)
     base = self.get_base_layer()
     adapter = self.lora_A[name].weight, self.lora_B[name].weight
     dtype = compute_type(x)
     with torch.autocast(x.device.type, enabled=False):
-        return LoraLinear.apply(x.to(dtype), dropped, base.weight, base.bias, *adapter, self.scaling[name])
+        return LoraLinear.apply(x.to(dtype), base.weight, base.bias, *adapter, self.scaling[name], dropped)
 
 
 def _base_forward(base: Any, x: Tensor) -> Tensor:
@@ -78,47 +82,59 @@ def _base_forward(base: Any, x: Tensor) -> Tensor:
         return out.view(*x.shape[:-1], out.shape[-1])
 
 
+def install_frozen_forward(layer: Any) -> None:
+    """Let a 4-bit layer without an adapter dequantise its weight as `dense` does."""
+    layer.forward = MethodType(_frozen_forward, layer)
+
+
+def _frozen_forward(self: Any, x: Tensor) -> Tensor:
+    dtype = compute_type(x)
+    a, b = x.new_empty(0, self.in_features), x.new_empty(self.out_features, 0)  # an adapter of rank 0
+    with torch.autocast(x.device.type, enabled=False):
+        return LoraLinear.apply(x.to(dtype), self.weight, self.bias, a, b, 1.0)
+
+
 class LoraLinear(torch.autograd.Function):
-    """x: (…, in); dropped: the adapter's input if dropout is active, else None; returns (…, out) in x's type."""
+    """x: (…, in); dropped: the probability of dropout before the adapter; returns (…, out) in x's type."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        dropped: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
         scale: float,
+        dropped: float = 0.0,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        through = rows if dropped is None else dropped.reshape(rows.shape).to(x.dtype)
+        mask = draw_mask(rows.shape, dropped, rows.device)
         w, a16, b16 = dense(weight, x.dtype), a.to(x.dtype), (b * scale).to(x.dtype)
         out = rows @ w.T if bias is None else torch.addmm(bias.to(x.dtype), rows, w.T)
-        low = through @ a16.T
+        low = drop(rows, mask, dropped) @ a16.T
         out.addmm_(low, b16.T)
-        ctx.save_for_backward(rows, None if dropped is None else through, weight, a16, b16, low)
-        ctx.scale, ctx.shape, ctx.types = scale, x.shape, (a.dtype, b.dtype)
+        ctx.save_for_backward(rows, mask, weight, a16, b16, low)
+        ctx.scale, ctx.dropped, ctx.shape, ctx.types = scale, dropped, x.shape, (a.dtype, b.dtype)
         # A view that a custom function returns may not be changed in place, as Llama4 does with shared experts' output.
         return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        rows, through, weight, a16, b16, low = ctx.saved_tensors
+        rows, mask, weight, a16, b16, low = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
         grad_low = grad @ b16
-        grad_a = (grad_low.T @ (rows if through is None else through)).to(ctx.types[0])
+        grad_a = (grad_low.T @ drop(rows, mask, ctx.dropped)).to(ctx.types[0])
         grad_b = (grad.T @ low).to(ctx.types[1]).mul_(ctx.scale)
-        grad_x = grad_dropped = None
+        grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ dense(weight, grad.dtype)
-            if through is None:
+            if mask is None:
                 grad_x.addmm_(grad_low, a16)
+            else:
+                add_dropped(grad_x, grad_low @ a16, mask, ctx.dropped)
             grad_x = grad_x.view(ctx.shape)
-        if through is not None and ctx.needs_input_grad[1]:
-            grad_dropped = (grad_low @ a16).view(ctx.shape)
-        return grad_x, grad_dropped, None, None, grad_a, grad_b, None
+        return grad_x, None, None, grad_a, grad_b, None, None
 
 
 def compute_type(x: Tensor) -> torch.dtype:
@@ -132,9 +148,14 @@ def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
     state = getattr(weight, "quant_state", None)
     if state is None:
         return weight.to(dtype)
-    copy = getattr(weight, DENSE_COPY, None)
-    if copy is not None and copy.dtype == dtype:
-        return copy
+    kept = getattr(weight, DENSE_COPY, None)
+    if kept is not None and kept.dtype == dtype:
+        return kept
     from bitsandbytes.functional import dequantize_4bit
 
+    if weight.device.type == "cpu" and state.shape[-1] % state.blocksize:
+        # bitsandbytes 0.50 mixes up the scales of blocks that cross a row's end on CPUs with AVX-512.
+        flat = copy(state)
+        flat.shape = torch.Size([state.shape.numel()])
+        return dequantize_4bit(weight.data.view(-1, 1), flat).to(dtype).view(state.shape)
     return dequantize_4bit(weight.data, state).to(dtype)
