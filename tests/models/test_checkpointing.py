@@ -10,8 +10,11 @@ import torch
 from firefly.data.batching import pack
 from firefly.errors import UsageError
 from firefly.models.adapters import transformers_model
+from firefly.models.attention import choose_layout
 from firefly.models.checkpointing import Checkpointing, decoder_layers, install_checkpointing
-from tiny import assert_same, gradients, prepared, random_examples
+from firefly.models.forwards import install_training_forwards
+from firefly.models.kernels.gated_mlp import UNREAD, fused_blocks
+from tiny import assert_same, gradients, prepared, random_examples, tiny_model, with_our_lora
 
 BATCH = pack(random_examples(9, 30, 21))
 
@@ -27,7 +30,7 @@ def gradients_of(model: Any, layout: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "chosen", [Checkpointing(1), Checkpointing(2), Checkpointing(3), Checkpointing(3, offload=True)]
 )
-@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral", "gpt_neox", "olmo2", "qwen2_moe", "granite"])
 def test_gradients_are_those_without_checkpointing(name: str, chosen: Checkpointing) -> None:
     model, layout, _ = prepared(name, "lora")
     expected = gradients_of(model, layout)
@@ -88,3 +91,22 @@ def test_an_architecture_without_such_layers_is_refused() -> None:
     with pytest.raises(UsageError, match="gradient_checkpointing"):
         install_checkpointing(torch.nn.Linear(2, 2), Checkpointing(1))
     install_checkpointing(torch.nn.Linear(2, 2), Checkpointing(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("llama", True), ("qwen3", True), ("granite", True), ("gemma2", False), ("olmo2", False), ("qwen2_moe", False)],
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_second_pass_leaves_out_the_product_that_nothing_reads(name: str, expected: bool, dropout: float) -> None:
+    """Where the output of the feed-forward block is only added to the residual stream."""
+    inner = tiny_model(name)
+    layout, _ = choose_layout(inner)
+    model = with_our_lora(inner, dropout=dropout)
+    install_training_forwards(model)
+    whole = gradients_of(model, layout)
+    install_checkpointing(transformers_model(model), Checkpointing(3))
+    blocks = [block for layer in decoder_layers(inner) for block in fused_blocks(layer).values()]
+    assert blocks
+    assert [getattr(block, UNREAD) for block in blocks] == [expected] * len(blocks)
+    assert_same(gradients_of(model, layout), whole, 1e-6)

@@ -146,6 +146,16 @@ def decoder(model: PreTrainedModel) -> Any:
     raise UnsupportedAttention(f"{type(model).__name__} does not tell its decoder")
 
 
+def short_row(model: PreTrainedModel) -> dict[str, Any]:
+    """What the model is called with for a row of one short example, in the layout that it is set to."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.arange(12, device=model.device) * 7919 % vocabulary
+    inputs: dict[str, Any] = {"input_ids": ids[None], "position_ids": torch.arange(12, device=model.device)[None]}
+    if model.config._attn_implementation == NAME:
+        inputs["segments"] = (Segment(0, 12),)
+    return inputs
+
+
 def _probe_ids(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """Two short rows of arbitrary ids, longer than small sliding windows."""
     vocabulary = model.config.get_text_config().vocab_size

@@ -15,9 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from firefly.data.schema import Segment
-from firefly.models.attention import NAME as SEGMENTS
-from firefly.models.attention import UnsupportedAttention, decoder
+from firefly.models.attention import UnsupportedAttention, decoder, short_row
 from firefly.models.kernels.token_nll import summed_nll, token_logps
 
 
@@ -42,7 +40,7 @@ def _is_plain(model: PreTrainedModel, head: nn.Linear) -> bool:
 
     Comparing losses would not do: a soft cap hardly bends the small logits of an untrained model.
     """
-    inputs = _probe(model)
+    inputs = short_row(model)
     seen: list[Tensor] = []
     calls: list[tuple[dict[str, Any], Any]] = []
 
@@ -126,12 +124,3 @@ def _forward_logits(
     nll = F.cross_entropy(output.logits[0].float(), targets, reduction="none" if per_token else "sum")
     router = getattr(output, "router_logits", None)
     return {"logps": -nll, "router_logits": router} if per_token else {"loss": nll, "router_logits": router}
-
-
-def _probe(model: PreTrainedModel) -> dict[str, Any]:
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.arange(12, device=model.device) * 7919 % vocabulary
-    inputs: dict[str, Any] = {"input_ids": ids[None], "position_ids": torch.arange(12, device=model.device)[None]}
-    if model.config._attn_implementation == SEGMENTS:
-        inputs["segments"] = (Segment(0, 12),)
-    return inputs

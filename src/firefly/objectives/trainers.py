@@ -36,6 +36,7 @@ from firefly.errors import UsageError
 from firefly.models.adapters import count_body, transformers_model
 from firefly.models.checkpointing import decoder_layers, install_checkpointing
 from firefly.models.choices import Choices
+from firefly.models.kernels.products import casts_kept
 from firefly.models.precision import Precision
 from firefly.objectives.engines import ENGINES, Engine, gathered
 from firefly.objectives.finite import ComputedStep, FiniteSteps
@@ -192,8 +193,11 @@ class StepTrainer(FiniteSteps, ABC):
     def _attempt(self, model: Any, step: Step[Any]) -> Tensor | None:
         """Loss and gradients of a whole step; None, and all as before, if memory ran out."""
         restore = self._snapshot()
+        # Sharded engines hold other tensors in a weight's place from one moment to the next.
+        whole = self.options.engine.name in ("single", "ddp")
         try:
-            return self._accumulate(model, step)
+            with casts_kept() if whole else nullcontext():
+                return self._accumulate(model, step)
         except torch.OutOfMemoryError:
             if self.args.world_size > 1 or self.options.engine.deepspeed:
                 raise  # the other ranks would wait for ever; DeepSpeed cannot begin a step again

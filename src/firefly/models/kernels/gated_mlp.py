@@ -10,6 +10,7 @@ The idea of recomputing is that of Unsloth's and Liger's kernels (arXiv:2410.109
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -19,9 +20,14 @@ from torch import Tensor, nn
 from firefly.models.kernels.dropout import add_dropped, draw_mask, drop, probability
 from firefly.models.kernels.gate import ACTIVATIONS, Activation, gate_for, graph_is_kept
 from firefly.models.kernels.lora_linear import compute_type, dense, is_plain_lora
+from firefly.models.kernels.products import in_type, scaled_product, wide_product
+from firefly.models.kernels.second_pass import in_second_pass
 
 CPU_ROWS = 512
 """Rows of a chunk on a CPU: enough for matrix products at their rate."""
+
+UNREAD = "firefly_unread_again"
+"""Attribute of a block: in a second pass no gradient depends on its output (see `checkpointing`)."""
 
 LAYERS = ("gate_proj", "up_proj", "down_proj")
 
@@ -57,6 +63,11 @@ def install_gated_mlps(model: nn.Module) -> int:
             module.forward = MethodType(_forward_with(activation), module)  # type: ignore[assignment]
             count += 1
     return count
+
+
+def fused_blocks(module: nn.Module) -> dict[str, nn.Module]:
+    """The gated blocks inside `module` that have the fused forward, by their paths."""
+    return {path: one for path, one in module.named_modules() if "forward" in vars(one) and _has_layers(one)}
 
 
 def _has_layers(module: nn.Module) -> bool:
@@ -107,8 +118,9 @@ def _forward_with(activation: Activation) -> Callable[[Any, Tensor], Tensor]:
             return type(self).forward(self, x)
         dtype = compute_type(x)
         flat = [part for p in projections if p is not None for part in p]
+        unread = not torch.compiler.is_compiling() and in_second_pass() and getattr(self, UNREAD, False)
         with torch.autocast(x.device.type, enabled=False):
-            return GatedMLP.apply(x.to(dtype), activation, torch.is_grad_enabled(), *flat)
+            return GatedMLP.apply(x.to(dtype), activation, torch.is_grad_enabled(), unread, *flat)
 
     return forward
 
@@ -133,25 +145,32 @@ def _current(layer: Any) -> Projection | None:
 
 
 class GatedMLP(torch.autograd.Function):
-    """x: (…, width) in the compute type; then the parts of gate, up and down projection; returns (…, width)."""
+    """x: (…, width) in the compute type; then the parts of gate, up and down projection; returns (…, width).
+
+    `unread`: the output will not be read, so that it holds nothing but NaN.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, activation: Activation, grad_enabled: bool, *parts: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, activation: Activation, grad_enabled: bool, unread: bool, *parts: Any) -> Tensor:
         projections = [Projection(*parts[i : i + 5]) for i in range(0, 15, 5)]
         gate, up, down = layers = [_Layer(p, x.dtype) for p in projections]
         rows = x.reshape(-1, x.shape[-1])
-        out = rows.new_empty(len(rows), len(down.w))
+        shape = (len(rows), down.outputs)
+        out = rows.new_full((), torch.nan).expand(shape) if unread else rows.new_empty(shape)
         keep = grad_enabled and any(ctx.needs_input_grad)
-        inner = [rows.new_empty(len(rows), len(gate.w)) for _ in range(2)] if keep else [None, None]
+        inner = [rows.new_empty(len(rows), gate.outputs) for _ in range(2)] if keep else [None, None]
         lows = [layer.empty_low(rows) if keep else None for layer in layers]
         # Drawn for all rows in the order of the block's own layers, so that chunks change nothing.
         masks = [layer.draw_mask(len(rows)) for layer in layers]
-        gating = gate_for(activation, rows.device, len(gate.w))
+        gating = gate_for(activation, rows.device, gate.outputs)
         for part in _chunks(rows):
             low, mask = ([_part(each, part) for each in of_all] for of_all in (lows, masks))
             g = gate.forward(rows[part], mask[0], _part(inner[0], part), low[0])
             u = up.forward(rows[part], mask[1], _part(inner[1], part), low[1])
-            down.forward(gating.forward(g, u), mask[2], out[part], low[2])
+            if not unread:
+                down.forward(gating.forward(g, u), mask[2], out[part], low[2])
+            elif low[2] is not None:
+                down.lower(gating.forward(g, u), mask[2], low[2])
         if keep:
             weights = [tensor for p in projections for tensor in p[:3]]
             ctx.save_for_backward(rows, *inner, *lows, *masks, *weights)
@@ -167,7 +186,7 @@ class GatedMLP(torch.autograd.Function):
             _Layer(
                 Projection(*weights[3 * i : 3 * i + 3], *ctx.constants[i]),
                 rows.dtype,
-                ctx.needs_input_grad[3 + 5 * i : 6 + 5 * i],
+                ctx.needs_input_grad[4 + 5 * i : 7 + 5 * i],
             )
             for i in range(3)
         ]
@@ -186,24 +205,26 @@ class GatedMLP(torch.autograd.Function):
             gate.backward(grad_g, rows[part], mask[0], low[0], into)
             up.backward(grad_u, rows[part], mask[1], low[1], into, add=True)
         gradients = [gradient for layer in layers for gradient in (*layer.gradients(), None, None)]
-        return (None if grad_x is None else grad_x.view(ctx.shape), None, None, *gradients)
+        return (None if grad_x is None else grad_x.view(ctx.shape), None, None, None, *gradients)
 
 
 class _Layer:
     """One projection in the compute type, for the chunks of one pass; sums the gradients of what is trained of it."""
 
     def __init__(self, p: Projection, dtype: torch.dtype, needs: Sequence[bool] = (False, False, False)) -> None:
-        self.w = dense(p.weight, dtype)
-        self.a = None if p.a is None else p.a.to(dtype)
-        self.b = None if p.b is None else (p.b * p.scale).to(dtype)
+        self.outputs, self.inputs = getattr(p.weight, "quant_state", p.weight).shape
+        self.weight, self.dtype = p.weight, dtype
+        self.a = None if p.a is None else in_type(p.a, dtype)
+        self.b = None if p.b is None else in_type(p.b, dtype)
         self.scale, self.dropped = p.scale, p.dropped
-        self.learns = any(needs)
-        self.sums = [
-            torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
-            if need and tensor is not None
-            else None
-            for tensor, need in zip(p[:3], needs, strict=True)
-        ]
+        self.needs, self.learns = needs, any(needs)
+        self.sums: list[Tensor | None] = [None, None, None]
+        """Gradients of W, A and B in fp32."""
+
+    @cached_property
+    def w(self) -> Tensor:
+        """The weight, dequantised only if it is used."""
+        return dense(self.weight, self.dtype)
 
     def empty_low(self, rows: Tensor) -> Tensor | None:
         """Room for what the adapter makes of `rows` on its way: (rows, rank)."""
@@ -211,14 +232,19 @@ class _Layer:
 
     def draw_mask(self, count: int) -> Tensor | None:
         """What dropout leaves of `count` rows on their way into the adapter; None without dropout."""
-        return draw_mask((count, self.w.shape[1]), self.dropped, self.w.device)
+        return draw_mask((count, self.inputs), self.dropped, self.weight.device)
 
     def forward(self, rows: Tensor, mask: Tensor | None, out: Tensor | None, low: Tensor | None) -> Tensor:
         """The layer's output for `rows`, written to `out` and `low` where given."""
         out = torch.mm(rows, self.w.T, out=out)
-        if self.a is not None and self.b is not None:
-            out.addmm_(torch.mm(drop(rows, mask, self.dropped), self.a.T, out=low), self.b.T)
+        if self.b is not None:
+            out.addmm_(self.lower(rows, mask, low), self.b.T)
         return out
+
+    def lower(self, rows: Tensor, mask: Tensor | None, low: Tensor | None) -> Tensor:
+        """What the adapter makes of `rows` on its way."""
+        assert self.a is not None
+        return scaled_product(drop(rows, mask, self.dropped), self.a.T, self.scale, out=low)
 
     def backward(
         self,
@@ -230,15 +256,11 @@ class _Layer:
         add: bool = False,
     ) -> None:
         """Sum the gradients that `grad` gives; write the gradient of `rows` to `into`, or add it to what is there."""
-        grad_low = None if self.b is None else grad @ self.b
-        dropped = rows if rows is None or self.sums[1] is None else drop(rows, mask, self.dropped)
-        for total, left, right in zip(self.sums, (grad, grad_low, grad), (rows, dropped, low), strict=True):
-            if total is None or left is None or right is None:
-                continue
-            if total.dtype == left.dtype:
-                total.addmm_(left.T, right)
-            else:
-                total += left.T @ right
+        grad_low = None if self.b is None else scaled_product(grad, self.b, self.scale)
+        dropped = drop(rows, mask, self.dropped) if rows is not None and self.needs[1] else None
+        for number, (left, right) in enumerate(((grad, rows), (grad_low, dropped), (grad, low))):
+            if self.needs[number] and left is not None and right is not None:
+                self._add(number, left, right)
         if into is None:
             return
         if add:
@@ -252,10 +274,21 @@ class _Layer:
         else:
             add_dropped(into, grad_low @ self.a, mask, self.dropped)
 
+    def _add(self, number: int, left: Tensor, right: Tensor) -> None:
+        total = self.sums[number]
+        if total is None:
+            self.sums[number] = wide_product(left.T, right, torch.float32)
+        elif total.dtype == left.dtype:
+            total.addmm_(left.T, right)
+        else:
+            total += left.T @ right
+
     def gradients(self) -> list[Tensor | None]:
-        """Of W, A and B."""
-        if self.sums[2] is not None:
-            self.sums[2] *= self.scale
+        """Of W, A and B; of no rows, 0."""
+        shapes = self.weight.shape, *(None if x is None else x.shape for x in (self.a, self.b))
+        for number, shape in enumerate(shapes):
+            if self.sums[number] is None and self.needs[number] and shape is not None:
+                self.sums[number] = torch.zeros(shape, dtype=torch.float32, device=self.weight.device)
         return self.sums
 
 

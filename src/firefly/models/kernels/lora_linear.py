@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from firefly.models.kernels.dropout import add_dropped, draw_mask, drop, probability
+from firefly.models.kernels.products import in_type, scaled_product, wide_product
 
 DENSE_COPY = "firefly_dense_copy"
 """Attribute of a 4-bit weight: its copy in the compute type, where `weight_cache` keeps one."""
@@ -110,9 +111,9 @@ class LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         mask = draw_mask(rows.shape, dropped, rows.device)
-        w, a16, b16 = dense(weight, x.dtype), a.to(x.dtype), (b * scale).to(x.dtype)
+        w, a16, b16 = dense(weight, x.dtype), in_type(a, x.dtype), in_type(b, x.dtype)
         out = rows @ w.T if bias is None else torch.addmm(bias.to(x.dtype), rows, w.T)
-        low = drop(rows, mask, dropped) @ a16.T
+        low = scaled_product(drop(rows, mask, dropped), a16.T, scale)
         out.addmm_(low, b16.T)
         ctx.save_for_backward(rows, mask, weight, a16, b16, low)
         ctx.scale, ctx.dropped, ctx.shape, ctx.types = scale, dropped, x.shape, (a.dtype, b.dtype)
@@ -123,9 +124,9 @@ class LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         rows, mask, weight, a16, b16, low = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
-        grad_low = grad @ b16
-        grad_a = (grad_low.T @ drop(rows, mask, ctx.dropped)).to(ctx.types[0])
-        grad_b = (grad.T @ low).to(ctx.types[1]).mul_(ctx.scale)
+        grad_low = scaled_product(grad, b16, ctx.scale)
+        grad_a = wide_product(grad_low.T, drop(rows, mask, ctx.dropped), ctx.types[0])
+        grad_b = wide_product(grad.T, low, ctx.types[1])
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ dense(weight, grad.dtype)
