@@ -15,6 +15,7 @@ from firefly.config import load_config
 from firefly.console import take_notices
 from firefly.data.batching import StepTotals
 from firefly.models.checkpointing import Checkpointing, install_checkpointing
+from firefly.models.compilation import OLDEST, TORCH
 from firefly.models.kernels import segment_attention
 from firefly.models.kernels.elementwise import implementation
 from firefly.models.kernels.segment_attention import attend, describe_attention
@@ -234,6 +235,7 @@ def test_a_run_goes_on_where_it_stopped(run: Run, tmp_path: Path) -> None:
     assert again == pytest.approx(whole, rel=1e-3)
 
 
+@pytest.mark.skipif(TORCH < OLDEST, reason="this torch compiles wrong gradients")
 def test_what_is_compiled_trains_the_same(run: Run) -> None:
     assert run("compiled", torch_compile=True) == pytest.approx(run("eager"), rel=2e-2)
 

@@ -104,3 +104,14 @@ def test_a_resumed_run_keeps_stored_choices_but_for_what_is_named_outright() -> 
     assert settled(named, stored, today) == dataclasses.replace(stored, checkpointed_layers=0, offload=False)
     named = StepConfig(nf4_cache=True)
     assert settled(named, stored, today) == dataclasses.replace(stored, cached_weights=9)
+
+
+def test_memory_that_no_microbatch_needs_goes_to_copies_of_4_bit_weights() -> None:
+    """A step of 16,000 tokens under a budget of 15,000 makes two microbatches, as it does under 8,800."""
+    room, copies = 10_000 * 15_000, (1_000_000,) * 80
+    found = chosen(room, step=16_000, cache=copies)
+    assert found.tokens_per_microbatch == 8_800
+    assert found.cached_weights == (15_000 - 8_800) * 10_000 // 1_000_000
+    asked = chosen(room, step=16_000, cache=copies, tokens_per_microbatch=15_000)
+    assert asked.tokens_per_microbatch == 15_000
+    assert asked.cached_weights == 0

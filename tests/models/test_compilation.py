@@ -13,6 +13,8 @@ from torch._dynamo.utils import counters
 
 from firefly.data.batching import pack
 from firefly.data.pair_batching import pack_pairs
+from firefly.errors import UsageError
+from firefly.models import compilation
 from firefly.models.attention import choose_layout
 from firefly.models.compilation import compile_layers
 from firefly.models.forwards import install_training_forwards
@@ -90,3 +92,9 @@ def test_compiled_layers_leave_weights_and_their_names_alone():
     before = list(model.state_dict())
     compile_layers(model, backend="eager")
     assert list(model.state_dict()) == before
+
+
+def test_a_torch_that_compiles_wrong_gradients_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "TORCH", (2, 11))
+    with pytest.raises(UsageError, match=r"torch_compile needs torch 2\.13"):
+        compilation.compile_layers(tiny_model("llama"))

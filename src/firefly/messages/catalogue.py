@@ -162,6 +162,11 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "torch_compile cannot run with {engine}; remove the key, or use plain torchrun (DDP).",
         "torch_compile 不能与 {engine} 一起使用；请删除该键，或使用普通 torchrun（DDP）。",
     ),
+    "compile.old_torch": (
+        "torch_compile needs torch {oldest} or newer: compiled by torch {version}, the gradients of adapters are wrong. "
+        "Remove the key, or update torch.",
+        "torch_compile 需要 torch {oldest} 或更新版本：torch {version} 编译出的 adapter 梯度是错误的。请删除该键，或升级 torch。",
+    ),
     "engine.no_dora": (
         "use_dora cannot run with {engine}, which divides weights among ranks; remove the key, or use plain torchrun "
         "(DDP) or ZeRO-2.",

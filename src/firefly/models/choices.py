@@ -97,9 +97,22 @@ def choose(
     if settings.nf4_cache is True:
         cached = len(cache_bytes)
     elif settings.nf4_cache == "auto" and device.type != "cpu":
-        rest = forecast(checkpointing, lengths.largest_microbatch(budget), 0)
-        cached = weights_that_fit(cache_bytes, int(USABLE * rest.available - rest.missing))
+
+        def fitting_copies(budget: int) -> int:
+            rest = forecast(checkpointing, lengths.largest_microbatch(budget), 0)
+            return weights_that_fit(cache_bytes, int(USABLE * rest.available - rest.missing))
+
+        cached = fitting_copies(budget)
+        if cached < len(cache_bytes) and not asked and (even := _even(budget, lengths)) < budget:
+            budget, cached = even, fitting_copies(even)
     return Choices(budget, checkpointing.layers, checkpointing.offload, cached, attention_by_products)
+
+
+def _even(budget: int, lengths: Lengths) -> int:
+    """No larger a budget than asked for by the number of microbatches that it makes of the largest step: beyond that it
+    only takes memory. A tenth is for examples that do not cut evenly."""
+    parts = -(-lengths.step // budget)
+    return min(budget, max(lengths.longest, lengths.step * 11 // (10 * parts)))
 
 
 def most_careful(choices: Sequence[Choices]) -> Choices:

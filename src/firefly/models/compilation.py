@@ -17,9 +17,14 @@ import torch
 from transformers import AttentionInterface
 
 from firefly.data.schema import Segment
+from firefly.errors import UsageError
 from firefly.models.adapters import transformers_model
 from firefly.models.attention import NAME, decoder, segment_attention
 from firefly.models.checkpointing import decoder_layers
+
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+OLDEST = (2, 13)
+"""With torch 2.11 the gradients of adapters in compiled layers are wrong, and nothing tells; 2.12 was not tried."""
 
 VARIANTS = 32
 """Of one function: with and without gradients, in training and evaluation, the adapter on and off. torch stops at 8."""
@@ -39,7 +44,12 @@ def compile_layers(model: Any, backend: str | None = None, mode: str | None = No
 
     Args:
         backend, mode: of `torch.compile`; None leaves it its own choice.
+
+    Raises:
+        UsageError: this torch would compile wrong gradients.
     """
+    if TORCH < OLDEST:
+        raise UsageError("compile.old_torch", version=torch.__version__, oldest=".".join(map(str, OLDEST)))
     layers: list[Any] = decoder_layers(decoder(transformers_model(model)))
     if not layers:
         return 0
