@@ -13,7 +13,7 @@ import torch
 
 from firefly.config import load_config
 from firefly.console import take_notices
-from firefly.data.batching import StepTotals
+from firefly.data.schema import Segment
 from firefly.models.checkpointing import Checkpointing, install_checkpointing
 from firefly.models.compilation import OLDEST, TORCH
 from firefly.models.kernels import segment_attention
@@ -23,7 +23,7 @@ from firefly.runs.metrics import read_metrics
 from firefly.train import train
 from models.test_segment_attention import SEGMENTS, naive, random_heads
 from objectives import test_preference, test_steps
-from tiny import assert_same, gradients, prepared, random_examples, save_tiny_model, write_rows
+from tiny import assert_same, prepared, random_examples, save_tiny_model, write_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,6 +72,17 @@ def test_a_step_on_the_card_is_the_step_of_the_cpu(name: str, mode: str, tmp_pat
     loss, found, _ = test_steps.one_step(trainer)
     torch.testing.assert_close(loss.cpu(), expected[0], rtol=1e-4, atol=0)
     assert_same({name: value.cpu() for name, value in found.items()}, expected[1], 1e-3)
+
+
+@pytest.mark.parametrize(("heads", "key_heads", "width"), [(4, 4, 64), (4, 2, 128)])
+def test_gathered_keys_get_the_gradients_of_every_segment_that_saw_them(heads: int, key_heads: int, width: int) -> None:
+    segments = (Segment(0, 40), Segment(40, 70, 0, 40), Segment(70, 99, 0, 31), Segment(99, 130), Segment(130, 140))
+    inputs = random_heads(heads, key_heads, 140, width, torch.bfloat16)
+    expected = torch.autograd.grad(naive(*inputs, segments, 0.1).sum(), inputs)
+    moved = [x.detach().to(CARD).requires_grad_() for x in inputs]
+    found = torch.autograd.grad(attend(*moved, segments, 0.1).float().sum(), moved)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.cpu().double() - other.double()).norm() < 2e-2 * other.double().norm() + 1e-2
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -133,16 +144,12 @@ def test_a_step_that_really_runs_out_of_memory_is_finished_in_smaller_pieces(tmp
 
 def test_a_preference_step_never_waits_for_the_card(tmp_path: Path, unforgiving: Any) -> None:
     model, layout, _ = prepared("llama", "lora")
-    trainer = test_preference.make_trainer(model, tmp_path, layout=layout)
-    trainer.model.to(CARD)
+    trainer = test_preference.make_trainer(model, tmp_path, layout=layout, use_cpu=False)
     (step,) = list(trainer.get_train_dataloader())
-    batches = [batch.to(CARD) for batch in step.pin_memory().microbatches]
-    totals: StepTotals = step.totals
-    trainer.microbatch_loss(trainer.model, batches[0], totals).backward()
+    step = step.pin_memory()
+    trainer.training_step(trainer.model, step)
     unforgiving()
-    trainer.microbatch_loss(trainer.model, batches[0], totals).backward()
-    torch.cuda.set_sync_debug_mode("default")
-    assert gradients(trainer.model)
+    trainer.training_step(trainer.model, step)
 
 
 # ---- runs ----
@@ -215,6 +222,15 @@ def test_a_run_on_the_card_has_the_losses_of_the_cpu(task: str, mode: str, run: 
 def test_an_optimizer_of_the_card_trains(optimizer: str, run: Run) -> None:
     losses = run(optim=optimizer, learning_rate=5e-3, num_train_epochs=3)
     assert losses[-1] < losses[0]
+
+
+def test_a_paged_optimizer_s_update_is_the_fused_one(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"optim": "paged_adamw_32bit", "weight_decay": 0.1}
+    fused = run("fused", **settings)
+    passport = json.loads((tmp_path / "fused" / "run.json").read_text())
+    assert "optim.unpaged" in [entry["code"] for entry in passport["notices"]]
+    monkeypatch.setattr("firefly.models.choices.fits", lambda forecast: False)
+    assert run("paged", **settings) == pytest.approx(fused, rel=1e-3)
 
 
 def test_copies_of_4_bit_weights_change_no_loss(run: Run, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging as transformers_logging
 
 from firefly import ranks
@@ -94,6 +95,12 @@ TASKS: dict[TaskName, Task] = {
     "dpo": Task(PreferenceTrainer, chats=True),
 }
 
+PAGED_ADAM = (OptimizerNames.PAGED_ADAMW,)
+"""Adam with 32-bit state that bitsandbytes moves to the CPU's memory when the card runs out of its own."""
+
+FUSED_ADAM = OptimizerNames.ADAMW_TORCH_FUSED
+"""The same update in a few launches for all weights, where the other has one for each."""
+
 
 def train(config: Config) -> Path:
     """Train as configured; return the directory that holds the result.
@@ -156,6 +163,9 @@ def train_into(output_dir: Path, config: Config, engine: Engine, started: float)
         config, args, model, data.train, layout[0], precision, device, checkpoint, engine
     )
     choosing.apply(choices, transformers_model(model), precision.compute)
+    if choices.unpaged_optimizer and args.optim in PAGED_ADAM:
+        notice("optim.unpaged", asked=args.optim.value, used=FUSED_ADAM.value)
+        args.optim = FUSED_ADAM
     options = objective_options(config, model, precision)
     divide(engine, model, args)
     trainer = task.trainer(
@@ -438,11 +448,17 @@ def resolve_choices(
         return engine.share(whole)
 
     choices = choosing.choose(config.step, activations, forecast, lengths, device, cacheable, by_products)
+
+    def forecast_of(choices: Choices) -> Forecast:
+        tokens = lengths.largest_microbatch(choices.tokens_per_microbatch)
+        return forecast(choices.checkpointing, tokens, sum(cacheable[: choices.cached_weights]))
+
+    if args.optim in PAGED_ADAM and device.type == "cuda" and not (engine.deepspeed or engine.divides):
+        choices = replace(choices, unpaged_optimizer=choosing.fits(forecast_of(choices)))
     choices = choosing.most_careful(ranks.all_of(choices))
     if checkpoint:
         choices = choosing.settled(config.step, stored_choices(checkpoint), choices)
-    tokens = lengths.largest_microbatch(choices.tokens_per_microbatch)
-    return choices, forecast(choices.checkpointing, tokens, sum(cacheable[: choices.cached_weights]))
+    return choices, forecast_of(choices)
 
 
 def run_plan(

@@ -80,7 +80,7 @@ def test_one_call_gives_the_outputs_and_gradients_of_a_masked_softmax(
 
 def test_segments_without_prefixes_gather_no_keys() -> None:
     layout = varlen_attention.layout_of(apart(0, 3, 10), torch.device("cpu"))
-    assert layout.order is None
+    assert layout.gathering is None
     assert layout.queries.tolist() == layout.keys.tolist() == [0, 3, 10]
     assert (layout.longest_queries, layout.longest_keys) == (7, 7)
 
@@ -90,8 +90,11 @@ def test_a_pair_s_answers_get_the_keys_of_their_prompt() -> None:
     layout = varlen_attention.layout_of(segments, torch.device("cpu"))
     assert layout.queries.tolist() == [0, 4, 6, 9]
     assert layout.keys.tolist() == [0, 4, 10, 16]
-    assert layout.order is not None
-    assert layout.order.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 0, 1, 2, 6, 7, 8]
+    assert layout.gathering is not None
+    assert layout.gathering.order.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 0, 1, 2, 6, 7, 8]
+    assert layout.gathering.own.tolist() == [0, 1, 2, 3, 8, 9, 13, 14, 15]
+    again = [(tokens.tolist(), keys.tolist()) for tokens, keys in layout.gathering.again]
+    assert again == [([0, 1, 2, 3], [4, 5, 6, 7]), ([0, 1, 2], [10, 11, 12])]
     assert (layout.longest_queries, layout.longest_keys) == (4, 6)
 
 

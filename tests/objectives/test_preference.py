@@ -50,12 +50,13 @@ def make_trainer(
     layout: str = "segments",
     mode: str = "lora",
     held_out: Sequence[TokenPair] | None = None,
+    use_cpu: bool = True,
     **settings: Any,
 ) -> PreferenceTrainer:
     values = {
         "output_dir": str(folder),
         "per_device_train_batch_size": len(pairs),
-        "use_cpu": True,
+        "use_cpu": use_cpu,
         "report_to": "none",
         "remove_unused_columns": False,
         "label_names": [],

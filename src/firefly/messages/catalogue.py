@@ -163,9 +163,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "torch_compile 不能与 {engine} 一起使用；请删除该键，或使用普通 torchrun（DDP）。",
     ),
     "compile.old_torch": (
-        "torch_compile needs torch {oldest} or newer: compiled by torch {version}, the gradients of adapters are wrong. "
+        "torch_compile needs torch {oldest} or newer: compiled by torch {version}, gradients of adapters are wrong. "
         "Remove the key, or update torch.",
-        "torch_compile 需要 torch {oldest} 或更新版本：torch {version} 编译出的 adapter 梯度是错误的。请删除该键，或升级 torch。",
+        "torch_compile 需要 torch {oldest} 或更新版本：torch {version} 编译出的 adapter 梯度是错误的。"
+        "请删除该键，或升级 torch。",
     ),
     "engine.no_dora": (
         "use_dora cannot run with {engine}, which divides weights among ranks; remove the key, or use plain torchrun "
@@ -223,6 +224,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "legacy.renamed": ("{old} is read as {new}, its name today.", "{old} 按现在的名称 {new} 处理。"),
     "legacy.ignored": ("{old} has no effect any more and is ignored.", "{old} 已不再起作用，予以忽略。"),
     "legacy.value": ("{key} {old} is read as {new}.", "{key} 的值 {old} 按 {new} 处理。"),
+    "optim.unpaged": (
+        "optim {asked}: its state fits into the card's memory, so {used} computes the same update without paging.",
+        "optim {asked}：显存足以容纳优化器状态，因此由 {used} 执行相同的更新，无需分页。",
+    ),
     "optim.paged": (
         "optim {asked} pages GPU memory; on this CPU the same optimizer runs without paging ({used}).",
         "optim {asked} 用于显存分页；在此 CPU 上改用不分页的同一优化器（{used}）。",

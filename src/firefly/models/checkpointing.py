@@ -12,15 +12,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from firefly.errors import UsageError
 from firefly.models.attention import decoder, short_row
 from firefly.models.kernels.gated_mlp import UNREAD, fused_blocks
-from firefly.models.kernels.second_pass import both_passes
+from firefly.models.kernels.second_pass import checkpoint_anywhere, checkpoint_plainly
 
 
 @dataclass(frozen=True)
@@ -45,42 +44,46 @@ def install_checkpointing(model: Any, chosen: Checkpointing) -> None:
     layers = decoder_layers(model)
     if chosen.layers and not layers:
         raise UsageError("step.no_checkpointing", architecture=type(model).__name__)
-    if chosen.layers:
-        spare_unread_outputs(model, layers[: chosen.layers])
-    # Not reentrant: inputs without a gradient are fine, and random state is restored for the second pass.
-    function: Any = partial(checkpoint, use_reentrant=False, context_fn=both_passes)
-    if chosen.offload:
-        function = offloading_checkpoint
+    plain = plain_layers(model, layers[: chosen.layers])
     for number, layer in enumerate(layers):
         switched: Any = layer
-        switched._gradient_checkpointing_func = function
+        function = checkpoint_plainly if layer in plain else checkpoint_anywhere
+        switched._gradient_checkpointing_func = partial(offloading, function) if chosen.offload else function
         switched.gradient_checkpointing = number < chosen.layers
 
 
-def offloading_checkpoint(function: Any, *args: Any) -> Any:
-    """Checkpoint one layer; its input waits in pinned memory of the CPU for the second pass."""
+def offloading(function: Any, *args: Any) -> Any:
+    """Checkpoint one layer by `function`; its input waits in pinned memory of the CPU for the second pass."""
     with save_on_cpu(pin_memory=torch.cuda.is_available()):
-        return checkpoint(function, *args, use_reentrant=False, context_fn=both_passes)
+        return function(*args)
 
 
-# ---- what a second pass need not compute ----
+# ---- what a second pass need not do ----
 
 
-def spare_unread_outputs(model: Any, layers: Sequence[nn.Module]) -> None:
-    """Mark the gated blocks of `layers` whose output a second pass need not compute.
+def plain_layers(model: Any, layers: Sequence[nn.Module]) -> set[nn.Module]:
+    """The layers that `checkpoint_plainly` is for: with one gated block, whose output a second pass need not compute.
 
-    In most architectures it is only added to the residual stream, which no gradient needs. Whether that is so is tried
-    once for each kind of layer: with NaN in the output's place, a gradient that needs it is none.
+    In most architectures it is only added to the residual stream, which no gradient needs. Whether a layer is like that
+    is tried once for each kind: with NaN in the output's place, its gradients must be those of torch's own checkpoint.
+    Where several ranks exchange gradients, engines look into a layer, and only torch's own way will do.
     """
+    if not layers or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return set()
     found: dict[Any, bool] = {}
     call = None
+    plain = set()
     for layer in layers:
-        for path, block in fused_blocks(layer).items():
-            kind = type(layer), path, type(block)
-            if kind not in found:
-                call = call or _first_call(model, layers[0])
-                found[kind] = call is not None and _is_unread(layer, block, call)
+        blocks = list(fused_blocks(layer).values())
+        kind = type(layer), *map(type, blocks)
+        if kind not in found:
+            call = call or _first_call(model, layers[0])
+            found[kind] = call is not None and len(blocks) == 1 and _is_plain(layer, blocks[0], call)
+        for block in blocks:
             setattr(block, UNREAD, found[kind])
+        if found[kind]:
+            plain.add(layer)
+    return plain
 
 
 class _Met(Exception):
@@ -106,23 +109,42 @@ def _first_call(model: Any, layer: nn.Module) -> tuple[Any, dict[str, Any]] | No
     return met[0] if met else None
 
 
-def _is_unread(layer: Any, block: nn.Module, call: tuple[Any, dict[str, Any]]) -> bool:
-    (hidden, *args), kwargs = call
-    hidden = hidden.detach().requires_grad_()
-    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-    devices = [hidden.device] if hidden.device.type == "cuda" else []
+def _is_plain(layer: Any, block: nn.Module, call: tuple[Any, dict[str, Any]]) -> bool:
     own = layer.gradient_checkpointing
+    layer.gradient_checkpointing = False
     try:
-        layer.gradient_checkpointing = False
+        setattr(block, UNREAD, False)
+        expected = _gradients(checkpoint_anywhere, layer, call)
         setattr(block, UNREAD, True)
-        with torch.random.fork_rng(devices), torch.enable_grad():
-            function = partial(layer, **kwargs)
-            out: Any = checkpoint(function, hidden, *args, use_reentrant=False, context_fn=both_passes)
-            out = out[0] if isinstance(out, tuple) else out
-            gradients = torch.autograd.grad(out.float().sum(), [hidden, *trained], allow_unused=True)
-    except Exception:  # a layer of another make: it is computed whole
+        found = _gradients(checkpoint_plainly, layer, call)
+    except Exception:  # a layer of another make
         return False
     finally:
         layer.gradient_checkpointing = own
-        setattr(block, UNREAD, False)
-    return all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
+    # NaN is close to nothing.
+    return all(_close(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def _gradients(function: Any, layer: Any, call: tuple[Any, dict[str, Any]]) -> list[Tensor | None]:
+    """Of the layer's input and of what it trains; those that are there stay."""
+    (hidden, *args), kwargs = call
+    hidden = hidden.detach().requires_grad_()
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    there = [parameter.grad for parameter in trained]
+    try:
+        for parameter in trained:
+            parameter.grad = None
+        with torch.random.fork_rng([hidden.device] if hidden.is_cuda else []), torch.enable_grad():
+            out: Any = function(partial(layer, **kwargs), hidden, *args)
+            out.float().square().sum().backward()
+        return [hidden.grad, *(parameter.grad for parameter in trained)]
+    finally:
+        for parameter, gradient in zip(trained, there, strict=True):
+            parameter.grad = gradient
+
+
+def _close(found: Tensor | None, expected: Tensor | None) -> bool:
+    if found is None or expected is None:
+        return found is expected
+    far = (found.float() - expected.float()).abs().max()
+    return bool(far <= 1e-2 * expected.float().abs().max())

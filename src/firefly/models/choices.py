@@ -34,6 +34,7 @@ class Choices:
     tokens_per_microbatch: more are never computed together, but for a single longer example.
     checkpointed_layers, offload: see `checkpointing`.
     cached_weights: how many 4-bit weights have a copy in the compute type (see `weight_cache`).
+    unpaged_optimizer: whether the state of an optimizer that could page it lies in the card's memory.
     attention_by_products: tokens up to which a CPU's bf16 attention is computed by products (see `segment_attention`).
     """
 
@@ -42,10 +43,16 @@ class Choices:
     offload: bool = False
     cached_weights: int = 0
     attention_by_products: int = 0
+    unpaged_optimizer: bool = False
 
     @property
     def checkpointing(self) -> Checkpointing:
         return Checkpointing(self.checkpointed_layers, self.offload)
+
+
+def fits(forecast: Forecast) -> bool:
+    """Whether a run so forecast leaves room to spare."""
+    return forecast.missing <= USABLE * forecast.available
 
 
 ForecastOf = Callable[[Checkpointing, int, int], Forecast]
@@ -123,6 +130,7 @@ def most_careful(choices: Sequence[Choices]) -> Choices:
         offload=any(one.offload for one in choices),
         cached_weights=min(one.cached_weights for one in choices),
         attention_by_products=choices[0].attention_by_products,
+        unpaged_optimizer=all(one.unpaged_optimizer for one in choices),
     )
 
 

@@ -24,15 +24,17 @@ def draw_mask(shape: Sequence[int], probability: float, device: torch.device) ->
     return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - probability)
 
 
+def drop_drawing(x: Tensor, probability: float) -> tuple[Tensor, Tensor | None]:
+    """(x after dropout, the mask that was drawn for it); a card does both in one pass."""
+    if probability and x.is_cuda:
+        return torch.native_dropout(x, probability, True)
+    mask = draw_mask(x.shape, probability, x.device)
+    return drop(x, mask, probability), mask
+
+
 def drop(x: Tensor, mask: Tensor | None, probability: float) -> Tensor:
     """x ∘ mask / (1 − probability)."""
-    return x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, _scale(probability))
-
-
-def add_dropped(total: Tensor, x: Tensor, mask: Tensor, probability: float) -> Tensor:
-    """total += x ∘ mask / (1 − probability), in one pass."""
-    return total.addcmul_(x, mask, value=_scale(probability))
-
-
-def _scale(probability: float) -> float:
-    return 1 / (1 - probability) if probability < 1 else 0.0
+    if mask is None:
+        return x
+    scale = 1 / (1 - probability) if probability < 1 else 0.0
+    return torch.ops.aten.native_dropout_backward(x, mask, scale)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from firefly.models.kernels.dropout import add_dropped, draw_mask, drop, probability
+from firefly.models.kernels.dropout import draw_mask, drop, drop_drawing, probability
 from firefly.models.kernels.gate import ACTIVATIONS, Activation, gate_for, graph_is_kept
 from firefly.models.kernels.lora_linear import compute_type, dense, is_plain_lora
 from firefly.models.kernels.products import in_type, scaled_product, wide_product
@@ -160,20 +160,22 @@ class GatedMLP(torch.autograd.Function):
         keep = grad_enabled and any(ctx.needs_input_grad)
         inner = [rows.new_empty(len(rows), gate.outputs) for _ in range(2)] if keep else [None, None]
         lows = [layer.empty_low(rows) if keep else None for layer in layers]
-        # Drawn for all rows in the order of the block's own layers, so that chunks change nothing.
-        masks = [layer.draw_mask(len(rows)) for layer in layers]
+        chunks = _chunks(rows)
+        if len(chunks) > 1:  # drawn for all rows in the order of the block's own layers, so that chunks change nothing
+            for layer in layers:
+                layer.mask = draw_mask((len(rows), layer.inputs), layer.dropped, rows.device)
         gating = gate_for(activation, rows.device, gate.outputs)
-        for part in _chunks(rows):
-            low, mask = ([_part(each, part) for each in of_all] for of_all in (lows, masks))
-            g = gate.forward(rows[part], mask[0], _part(inner[0], part), low[0])
-            u = up.forward(rows[part], mask[1], _part(inner[1], part), low[1])
+        for part in chunks:
+            low = [_part(each, part) for each in lows]
+            g = gate.forward(rows[part], part, _part(inner[0], part), low[0])
+            u = up.forward(rows[part], part, _part(inner[1], part), low[1])
             if not unread:
-                down.forward(gating.forward(g, u), mask[2], out[part], low[2])
+                down.forward(gating.forward(g, u), part, out[part], low[2])
             elif low[2] is not None:
-                down.lower(gating.forward(g, u), mask[2], low[2])
+                down.lower(gating.forward(g, u), part, low[2])
         if keep:
             weights = [tensor for p in projections for tensor in p[:3]]
-            ctx.save_for_backward(rows, *inner, *lows, *masks, *weights)
+            ctx.save_for_backward(rows, *inner, *lows, *(layer.mask for layer in layers), *weights)
             ctx.gating, ctx.shape, ctx.constants = gating, x.shape, [p[3:] for p in projections]
         # As in LoraLinear: what is returned may be changed in place.
         return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
@@ -217,6 +219,8 @@ class _Layer:
         self.a = None if p.a is None else in_type(p.a, dtype)
         self.b = None if p.b is None else in_type(p.b, dtype)
         self.scale, self.dropped = p.scale, p.dropped
+        self.mask: Tensor | None = None
+        """What dropout leaves of the rows on their way into the adapter, of all chunks."""
         self.needs, self.learns = needs, any(needs)
         self.sums: list[Tensor | None] = [None, None, None]
         """Gradients of W, A and B in fp32."""
@@ -230,21 +234,21 @@ class _Layer:
         """Room for what the adapter makes of `rows` on its way: (rows, rank)."""
         return None if self.a is None else rows.new_empty(len(rows), len(self.a))
 
-    def draw_mask(self, count: int) -> Tensor | None:
-        """What dropout leaves of `count` rows on their way into the adapter; None without dropout."""
-        return draw_mask((count, self.inputs), self.dropped, self.weight.device)
-
-    def forward(self, rows: Tensor, mask: Tensor | None, out: Tensor | None, low: Tensor | None) -> Tensor:
-        """The layer's output for `rows`, written to `out` and `low` where given."""
+    def forward(self, rows: Tensor, part: slice, out: Tensor | None, low: Tensor | None) -> Tensor:
+        """The layer's output for `rows`, the chunk `part`, written to `out` and `low` where given."""
         out = torch.mm(rows, self.w.T, out=out)
         if self.b is not None:
-            out.addmm_(self.lower(rows, mask, low), self.b.T)
+            out.addmm_(self.lower(rows, part, low), self.b.T)
         return out
 
-    def lower(self, rows: Tensor, mask: Tensor | None, low: Tensor | None) -> Tensor:
+    def lower(self, rows: Tensor, part: slice, low: Tensor | None) -> Tensor:
         """What the adapter makes of `rows` on its way."""
         assert self.a is not None
-        return scaled_product(drop(rows, mask, self.dropped), self.a.T, self.scale, out=low)
+        if self.mask is None:
+            rows, self.mask = drop_drawing(rows, self.dropped)
+        else:
+            rows = drop(rows, self.mask[part], self.dropped)
+        return scaled_product(rows, self.a.T, self.scale, out=low)
 
     def backward(
         self,
@@ -272,7 +276,7 @@ class _Layer:
         if mask is None:
             into.addmm_(grad_low, self.a)
         else:
-            add_dropped(into, grad_low @ self.a, mask, self.dropped)
+            into += drop(grad_low @ self.a, mask, self.dropped)
 
     def _add(self, number: int, left: Tensor, right: Tensor) -> None:
         total = self.sums[number]

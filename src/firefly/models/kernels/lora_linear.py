@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from firefly.models.kernels.dropout import add_dropped, draw_mask, drop, probability
+from firefly.models.kernels.dropout import drop, drop_drawing, probability
 from firefly.models.kernels.products import in_type, scaled_product, wide_product
 
 DENSE_COPY = "firefly_dense_copy"
@@ -110,10 +110,10 @@ class LoraLinear(torch.autograd.Function):
         dropped: float = 0.0,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        mask = draw_mask(rows.shape, dropped, rows.device)
+        through, mask = drop_drawing(rows, dropped)
         w, a16, b16 = dense(weight, x.dtype), in_type(a, x.dtype), in_type(b, x.dtype)
         out = rows @ w.T if bias is None else torch.addmm(bias.to(x.dtype), rows, w.T)
-        low = scaled_product(drop(rows, mask, dropped), a16.T, scale)
+        low = scaled_product(through, a16.T, scale)
         out.addmm_(low, b16.T)
         ctx.save_for_backward(rows, mask, weight, a16, b16, low)
         ctx.scale, ctx.dropped, ctx.shape, ctx.types = scale, dropped, x.shape, (a.dtype, b.dtype)
@@ -133,7 +133,7 @@ class LoraLinear(torch.autograd.Function):
             if mask is None:
                 grad_x.addmm_(grad_low, a16)
             else:
-                add_dropped(grad_x, grad_low @ a16, mask, ctx.dropped)
+                grad_x += drop(grad_low @ a16, mask, ctx.dropped)
             grad_x = grad_x.view(ctx.shape)
         return grad_x, None, None, grad_a, grad_b, None, None
 

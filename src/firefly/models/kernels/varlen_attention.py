@@ -56,15 +56,27 @@ def _kernel() -> Callable[..., Tensor] | None:
     return lambda *args, enable_gqa, **kwargs: function(*args, **kwargs)  # there the kernel groups heads unasked
 
 
+class Gathering(NamedTuple):
+    """Attributes:
+    order: (keys,) int64, the token that each key is of.
+    own: (tokens,) int64, which key is a token's in its own segment.
+    again: for the second, third, … segment that sees a token: (the tokens, which keys are theirs there).
+    """
+
+    order: Tensor
+    own: Tensor
+    again: tuple[tuple[Tensor, Tensor], ...]
+
+
 class Layout(NamedTuple):
     """What the kernel is told of the segments: borders of their queries and keys, (segments + 1,) int32 on the device,
-    the longest of both, and where each key lies in the row, (keys,) int64; None where queries and keys are the same."""
+    the longest of both, and how keys are gathered from the row; None where queries and keys are the same."""
 
     queries: Tensor
     keys: Tensor
     longest_queries: int
     longest_keys: int
-    order: Tensor | None
+    gathering: Gathering | None
 
 
 @lru_cache(maxsize=16)  # every layer asks for the same row
@@ -73,11 +85,38 @@ def layout_of(segments: tuple[Segment, ...], device: torch.device) -> Layout:
     lengths = [segment.end - segment.start for segment in segments]
     prefixes = [segment.prefix_end - segment.prefix_start for segment in segments]
     keys = [prefix + length for prefix, length in zip(prefixes, lengths, strict=True)]
-    order = None
-    if any(prefixes):
-        parts = [np.r_[segment.prefix_start : segment.prefix_end, segment.start : segment.end] for segment in segments]
-        order = _sent(np.concatenate(parts).astype(np.int64), device)
-    return Layout(_borders(lengths, device), _borders(keys, device), max(lengths), max(keys), order)
+    gathering = _gathering(segments, device) if any(prefixes) else None
+    return Layout(_borders(lengths, device), _borders(keys, device), max(lengths), max(keys), gathering)
+
+
+def _gathering(segments: tuple[Segment, ...], device: torch.device) -> Gathering:
+    seen = [(np.r_[one.prefix_start : one.prefix_end], np.r_[one.start : one.end]) for one in segments]
+    order = np.concatenate([part for parts in seen for part in parts]).astype(np.int64)
+    is_own = np.concatenate([np.full(len(part), own) for parts in seen for own, part in enumerate(parts)]).astype(bool)
+    own, lent = np.flatnonzero(is_own), np.flatnonzero(~is_own)  # segments lie in the order of their tokens
+    rounds = []
+    while len(lent):
+        tokens, first = np.unique(order[lent], return_index=True)
+        rounds.append((_sent(tokens, device), _sent(lent[first], device)))
+        lent = np.delete(lent, first)
+    return Gathering(_sent(order, device), _sent(own, device), tuple(rounds))
+
+
+class _Gather(torch.autograd.Function):
+    """Keys or values of tokens, (tokens, heads, width), laid out for the kernel; a gather in both directions, where
+    autograd's own backward adds number by number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gathering: Gathering) -> Tensor:
+        ctx.gathering = gathering
+        return x.index_select(0, gathering.order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        total = grad.index_select(0, ctx.gathering.own)
+        for tokens, keys in ctx.gathering.again:
+            total.index_copy_(0, tokens, total.index_select(0, tokens) + grad.index_select(0, keys))
+        return total, None
 
 
 def _borders(counts: list[int], device: torch.device) -> Tensor:
@@ -97,8 +136,8 @@ def attend_varlen(
     assert kernel is not None
     layout = layout_of(tuple(segments), query.device)
     q, k, v = (x.transpose(0, 1) for x in (query, key, value))
-    if layout.order is not None:
-        k, v = k.index_select(0, layout.order), v.index_select(0, layout.order)
+    if layout.gathering is not None:
+        k, v = (_Gather.apply(x, layout.gathering) for x in (k, v))
     reach = -1 if window is None or window >= layout.longest_keys else window - 1
     out = kernel(
         q,
