@@ -202,7 +202,10 @@ def hardware() -> dict:
 
 
 def git_commit(folder: Path) -> str:
-    """Return the commit this folder is at, with `+changes` when the work tree differs from it."""
+    """Return the commit this folder is at, with `+changes` when the work tree differs from it.
+
+    For a copy of the files without their repository, BENCHMARK_COMMIT says which commit they are of.
+    """
 
     def git(*arguments: str) -> str | None:
         command = ["git", "-C", str(folder), *arguments]
@@ -211,5 +214,5 @@ def git_commit(folder: Path) -> str:
 
     commit = git("rev-parse", "--verify", "HEAD")
     if commit is None:
-        return "no commit"
+        return os.environ.get("BENCHMARK_COMMIT", "no commit")
     return f"{commit}+changes" if git("status", "--porcelain", "--untracked-files=no") else commit
