@@ -68,9 +68,10 @@ class Tuning:
 
 def environment(threads: int) -> dict[str, str]:
     """Make the environment of every run: as many threads on all sides, no network, and Firefly's code as it is here."""
+    found = os.environ.get("PYTHONPATH")  # where packages were installed beside Python's own
     return os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(SOURCES),
+        "PYTHONPATH": os.pathsep.join([str(SOURCES), *([found] if found else [])]),
     }
