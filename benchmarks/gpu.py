@@ -24,6 +24,7 @@ from job import Job
 from processes import Result, Side, SideFailed, SideStopped, Tuning
 from reporting import new_report, parse_assignments, saver
 from rounds import Clock, Comparison, Runs, make_side, print_summary, share_of_limit, summarise
+from table import card_table
 from token_dump import write_lines
 from transformers import AutoConfig
 
@@ -44,7 +45,7 @@ def main() -> int:
         report = run_case(GPU_CASES[name], arguments, Clock(share, needed=arguments.seconds_per_run))
         reports[name] = report
         passed += [gate["passed"] for gate in report.get("gates", {}).values()] + ["failed" not in report]
-    print("\n" + table(reports))
+    print("\n" + card_table(reports))
     return 0 if all(passed) else 3
 
 
@@ -188,27 +189,6 @@ def describe(results: list[Result]) -> dict[str, Any]:
         "peak_memory_bytes": max(result["peak_memory_bytes"] for result in results),
         "steady_seconds": min(result["steady_seconds"] for result in results),
     }
-
-
-def table(reports: Mapping[str, dict[str, Any]]) -> str:
-    """One line for each case and engine."""
-    lines = [
-        "| case | engine | tokens/s | peak memory | of the limit | Firefly's speed over it |",
-        "|---|---|---|---|---|---|",
-    ]
-    for case, report in reports.items():
-        for name, found in report["results"].items():
-            share = f"{report['share_of_limit']['share_of_limit']['median']:.0%}" if name == "firefly" else ""
-            summary = report["summary"].get(name)
-            ratio = ""
-            if summary:
-                ratio = f"{summary['ratio_examples_per_second']['median']:.2f}"
-                ratio += "" if summary["gate_passed"] else " (gate failed: not to be quoted)"
-            rate, peak = found["tokens_per_second"]["median"], found["peak_memory_bytes"] / 1e9
-            lines.append(f"| {case} | {ENGINES[name].label} | {rate:,.0f} | {peak:.2f} GB | {share} | {ratio} |")
-        for name, reason in report["skipped"].items():
-            lines.append(f"| {case} | {ENGINES[name].label} | skipped: {reason.splitlines()[0]} | | | |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,8 @@ def render(folder: Path) -> str:
         parts.append(f"Not measured yet: {', '.join(missing)}.")
     if (startup := folder / "startup.json").is_file():
         parts.append(start(read(startup)))
+    if cards := {path.stem: read(path) for path in sorted(folder.glob("gpu_*.json"))}:
+        parts += [card_table(cards), *(card(name, report) for name, report in cards.items())]
     return "\n\n".join(parts)
 
 
@@ -135,6 +137,36 @@ def start(report: Mapping[str, Any]) -> str:
     return (
         f"Start-up: first step after {median['firefly']:.1f} s, importing torch, Trainer and peft alone "
         f"{median['imports']:.1f} s: {report['ratio']:.2f} ×, the median of {len(report['rounds'])} rounds."
+    )
+
+
+def card_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """The cases on a card: one line for each case and engine."""
+    lines = [
+        "| case | engine | tokens/s | peak memory | of the limit | Firefly's speed over it |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case, report in reports.items():
+        for name, found in report["results"].items():
+            share = f"{report['share_of_limit']['share_of_limit']['median']:.0%}" if name == "firefly" else ""
+            summary = report["summary"].get(name)
+            ratio = ""
+            if summary:
+                ratio = f"{summary['ratio_examples_per_second']['median']:.2f}"
+                ratio += "" if summary["gate_passed"] else " (gate failed: not to be quoted)"
+            rate, peak = found["tokens_per_second"]["median"], found["peak_memory_bytes"] / GIGABYTE
+            lines.append(f"| {case} | {ENGINES[name].label} | {rate:,.0f} | {peak:.2f} GB | {share} | {ratio} |")
+        for name, reason in report["skipped"].items():
+            lines.append(f"| {case} | {ENGINES[name].label} | skipped: {reason.splitlines()[0]} | | | |")
+    return "\n".join(lines)
+
+
+def card(case: str, report: Mapping[str, Any]) -> str:
+    """Which card, how fast it multiplies, with which torch, when."""
+    device, versions = report["matmul_rate"]["device"], report["runs"][0]["versions"]
+    return (
+        f"{case}: {device['name']}, {report['matmul_rate']['flops_per_second'] / 1e12:.0f} TFLOP/s in products of the "
+        f"model's shapes, torch {versions['torch']}, {report['date'][:10]}, {report['git_commit'][:7]}."
     )
 
 
