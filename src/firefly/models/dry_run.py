@@ -22,31 +22,18 @@ from torch.utils._pytree import tree_leaves
 
 from firefly.data.batching import PackedBatch
 from firefly.models.kernels import gated_mlp, segment_attention, token_nll
+from firefly.models.memory import Activations, Peak, measure_activations
+
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default} | {
+    *(torch.ops.aten.mm.out, torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default)
+}
 
 LAYERS, HEAD, GRADIENTS = "activations", "head", "gradients"
+"""What storages are counted as."""
 
 
 class NoDryRun(RuntimeError):
     """The model's computation depends on numbers, as a router's choice of experts does, so it has no dry run."""
-
-
-@dataclass(frozen=True)
-class Peak:
-    """Bytes that live at the peak of a step besides the model's own weights.
-
-    Attributes:
-        activations: what layers keep and compute with.
-        head: logits of a chunk and what else the head makes.
-        gradients: of trained weights, as far as they are there.
-    """
-
-    activations: int
-    head: int
-    gradients: int
-
-    @property
-    def total(self) -> int:
-        return self.activations + self.head + self.gradients
 
 
 def dry_run(
@@ -86,7 +73,28 @@ def dry_run(
                 _one_pass(model, rows, fake, live, solo, autocast, per_token)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise NoDryRun(str(error.func)) from error
-    return Peak(live.peak[LAYERS], live.peak[HEAD], live.peak[GRADIENTS])
+    return Peak(live.peak[LAYERS], live.peak[HEAD], live.peak[GRADIENTS], len(live.products))
+
+
+def counted_activations(
+    model: Any, layout: str, autocast: torch.dtype | None, longest: int, card: bool = False
+) -> Activations:
+    """As `memory.measure_activations`, computing nothing.
+
+    Raises:
+        NoDryRun: the architecture cannot.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(_without_masks())
+            if card:
+                stack.enter_context(_as_on_a_card())
+            stack.enter_context(_without_numbers(model, fake, LiveBytes()))
+            stack.enter_context(fake)
+            return measure_activations(model, layout, autocast, longest)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise NoDryRun(str(error.func)) from error
 
 
 def _one_pass(
@@ -112,7 +120,9 @@ def _one_pass(
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages that operations make; `peak` holds their bytes by kind when they were most together."""
+    """Follows the storages that operations make; `peak` holds their bytes by kind when they were most together.
+
+    `products` are the 16-bit matrix products met, by their shapes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,6 +130,7 @@ class LiveBytes(TorchDispatchMode):
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self.total = self.most = 0
+        self.products: set[Any] = set()
         self._met: dict[int, _Met] = {}
 
     def restart(self) -> None:
@@ -141,6 +152,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
+        if function in PRODUCTS and out.element_size() == 2:
+            self.products.add((function, *(tensor.shape for tensor in args if isinstance(tensor, Tensor))))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._meet(tensor)
