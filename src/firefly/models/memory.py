@@ -127,11 +127,10 @@ def forecast_memory(
     return Forecast(parts, loaded, free_memory(device) if available is None else available)
 
 
-HOLES = 1.75
-"""Of what a CPU's step takes and gives back (activations, head), the share that its heap grows by besides, because
-blocks of other sizes lie between those that are free (`runs.memory.keep_freed_memory` has all of them on the heap).
-Measured with glibc 2.36 and SmolLM2-135M on runs of 8 to 12 steps: 1.8 and 2.2 (LoRA, fp32), 1.6 (QLoRA), 1.4 (full);
-`benchmarks/plan_accuracy.py` repeats it. It differs from run to run, and in 16 bit goes on growing slowly."""
+HOLES, HOLES_MORE, HOLES_MOST = 1.0, 0.04, 2.5
+"""How much more than activations and head take at a time a CPU's heap grows by: their share at first, what is added by
+each microbatch, and the most. Blocks of other sizes come to lie between those that are free, and all are on the heap
+(`runs.memory.keep_freed_memory`)."""
 
 KERNELS, KERNEL_BYTES = 1024, 570_000
 """oneDNN makes code for every shape of a 16-bit product and keeps that of so many; 0.5 to 0.7 MB each, measured with
@@ -184,7 +183,7 @@ def assemble(
     }
     if kind == "cpu":
         parts["kernels"] = min(KERNELS, peak.kernels * microbatches) * KERNEL_BYTES
-        parts["allocator"] = int(HOLES * (activations + head))
+        parts["allocator"] = int(min(HOLES + HOLES_MORE * microbatches, HOLES_MOST) * (activations + head))
     return Forecast({name: size for name, size in parts.items() if size}, 0, available)
 
 
