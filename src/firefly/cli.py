@@ -131,9 +131,7 @@ def plan_command(
     tflops: Annotated[
         float | None, typer.Option("--tflops", help="Rate of matrix products of that machine, for the time.")
     ] = None,
-    probe: Annotated[
-        bool, typer.Option("--probe", help="Train two steps on the longest rows, and compare.")
-    ] = False,
+    probe: Annotated[bool, typer.Option("--probe", help="Train two steps on the longest rows, and compare.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON value on standard output.")] = False,
 ) -> None:
     """Memory by part and time of a run, from the model's config.json alone. Exit 3 if it does not fit."""

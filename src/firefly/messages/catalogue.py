@@ -649,18 +649,20 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "use_dora = true 无法规划：它增加的部分由权重计算得出。请用 --use_dora false 规划；DoRA 会略多占一些内存。",
     ),
     "plan.no_dry_run": (
-        "{architecture}: what it computes depends on numbers (as a router's choice of experts does), so its activations "
+        "{architecture}: what it computes depends on numbers (as a router's choice of experts does), so activations "
         "cannot be counted without computing. They are missing above; a run measures them at its start.",
-        "{architecture}：其计算取决于具体数值（例如路由器对专家的选择），不实际计算就无法统计激活。上表不含激活；训练开始时会实测。",
+        "{architecture}：其计算取决于具体数值（例如路由器对专家的选择），不实际计算就无法统计激活。"
+        "上表不含激活；训练开始时会实测。",
     ),
     "plan.no_probe": (
         "--probe trains two steps, so it needs train_file, the model's tokenizer and weights, and this machine: leave "
         "--device and --memory out, or --probe.",
-        "--probe 会训练两步，需要 train_file、模型的分词器与权重，且只能在本机运行：请去掉 --device 和 --memory，或去掉 --probe。",
+        "--probe 会训练两步，需要 train_file、模型的分词器与权重，且只能在本机运行："
+        "请去掉 --device 和 --memory，或去掉 --probe。",
     ),
     "plan.probe_failed": (
-        "the two steps of --probe ended with exit code {code}: {problem}",
-        "--probe 的两步训练以退出码 {code} 结束：{problem}",
+        "the two steps of --probe ended with exit code {exit_code}: {problem}",
+        "--probe 的两步训练以退出码 {exit_code} 结束：{problem}",
     ),
     "plan.failed": (
         "the run needs {total} GiB and {available} GiB are available.",
@@ -671,15 +673,16 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "规划：{architecture}，共 {total} 个参数，训练其中 {trained} 个；{device}，{precision}，布局 {layout}",
     ),
     "plan.choices": (
-        "microbatches of at most {budget} tokens (longest example: {longest}); {again} layers computed again in backward; "
-        "{cached} 4-bit weights cached",
-        "每个微批最多 {budget} 个 token（最长样本：{longest}）；反向传播时重新计算 {again} 层；缓存 {cached} 个 4 比特权重",
+        "microbatches of at most {budget} tokens (longest example: {longest}); {again} layers computed again in "
+        "backward; {cached} 4-bit weights cached",
+        "每个微批最多 {budget} 个 token（最长样本：{longest}）；反向传播时重新计算 {again} 层；"
+        "缓存 {cached} 个 4 比特权重",
     ),
     "plan.time": (
         "time: about {whole} for {steps} steps, {step} each: {flops} GFLOP a step, at {efficiency} of {rate} GFLOP/s "
         "({source}). Evaluation and checkpoints come on top.",
-        "时间：{steps} 步约 {whole}，每步 {step}：每步 {flops} GFLOP，按 {rate} GFLOP/s（{source}）的 {efficiency} 估计。"
-        "评估与保存另计。",
+        "时间：{steps} 步约 {whole}，每步 {step}：每步 {flops} GFLOP，"
+        "按 {rate} GFLOP/s（{source}）的 {efficiency} 估计。评估与保存另计。",
     ),
     "plan.step_time": (
         "time: about {step} for a step: {flops} GFLOP, at {efficiency} of {rate} GFLOP/s ({source}).",
@@ -705,7 +708,8 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "放不下：需要 {total} GiB，可用 {available} GiB。",
     ),
     "plan.probe": (
-        "probe: {steps} steps on the {examples} longest examples took {measured} GiB; predicted {predicted} GiB ({error})",
+        "probe: {steps} steps on the {examples} longest examples took {measured} GiB; predicted {predicted} GiB "
+        "({error})",
         "实测：用最长的 {examples} 个样本训练 {steps} 步，占用 {measured} GiB；预测 {predicted} GiB（{error}）",
     ),
     "plan.probe_time": (

@@ -91,6 +91,11 @@ class Forecast:
         """Bytes that the run still has to get."""
         return self.total - self.loaded
 
+    def beside(self, measured: int, kind: str) -> dict[str, int]:
+        """What was forecast and what was measured, comparable: a card's allocator knows nothing of the context."""
+        uncounted = self.parts.get("libraries", 0) if kind == "cuda" else 0
+        return {"forecast_memory_bytes": self.total - uncounted, "run_memory_bytes": measured}
+
 
 def forecast_memory(
     model: Any,

@@ -1,8 +1,9 @@
-"""A model's skeleton from its config.json alone: what a run would load and train, on "meta", where nothing takes memory.
+"""A model's skeleton from its config.json alone: what a run would load and train, on "meta", where nothing takes
+memory.
 
-Which of our forwards fit an architecture is found by trials on numbers, which a skeleton has none of. They are made on a
-witness: the same configuration with a few narrow layers, random weights and a small vocabulary. What it got, the skeleton
-gets.
+Which of our forwards fit an architecture is found by trials on numbers, which a skeleton has none of. They are made on
+a witness: the same configuration with a few narrow layers, random weights and a small vocabulary. What it got, the
+skeleton gets.
 """
 
 from __future__ import annotations
@@ -100,8 +101,9 @@ def outline(config: Config, precision: Precision, rows: int = 0, new_tokens: Seq
     if config.adapter.mode != "full":
         witness = attach_adapter(witness, AdapterConfig(mode="lora", rank=4, dropout=config.adapter.dropout))
     head = install_training_forwards(witness)
-    transformers_model(model).set_attn_implementation(transformers_model(witness).config._attn_implementation)
-    _follow(transformers_model(model), transformers_model(witness))
+    inner, small = transformers_model(model), transformers_model(witness)
+    inner.set_attn_implementation(str(small.config._attn_implementation))
+    _follow(inner, small)
     return Outline(model, layout, reason, head)
 
 
@@ -120,7 +122,7 @@ def _from_config(described: Any, dtype: torch.dtype, model: ModelConfig) -> Any:
 def _put_into_nf4(model: Any, compute: torch.dtype) -> None:
     """Linear layers become bitsandbytes' as in loading; their weights have the size and the constants of NF4."""
     from bitsandbytes.functional import quantize_4bit
-    from transformers.quantizers import AutoHfQuantizer
+    from transformers.quantizers.auto import AutoHfQuantizer
 
     quantiser: Any = AutoHfQuantizer.from_config(nf4_config(compute), pre_quantized=False)
     quantize_4bit(torch.zeros(64), compress_statistics=True)  # it keeps its table of constants, which must have numbers
@@ -172,7 +174,7 @@ def _witness(described: Any, model: ModelConfig) -> Any:
 
 
 def _follow(model: nn.Module, witness: nn.Module) -> None:
-    """Give each module of `model` the forward that its like in `witness` was given; what has one of its own keeps it."""
+    """Give each module of `model` the forward that its like in `witness` was given; one of its own stays."""
     given = {
         (_place(name), type(module)): vars(module)["forward"].__func__
         for name, module in witness.named_modules()

@@ -83,8 +83,7 @@ def precision_on(machine: Machine, request: PrecisionConfig) -> Precision:
 
 
 def matmul_rate(sizes: list[tuple[int, int]], dtype: torch.dtype, device: torch.device, rows: int = 512) -> float:
-    """FLOPs a second of products with weights of these (outputs, inputs), each the fastest of a few, in a second or so.
-    """
+    """FLOPs a second of products with weights of these (outputs, inputs), each the fastest of a few; takes a second."""
     flops = seconds = 0.0
     for outputs, inputs in sizes:
         left = torch.ones(rows, inputs, device=device, dtype=dtype)
@@ -96,12 +95,12 @@ def matmul_rate(sizes: list[tuple[int, int]], dtype: torch.dtype, device: torch.
 
 def _fastest(left: torch.Tensor, right: torch.Tensor, device: torch.device, limit: float) -> float:
     best, end = float("inf"), time.perf_counter() + limit
-    left @ right  # the first call prepares
+    torch.mm(left, right)  # the first call prepares
     while best == float("inf") or time.perf_counter() < end:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         started = time.perf_counter()
-        left @ right
+        torch.mm(left, right)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - started)

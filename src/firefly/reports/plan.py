@@ -35,8 +35,8 @@ from firefly.reports.work import Work, assumed_work, work_of
 from firefly.train import bind_encoder, without_dropout
 
 EFFICIENCY = {"cpu": 0.6, "cuda": 0.45}
-"""The share of the rate of matrix products that a run reaches: 0.57 to 0.66 on a CPU in fp32 (docs/performance.md); on a
-card a cautious guess, as none is recorded yet."""
+"""The share of the rate of matrix products that a run reaches: 0.57 to 0.66 on a CPU in fp32 (docs/performance.md); on
+a card a cautious guess, as none is recorded yet."""
 
 
 @dataclass(frozen=True)

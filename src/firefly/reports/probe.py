@@ -116,7 +116,7 @@ def run_probe(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
-        raise UsageError("plan.probe_failed", code=done.returncode, problem=_last_line(done.stderr))
+        raise UsageError("plan.probe_failed", exit_code=done.returncode, problem=_last_line(done.stderr))
     return json.loads(lines[-1])
 
 

@@ -1,4 +1,4 @@
-"""The process that a probe trains in: `python -m firefly.reports.probed CONFIG` prints one JSON line of what it took."""
+"""The process that a probe trains in: `python -m firefly.reports.probed CONFIG` prints a JSON line of what it took."""
 
 from __future__ import annotations
 
