@@ -469,6 +469,7 @@ def resolve_choices(
         cache=sum(cacheable[: choices.cached_weights]),
         reference=copied,
         microbatches=steps * each,
+        shapes=lengths.longest,
         available=free_memory(device),
     )
     return choices, engine.share(whole)

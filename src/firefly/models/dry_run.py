@@ -73,7 +73,9 @@ def dry_run(
                 _one_pass(model, rows, fake, live, solo, autocast, per_token)
     except Exception as error:  # whatever an architecture that looks at numbers may raise where there are none
         raise NoDryRun(str(error).partition("\n")[0]) from error
-    return Peak(live.peak[LAYERS], live.peak[HEAD], live.peak[GRADIENTS], len(live.products))
+    targets = max(len(row.targets) for row in rows)
+    logits = min(token_nll.logits_per_chunk(torch.device("cpu")), targets * model.config.get_text_config().vocab_size)
+    return Peak(live.peak[LAYERS], live.peak[HEAD], live.peak[GRADIENTS], len(live.products), logits)
 
 
 def counted_activations(

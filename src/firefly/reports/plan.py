@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from firefly import ranks
@@ -25,7 +26,7 @@ from firefly.models.flops import Products, necessary_flops
 from firefly.models.kernels import segment_attention
 from firefly.models.kernels.weight_cache import cache_sizes
 from firefly.models.loading import load_tokenizer
-from firefly.models.memory import Activations, Forecast, Peak, assemble, forecast_memory, optimizer_bytes_of
+from firefly.models.memory import KERNELS, Activations, Forecast, Peak, assemble, forecast_memory, optimizer_bytes_of
 from firefly.models.outline import Outline, outline, quiet_libraries
 from firefly.models.precision import Precision
 from firefly.models.tokens import add_tokens
@@ -331,6 +332,7 @@ class _Sizing:
             cache=0 if choices is None else sum(cache[: choices.cached_weights]),
             reference=self.reference_bytes,
             microbatches=computed * (self.steps or 1000),
+            shapes=len(np.unique(self.work.lengths)) if self.work.known else KERNELS,
             available=self.machine.memory,
         )
 
