@@ -12,7 +12,6 @@ import torch
 
 from firefly.cli import main
 from firefly.config import load_config
-from firefly.errors import UsageError
 from firefly.models.memory import BLOCKS_MOST, Peak, assemble
 from firefly.reports.advice import advise
 from firefly.reports.machine import Machine, describe_machine, parse_memory
@@ -131,8 +130,9 @@ def test_memory_alone_means_a_card_and_says_so():
     assert describe_machine("24GB", "", use_cpu=True).kind == "cpu"
 
 
-def test_a_folder_with_config_json_alone_is_planned_with_the_greatest_lengths(tmp_path, settings):
-    tiny_config("llama").save_pretrained(tmp_path / "bare")
+@pytest.mark.parametrize("name", ["llama", "qwen2"])  # of Qwen2 transformers makes an empty tokenizer
+def test_a_folder_with_config_json_alone_is_planned_with_the_greatest_lengths(tmp_path, settings, name):
+    tiny_config(name).save_pretrained(tmp_path / "bare")
     plan = planned(settings | {"model_name_or_path": str(tmp_path / "bare")})
     assert not plan.work.known
     assert plan.work.longest == 512

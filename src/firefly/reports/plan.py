@@ -25,7 +25,7 @@ from firefly.models.dry_run import NoDryRun, counted_activations, dry_run
 from firefly.models.flops import Products, necessary_flops
 from firefly.models.kernels import segment_attention
 from firefly.models.kernels.weight_cache import cache_sizes
-from firefly.models.loading import load_tokenizer
+from firefly.models.loading import load_tokenizer, resolve_model
 from firefly.models.memory import KERNELS, Activations, Forecast, Peak, assemble, forecast_memory, optimizer_bytes_of
 from firefly.models.outline import Outline, outline, quiet_libraries
 from firefly.models.precision import Precision
@@ -38,6 +38,10 @@ from firefly.train import bind_encoder, without_dropout
 EFFICIENCY = {"cpu": 0.6, "cuda": 0.45}
 """The share of the rate of matrix products that a run reaches: 0.57 to 0.66 on a CPU in fp32 (docs/performance.md); on
 a card a cautious guess, as none is recorded yet."""
+
+
+TOKENIZER_FILES = ("token", "vocab", "merges", "spm", "spiece", ".model")
+"""Parts of the names that files of a tokenizer have. Of some families transformers makes an empty one without any."""
 
 
 @dataclass(frozen=True)
@@ -156,11 +160,14 @@ def make_plan(
 
 def _tokenizer_of(config: Config, notes: list[str]) -> Any:
     """The model's tokenizer; None, and a note, where there is none."""
-    try:
-        return load_tokenizer(config.model, tokenizer_source(config.model, config.adapter.name_or_path))
-    except UsageError as error:
-        if error.code not in ("model.unreadable", "model.not_found"):
-            raise
+    source = tokenizer_source(config.model, config.adapter.name_or_path)
+    folder = Path(source or resolve_model(config.model))
+    if not folder.is_dir() or any(part in file.name for file in folder.iterdir() for part in TOKENIZER_FILES):
+        try:
+            return load_tokenizer(config.model, source)
+        except UsageError as error:
+            if error.code not in ("model.unreadable", "model.not_found"):
+                raise
     notes.append(render("plan.no_tokenizer", length=config.data.max_seq_length))
     return None
 
