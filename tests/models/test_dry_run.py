@@ -81,13 +81,15 @@ def test_a_dry_run_leaves_the_model_as_it_was() -> None:
     inner = transformers_model(model).eval()
     parameters = dict(inner.named_parameters())
     segment_attention._biases.clear()
-    dry_run(inner, [pack(random_examples(20))])
+    rows = list(pack_pairs(random_pairs((30, 20, 11))).rows)  # an answer behind a prompt has a mask
+    dry_run(inner, rows, per_token=True)
     assert all(parameters[name] is parameter for name, parameter in inner.named_parameters())
     assert all(parameter.grad is None for parameter in parameters.values())
     assert not segment_attention._biases
     assert not inner.training
     assert not any(hooks for module in inner.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks))
-    assert real_peak(inner, [pack(random_examples(20))])
+    assert real_peak(inner, rows, per_token=True)
+    assert segment_attention._biases
 
 
 def test_activations_per_token_are_counted_as_they_are_measured() -> None:
