@@ -46,7 +46,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     report = new_report("plan", arguments) | {"versions": versions(), "cases": []}
-    save = saver(arguments.out / "plan.json", report)
+    save = saver(arguments.out / ("plan_fp32.json" if arguments.fp32 else "plan.json"), report)
     for name in arguments.cases:
         for steps in arguments.steps:
             found = measure(name, steps, arguments)
