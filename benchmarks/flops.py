@@ -1,22 +1,12 @@
-"""Necessary FLOPs of a run: those that no way of computing the same step can do without.
-
-One multiplication with one addition counts as 2. Per token, with N the parameters of the linear layers of the body, N_h
-those of the head, N_lora those of the adapters and f the share of tokens that have a loss:
-
-    full fine-tuning    6 N + 6 f N_h
-    LoRA, QLoRA         4 N + 6 N_lora + 4 f N_h    (frozen weights have no gradient)
-    DPO with LoRA       6 N + 6 N_lora + 6 f N_h    (and the reference runs forward: 2 N and 2 f N_h)
-
-Activation checkpointing computes the body's forward pass once more: 2 N, and 2 N_lora. In DPO a pair's prompt counts
-once: prompt + chosen + rejected tokens. Attention scores, norms, the dequantisation of NF4 and the optimizer are left
-out, so the true share of the physical limit is a little higher than stated.
-"""
+"""Necessary FLOPs of a benchmark's run, by the formulas of `firefly.models.flops`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from measuring import IGNORE_INDEX
+
+from firefly.models import flops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,15 +64,11 @@ def tokens_of(task: str, rows: Sequence[dict[str, list[int]]]) -> Tokens:
 
 def necessary_flops(shape: Shape, tokens: Tokens, *, task: str, mode: str, rank: int, checkpointing: bool) -> int:
     """FLOPs that these tokens need in one step of training."""
-    if mode == "full":
-        body, adapters, head = 6, 0, 6
-    else:
-        body, adapters, head = 4, 6, 4
-    if task == "dpo":
-        body, head = body + 2, head + 2
-    if checkpointing:
-        body, adapters = body + 2, adapters + (2 if adapters else 0)
-    num_adapters = shape.adapter(rank) if mode != "full" else 0
-    return (
-        tokens.computed * (body * shape.body + adapters * num_adapters) + tokens.targets * head * shape.head_parameters
+    adapters = shape.adapter(rank) if mode != "full" else 0
+    return flops.necessary_flops(
+        flops.Products(body=shape.body, head=shape.head_parameters, adapters=adapters),
+        tokens=tokens.computed,
+        targets=tokens.targets,
+        reference=task == "dpo",
+        again=float(checkpointing),
     )

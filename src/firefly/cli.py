@@ -122,6 +122,47 @@ def check_command(
         raise VerificationError("check.failed", problem=checked.problem)
 
 
+@app.command("plan", context_settings=ANY_KEY)
+def plan_command(
+    context: typer.Context,
+    config: Annotated[str, typer.Argument(help="JSON or YAML file; every key can be given as --key value too.")] = "",
+    memory: Annotated[str, typer.Option("--memory", help="Plan for a machine with so much, such as 24GB.")] = "",
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda; with --memory alone a card is meant.")] = "",
+    tflops: Annotated[
+        float | None, typer.Option("--tflops", help="Rate of matrix products of that machine, for the time.")
+    ] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Train two steps on the longest rows, and compare.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON value on standard output.")] = False,
+) -> None:
+    """Memory by part and time of a run, from the model's config.json alone. Exit 3 if it does not fit."""
+    from firefly.config import parse_overrides
+    from firefly.errors import UsageError, VerificationError
+
+    extra = list(context.args)
+    if config.startswith("--"):
+        extra.insert(0, config)
+        config = ""
+    if tflops is not None and not tflops > 0:
+        raise UsageError("plan.bad_rate", value=tflops)
+    with lasting_imports():
+        from firefly.reports import plan_view
+        from firefly.reports.advice import advise
+        from firefly.reports.plan import make_plan
+        from firefly.reports.probe import probe as probe_plan
+    plan, data = make_plan(config, parse_overrides(extra), memory, device, tflops)
+    probed = probe_plan(plan, data) if probe else None
+    advice = [] if plan.fits else advise(plan)
+    if as_json:
+        print(plan_view.as_json(plan, advice, probed))
+    else:
+        from firefly.console import stdout_console
+
+        plan_view.show_plan(plan, advice, probed, stdout_console())
+    if not plan.fits:
+        total, available = plan_view.gib(plan.forecast.total), plan_view.gib(plan.forecast.available)
+        raise VerificationError("plan.failed", total=total, available=available)
+
+
 templates_app = typer.Typer(no_args_is_help=True, help="Chat templates: list, show, render, verify.")
 app.add_typer(templates_app, name="templates")
 

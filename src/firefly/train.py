@@ -44,7 +44,14 @@ from firefly.models.kernels import segment_attention
 from firefly.models.kernels.segment_attention import describe_attention
 from firefly.models.kernels.weight_cache import cache_sizes
 from firefly.models.loading import load_model, load_tokenizer, resolve_model
-from firefly.models.memory import Forecast, forecast_memory, optimizer_bytes_of
+from firefly.models.memory import (
+    Forecast,
+    assemble,
+    estimated_peak,
+    forecast_memory,
+    free_memory,
+    optimizer_bytes_of,
+)
 from firefly.models.precision import Precision, pick_device, resolve_precision
 from firefly.models.tokens import add_tokens, fit_embeddings
 from firefly.models.verdicts import known_activations, known_layout
@@ -65,14 +72,15 @@ from firefly.runs.checkpoints import (
 )
 from firefly.runs.folders import remove_leftovers
 from firefly.runs.lock import only_run
-from firefly.runs.memory import keep_freed_memory
+from firefly.runs.memory import keep_freed_memory, memory_in_use, peak_memory
 from firefly.runs.metrics import Guarded, Progress, RunRecorder
-from firefly.runs.overview import show_example, show_run
+from firefly.runs.overview import show_example, show_peak, show_run
 from firefly.runs.passport import (
     adapter_hash,
     git_commit,
     hardware,
     package_versions,
+    record_memory,
     recorded_end,
     weights_hash,
     write_json,
@@ -124,6 +132,7 @@ def train_into(output_dir: Path, config: Config, engine: Engine, started: float)
     task = TASKS[config.task_type]
     config = with_reference_first(without_dropout(config), engine)
     device = pick_device(bool(config.training.get("use_cpu")))
+    imported = memory_in_use(device)
     precision = resolve_precision(config.precision, device)
     if config.adapter.name_or_path:
         adapter_settings(config.adapter.name_or_path)  # a wrong path is cheap to find now
@@ -160,7 +169,7 @@ def train_into(output_dir: Path, config: Config, engine: Engine, started: float)
         set_aside_old_checkpoints(output_dir)
     remove_leftovers(output_dir)
     choices, forecast = resolve_choices(
-        config, args, model, data.train, layout[0], precision, device, checkpoint, engine
+        config, args, model, data.train, layout[0], precision, device, checkpoint, engine, plan.total_steps
     )
     choosing.apply(choices, transformers_model(model), precision.compute)
     if choices.unpaged_optimizer and args.optim in PAGED_ADAM:
@@ -214,7 +223,9 @@ def train_into(output_dir: Path, config: Config, engine: Engine, started: float)
     if ranks.world_size() > 1:
         console.print(describe_ranks(config, trainer), soft_wrap=True)
     console.print(describe_choices(choices, transformers_model(model), precision, device), soft_wrap=True)
-    write_records(config, output_dir, encoder, data, certificate, base, trainer, precision, device, checkpoint)
+    write_records(
+        config, output_dir, encoder, data, certificate, base, trainer, precision, device, checkpoint, forecast
+    )
     keep_freed_memory(device)
     with recorded_end(output_dir):
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -222,7 +233,11 @@ def train_into(output_dir: Path, config: Config, engine: Engine, started: float)
             notice("resume.nothing_left", path=checkpoint, steps=trainer.state.global_step)
         trainer.save_result()
         if trainer.counts.steps or not (output_dir / "train_results.json").is_file():
-            write_json(output_dir / "train_results.json", recorder.results(result.metrics, trainer.skipped, device))
+            measured = peak_memory(device) - imported
+            results = recorder.results(result.metrics, trainer.skipped, device)
+            write_json(output_dir / "train_results.json", results | forecast.beside(measured, device.type))
+            record_memory(output_dir, forecast.beside(measured, device.type))
+            show_peak(console, forecast.beside(measured, device.type))
         recorder.draw()
     console.print(render("train.done", path=output_dir), soft_wrap=True)
     return output_dir
@@ -426,10 +441,12 @@ def resolve_choices(
     device: torch.device,
     checkpoint: Path | None,
     engine: Engine,
+    steps: int,
 ) -> tuple[Choices, Forecast]:
-    """Resolve what is "auto", by measurement or from the checkpoint, and forecast the memory of a step so trained.
+    """Resolve what is "auto", by measurement or from the checkpoint, and forecast the memory of a run so trained.
 
-    The same on every rank: the choices of the one with the least memory.
+    The same on every rank: the choices of the one with the least memory. The forecast is `firefly plan`'s, but for what
+    a step takes besides weights: that is estimated from what a pass was measured to keep.
     """
     inner, full = transformers_model(model), config.adapter.mode == "full"
     largest = np.sort(examples.counts.lengths)[::-1][: config.step.examples_per_rank]
@@ -448,17 +465,28 @@ def resolve_choices(
         return engine.share(whole)
 
     choices = choosing.choose(config.step, activations, forecast, lengths, device, cacheable, by_products)
-
-    def forecast_of(choices: Choices) -> Forecast:
-        tokens = lengths.largest_microbatch(choices.tokens_per_microbatch)
-        return forecast(choices.checkpointing, tokens, sum(cacheable[: choices.cached_weights]))
-
     if args.optim in PAGED_ADAM and device.type == "cuda" and not (engine.deepspeed or engine.divides):
-        choices = replace(choices, unpaged_optimizer=choosing.fits(forecast_of(choices)))
+        tokens = lengths.largest_microbatch(choices.tokens_per_microbatch)
+        expected = forecast(choices.checkpointing, tokens, sum(cacheable[: choices.cached_weights]))
+        choices = replace(choices, unpaged_optimizer=choosing.fits(expected))
     choices = choosing.most_careful(ranks.all_of(choices))
     if checkpoint:
         choices = choosing.settled(config.step, stored_choices(checkpoint), choices)
-    return choices, forecast_of(choices)
+    tokens = lengths.largest_microbatch(choices.tokens_per_microbatch)
+    peak = estimated_peak(inner, device, activations, choices.checkpointing, tokens, precision.compute.itemsize)
+    each = min(config.step.examples_per_rank, math.ceil(lengths.step / choices.tokens_per_microbatch))
+    whole = assemble(
+        model,
+        device.type,
+        peak,
+        optimizer_bytes=optimizer_bytes_of(args.optim),
+        cache=sum(cacheable[: choices.cached_weights]),
+        reference=copied,
+        microbatches=steps * each,
+        shapes=lengths.longest,
+        available=free_memory(device),
+    )
+    return choices, engine.share(whole)
 
 
 def run_plan(
@@ -620,6 +648,7 @@ def write_records(
     precision: Precision,
     device: torch.device,
     checkpoint: Path | None,
+    forecast: Forecast,
 ) -> None:
     """train_args.json (as given) and run.json (the passport, which says "running" until the run ends)."""
     options = trainer.options
@@ -650,6 +679,7 @@ def write_records(
             "firefly_commit": git_commit(Path(__file__).parent),
             "notices": take_notices(),
             "total_steps": total_steps(trainer.args, len(trainer.get_train_dataloader())),
+            "memory": {"forecast_parts": forecast.parts, "available_bytes": forecast.available},
             "world_size": trainer.args.world_size,
             "resumed_from": None if checkpoint is None else str(checkpoint),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -619,6 +619,157 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "data: {file}: {rows} rows, {kept} kept, {cut} cut, lost: {lost}; {tokens} tokens, {share} trained",
         "数据：{file}：共 {rows} 行，保留 {kept}，截断 {cut}，丢弃：{lost}；{tokens} 个 token，其中 {share} 参与训练",
     ),
+    # firefly plan
+    "plan.bad_memory": (
+        "--memory {value!r} is not valid: write a number with its unit, such as 24GB or 80GiB.",
+        "--memory {value!r} 无效：请写数字加单位，例如 24GB 或 80GiB。",
+    ),
+    "plan.bad_device": (
+        "--device {value!r} is unknown; choose one of: {choices}.",
+        "--device {value!r} 未知；可选值：{choices}。",
+    ),
+    "plan.bad_rate": (
+        "--tflops {value} is not valid; it must be above 0.",
+        "--tflops {value} 无效；必须大于 0。",
+    ),
+    "plan.no_card": (
+        "--device cuda: this machine has no CUDA card; name the memory of the one you mean, such as --memory 24GB.",
+        "--device cuda：本机没有 CUDA 显卡；请指明目标显卡的显存，例如 --memory 24GB。",
+    ),
+    "plan.assumed_card": (
+        "--memory {memory} without --device: a CUDA card is meant (--device cpu plans for a CPU).",
+        "给出 --memory {memory} 而未给出 --device：按 CUDA 显卡规划（--device cpu 则按 CPU 规划）。",
+    ),
+    "plan.no_tokenizer": (
+        "the model has no tokenizer here, so lengths are not known: every example is taken to have {length} tokens "
+        "(max_seq_length).",
+        "此处没有模型的分词器，长度未知：假定每个样本都有 {length} 个 token（max_seq_length）。",
+    ),
+    "plan.no_data": (
+        "no train_file, so lengths are not known: every example is taken to have {length} tokens (max_seq_length).",
+        "没有 train_file，长度未知：假定每个样本都有 {length} 个 token（max_seq_length）。",
+    ),
+    "plan.no_examples": (
+        "train_file has no example to train; `firefly check` says what became of its rows.",
+        "train_file 中没有可训练的样本；`firefly check` 会说明各行的去向。",
+    ),
+    "plan.no_dora": (
+        "use_dora = true cannot be planned: what it adds is computed from the weights. Plan with --use_dora false: "
+        "DoRA takes a little more.",
+        "use_dora = true 无法规划：它增加的部分由权重计算得出。请用 --use_dora false 规划；DoRA 会略多占一些内存。",
+    ),
+    "plan.no_dry_run": (
+        "{architecture}: what it computes depends on numbers (as a router's choice of experts does), so activations "
+        "cannot be counted without computing. They are missing above; a run measures them at its start.",
+        "{architecture}：其计算取决于具体数值（例如路由器对专家的选择），不实际计算就无法统计激活。"
+        "上表不含激活；训练开始时会实测。",
+    ),
+    "plan.no_probe": (
+        "--probe trains two steps, so it needs train_file, the model's tokenizer and weights, and this machine: leave "
+        "--device and --memory out, or --probe.",
+        "--probe 会训练两步，需要 train_file、模型的分词器与权重，且只能在本机运行："
+        "请去掉 --device 和 --memory，或去掉 --probe。",
+    ),
+    "plan.probe_failed": (
+        "the two steps of --probe ended with exit code {exit_code}: {problem}",
+        "--probe 的两步训练以退出码 {exit_code} 结束：{problem}",
+    ),
+    "plan.failed": (
+        "the run needs {total} GiB and {available} GiB are available.",
+        "训练需要 {total} GiB，可用 {available} GiB。",
+    ),
+    "plan.title": (
+        "plan: {architecture}, {trained} of {total} parameters trained; {device}, {precision}, layout {layout}",
+        "规划：{architecture}，共 {total} 个参数，训练其中 {trained} 个；{device}，{precision}，布局 {layout}",
+    ),
+    "plan.choices": (
+        "microbatches of at most {budget} tokens (longest example: {longest}); {again} layers computed again in "
+        "backward; {cached} 4-bit weights cached",
+        "每个微批最多 {budget} 个 token（最长样本：{longest}）；反向传播时重新计算 {again} 层；"
+        "缓存 {cached} 个 4 比特权重",
+    ),
+    "plan.time": (
+        "time: about {whole} for {steps} steps, {step} each: {flops} GFLOP a step, at {efficiency} of {rate} GFLOP/s "
+        "({source}). Evaluation and checkpoints come on top.",
+        "时间：{steps} 步约 {whole}，每步 {step}：每步 {flops} GFLOP，"
+        "按 {rate} GFLOP/s（{source}）的 {efficiency} 估计。评估与保存另计。",
+    ),
+    "plan.step_time": (
+        "time: about {step} for a step: {flops} GFLOP, at {efficiency} of {rate} GFLOP/s ({source}).",
+        "时间：每步约 {step}：{flops} GFLOP，按 {rate} GFLOP/s（{source}）的 {efficiency} 估计。",
+    ),
+    "plan.rate_measured": ("measured here", "本机实测"),
+    "plan.rate_told": ("as told by --tflops", "由 --tflops 给出"),
+    "plan.no_time": (
+        "time: not estimated for another machine; --tflops N gives the rate of its matrix products.",
+        "时间：无法为另一台机器估计；可用 --tflops N 给出其矩阵乘法速率。",
+    ),
+    "plan.fits": ("it fits: {total} GiB of {available} GiB.", "放得下：需要 {total} GiB，可用 {available} GiB。"),
+    "plan.close": (
+        "it fits, but closely: {total} GiB of {available} GiB, and a forecast may be off by 15 %.",
+        "放得下，但余量很小：需要 {total} GiB，可用 {available} GiB；预测可能有 15 % 的误差。",
+    ),
+    "plan.fits_part": (
+        "what is known fits: {total} GiB of {available} GiB; activations come on top.",
+        "已知部分放得下：需要 {total} GiB，可用 {available} GiB；激活另计。",
+    ),
+    "plan.too_large": (
+        "it does not fit: {total} GiB are needed, {available} GiB available.",
+        "放不下：需要 {total} GiB，可用 {available} GiB。",
+    ),
+    "plan.probe": (
+        "probe: {steps} steps on the {examples} longest examples took {measured} GiB; predicted {predicted} GiB "
+        "({error})",
+        "实测：用最长的 {examples} 个样本训练 {steps} 步，占用 {measured} GiB；预测 {predicted} GiB（{error}）",
+    ),
+    "plan.probe_time": (
+        "probe: a step took {measured}; predicted {predicted}",
+        "实测：每步用时 {measured}；预测 {predicted}",
+    ),
+    "part.weights": ("weights", "权重"),
+    "part.adapter": ("adapter (fp32)", "适配器（fp32）"),
+    "part.optimizer": ("optimizer state", "优化器状态"),
+    "part.gradients": ("gradients", "梯度"),
+    "part.activations": ("activations", "激活"),
+    "part.head": ("head: logits of a chunk", "输出头：一块 logits"),
+    "part.cache": ("cache of 4-bit weights in 16 bit", "4 比特权重的 16 比特缓存"),
+    "part.reference": ("reference model", "参考模型"),
+    "part.libraries": ("libraries", "程序库"),
+    "part.kernels": ("code made for 16-bit products", "为 16 比特矩阵乘法生成的代码"),
+    "part.allocator": ("unused between blocks (allocator)", "内存块之间的空隙（分配器）"),
+    "advice.title": (
+        "what would spare memory, cheapest first (each by itself):",
+        "可以节省内存的改动，代价小的在前（各自单独计算）：",
+    ),
+    "advice.none": (
+        "nothing that could be changed in the configuration spares memory: take a smaller model or a larger machine.",
+        "配置中没有可以节省内存的改动：请换用更小的模型或更大的机器。",
+    ),
+    "advice.enough": ("(suffices)", "（足够）"),
+    "advice.slower": ("same result, slower", "结果相同，速度较慢"),
+    "advice.smaller": ("same result, smaller microbatches", "结果相同，微批更小"),
+    "advice.again": ("same result, up to 1.46 times the computing", "结果相同，计算量最多为 1.46 倍"),
+    "advice.reference": ("same result, the reference is asked once beforehand", "结果相同，参考模型只在训练前计算一次"),
+    "advice.eight_bit": (
+        "moments in 8 bit (needs bitsandbytes): nearly the same result",
+        "以 8 比特保存动量（需要 bitsandbytes）：结果几乎相同",
+    ),
+    "advice.rank": ("a smaller adapter", "更小的适配器"),
+    "advice.shorter": ("longer rows are cut", "更长的行会被截断"),
+    "advice.qlora": ("frozen weights in 4 bit", "冻结的权重使用 4 比特"),
+    "advice.lora": ("an adapter is trained, not all weights", "只训练适配器，不训练全部权重"),
+    "advice.divide": (
+        "{count} cards: divide optimizer, gradients and weights (docs/scale.md)",
+        "{count} 张显卡：可分摊优化器、梯度与权重（docs/zh/scale.md）",
+    ),
+    "advice.more_cards": (
+        "several cards: divide optimizer, gradients and weights (docs/scale.md)",
+        "多张显卡：可分摊优化器、梯度与权重（docs/zh/scale.md）",
+    ),
+    "overview.peak": (
+        "memory: {measured} GiB at the peak, forecast {forecast} GiB ({error})",
+        "内存：峰值 {measured} GiB，预测 {forecast} GiB（{error}）",
+    ),
     # firefly check
     "check.title": ("Data check", "数据检查"),
     "check.held_out": (

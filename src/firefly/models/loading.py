@@ -123,7 +123,7 @@ def load_tokenizer(config: ModelConfig, source: str | None = None) -> Any:
     try:
         tokenizer = adapt_tokenizer(AutoTokenizer.from_pretrained(place, **hub_options(config)))
     except Exception as error:
-        raise _loading_error(error, place) from error
+        raise load_failure(error, place) from error
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -165,7 +165,7 @@ def load_model(config: ModelConfig, mode: str, precision: Precision, device: tor
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:
-        raise _loading_error(error, place) from error
+        raise load_failure(error, place) from error
     return quantise_experts(_as_quantised(model), precision.compute) if mode == "qlora" else model.to(device)
 
 
@@ -210,7 +210,7 @@ def hub_options(config: ModelConfig) -> dict[str, Any]:
     return options
 
 
-def _loading_error(error: Exception, place: str) -> Exception:
+def load_failure(error: Exception, place: str) -> Exception:
     """A loading failure as the user's message; a failure of our own stays as it is."""
     text = str(error)
     if "trust_remote_code" in text:

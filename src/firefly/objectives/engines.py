@@ -50,7 +50,7 @@ class Engine:
         """One rank's part of what a single process would need."""
         if not self.divides:
             return whole
-        names = {OPTIMIZER: ("optimizer",), GRADIENTS: ("gradients",), WEIGHTS: ("weights", "masters")}
+        names = {OPTIMIZER: ("optimizer",), GRADIENTS: ("gradients",), WEIGHTS: ("weights", "masters", "adapter")}
         divided = {part for kind in self.divides for part in names[kind]}
         count = ranks.world_size()
         parts = {name: size // count if name in divided else size for name, size in whole.parts.items()}

@@ -83,3 +83,11 @@ def show_run(
         render("overview.forecast", total=f"{forecast.total / 2**30:.2f}", parts=parts, available=available),
         soft_wrap=True,
     )
+
+
+def show_peak(console: Console, found: dict[str, int]) -> None:
+    """Print what memory the run took at its peak (see `Forecast.beside`), beside the forecast."""
+    expected, measured = found["forecast_memory_bytes"], found["run_memory_bytes"]
+    told = {"measured": f"{measured / 2**30:.2f}", "forecast": f"{expected / 2**30:.2f}"}
+    error = f"{expected / max(measured, 1) - 1:+.0%}"
+    console.print(render("overview.peak", **told, error=error), soft_wrap=True)

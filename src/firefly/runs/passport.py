@@ -90,6 +90,15 @@ def _record_end(output_dir: Path, state: str, error: dict[str, Any] | None = Non
     write_json(path, passport | {"state": state, "ended": time.time(), "error": error, "notices": notices})
 
 
+def record_memory(output_dir: Path, found: dict[str, int]) -> None:
+    """Write into run.json what memory was forecast and what was measured. The first rank writes."""
+    if not is_first():
+        return
+    path = output_dir / "run.json"
+    passport = read_object(path)
+    write_json(path, passport | {"memory": passport.get("memory", {}) | found})
+
+
 def package_versions() -> dict[str, str | None]:
     def installed(name: str) -> str | None:
         try:

@@ -1,0 +1,204 @@
+"""A model's skeleton from its config.json alone: what a run would load and train, on "meta", where nothing takes
+memory.
+
+Which of our forwards fit an architecture is found by trials on numbers, which a skeleton has none of. They are made on
+a witness: the same configuration with a few narrow layers, random weights and a small vocabulary. What it got, the
+skeleton gets.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from firefly.config import AdapterConfig, Config, ModelConfig
+from firefly.errors import UsageError
+from firefly.models.adapters import adapter_settings, attach_adapter, transformers_model
+from firefly.models.attention import choose_layout
+from firefly.models.experts import expert_stacks
+from firefly.models.forwards import install_training_forwards
+from firefly.models.loading import hub_options, load_failure, nf4_config, resolve_model
+from firefly.models.precision import Precision
+
+WITNESS_VOCABULARY, WITNESS_INNER = 512, 128
+"""Numbers of tokens, and the width of feed-forward blocks: no trial depends on them, and most of a model lies there."""
+
+INNER_WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner")
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model as a run would train it.
+
+    Attributes:
+        model: on "meta", adapters attached, our forwards installed.
+        layout, reason: see `attention.choose_layout`.
+        head: see `heads.install_target_head`.
+    """
+
+    model: Any
+    layout: str
+    reason: str
+    head: str
+
+    @property
+    def architecture(self) -> str:
+        return type(transformers_model(self.model)).__name__
+
+    @property
+    def has_experts(self) -> bool:
+        return any(True for _ in expert_stacks(self.model))
+
+
+def read_config(model: ModelConfig) -> Any:
+    """The transformers configuration of a model, of which nothing else has to be there.
+
+    Raises:
+        UsageError: no such model, or a configuration that transformers cannot read.
+    """
+    from transformers import AutoConfig
+
+    place = resolve_model(model)
+    try:
+        return AutoConfig.from_pretrained(place, **hub_options(model))
+    except Exception as error:
+        raise load_failure(error, place) from error
+
+
+def outline(config: Config, precision: Precision, rows: int = 0, new_tokens: Sequence[int] = ()) -> Outline:
+    """The skeleton of what `config` trains.
+
+    Args:
+        rows: that embedding and head need at least (`fit_embeddings`), for a tokenizer that knows more tokens.
+        new_tokens: whose rows are trained beside an adapter.
+
+    Raises:
+        UsageError: the configuration names no model, or layers that the model lacks; or DoRA is asked for, whose
+            lengths are computed from weights.
+    """
+    if config.adapter.use_dora and config.adapter.mode != "full":
+        raise UsageError("plan.no_dora")
+    described = read_config(config.model)
+    dtype = torch.float32 if config.adapter.mode == "full" else precision.compute
+    with torch.device("meta"):
+        model = _from_config(described, dtype, config.model)
+    if config.adapter.mode == "qlora":
+        _put_into_nf4(model, precision.compute)
+    with torch.device("meta"):
+        if rows > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(rows, mean_resizing=False)
+        model = attach_adapter(model, _as_new(config.adapter), new_tokens, config.given)
+    witness = _witness(described, config.model)
+    layout, reason = choose_layout(witness)
+    if config.adapter.mode != "full":
+        witness = attach_adapter(witness, AdapterConfig(mode="lora", rank=4, dropout=config.adapter.dropout))
+    head = install_training_forwards(witness)
+    inner, small = transformers_model(model), transformers_model(witness)
+    inner.set_attn_implementation(str(small.config._attn_implementation))
+    _follow(inner, small)
+    return Outline(model, layout, reason, head)
+
+
+def _from_config(described: Any, dtype: torch.dtype, model: ModelConfig) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        made: Any = AutoModelForCausalLM.from_config(
+            copy.deepcopy(described), dtype=dtype, trust_remote_code=model.trust_remote_code
+        )
+    except Exception as error:
+        raise load_failure(error, model.name_or_path) from error
+    return made
+
+
+def _put_into_nf4(model: Any, compute: torch.dtype) -> None:
+    """Linear layers become bitsandbytes' as in loading; their weights have the size and the constants of NF4."""
+    from bitsandbytes.functional import quantize_4bit
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    quantiser: Any = AutoHfQuantizer.from_config(nf4_config(compute), pre_quantized=False)
+    quantize_4bit(torch.zeros(64), compress_statistics=True)  # it keeps its table of constants, which must have numbers
+    quantiser.preprocess_model(model=model, device_map={"": "meta"})
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.weight._quantize("meta")
+    model.is_loaded_in_4bit = True
+
+
+def _as_new(adapter: AdapterConfig) -> AdapterConfig:
+    """An adapter to go on from, as a new one of its size and places."""
+    if not adapter.name_or_path or adapter.mode == "full":
+        return adapter
+    found = adapter_settings(adapter.name_or_path)
+    targets = found.target_modules
+    return replace(
+        adapter,
+        name_or_path=None,
+        rank=found.r,
+        target=targets if isinstance(targets, str) else tuple(sorted(targets)),
+        modules_to_save=tuple(found.modules_to_save) if found.modules_to_save else None,
+    )
+
+
+def _witness(described: Any, model: ModelConfig) -> Any:
+    """A small model of the same make with random weights, on the CPU, in fp32.
+
+    A layer of each kind stands in it; widths that heads are cut from stay as they are.
+    """
+    small = copy.deepcopy(described)
+    text = small.get_text_config()
+    kinds = list(dict.fromkeys(getattr(text, "layer_types", None) or ()))
+    dense_first = getattr(text, "first_k_dense_replace", 0) or 0
+    text.num_hidden_layers = max(2, len(kinds), dense_first + 1)
+    if kinds:
+        text.layer_types = (kinds * text.num_hidden_layers)[: text.num_hidden_layers]
+    text.vocab_size = min(text.vocab_size, WITNESS_VOCABULARY)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(text, name, None) is not None:
+            setattr(text, name, 0)
+    for name in INNER_WIDTHS:
+        width = getattr(text, name, None)
+        if isinstance(width, int):
+            setattr(text, name, min(width, WITNESS_INNER))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _from_config(small, torch.float32, model)
+
+
+def _follow(model: nn.Module, witness: nn.Module) -> None:
+    """Give each module of `model` the forward that its like in `witness` was given; one of its own stays."""
+    given = {
+        (_place(name), type(module)): vars(module)["forward"].__func__
+        for name, module in witness.named_modules()
+        if isinstance(vars(module).get("forward"), MethodType)
+    }
+    for name, module in model.named_modules():
+        forward = given.get((_place(name), type(module)))
+        if forward is not None and "forward" not in vars(module):
+            module.forward = MethodType(forward, module)  # type: ignore[assignment]
+
+
+def _place(name: str) -> str:
+    """A module's path without the layer's number."""
+    return re.sub(r"\d+", "#", name)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """What transformers and bitsandbytes say of skeletons is for their developers."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -1,0 +1,84 @@
+"""What would make a run fit: changes named by their configuration keys, each planned again, cheapest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from firefly.config import Config
+from firefly.messages import render
+from firefly.reports.plan import Plan, local_cards, plan_with
+from firefly.reports.work import Work
+
+SHORTEST = 256
+"""Tokens below which shorter rows are not advised."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One change.
+
+    Attributes:
+        key, value: of the configuration; key "" where it is no key but another way to run.
+        cost: what is given up for it, in a sentence.
+        spared: bytes; None where they were not computed.
+        fits: whether it suffices alone.
+    """
+
+    key: str
+    value: Any
+    cost: str
+    spared: int | None
+    fits: bool
+
+
+def advise(plan: Plan) -> list[Advice]:
+    """Changes that spare memory, from those that cost nothing to those that change what is trained."""
+    found = []
+    for key, value, cost, config, work in _changes(plan):
+        changed = plan_with(plan, config, work)
+        spared = plan.forecast.total - changed.forecast.total
+        if spared > 0:
+            found.append(Advice(key, value, render(cost), spared, changed.fits))
+    if (cards := local_cards()) > 1:
+        found.append(Advice("", "FSDP, ZeRO", render("advice.divide", count=cards), None, False))
+    elif plan.machine.kind == "cuda":
+        found.append(Advice("", "FSDP, ZeRO", render("advice.more_cards"), None, False))
+    return found
+
+
+def _changes(plan: Plan) -> Iterator[tuple[str, Any, str, Config, Work]]:
+    """(key, value, code of what it costs, changed configuration, its examples)"""
+    config, work = plan.config, plan.work
+    step, adapter, full = config.step, config.adapter, config.adapter.mode == "full"
+    if step.nf4_cache is True:
+        yield "nf4_cache", False, "advice.slower", replace(config, step=replace(step, nf4_cache=False)), work
+    budget = plan.choices.tokens_per_microbatch if plan.choices else work.longest
+    if budget > work.longest:
+        smaller = replace(step, tokens_per_microbatch=work.longest)
+        yield "tokens_per_microbatch", work.longest, "advice.smaller", replace(config, step=smaller), work
+    if step.gradient_checkpointing is not True:
+        again = replace(step, gradient_checkpointing=True)
+        yield "gradient_checkpointing", True, "advice.again", replace(config, step=again), work
+    if config.task_type == "dpo" and not config.preference.precompute_reference and full:
+        before = replace(config.preference, precompute_reference=True)
+        yield "precompute_reference", True, "advice.reference", replace(config, preference=before), work
+    optim = str(config.training.get("optim", ""))
+    if optim.startswith("adamw") and "8bit" not in optim:
+        eight = {**config.training, "optim": "adamw_8bit"}
+        yield "optim", "adamw_8bit", "advice.eight_bit", replace(config, training=eight), work
+    if not full and adapter.rank > 8:
+        rank = adapter.rank // 2
+        yield "lora_rank", rank, "advice.rank", replace(config, adapter=replace(adapter, rank=rank)), work
+    if work.longest >= 2 * SHORTEST:
+        limit = config.data.max_seq_length
+        shorter = max(SHORTEST, min(limit, work.longest) // 2)
+        data = replace(config.data, max_seq_length=shorter)
+        yield "max_seq_length", shorter, "advice.shorter", replace(config, data=data), work.cut(shorter)
+    if adapter.mode == "lora":
+        four = replace(adapter, mode="qlora")
+        yield "train_mode", "qlora", "advice.qlora", replace(config, adapter=four), work
+    if full:
+        yield "train_mode", "lora", "advice.lora", replace(config, adapter=replace(adapter, mode="lora")), work
+        yield "train_mode", "qlora", "advice.qlora", replace(config, adapter=replace(adapter, mode="qlora")), work

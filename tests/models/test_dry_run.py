@@ -1,0 +1,104 @@
+"""A step on arrays without numbers takes what a real one takes, and leaves nothing behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from firefly.data.batching import pack
+from firefly.data.pair_batching import pack_pairs
+from firefly.models import dry_run as dry
+from firefly.models.adapters import transformers_model
+from firefly.models.checkpointing import Checkpointing, install_checkpointing
+from firefly.models.dry_run import LiveBytes, NoDryRun, counted_activations, dry_run
+from firefly.models.kernels import segment_attention
+from firefly.models.memory import measure_activations
+from tiny import prepared, random_examples, random_pairs
+
+
+def real_peak(model: Any, rows: list[Any], per_token: bool = False, solo: bool = False) -> int:
+    """Bytes that live at the peak of a real step, by the same account."""
+    live = LiveBytes()
+    for tensor in (*model.parameters(), *model.buffers()):
+        live.ignore(tensor)
+    segment_attention._biases.clear()
+    model.train()
+    with live:
+        found = [model(**row.model_inputs(solo), per_token=per_token) for row in rows]
+        torch.stack([one["logps" if per_token else "loss"].sum() for one in found]).sum().backward()
+    model.zero_grad(set_to_none=True)
+    return live.most
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("name", ["llama_tied", "qwen3", "gemma2", "gpt_neox"])
+def test_what_is_counted_without_computing_is_what_computing_takes(name: str, mode: str) -> None:
+    model, layout, _ = prepared(name, mode)
+    inner = transformers_model(model)
+    rows = [pack(random_examples(70, 41))]
+    counted = dry_run(inner, rows, solo=layout == "solo")
+    assert counted.total == pytest.approx(real_peak(inner, rows, solo=layout == "solo"), rel=0.02)
+
+
+def test_pairs_and_their_log_probabilities_are_counted_too() -> None:
+    model, _, _ = prepared("llama", "lora")
+    inner = transformers_model(model)
+    rows = list(pack_pairs(random_pairs((30, 20, 11), (5, 40, 9))).rows)
+    counted = dry_run(inner, rows, per_token=True)
+    assert counted.total == pytest.approx(real_peak(inner, rows, per_token=True), rel=0.02)
+
+
+def test_gradients_that_are_there_already_count() -> None:
+    model, _, _ = prepared("llama", "full")
+    rows = [pack(random_examples(20))]
+    trained = sum(4 * p.numel() for p in model.parameters())
+    assert dry_run(model, rows, accumulated=True).gradients == trained
+    assert dry_run(model, rows).gradients < trained
+
+
+def test_checkpointed_layers_take_less() -> None:
+    model, _, _ = prepared("llama", "lora")
+    inner = transformers_model(model)
+    rows = [pack(random_examples(200))]
+    before = dry_run(inner, rows).activations
+    install_checkpointing(inner, Checkpointing(3))
+    assert dry_run(inner, rows).activations < 0.7 * before
+
+
+def test_a_card_computes_in_larger_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, _ = prepared("llama", "lora")
+    monkeypatch.setitem(dry.token_nll.LOGITS_PER_CHUNK, "cpu", 32 * 264)
+    rows = [pack(random_examples(300))]
+    inner = transformers_model(model)
+    assert dry_run(inner, rows, card=True).head > 2 * dry_run(inner, rows).head
+    assert dry.token_nll.LOGITS_PER_CHUNK["cpu"] == 32 * 264
+
+
+def test_a_dry_run_leaves_the_model_as_it_was() -> None:
+    model, _, _ = prepared("llama", "lora")
+    inner = transformers_model(model).eval()
+    parameters = dict(inner.named_parameters())
+    segment_attention._biases.clear()
+    rows = list(pack_pairs(random_pairs((30, 20, 11))).rows)  # an answer behind a prompt has a mask
+    dry_run(inner, rows, per_token=True)
+    assert all(parameters[name] is parameter for name, parameter in inner.named_parameters())
+    assert all(parameter.grad is None for parameter in parameters.values())
+    assert not segment_attention._biases
+    assert not inner.training
+    assert not any(hooks for module in inner.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks))
+    assert real_peak(inner, rows, per_token=True)
+    assert segment_attention._biases
+
+
+def test_activations_per_token_are_counted_as_they_are_measured() -> None:
+    model, layout, _ = prepared("llama", "lora")
+    inner = transformers_model(model)
+    assert counted_activations(inner, layout, None, 50) == measure_activations(inner, layout, None, 50)
+
+
+def test_a_mixture_of_experts_says_that_it_cannot() -> None:
+    model, layout, _ = prepared("qwen2_moe", "full")
+    with pytest.raises(NoDryRun):
+        dry_run(model, [pack(random_examples(20))], solo=layout == "solo")
