@@ -34,10 +34,11 @@ def in_type(master: Tensor, dtype: torch.dtype) -> Tensor:
     """An adapter's matrix in the compute type."""
     if master.dtype == dtype or not _step[1] or torch.compiler.is_compiling():
         return master.to(dtype)
-    step, kept = getattr(master, CAST, (0, None))
-    if step != _step[0] or kept.dtype != dtype or kept.device != master.device:
-        kept = master.detach().to(dtype)
-        setattr(master, CAST, (_step[0], kept))
+    found: tuple[int, Tensor] | None = getattr(master, CAST, None)
+    if found is not None and found[0] == _step[0] and (found[1].dtype, found[1].device) == (dtype, master.device):
+        return found[1]
+    kept = master.detach().to(dtype)
+    setattr(master, CAST, (_step[0], kept))
     return kept
 
 
