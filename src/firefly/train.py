@@ -464,7 +464,9 @@ def resolve_choices(
         whole = forecast_memory(model, device, activations, checkpointing, tokens, state, cached, copied)
         return engine.share(whole)
 
-    choices = choosing.choose(config.step, activations, forecast, lengths, device, cacheable, by_products)
+    choices = choosing.choose(
+        config.step, activations, forecast, lengths, device, cacheable, by_products, precision.compute
+    )
     if args.optim in PAGED_ADAM and device.type == "cuda" and not (engine.deepspeed or engine.divides):
         tokens = lengths.largest_microbatch(choices.tokens_per_microbatch)
         expected = forecast(choices.checkpointing, tokens, sum(cacheable[: choices.cached_weights]))

@@ -295,6 +295,7 @@ class _Sizing:
             self.machine.device,
             cache_sizes(self.inner, self.precision.compute),
             crossover,
+            self.precision.compute,
         )
 
     def _room(self, activations: Activations, checkpointing: Checkpointing, tokens: int, cached: int) -> Forecast:

@@ -1,4 +1,4 @@
-"""Rotary positions in one kernel: in the module of a model's class, its own function gives way to one that chooses.
+"""Rotary positions in fewer passes: in the module of a model's class, its own function gives way to one that chooses.
 
 Every model of that class then calls the new function, on whatever device it lies. So the choice is made anew at each
 call, by what is called: arrays on a card, of the form that the trial has seen. Anything else goes to the own function.
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from firefly.models.attention import decoder
 from firefly.models.kernels.elementwise import implementation
+from firefly.models.kernels.rotation import rotate
 from firefly.models.precision import has_bf16
 
 NAME = "apply_rotary_pos_emb"
@@ -25,11 +26,11 @@ Rotary = Callable[..., Any]
 
 
 def install_rotary(model: Any) -> int:
-    """Let the attention of `model`, a transformers model, take Liger's kernel; return in how many modules it does.
+    """Let the attention of `model`, a transformers model, take our way; return in how many modules it does.
 
-    It does so after a trial on arrays that the model itself made. Nothing changes where Liger is not what computes.
+    It does so after a trial on arrays that the model itself made.
     """
-    if implementation(model.device) != "liger":
+    if model.device.type == "meta":
         return 0
     count = 0
     for names in _modules_with_rotary(model):
@@ -84,7 +85,7 @@ def _first_call(model: Any, names: dict[str, Any]) -> tuple[Tensor, ...] | None:
 
 
 def _same_result(own: Rotary, arguments: tuple[Tensor, ...]) -> bool | None:
-    """Whether results have the type of q even under wider angles; None if Liger's differ from the function's own.
+    """Whether results have the type of q even under wider angles; None if ours differ from the function's own.
 
     Outputs and gradients are compared, in the model's type, and in 16 bit with fp32 angles, as under autocast.
     """
@@ -112,16 +113,19 @@ def _results(rotary: Rotary, case: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def _choosing(own: Rotary, keeps_type: bool) -> Rotary:
-    """The function that takes Liger's kernel where it can."""
+    """The function that takes Liger's kernel or our operations where it can."""
 
     @wraps(own)
     def rotary(*args: Any, **kwargs: Any) -> Any:
-        if not _fits(args, kwargs) or implementation(args[0].device) != "liger":
+        if torch.compiler.is_compiling() or not _fits(args, kwargs):
             return own(*args, **kwargs)
+        q, k, cos, sin = args
+        dtype = q.dtype if keeps_type else cos.dtype
+        if implementation(q.device) != "liger":
+            return rotate(q, k, cos, sin, dtype)
         from firefly.models.kernels import liger
 
-        q, k, cos, sin = args
-        return liger.rotate(q, k, cos, sin, q.dtype if keeps_type else cos.dtype)
+        return liger.rotate(q, k, cos, sin, dtype)
 
     rotary.own = own  # type: ignore[attr-defined]
     return rotary

@@ -95,7 +95,7 @@ def use_crossover(tokens: int) -> None:
 def measure_crossover(heads: int, key_heads: int, width: int) -> int:
     """The longest of a few lengths up to which products beat `sdpa` in bf16 on this CPU, forward and backward; 0: none.
 
-    In fp32 nothing is measured: both are bound by the same products there, and kept probabilities only cost memory.
+    In fp32 nothing is measured: products win a fifth at most, and two runs that choose otherwise are no longer equal.
     """
     longest = 0
     for length in (128, 256, 512, GEMM_LONGEST):
@@ -161,7 +161,38 @@ def _plain(
 
 
 def _gemm(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: Any, dropout: float) -> Tensor:
-    return _GemmAttention.apply(q, k, v, scale, window)
+    return (_OneBlock if q.shape[1] <= BLOCK else _GemmAttention).apply(q, k, v, scale, window)
+
+
+class _OneBlock(torch.autograd.Function):
+    """A segment that is one block: the whole of each product at once, nothing cut or put together."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        (block,) = _blocks(q.shape[1], k.shape[1], window)
+        if block.low:
+            k, v = k[:, block.low :], v[:, block.low :]
+        groups = q.shape[0] // k.shape[0]
+        folded = _fold(q, groups)
+        bias = _bias(block, window, groups, q.dtype, q.device)
+        p = torch.softmax(torch.baddbmm(bias, folded, k.transpose(1, 2), alpha=scale), dim=-1)
+        ctx.save_for_backward(folded, k, v, p)
+        ctx.scale, ctx.low = scale, block.low
+        return torch.bmm(p, v).view(q.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        folded, k, v, p = ctx.saved_tensors
+        grads = _fold(grad, grad.shape[0] // k.shape[0])
+        grad_p = torch.bmm(grads, v.transpose(1, 2))
+        grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
+        nothing = grad.new_empty(())
+        grad_q = torch.baddbmm(nothing, grad_scores, k, beta=0, alpha=ctx.scale).view(grad.shape)
+        grad_k = torch.baddbmm(nothing, grad_scores.transpose(1, 2), folded, beta=0, alpha=ctx.scale)
+        grad_v = torch.bmm(p.transpose(1, 2), grads)
+        if ctx.low:  # keys before the window
+            grad_k, grad_v = (torch.nn.functional.pad(each, (0, 0, ctx.low, 0)) for each in (grad_k, grad_v))
+        return grad_q, grad_k, grad_v, None, None
 
 
 class _GemmAttention(torch.autograd.Function):
