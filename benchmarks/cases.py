@@ -13,8 +13,9 @@ class Thresholds:
     first_loss: float = 1e-3
     last_losses: float = 1e-2
     gradient_norm: float = 1e-3
+    first_loss_16_bit: float = 3e-3
     gradient_norm_16_bit: float = 3e-2
-    """Where a side computes in 16 bit: rounding alone makes this much."""
+    """The same where a side computes in 16 bit: rounding alone makes this much."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,13 +44,14 @@ def gate(
         same_start: both began with the same adapter, which decides the first gradient.
     """
     exact = ours["settings"]["precision"] == same_steps["settings"]["precision"] == "float32"
+    first_loss = thresholds.first_loss if exact else max(thresholds.first_loss, thresholds.first_loss_16_bit)
     own_counts = {name: value for name, value in ours["checks"].items() if name.endswith("_agree")}
     found = {
         "rows": compare_counts(ours, theirs, "rows"),
         "tokens": compare_counts(ours, theirs, "tokens"),
         "target_tokens": compare_counts(ours, theirs, "target_tokens"),
         "our_own_counts": own_counts | {"passed": bool(own_counts) and all(own_counts.values())},
-        "first_loss": compare(ours["losses"][0], same_steps["losses"][0], thresholds.first_loss),
+        "first_loss": compare(ours["losses"][0], same_steps["losses"][0], first_loss),
         "first_gradient_norm": compare(
             ours["checks"]["gradient_norms"][0],
             same_steps["checks"]["gradient_norms"][0],
@@ -62,9 +63,9 @@ def gate(
     }
     if task == "dpo":
         # Policy and reference are equal before training, whatever the pair.
-        found["first_loss_is_ln_2"] = compare(ours["losses"][0], math.log(2), thresholds.first_loss)
+        found["first_loss_is_ln_2"] = compare(ours["losses"][0], math.log(2), first_loss)
     if (alone := theirs["checks"].get("first_step_loss_row_by_row")) is not None:
-        found["peer_first_step_against_its_rows_alone"] = compare(theirs["losses"][0], alone, thresholds.first_loss)
+        found["peer_first_step_against_its_rows_alone"] = compare(theirs["losses"][0], alone, first_loss)
     return {"passed": all(check["passed"] for check in found.values()), **found}
 
 

@@ -84,3 +84,9 @@ def test_short_runs_are_marked() -> None:
     assert too_short_to_publish(long) == []
     assert "2 pairs" in too_short_to_publish(long[:2])[0]
     assert "9 s" in too_short_to_publish([(result(steady_seconds=9.0), result())] * 3)[0]
+
+
+def test_rounding_in_16_bit_may_move_the_first_loss() -> None:
+    half = {"settings": {"precision": "bfloat16"}}
+    assert gate_of(result(**half), result(**half, losses=[2.004, 1.8, 1.6, 1.4]))["passed"]
+    assert failed(gate_of(result(**half), result(**half, losses=[2.01, 1.8, 1.6, 1.4]))) == {"first_loss"}
