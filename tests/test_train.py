@@ -22,6 +22,7 @@ from firefly.config import load_config
 from firefly.data.batching import StepPlan
 from firefly.data.schema import IGNORE, Tokens
 from firefly.errors import UsageError
+from firefly.objectives.trainers import StepTrainer
 from firefly.runs.checkpoints import BINDING_SINCE
 from firefly.runs.metrics import read_metrics
 from firefly.train import train
@@ -173,13 +174,14 @@ def test_training_lowers_the_loss_and_leaves_a_model_that_has_it(mode: str, run:
 
 
 def test_the_adapter_of_qlora_has_its_loss_on_the_4_bit_base(
-    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import BitsAndBytesConfig
 
-    # Elsewhere than in our loading, a CPU with bf16 instructions repacks weights, in blocks wider than these.
+    # Elsewhere than in our loading, a CPU with bf16 instructions repacks weights.
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
-    out = run(train_mode="qlora", eval_file=str(place / "eval.jsonl"))
+    model_folder = save_tiny_model(tmp_path / "wide", "llama_tied", hidden_size=64, intermediate_size=128)
+    out = run(train_mode="qlora", model_name_or_path=str(model_folder), eval_file=str(place / "eval.jsonl"))
     four_bit = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -187,7 +189,7 @@ def test_the_adapter_of_qlora_has_its_loss_on_the_4_bit_base(
         bnb_4bit_compute_dtype=torch.float32,
     )
     base = AutoModelForCausalLM.from_pretrained(
-        place / "model", quantization_config=four_bit, dtype=torch.float32, device_map={"": "cpu"}
+        model_folder, quantization_config=four_bit, dtype=torch.float32, device_map={"": "cpu"}
     )
     with torch.no_grad():
         model = PeftModel.from_pretrained(base, out).eval()
@@ -226,14 +228,23 @@ def test_gradient_checkpointing_changes_rounding_only(mode: str, run: Run) -> No
 def test_gradient_checkpointing_really_recomputes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from firefly.models import attention
 
-    calls = []
-    original = attention.attend
-    monkeypatch.setattr(attention, "attend", lambda *args: calls.append(1) or original(*args))
+    calls, steps = [], []
+    attend, one_step = attention.attend, StepTrainer.training_step
+
+    def counted_step(*args: Any) -> Any:
+        before = len(calls)
+        loss = one_step(*args)
+        steps.append(len(calls) - before)
+        return loss
+
+    monkeypatch.setattr(attention, "attend", lambda *args: calls.append(1) or attend(*args))
+    monkeypatch.setattr(StepTrainer, "training_step", counted_step)
     counts = {}
     for on in (False, True):
-        calls.clear()
+        steps.clear()
         run(str(on), gradient_checkpointing=on, max_steps=2, tokens_per_microbatch=100_000)
-        counts[on] = len(calls)
+        counts[on] = sum(steps)
+    assert counts[False] == 2 * 3
     assert counts[True] == counts[False] + 2 * 3  # two steps of one microbatch through three layers
 
 
@@ -460,6 +471,7 @@ def test_the_passport_names_all_that_shaped_the_run(run: Run) -> None:
         "offload": False,
         "cached_weights": 0,
         "attention_by_products": 0,
+        "unpaged_optimizer": False,
         "examples_per_step": 4,
         "engine": "single",
     }

@@ -166,10 +166,12 @@ def load_model(config: ModelConfig, mode: str, precision: Precision, device: tor
         raise
     except Exception as error:
         raise load_failure(error, place) from error
-    return quantise_experts(_as_quantised(model), precision.compute) if mode == "qlora" else model.to(device)
+    return (
+        quantise_experts(as_quantised(model, device.type), precision.compute) if mode == "qlora" else model.to(device)
+    )
 
 
-def _as_quantised(model: Any) -> Any:
+def as_quantised(model: Any, device: str) -> Any:
     """See to it that a CPU computes with the numbers that 4-bit weights stand for, whatever its instructions.
 
     Where there are some for bf16, bitsandbytes repacks weights in a forward pass without gradients: in place, with
@@ -180,7 +182,7 @@ def _as_quantised(model: Any) -> Any:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
             state = getattr(module.weight, "quant_state", None)
-            if state is not None and module.weight.device.type == "cpu" and state.shape[-1] % state.blocksize:
+            if state is not None and device == "cpu" and state.shape[-1] % state.blocksize:
                 install_frozen_forward(module)
     return model
 

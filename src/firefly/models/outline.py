@@ -25,7 +25,7 @@ from firefly.models.adapters import adapter_settings, attach_adapter, transforme
 from firefly.models.attention import choose_layout
 from firefly.models.experts import expert_stacks
 from firefly.models.forwards import install_training_forwards
-from firefly.models.loading import hub_options, load_failure, nf4_config, resolve_model
+from firefly.models.loading import as_quantised, hub_options, load_failure, nf4_config, resolve_model
 from firefly.models.precision import Precision
 
 WITNESS_VOCABULARY, WITNESS_INNER = 512, 128
@@ -130,6 +130,7 @@ def _put_into_nf4(model: Any, compute: torch.dtype) -> None:
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.weight._quantize("meta")
+    as_quantised(model, "cpu")
     model.is_loaded_in_4bit = True
 
 
