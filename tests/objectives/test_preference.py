@@ -253,6 +253,28 @@ def test_a_frozen_adapter_stays_while_the_trained_one_moves(tmp_path: Path) -> N
     assert_same(dict(model.named_parameters()), before, 0)
 
 
+def test_a_frozen_adapter_is_another_model_in_16_bit_too(tmp_path: Path) -> None:
+    """Its numbers take the place of masters whose casts are kept for the step."""
+    model, _, _ = prepared("llama", "lora")
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    trainer = make_trainer(model, tmp_path, reference=FrozenAdapter(model))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(2.0)
+    exact, _, _ = prepared("llama", "lora")
+    exact_trainer = make_trainer(exact, tmp_path, reference=FrozenAdapter(exact))
+    with torch.no_grad():
+        for parameter in exact.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(2.0)
+    expected = one_step(exact_trainer)[0].item()
+    assert abs(expected - math.log(2)) > 0.05
+    assert one_step(trainer)[0].item() == pytest.approx(expected, rel=3e-2)
+
+
 def test_a_frozen_model_computes_what_the_policy_computes_in_16_bit(tmp_path: Path) -> None:
     for name in ("llama_tied", "llama"):
         model, _, _ = prepared(name, "full")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 CAST = "firefly_cast"
-"""Attribute of an adapter's master: (the step it was cast in, what it was cast to)."""
+"""Attribute of an adapter's master: ((the step it was cast in, where its numbers lay), what it was cast to)."""
 
 _step: list[int] = [0, 0]
 """Number of the step that is computed, and how many `casts_kept` are entered: outside of any, nothing is kept."""
@@ -34,11 +34,12 @@ def in_type(master: Tensor, dtype: torch.dtype) -> Tensor:
     """An adapter's matrix in the compute type."""
     if master.dtype == dtype or not _step[1] or torch.compiler.is_compiling():
         return master.to(dtype)
-    found: tuple[int, Tensor] | None = getattr(master, CAST, None)
-    if found is not None and found[0] == _step[0] and (found[1].dtype, found[1].device) == (dtype, master.device):
+    now = _step[0], master.data_ptr()  # a reference adapter takes a master's place within a step (`FrozenAdapter`)
+    found: tuple[tuple[int, int], Tensor] | None = getattr(master, CAST, None)
+    if found is not None and found[0] == now and (found[1].dtype, found[1].device) == (dtype, master.device):
         return found[1]
     kept = master.detach().to(dtype)
-    setattr(master, CAST, (_step[0], kept))
+    setattr(master, CAST, (now, kept))
     return kept
 
 
