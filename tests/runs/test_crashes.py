@@ -44,7 +44,8 @@ def uninterrupted(server: Server, config_file: Path, tmp_path_factory: pytest.Te
 
 def assert_goes_on(server: Server, config_file: Path, folder: Path, uninterrupted: Path, *traps: Trap) -> None:
     codes = [train(server, config_file, folder, trap) for trap in traps]
-    assert codes[0] == -9  # a later trap may lie in what is behind the run already
+    # A later trap may lie in what is behind the run already; the last call of its kind may be over before the kill.
+    assert codes[0] == -9 or traps[0].count == CALLS[traps[0].point]
     assert train(server, config_file, folder) == 0
     result = "out/adapter_model.safetensors"
     assert (folder / result).read_bytes() == (uninterrupted / result).read_bytes()

@@ -166,9 +166,18 @@ def load_model(config: ModelConfig, mode: str, precision: Precision, device: tor
         raise
     except Exception as error:
         raise load_failure(error, place) from error
-    return (
-        quantise_experts(as_quantised(model, device.type), precision.compute) if mode == "qlora" else model.to(device)
-    )
+    if mode != "qlora":
+        return model.to(device)
+    if device.type == "cpu":
+        _leave_the_file(model)
+    return quantise_experts(as_quantised(model, device.type), precision.compute)
+
+
+def _leave_the_file(model: Any) -> None:
+    """Copy what was not quantised: on a CPU it is pages of the file, which keep all of the file resident."""
+    for parameter in model.parameters():
+        if getattr(parameter, "quant_state", None) is None:
+            parameter.data = parameter.data.clone()
 
 
 def as_quantised(model: Any, device: str) -> Any:
