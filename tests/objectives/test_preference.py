@@ -237,13 +237,17 @@ def test_the_first_loss_is_ln_2(name: str, tmp_path: Path) -> None:
     assert one_step(trainer)[0].item() == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_a_frozen_adapter_stays_while_the_trained_one_moves(tmp_path: Path) -> None:
-    model, _, own = prepared("llama", "lora")
-    trainer = make_trainer(model, tmp_path, reference=FrozenAdapter(model))
+def multiply_trained(model: Any, factor: float) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.mul_(1.5)
+                parameter.mul_(factor)
+
+
+def test_a_frozen_adapter_stays_while_the_trained_one_moves(tmp_path: Path) -> None:
+    model, _, own = prepared("llama", "lora")
+    trainer = make_trainer(model, tmp_path, reference=FrozenAdapter(model))
+    multiply_trained(model, 1.5)
     before = {name: p.clone() for name, p in model.named_parameters()}
     loss, _, _ = one_step(trainer)
     policy = with_plain_lora(tiny_model("llama"))
@@ -260,16 +264,10 @@ def test_a_frozen_adapter_is_another_model_in_16_bit_too(tmp_path: Path) -> None
         if not parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
     trainer = make_trainer(model, tmp_path, reference=FrozenAdapter(model))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.mul_(2.0)
+    multiply_trained(model, 2.0)
     exact, _, _ = prepared("llama", "lora")
     exact_trainer = make_trainer(exact, tmp_path, reference=FrozenAdapter(exact))
-    with torch.no_grad():
-        for parameter in exact.parameters():
-            if parameter.requires_grad:
-                parameter.mul_(2.0)
+    multiply_trained(exact, 2.0)
     expected = one_step(exact_trainer)[0].item()
     assert abs(expected - math.log(2)) > 0.05
     assert one_step(trainer)[0].item() == pytest.approx(expected, rel=3e-2)

@@ -38,11 +38,6 @@ def install_rms_norms(model: nn.Module) -> int:
     return count
 
 
-def keeps_inputs_alone(model: nn.Module) -> bool:
-    """Whether the norms of `model` are RMS norms with our forward."""
-    return any("forward" in vars(module) for module in model.modules() if type(module).__name__.endswith("RMSNorm"))
-
-
 def _form_of(module: Any) -> Form | None:
     """The form that gives this norm's own output, if there is one."""
     weight = getattr(module, "weight", None)
