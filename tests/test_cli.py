@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 import firefly
 from firefly.cli import main
@@ -197,3 +198,12 @@ def test_running_out_of_memory_names_a_remedy(capsys, monkeypatch, trained, conf
     message = capsys.readouterr().err
     assert problem in message
     assert "tokens_per_microbatch" in message
+
+
+def test_a_rank_closes_its_process_group_before_it_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """At the interpreter's end gloo's threads would abort a process whose work is done (pytorch/pytorch#179291)."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for arguments in (["--version"], ["train", str(tmp_path / "none.json")]):
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path / arguments[0]}", rank=0, world_size=1)
+        main(arguments)
+        assert not dist.is_initialized()

@@ -379,6 +379,7 @@ def main(arguments: list[str] | None = None) -> int:
         code = result if isinstance(result, int) else 0  # of an Exit: typer turns Ctrl-C into one, too
     except FireflyError as error:
         print_error(str(error))
+        ranks.leave(failed=True)
         return error.exit_code
     except typer.Abort:
         code = INTERRUPTED
@@ -395,6 +396,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise
     if code == INTERRUPTED:
         print_error(render("cli.interrupted"))
+    ranks.leave(failed=code != 0)
     return code
 
 

@@ -50,3 +50,18 @@ def all_of(value: T) -> list[T]:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def leave(failed: bool = False) -> None:
+    """Close the process group, if there is one, while the interpreter lives.
+
+    gloo's threads may still hold tensors at the interpreter's end, and letting go of them then aborts a process whose
+    work is done (pytorch/pytorch#179291): a quarter of all exits right after a collective did. After a failure NCCL is
+    left alone, since closing it waits for ranks that may be waiting for this one.
+    """
+    if world_size() == 1:
+        return
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized() and not (failed and dist.get_backend() != "gloo"):
+        dist.destroy_process_group()
