@@ -50,6 +50,7 @@ from firefly.models.memory import (
     estimated_peak,
     forecast_memory,
     free_memory,
+    kernels_kept,
     optimizer_bytes_of,
 )
 from firefly.models.precision import Precision, pick_device, resolve_precision
@@ -72,7 +73,7 @@ from firefly.runs.checkpoints import (
 )
 from firefly.runs.folders import remove_leftovers
 from firefly.runs.lock import only_run
-from firefly.runs.memory import keep_freed_memory, memory_in_use, peak_memory
+from firefly.runs.memory import keep_few_kernels, keep_freed_memory, memory_in_use, peak_memory
 from firefly.runs.metrics import Guarded, Progress, RunRecorder
 from firefly.runs.overview import show_example, show_peak, show_run
 from firefly.runs.passport import (
@@ -143,6 +144,7 @@ def train_into(output_dir: Path, config: Config, engine: Engine, started: float)
     data = load_split(config.data, encoder, config.task_type, config.model.hub)
     write_json(output_dir / "data_report.json", data.report())
     data.check(config.data)
+    keep_few_kernels(kernels_kept(config.task_type, data.train.counts.lengths, data.train.counts.targets))
     args = join_ranks(config, engine, precision, device)
     checkpoint = ranks.from_first(find_checkpoint(output_dir, config.resume_from_checkpoint))
     set_seed(args.seed)
@@ -454,7 +456,7 @@ def resolve_choices(
     by_products = choosing.measure_attention(inner, device, precision.compute)
     segment_attention.use_crossover(by_products)  # what attention keeps is measured below
     autocast = precision.compute if full and precision.compute != torch.float32 else None
-    activations = known_activations(inner, layout, autocast, lengths.longest)
+    activations = known_activations(inner, layout, autocast, int(examples.counts.sides.max()))
     keeps_copy = config.task_type == "dpo" and full and not config.preference.precompute_reference
     copied = sum(p.numel() for p in model.parameters()) * precision.compute.itemsize if keeps_copy else 0
     cacheable = cache_sizes(inner, precision.compute)
@@ -486,6 +488,7 @@ def resolve_choices(
         reference=copied,
         microbatches=steps * each,
         shapes=lengths.longest,
+        kernels=kernels_kept(config.task_type, examples.counts.lengths, examples.counts.targets),
         available=free_memory(device),
     )
     return choices, engine.share(whole)

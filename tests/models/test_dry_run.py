@@ -69,11 +69,11 @@ def test_checkpointed_layers_take_less() -> None:
 
 def test_a_card_computes_in_larger_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _, _ = prepared("llama", "lora")
-    monkeypatch.setitem(dry.token_nll.LOGITS_PER_CHUNK, "cpu", 32 * 264)
+    monkeypatch.setitem(dry.token_nll.BYTES_PER_CHUNK, "cpu", 32 * 4 * 264)
     rows = [pack(random_examples(300))]
     inner = transformers_model(model)
     assert dry_run(inner, rows, card=True).head > 2 * dry_run(inner, rows).head
-    assert dry.token_nll.LOGITS_PER_CHUNK["cpu"] == 32 * 264
+    assert dry.token_nll.BYTES_PER_CHUNK["cpu"] == 32 * 4 * 264
 
 
 def test_a_dry_run_leaves_the_model_as_it_was() -> None:

@@ -44,22 +44,23 @@ def loss_and_gradients(function: Any, inputs: list[Tensor], targets: Tensor, fac
 def test_the_summed_nll_in_chunks_is_the_one_of_full_logits(
     tokens: int, biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_nll, "LOGITS_PER_CHUNK", {"cpu": 32 * VOCABULARY})
+    monkeypatch.setattr(token_nll, "BYTES_PER_CHUNK", {"cpu": 4 * 32 * VOCABULARY})
     inputs, targets = head_inputs(tokens, biased)
     found = loss_and_gradients(summed_nll, inputs, targets, 0.37)
     assert_same(found, loss_and_gradients(naive_nll, inputs, targets, 0.37), 1e-5)
 
 
 def test_no_more_logits_than_a_chunk_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_nll, "LOGITS_PER_CHUNK", {"cpu": 40 * VOCABULARY})
+    monkeypatch.setattr(token_nll, "BYTES_PER_CHUNK", {"cpu": 4 * 40 * VOCABULARY})
     inputs, targets = head_inputs(100, biased=False)
-    rows = []
-    original = torch.log_softmax
-    monkeypatch.setattr(
-        torch, "log_softmax", lambda x, *rest, **names: rows.append(len(x)) or original(x, *rest, **names)
-    )
+    rows, worked_on = [], []
+    product, softmax = token_nll._logits, token_nll._log_softmax
+    monkeypatch.setattr(token_nll, "_logits", lambda part, *rest: rows.append(len(part)) or product(part, *rest))
+    monkeypatch.setattr(token_nll, "_log_softmax", lambda part: worked_on.append(len(part)) or softmax(part))
     summed_nll(inputs[0], inputs[1], None, targets)
     assert rows == [40, 40, 20]
+    assert sum(worked_on) == 100
+    assert max(worked_on) == token_nll.ROWS_AT_A_TIME
 
 
 @pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
@@ -68,6 +69,14 @@ def test_the_summed_nll_of_no_targets_is_zero_with_zero_gradients(biased: bool) 
     found = loss_and_gradients(summed_nll, inputs, targets, 1.0)
     assert found["hidden"].shape == (0, 16)
     assert all(value.count_nonzero() == 0 for value in found.values())
+
+
+def test_a_second_backward_through_the_same_pass_gives_the_same_gradients() -> None:
+    inputs, targets = head_inputs(50, biased=True)
+    loss = summed_nll(*inputs, targets)  # type: ignore[arg-type]
+    first = [gradient.clone() for gradient in torch.autograd.grad(3 * loss, inputs, retain_graph=True)]
+    for once, again in zip(first, torch.autograd.grad(3 * loss, inputs), strict=True):
+        torch.testing.assert_close(again, once, rtol=0, atol=0)
 
 
 def test_the_summed_nll_in_bf16_is_near_the_one_in_float64() -> None:
@@ -142,7 +151,7 @@ def test_a_prepared_model_has_the_loss_and_gradients_of_its_logits(name: str, mo
     model = tiny_model(name)
     own = copy.deepcopy(model)
     prepared(model)
-    monkeypatch.setattr(token_nll, "LOGITS_PER_CHUNK", {"cpu": 32 * VOCABULARY})  # several chunks
+    monkeypatch.setattr(token_nll, "BYTES_PER_CHUNK", {"cpu": 4 * 32 * VOCABULARY})  # several chunks
     (example,) = random_examples(150)
     loss = model(**pack([example]).model_inputs())["loss"]
     loss.backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +14,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from firefly.data.batching import pack
 from firefly.models.adapters import transformers_model
 from firefly.models.checkpointing import Checkpointing, install_checkpointing
-from firefly.models.memory import Activations, forecast_memory, measure_activations, optimizer_bytes_of
+from firefly.models.memory import (
+    KERNELS,
+    KERNELS_OF_SHORT_ROWS,
+    Activations,
+    forecast_memory,
+    kernels_kept,
+    measure_activations,
+    optimizer_bytes_of,
+)
 from tiny import SHAPE, prepared, random_examples
 
 CPU = torch.device("cpu")
@@ -135,3 +144,20 @@ def test_a_forecast_adds_up_the_parts() -> None:
 )
 def test_optimizer_state_by_name(name: str, expected: int) -> None:
     assert optimizer_bytes_of(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("task", "lengths", "targets", "kept"),
+    [
+        ("sft", [200, 100], [50, 50], KERNELS),
+        ("sft", [20, 30], [5, 5], KERNELS_OF_SHORT_ROWS),
+        ("dpo", [400, 300], [200, 200], KERNELS),  # three segments each
+        ("dpo", [150, 150], [100, 100], KERNELS_OF_SHORT_ROWS),
+        ("pretrain", [1024, 1024], [1020, 1020], KERNELS),  # four documents a block
+        ("pretrain", [1024, 1024], [980, 980], KERNELS_OF_SHORT_ROWS),
+    ],
+)
+def test_short_rows_need_the_code_of_more_products(
+    task: str, lengths: list[int], targets: list[int], kept: int
+) -> None:
+    assert kernels_kept(task, np.array(lengths), np.array(targets)) == kept

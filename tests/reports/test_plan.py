@@ -12,7 +12,7 @@ import torch
 
 from firefly.cli import main
 from firefly.config import load_config
-from firefly.models.memory import BLOCKS_MOST, Peak, assemble
+from firefly.models.memory import HOLES_MOST, Peak, assemble
 from firefly.reports.advice import advise
 from firefly.reports.machine import Machine, describe_machine, parse_memory
 from firefly.reports.plan import forecast, make_plan
@@ -163,11 +163,11 @@ def test_a_preference_run_counts_pairs_and_the_reference_of_a_full_one(tmp_path,
 def test_parts_follow_the_model():
     model, _, _ = prepared("llama", "lora")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    peak = Peak(activations=10**6, head=10**5, gradients=4 * trained, logits=10**4)
+    peak = Peak(activations=10**6, head=10**5, gradients=4 * trained)
     parts = assemble(model, "cpu", peak, optimizer_bytes=8, microbatches=1000, available=0).parts
     assert parts["adapter"] == parts["gradients"] == 4 * trained
     assert parts["optimizer"] == 8 * trained
-    assert parts["allocator"] == int(BLOCKS_MOST * 4e4)
+    assert parts["allocator"] == int(HOLES_MOST * peak.total)
     assert "allocator" not in assemble(model, "cuda", peak, optimizer_bytes=8, available=0).parts
 
 

@@ -72,6 +72,16 @@ class ExampleCounts:
     chosen_targets: np.ndarray
     sources: np.ndarray
 
+    @property
+    def sides(self) -> np.ndarray:
+        """Tokens of the longest text in each example: all of it, or a pair's prompt with the longer answer."""
+        return longest_sides(self.lengths, self.prompt, self.chosen_targets)
+
+
+def longest_sides(lengths: np.ndarray, prompt: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """prompt + max(chosen, rejected) of pairs; `lengths` where there is neither prompt nor chosen answer."""
+    return prompt + np.maximum(chosen, lengths - prompt - chosen)
+
 
 class Examples:
     """The examples of a run: those of its files, as often as its mixture says.

@@ -73,9 +73,7 @@ def dry_run(
                 _one_pass(model, rows, fake, live, solo, autocast, per_token)
     except Exception as error:  # whatever an architecture that looks at numbers may raise where there are none
         raise NoDryRun(str(error).partition("\n")[0]) from error
-    targets = max(len(row.targets) for row in rows)
-    logits = min(token_nll.logits_per_chunk(torch.device("cpu")), targets * model.config.get_text_config().vocab_size)
-    return Peak(live.peak[LAYERS], live.peak[HEAD], live.peak[GRADIENTS], len(live.products), logits)
+    return Peak(live.peak[LAYERS], live.peak[HEAD], live.peak[GRADIENTS], len(live.products))
 
 
 def counted_activations(
@@ -280,12 +278,12 @@ def _without_masks() -> Iterator[None]:
 @contextmanager
 def _as_on_a_card() -> Iterator[None]:
     """Chunks as a CUDA card computes them, and attention that keeps no probabilities, as `varlen_attn` keeps none."""
-    own = token_nll.LOGITS_PER_CHUNK["cpu"], gated_mlp.CPU_ROWS, segment_attention._crossover
-    token_nll.LOGITS_PER_CHUNK["cpu"] = token_nll.LOGITS_PER_CHUNK["cuda"]
-    gated_mlp.CPU_ROWS = 1 << 40
+    own = token_nll.BYTES_PER_CHUNK["cpu"], token_nll.ROWS_AT_A_TIME, gated_mlp.CPU_ROWS, segment_attention._crossover
+    token_nll.BYTES_PER_CHUNK["cpu"] = token_nll.BYTES_PER_CHUNK["cuda"]
+    token_nll.ROWS_AT_A_TIME = gated_mlp.CPU_ROWS = 1 << 40
     segment_attention.use_crossover(0)
     try:
         yield
     finally:
-        token_nll.LOGITS_PER_CHUNK["cpu"], gated_mlp.CPU_ROWS = own[:2]
-        segment_attention.use_crossover(own[2])
+        token_nll.BYTES_PER_CHUNK["cpu"], token_nll.ROWS_AT_A_TIME, gated_mlp.CPU_ROWS = own[:3]
+        segment_attention.use_crossover(own[3])

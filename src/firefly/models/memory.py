@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -20,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from firefly.data.schema import Segment
 from firefly.models.checkpointing import Checkpointing, decoder_layers
 from firefly.models.kernels.segment_attention import BLOCK
-from firefly.models.kernels.token_nll import logits_per_chunk
+from firefly.models.kernels.token_nll import ROWS_AT_A_TIME, chunk_bytes
 from firefly.ranks import local_world_size
 
 PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
@@ -62,14 +63,12 @@ class Peak:
         head: logits of a chunk and what else the head makes.
         gradients: of trained weights, as far as they are there.
         kernels: different products in 16 bit that a microbatch asks for: a CPU makes code for each.
-        logits: numbers of them that exist at a time.
     """
 
     activations: int
     head: int
     gradients: int
     kernels: int = 0
-    logits: int = 0
 
     @property
     def total(self) -> int:
@@ -126,7 +125,7 @@ def forecast_memory(
         "gradients": 4 * trained,
         "optimizer": optimizer_bytes * trained,
         "activations": int(activations.per_token(checkpointing) * tokens),
-        "head": 8 * logits_per_chunk(device),
+        "head": head_bytes(model, device, tokens, 2),
     }
     parts |= {name: size for name, size in {"weight cache": weight_cache, "reference": reference}.items() if size}
     # A CPU's weights may be pages of a file, which count as free until they are touched.
@@ -134,31 +133,47 @@ def forecast_memory(
     return Forecast(parts, loaded, free_memory(device) if available is None else available)
 
 
-BLOCKS, BLOCKS_MORE, BLOCKS_MOST = {2: 3.0, 4: 8.0}, 0.35, 24.0
-"""What a CPU's heap grows by beyond what lives on it, in blocks of a chunk's logits in fp32 (the largest that a step
-takes and gives back): at first (by the size of a number of the head's weight), by each microbatch, and at most. All of
-a run's memory is on the heap and stays there (`runs.memory.keep_freed_memory`), and what a step leaves in it (kernels'
-code, masks, small objects) comes to lie in the room of such a block, so that the next one does not fit.
+HOLES, HOLES_OF_4_BIT, HOLES_MORE, HOLES_MOST = 0.3, 0.15, 0.01, 0.7
+"""What a CPU's heap grows by beyond what lives on it, as a share of what a step takes and gives back: at first, more
+where 4-bit weights are dequantised in between, more by each microbatch, and at most. All of a run's memory is on the
+heap and stays there (`runs.memory.keep_freed_memory`), and microbatches of other sizes leave holes in which the next
+one's arrays do not fit. Measured with glibc 2.36, torch 2.13 and SmolLM2-135M (benchmarks/results/plan.json)."""
 
-Measured with glibc 2.36, torch 2.13 and SmolLM2-135M, less all that was counted. An fp32 head: 10 blocks after 2
-microbatches, 10 to 17 after 16 (full, LoRA, QLoRA and DPO alike, whatever their activations; the same run may differ by
-6), 23 after 35. One in bf16: 6 or 7 after 9 to 16, 10 after 22, 18 after 44, 23 after 66 microbatches of 512 tokens;
-those of 1,024 began 1 to 3 blocks higher."""
+KERNELS, KERNELS_OF_SHORT_ROWS, SHORT = 192, 1024, 64
+"""Pieces of code for 16-bit products that a CPU keeps at most (`runs.memory.keep_few_kernels`); where segments are
+shorter than so many tokens on average, one microbatch attends over so many lengths that it needs more of them. Measured
+with SmolLM2-135M: 75 in a microbatch of 1,024 tokens in rows of 200."""
 
-KERNELS, KERNEL_BYTES = 1024, 570_000
-"""oneDNN makes code for every shape of a 16-bit product and keeps that of so many; 0.5 to 0.7 MB each, measured with
-torch 2.13 on a CPU with AVX-512 BF16. Without 16-bit products there is none."""
+KERNEL_BYTES = 570_000
+"""oneDNN makes code for every shape of a 16-bit product; 0.5 to 0.7 MB each, measured with torch 2.13 on a CPU with
+AVX-512 BF16. Without 16-bit products there is none."""
 
 LIBRARIES = {"cpu": 130 << 20, "cuda": 600 << 20}
 """What a process takes besides: on a CPU what a run loads after its imports (measured: 110 to 130 MiB); on a card the
 CUDA context with its kernels, which no allocator counts (usual figure, not measured)."""
 
-PRODUCTS = 30
+PRODUCTS = 75
 """Different 16-bit products of a Llama with adapters in one microbatch, forward and backward."""
 
-LOGIT_BYTES = {2: 11, 4: 8.1}
-"""Bytes in the head at its peak for each logit of a chunk, by the size of a number in the compute type: the logits,
-their conversion to fp32 and log-probabilities or gradient."""
+
+def kernels_kept(task: str, lengths: np.ndarray, targets: np.ndarray) -> int:
+    """How many pieces of code for 16-bit products a CPU should keep: those of a microbatch, which every layer asks for
+    again, with room to spare.
+
+    Args:
+        lengths, targets: tokens of each example and those that are trained.
+    """
+    # All of a block of documents is trained but each one's first token; a pair is a prompt and two answers.
+    segments = int((lengths - targets).sum()) if task == "pretrain" else len(lengths) * (3 if task == "dpo" else 1)
+    return KERNELS if lengths.sum() >= SHORT * segments else KERNELS_OF_SHORT_ROWS
+
+
+def head_bytes(model: Any, device: torch.device, tokens: int, size: int) -> int:
+    """At the head's peak: a chunk's logits, numbers of `size` bytes, and what is made of them in fp32."""
+    vocabulary = model.config.get_text_config().vocab_size
+    chunk = chunk_bytes(device, tokens, vocabulary, size)
+    rows = chunk // (vocabulary * size)
+    return chunk + 4 * vocabulary * (min(rows, ROWS_AT_A_TIME) if device.type == "cpu" else rows)
 
 
 def assemble(
@@ -169,8 +184,9 @@ def assemble(
     optimizer_bytes: int,
     cache: int = 0,
     reference: int = 0,
-    microbatches: int = KERNELS,
-    shapes: int = KERNELS,
+    microbatches: int = 1000,
+    shapes: int = 1000,
+    kernels: int = KERNELS,
     available: int,
 ) -> Forecast:
     """The peak of a run of `model` (adapters attached, on any device) by part; parts of no size are left out.
@@ -181,6 +197,7 @@ def assemble(
         optimizer_bytes, cache, reference: as for `forecast_memory`.
         microbatches: that the run computes.
         shapes: different numbers of tokens that they have, about.
+        kernels: pieces of code for 16-bit products that are kept at most.
     """
     frozen = sum(_bytes_of(p) for p in model.parameters() if not p.requires_grad)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -200,10 +217,9 @@ def assemble(
         "libraries": LIBRARIES[kind],
     }
     if kind == "cpu":
-        parts["kernels"] = min(KERNELS, peak.kernels * min(microbatches, shapes)) * KERNEL_BYTES
-        head_weight = getattr(model.get_output_embeddings(), "weight", None)
-        first = BLOCKS[2 if head_weight is not None and head_weight.element_size() == 2 else 4]
-        parts["allocator"] = int(min(first + BLOCKS_MORE * microbatches, BLOCKS_MOST) * 4 * peak.logits)
+        parts["kernels"] = min(kernels, peak.kernels * min(microbatches, shapes)) * KERNEL_BYTES
+        first = HOLES + (HOLES_OF_4_BIT if any(hasattr(p, "quant_state") for p in model.parameters()) else 0)
+        parts["allocator"] = int(min(first + HOLES_MORE * microbatches, HOLES_MOST) * peak.total)
     return Forecast({name: size for name, size in parts.items() if size}, 0, available)
 
 
@@ -216,14 +232,11 @@ def estimated_peak(
         tokens: of the largest microbatch.
         size: bytes of a number in the compute type.
     """
-    vocabulary = model.config.get_text_config().vocab_size
-    logits = min(logits_per_chunk(device), tokens * vocabulary)
     return Peak(
         activations=int(activations.per_token(checkpointing) * tokens),
-        head=int(LOGIT_BYTES[size] * logits),
+        head=head_bytes(model, device, tokens, size),
         gradients=sum(4 * p.numel() for p in model.parameters() if p.requires_grad),
         kernels=PRODUCTS if size == 2 else 0,
-        logits=logits,
     )
 
 

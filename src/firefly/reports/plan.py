@@ -26,7 +26,15 @@ from firefly.models.flops import Products, necessary_flops
 from firefly.models.kernels import segment_attention
 from firefly.models.kernels.weight_cache import cache_sizes
 from firefly.models.loading import load_tokenizer, resolve_model
-from firefly.models.memory import KERNELS, Activations, Forecast, Peak, assemble, forecast_memory, optimizer_bytes_of
+from firefly.models.memory import (
+    Activations,
+    Forecast,
+    Peak,
+    assemble,
+    forecast_memory,
+    kernels_kept,
+    optimizer_bytes_of,
+)
 from firefly.models.outline import Outline, outline, quiet_libraries
 from firefly.models.precision import Precision
 from firefly.models.tokens import add_tokens
@@ -285,7 +293,7 @@ class _Sizing:
             crossover = segment_attention.GEMM_LONGEST
         segment_attention.use_crossover(crossover)  # what attention keeps depends on it
         activations = counted_activations(
-            self.inner, self.skeleton.layout, self.autocast, self.work.longest, card=self.card
+            self.inner, self.skeleton.layout, self.autocast, int(self.work.sides.max()), card=self.card
         )
         return choosing.choose(
             self.config.step,
@@ -340,7 +348,8 @@ class _Sizing:
             cache=0 if choices is None else sum(cache[: choices.cached_weights]),
             reference=self.reference_bytes,
             microbatches=computed * (self.steps or 1000),
-            shapes=len(np.unique(self.work.lengths)) if self.work.known else KERNELS,
+            shapes=len(np.unique(self.work.lengths)) if self.work.known else 1000,
+            kernels=kernels_kept(self.config.task_type, self.work.lengths, self.work.targets),
             available=self.machine.memory,
         )
 

@@ -60,7 +60,8 @@ def probe(plan: Plan, data: Split | None, steps: int = STEPS) -> Probe:
         raise UsageError("plan.no_probe")
     config, examples = plan.config, data.train
     count = min(steps * config.step.examples_per_rank, len(examples))
-    longest = np.argsort(-examples.counts.lengths, kind="stable")[:count]
+    # The longest last: it then finds a heap with the holes that others left, as in a run.
+    longest = np.argsort(examples.counts.lengths, kind="stable")[-count:]
     with tempfile.TemporaryDirectory(prefix="firefly-probe-") as folder:
         job = probe_config(config, examples, longest, Path(folder), steps)
         found = run_probe(job, Path(folder))

@@ -9,6 +9,7 @@ import numpy as np
 
 from firefly.config import Config
 from firefly.data.batching import ExampleList, PackedBatch, pack
+from firefly.data.examples import longest_sides
 from firefly.data.pair_batching import pack_pairs
 from firefly.data.schema import IGNORE, TokenPair, Tokens
 
@@ -37,21 +38,21 @@ class Work:
     def longest(self) -> int:
         return int(self.lengths.max())
 
+    @property
+    def sides(self) -> np.ndarray:
+        """Tokens of the longest text in each example."""
+        return longest_sides(self.lengths, self.prompt, self.chosen)
+
     def largest_step(self, examples: int) -> int:
         """Tokens of the largest step of so many examples that can be drawn."""
         return int(np.sort(self.lengths)[::-1][:examples].sum())
 
     def cut(self, limit: int) -> Work:
         """The same rows cut to `limit` tokens (a pair: either answer with its prompt); estimated by proportion."""
-        sides = np.where(self.chosen > 0, self.prompt + np.maximum(self.chosen, self._rejected), self.lengths)
-        share = np.minimum(1.0, limit / sides)
+        share = np.minimum(1.0, limit / self.sides)
         scaled = {name: np.ceil(getattr(self, name) * share).astype(np.int64) for name in ("lengths", "targets")}
         pairs = {name: np.ceil(getattr(self, name) * share).astype(np.int64) for name in ("prompt", "chosen")}
         return replace(self, **scaled, **pairs)
-
-    @property
-    def _rejected(self) -> np.ndarray:
-        return np.where(self.chosen > 0, self.lengths - self.prompt - self.chosen, 0)
 
     def heaviest(self, examples: int, budget: int) -> list[int]:
         """The examples of the largest microbatch under a budget that a step can draw: the longest one, and what of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 import torch
@@ -29,6 +30,20 @@ def memory_in_use(device: torch.device) -> int:
     if device.type != "cuda" and (resident := read_proc("/proc/self/status", "VmRSS")) is not None:
         return resident
     return peak_memory(device)
+
+
+KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""oneDNN's and, in front of it, torch's own (ideep); both read theirs at the first product."""
+
+
+def keep_few_kernels(count: int) -> None:
+    """Let a CPU keep the code of `count` 16-bit products, unless the user has said how much.
+
+    By default it keeps 1,024 pieces of 0.5 MB, one for every shape met; as microbatches differ in tokens, most are
+    never asked for again, and they come to lie in the middle of the heap. To be called before the first product.
+    """
+    for name in KERNEL_CACHES:
+        os.environ.setdefault(name, str(count))
 
 
 def keep_freed_memory(device: torch.device) -> bool:

@@ -15,9 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}
-"""Numbers of logits that exist at a time: 64 MiB in fp32 on a CPU. A GPU reads the whole head once a chunk, so it needs
-some hundreds of rows to be busy with more than that."""
+from firefly.models.kernels.gate import graph_is_kept
+
+BYTES_PER_CHUNK = {"cpu": 1 << 25, "cuda": 1 << 28}
+"""Bytes of logits that exist at a time. A GPU reads the whole head once a chunk, so it needs some hundreds of rows to
+be busy with more than that; on a CPU larger ones gain nothing, and leave larger holes in the heap."""
+
+ROWS_AT_A_TIME = 8
+"""Rows of logits that a CPU works on in fp32 at a time: 1.5 MiB of a vocabulary of 49,152."""
+
+WORDS_AT_A_TIME = 4096
+"""Rows of a head whose gradient a CPU computes in 16 bit at a time."""
 
 
 def summed_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -46,24 +54,93 @@ def _compute_type(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def logits_per_chunk(device: torch.device) -> int:
-    """Numbers of logits that exist at a time."""
-    return LOGITS_PER_CHUNK.get(device.type, LOGITS_PER_CHUNK["cpu"])
+def chunk_bytes(device: torch.device, tokens: int, vocabulary: int, size: int) -> int:
+    """Of the logits, numbers of `size` bytes, that exist at a time while the loss of `tokens` is computed."""
+    return min(tokens, _tokens_per_chunk(device, vocabulary, size)) * vocabulary * size
 
 
-def _chunks(weight: Tensor, tokens: int) -> list[slice]:
-    size = max(32, logits_per_chunk(weight.device) // weight.shape[0])
+def _tokens_per_chunk(device: torch.device, vocabulary: int, size: int) -> int:
+    return max(32, BYTES_PER_CHUNK.get(device.type, BYTES_PER_CHUNK["cpu"]) // (vocabulary * size))
+
+
+def _chunks(head: Tensor, tokens: int) -> list[slice]:
+    size = _tokens_per_chunk(head.device, len(head), head.element_size())
     return [slice(start, start + size) for start in range(0, tokens, size)]
 
 
-def _log_softmax(part: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
+def _logits(part: Tensor, head: Tensor, bias: Tensor | None, room: Tensor | None) -> Tensor:
+    """part · headᵀ + bias, in `room` where there is one."""
     bias = None if bias is None else bias.to(part.dtype)
     if _wide_products_by_onednn(part):
         # MKL reaches half of its rate where one side is a whole vocabulary wide; oneDNN loses nothing there.
-        logits = torch.ops.mkldnn._linear_pointwise(part, head, bias, "none", [], "")
-    else:
-        logits = torch.nn.functional.linear(part, head, bias)
+        return torch.ops.mkldnn._linear_pointwise(part, head, bias, "none", [], "")
+    if room is None:
+        return torch.nn.functional.linear(part, head, bias)
+    out = room[: len(part)]
+    return torch.mm(part, head.T, out=out) if bias is None else torch.addmm(bias, part, head.T, out=out)
+
+
+def _room(hidden: Tensor, head: Tensor) -> Tensor | None:
+    """Where the logits of one chunk after the other go; None where the product brings its own."""
+    if _wide_products_by_onednn(hidden):
+        return None
+    tokens = min(len(hidden), _tokens_per_chunk(head.device, len(head), head.element_size()))
+    return head.new_empty((tokens, len(head)))
+
+
+def _log_p_of_targets(logits: Tensor, target: Tensor) -> Tensor:
+    """log softmax(logits)[target] of each row, fp32 (rows,); target: (rows, 1)."""
+    found = [_log_softmax(logits[rows]).gather(1, target[rows]) for rows in _rows(logits)]
+    return torch.cat(found)[:, 0]
+
+
+def _to_gradient(
+    logits: Tensor, target: Tensor, weights: Tensor | None = None, bias_gradient: Tensor | None = None
+) -> Tensor:
+    """Turn logits, where they lie, into the gradient of Σ weights · NLL by them; return the rows' log p[target], fp32.
+
+    A few rows at a time on a CPU, so that what is made of them in fp32 never leaves its cache.
+
+    Args:
+        logits: (rows, vocabulary), changed.
+        target: (rows, 1) int64.
+        weights: (rows,) fp32, or None for 1.
+        bias_gradient: (vocabulary,) fp32; the gradient's sum over rows is added.
+    """
+    found = []
+    for rows in _rows(logits):
+        log_p = _log_softmax(logits[rows])
+        found.append(log_p.gather(1, target[rows]))
+        gradient = log_p.exp_()
+        gradient.scatter_add_(1, target[rows], gradient.new_full((1, 1), -1.0).expand(len(gradient), 1))
+        if weights is not None:
+            gradient *= weights[rows, None]
+        if bias_gradient is not None:
+            bias_gradient += gradient.sum(0)
+        logits[rows] = gradient
+    return torch.cat(found)[:, 0]
+
+
+def _add_product(gradient: Tensor, logits: Tensor, part: Tensor) -> None:
+    """gradient += logitsᵀ · part, with no second array of the head's size."""
+    if gradient.dtype == logits.dtype:
+        gradient.addmm_(logits.T, part)
+        return
+    # A 16-bit product has to be converted first; a card does that for the whole head at once.
+    size = WORDS_AT_A_TIME if logits.device.type == "cpu" else len(gradient)
+    for start in range(0, len(gradient), size):
+        words = slice(start, start + size)
+        gradient[words] += logits[:, words].T @ part
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+
+
+def _rows(logits: Tensor) -> list[slice]:
+    """What is made of logits at a time: a few rows on a CPU, all on a card, where every call has its price."""
+    size = ROWS_AT_A_TIME if logits.device.type == "cpu" else len(logits)
+    return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 
 def _wide_products_by_onednn(part: Tensor) -> bool:
@@ -89,31 +166,33 @@ class _SummedNLL(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for rows in _chunks(weight, len(targets)):
+        room = _room(hidden, head)
+        for rows in _chunks(head, len(targets)):
             part, target = hidden[rows], targets[rows, None]
-            log_p = _log_softmax(part, head, bias)
-            total -= log_p.gather(1, target).sum()
-            if not (needs_hidden or needs_weight or needs_bias):
-                continue
-            grad = log_p.exp_()
-            grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand(len(part), 1))
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            grad = grad.to(dtype)
+            logits = _logits(part, head, bias, room)
+            if needs_hidden or needs_weight or needs_bias:
+                total -= _to_gradient(logits, target, bias_gradient=grad_bias).sum()
+            else:
+                total -= _log_p_of_targets(logits, target).sum()
             if grad_hidden is not None:
-                torch.mm(grad, head, out=grad_hidden[rows])
+                torch.mm(logits, head, out=grad_hidden[rows])
             if grad_weight is not None:
-                grad_weight += grad.T @ part
+                _add_product(grad_weight, logits, part)
+            del logits  # before the next chunk's exist
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        # The loss is a plain sum, so every token's gradient is the same multiple of what forward kept.
-        hidden, weight, bias = (
-            None if kept is None else kept * grad_total.to(kept.dtype) for kept in ctx.saved_tensors
-        )
+        # The loss is a plain sum, so every token's gradient is the same multiple of what forward kept, and is scaled
+        # where that lies: there need not be two of the head's size.
+        hidden, weight, bias = ctx.saved_tensors
+        if graph_is_kept():
+            hidden, weight, bias = (None if kept is None else kept.clone() for kept in (hidden, weight, bias))
+        for kept in (hidden, weight, bias):
+            if kept is not None:
+                kept *= grad_total.to(kept.dtype)
         return hidden, None if weight is None else weight.to(ctx.weight_dtype), bias, None, None, None
 
 
@@ -136,12 +215,16 @@ class _TokenLogps(torch.autograd.Function):
         head = weight.to(dtype)
         out = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         towards = torch.empty_like(hidden) if needs_hidden and not ctx.trainable else None
-        for rows in _chunks(weight, len(targets)):
+        room = _room(hidden, head)
+        for rows in _chunks(head, len(targets)):
             target = targets[rows, None]
-            log_p = _log_softmax(hidden[rows], head, bias)
-            out[rows] = log_p.gather(1, target)[:, 0]
-            if towards is not None:
-                torch.mm(_minus_p(log_p, target).to(dtype), head, out=towards[rows])
+            logits = _logits(hidden[rows], head, bias, room)
+            if towards is None:
+                out[rows] = _log_p_of_targets(logits, target)
+            else:
+                out[rows] = _to_gradient(logits, target)
+                torch.mm(logits, head, out=towards[rows]).neg_()
+            del logits
         kept = (hidden, weight, bias, targets) if ctx.trainable else (None, None, None, None)
         ctx.save_for_backward(towards, *kept)
         ctx.dtype = dtype
@@ -156,18 +239,11 @@ class _TokenLogps(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        for rows in _chunks(weight, len(targets)):
-            log_p = _log_softmax(hidden[rows], head, bias)
-            grad_logits = _minus_p(log_p, targets[rows, None]).mul_(grad[rows, None])
-            if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
-            grad_logits = grad_logits.to(ctx.dtype)
-            torch.mm(grad_logits, head, out=grad_hidden[rows])
-            grad_weight += grad_logits.T @ hidden[rows]
+        room = _room(hidden, head)
+        for rows in _chunks(head, len(targets)):
+            logits = _logits(hidden[rows], head, bias, room)
+            _to_gradient(logits, targets[rows, None], -grad[rows].float(), grad_bias)
+            torch.mm(logits, head, out=grad_hidden[rows])
+            _add_product(grad_weight, logits, hidden[rows])
+            del logits
         return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None
-
-
-def _minus_p(log_p: Tensor, target: Tensor) -> Tensor:
-    """The gradient of log p[target] by the logits, in the place of `log_p`: 1 at the target, minus p."""
-    gradient = log_p.exp_().neg_()
-    return gradient.scatter_add_(1, target, gradient.new_ones((1, 1)).expand(len(target), 1))
