@@ -133,7 +133,7 @@ def forecast_memory(
     return Forecast(parts, loaded, free_memory(device) if available is None else available)
 
 
-HOLES, HOLES_OF_4_BIT, HOLES_MORE, HOLES_MOST = 0.3, 0.15, 0.01, 0.7
+HOLES, HOLES_OF_4_BIT, HOLES_MORE, HOLES_MOST = 0.12, 0.13, 0.012, 0.7
 """What a CPU's heap grows by beyond what lives on it, as a share of what a step takes and gives back: at first, more
 where 4-bit weights are dequantised in between, more by each microbatch, and at most. All of a run's memory is on the
 heap and stays there (`runs.memory.keep_freed_memory`), and microbatches of other sizes leave holes in which the next
