@@ -784,7 +784,10 @@ def test_the_refusal_reaches_the_shell_as_one_message_and_exit_code_2(
 
 
 def test_a_path_that_is_no_checkpoint_is_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="no complete checkpoint"):
+        run(resume_from_checkpoint=str(tmp_path / "empty"))
+    with pytest.raises(UsageError, match=r"nowhere does not exist\. Complete checkpoints in .*: –"):
         run(resume_from_checkpoint=str(tmp_path / "nowhere"))
 
 

@@ -18,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Firefly takes a base model and data to a trained, checked and served model.",
+    help="Firefly takes a base model and data to a trained and checked model, ready to be served.",
 )
 
 INTERRUPTED = 130
@@ -366,14 +366,10 @@ def runs_diff(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code (DESIGN.md, "Errors")."""
-    import warnings
-
-    from firefly.console import print_error
+    from firefly.console import hush_libraries, print_error
     from firefly.messages import render
 
-    # Libraries' notes to their own developers; what concerns the user passes through the catalogue.
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="This DataLoader will create")
+    hush_libraries()
     try:
         result = app(args=sys.argv[1:] if arguments is None else arguments, prog_name="firefly", standalone_mode=False)
         code = result if isinstance(result, int) else 0  # of an Exit: typer turns Ctrl-C into one, too

@@ -5,8 +5,10 @@ Of many ranks the first one speaks.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
+import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -48,6 +50,22 @@ def stdout_console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False)
+
+
+LIBRARIES_NOTES = {
+    "DeepSpeed": "Setting accelerator to CPU",
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+}
+"""What libraries log as they are imported and no user of ours has to act on, by their loggers: a machine without a card
+has none, and the missing kernel is for inference in 4 bit, which we dequantise for."""
+
+
+def hush_libraries() -> None:
+    """Silence libraries' notes to their own developers; what concerns the user passes through the catalogue."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
+    for name, beginning in LIBRARIES_NOTES.items():
+        logging.getLogger(name).addFilter(lambda record, said=beginning: not str(record.msg).startswith(said))
 
 
 OTHERS_WAIT = 3.0

@@ -31,6 +31,12 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def started_alone() -> bool:
+    """Whether `accelerate launch` started this process and no other: without a card it does so for any number asked
+    for, unless told --multi_gpu."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ
+
+
 def is_first() -> bool:
     """Whether this process speaks to the user and writes files."""
     return rank() == 0

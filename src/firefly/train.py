@@ -144,6 +144,8 @@ def train_into(output_dir: Path, config: Config, engine: Engine, started: float)
     data = load_split(config.data, encoder, config.task_type, config.model.hub)
     write_json(output_dir / "data_report.json", data.report())
     data.check(config.data)
+    if device.type == "cpu" and ranks.started_alone():
+        notice("engine.one_process")
     keep_few_kernels(kernels_kept(config.task_type, data.train.counts.lengths, data.train.counts.targets))
     args = join_ranks(config, engine, precision, device)
     checkpoint = ranks.from_first(find_checkpoint(output_dir, config.resume_from_checkpoint))

@@ -321,9 +321,12 @@ def test_a_cut_row_is_not_a_lost_one(write, encoder):
     assert examples.ledger.cut == 3
 
 
-@pytest.mark.parametrize("rows", [(), ("", " "), (chat("q", "a" * 500, system="s" * 500),)])
-def test_a_file_without_one_example_is_refused(write, encoder, rows):
-    with pytest.raises(UsageError, match=r"no row of .* can be trained"):
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [((), "is empty"), (("", " "), "is empty"), ((chat("q", "a" * 500, system="s" * 500),), r"no row of .* can be")],
+)
+def test_a_file_without_one_example_is_refused(write, encoder, rows, said):
+    with pytest.raises(UsageError, match=said):
         load_examples(write(*rows), DataConfig(max_seq_length=100, **FREE), encoder)
 
 

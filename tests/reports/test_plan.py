@@ -229,7 +229,7 @@ def test_a_run_prints_its_forecast_and_its_peak_and_keeps_both(capsys, settings)
     assert passport["memory"]["run_memory_bytes"] == results["run_memory_bytes"] > 0
     err = capsys.readouterr().err
     assert "memory forecast: " in err
-    assert "GiB at the peak, forecast " in err
+    assert "GiB at the peak above what imports took, forecast " in err
 
 
 def test_a_machine_without_its_speed_has_no_time(settings):

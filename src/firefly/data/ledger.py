@@ -129,6 +129,8 @@ class Ledger:
             )
         if on_too_long == "error" and self.lost[TOO_LONG]:
             raise UsageError("data.too_long", count=self.lost[TOO_LONG], file=self.file, rows=self.list(TOO_LONG))
+        if not self.rows:
+            raise UsageError("data.no_rows", file=self.file)
         if not self.examples:
             raise UsageError("data.nothing_left", file=self.file, rows=self.list(*self.lost))
         lost = sum(self.lost.values()) - self.lost[MALFORMED]

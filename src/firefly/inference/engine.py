@@ -84,7 +84,7 @@ class Engine:
                 model was trained with.
         """
         if adapter is None and not model.name_or_path:
-            raise UsageError("cli.missing_option", option="--model_name_or_path", usage="")
+            raise UsageError("chat.no_model")
         if adapter is None and (Path(model.name_or_path).expanduser() / "adapter_config.json").is_file():
             adapter, model = model.name_or_path, replace(model, name_or_path="")
         model = base_of_adapter(adapter, model) if adapter else model

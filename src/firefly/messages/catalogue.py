@@ -13,7 +13,6 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "no configuration given. Usage: firefly train CONFIG [--key value …]",
         "没有给出配置文件。用法：firefly train CONFIG [--key value …]",
     ),
-    "cli.missing_option": ("{option} is missing. {usage}", "缺少 {option}。{usage}"),
     "cli.interrupted": ("interrupted.", "已中断。"),
     "cli.out_of_memory": (
         "out of memory: {problem}. Lower tokens_per_microbatch or max_seq_length, set gradient_checkpointing to true, "
@@ -138,6 +137,12 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "不支持 {key} = {value}；请在训练结束后自行上传 output_dir。",
     ),
     # many ranks
+    "engine.one_process": (
+        "accelerate launch started one process, which trains alone. On CPUs it starts several with --multi_gpu, or use "
+        "torchrun --nproc_per_node=N.",
+        "accelerate launch 只启动了一个进程，由它单独训练。在 CPU 上需加 --multi_gpu 才会启动多个，"
+        "或使用 torchrun --nproc_per_node=N。",
+    ),
     "engine.two": (
         "both deepspeed and fsdp are asked for; keep one of them.",
         "同时要求使用 deepspeed 和 fsdp；请只保留一个。",
@@ -604,6 +609,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "no row of {file} can be trained.{rows}\nCheck the file, its format and max_seq_length.",
         "{file} 中没有可训练的行。{rows}\n请检查文件、格式和 max_seq_length。",
     ),
+    "data.no_rows": (
+        "{file} is empty: it holds no row. Write data into it, or name another file.",
+        "{file} 是空的，没有任何行。请写入数据，或指定其他文件。",
+    ),
     "data.lost_share": (
         "{lost} of {total} rows ({share}) of {file} would not be trained; max_lost_share allows {allowed}.{rows}\n"
         "Raise max_seq_length, correct the rows, or raise max_lost_share.",
@@ -767,8 +776,8 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "多张显卡：可分摊优化器、梯度与权重（docs/zh/scale.md）",
     ),
     "overview.peak": (
-        "memory: {measured} GiB at the peak, forecast {forecast} GiB ({error})",
-        "内存：峰值 {measured} GiB，预测 {forecast} GiB（{error}）",
+        "memory: {measured} GiB at the peak above what imports took, forecast {forecast} GiB ({error})",
+        "内存：峰值（扣除导入程序库所占）{measured} GiB，预测 {forecast} GiB（{error}）",
     ),
     # firefly check
     "check.title": ("Data check", "数据检查"),
@@ -858,8 +867,8 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "提示有 {tokens} 个 token，无法截断到 max_prompt_length {limit}（设为 null 则不限制）",
     ),
     "row.other_task": (
-        "a record of the format {format} is for task_type {task}, not {wanted}",
-        "{format} 格式的记录用于 task_type {task}，而不是 {wanted}",
+        "a record of the format {format} is for task_type {task}, not {wanted}: set task_type to {task} for it",
+        "{format} 格式的记录用于 task_type {task}，而不是 {wanted}：请将 task_type 设为 {task}",
     ),
     "row.bad_json_field": ("{field} is not valid JSON: {problem}", "{field} 不是有效的 JSON：{problem}"),
     "row.two_systems": (
@@ -1113,6 +1122,11 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "resume_from_checkpoint = {path} 不是完整的 checkpoint（缺少：{missing}）。"
         "设为 true 可使用最新的完整 checkpoint。",
     ),
+    "resume.absent": (
+        "resume_from_checkpoint = {path} does not exist. Complete checkpoints in {folder}: {found}. Use true for the "
+        "newest.",
+        "resume_from_checkpoint = {path} 不存在。{folder} 中完整的 checkpoint：{found}。设为 true 可使用最新的一个。",
+    ),
     "resume.changed": (
         "{path} belongs to a different run ({differences}). Restore the configuration and data, start anew with "
         "resume_from_checkpoint: false, or go on all the same with resume_anyway: true.",
@@ -1120,8 +1134,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "或设 resume_anyway: true 仍然继续。",
     ),
     "resume.other_weights": (
-        "{path} has other weights than this run would train ({differences}): resume_anyway cannot override {keys}.",
-        "{path} 中的权重与本次要训练的权重不同（{differences}）：resume_anyway 不能忽略 {keys}。",
+        "{path} has other weights than this run would train ({differences}), which nothing can override. Restore "
+        "{keys}, or start anew with resume_from_checkpoint: false.",
+        "{path} 中的权重与本次要训练的权重不同（{differences}），无法忽略。"
+        "请恢复 {keys} 的原值，或设 resume_from_checkpoint: false 重新开始。",
     ),
     "resume.anyway": (
         "{path} belongs to a different run and is continued all the same, as resume_anyway says ({differences}).",
@@ -1256,6 +1272,12 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "--{option} = {value!r} 无效；可选值：{choices}。",
     ),
     # chat
+    "chat.no_model": (
+        "no model given. Name one with --model_name_or_path (a folder, a hub id or smollm2-135m-instruct), or a "
+        "trained adapter with --adapter_name_or_path.",
+        "没有指定模型。请用 --model_name_or_path 指定模型（文件夹、模型名或 smollm2-135m-instruct），"
+        "或用 --adapter_name_or_path 指定训练好的适配器。",
+    ),
     "chat.welcome": (
         "Chatting with {name}. /reset forgets, /system TEXT sets the system prompt, /save FILE keeps the conversation, "
         "/exit leaves; Ctrl-C stops an answer.",

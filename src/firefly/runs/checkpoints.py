@@ -126,6 +126,9 @@ def find_checkpoint(output_dir: Path, request: bool | str | None) -> Path | None
         return None
     if isinstance(request, str):
         path = Path(request).expanduser()
+        if not path.exists():
+            found = ", ".join(map(str, checkpoints(output_dir))) or "–"
+            raise UsageError("resume.absent", path=path, folder=output_dir, found=found)
         missing = missing_files(path)
         if missing:
             raise UsageError("resume.incomplete", path=path, missing=", ".join(missing))
@@ -205,7 +208,7 @@ def check_same_run(checkpoint: Path, plan: RunPlan, anyway: bool = False) -> Non
     if differing:
         told = "; ".join(f"{name}: {_short(before)} → {_short(now)}" for name, (before, now) in differing.items())
         structure = [name for name in differing if name in STRUCTURE]
-        if anyway and structure:
+        if structure:
             raise UsageError("resume.other_weights", path=checkpoint, keys=", ".join(structure), differences=told)
         if not anyway:
             raise UsageError("resume.changed", path=checkpoint, differences=told)
