@@ -21,6 +21,7 @@ from typing import Any, Literal
 from firefly import legacy
 from firefly.console import notice, take_notices
 from firefly.errors import UsageError
+from firefly.messages import render
 
 
 def key(
@@ -431,7 +432,7 @@ def _check_names(model: ModelConfig, adapter: AdapterConfig) -> None:
     ):
         texts = names_in(value)
         if any(not isinstance(text, str) or not text for text in texts) or (name == "lora_target" and not texts):
-            raise UsageError("config.bad_type", key=name, value=json.dumps(value), expected="a list of names")
+            raise UsageError("config.bad_type", key=name, value=json.dumps(value), expected=render("type.names"))
 
 
 def names_in(value: str | Sequence[str]) -> list[str]:
@@ -503,7 +504,7 @@ def _checked_training(name: str, value: Any, annotation: str) -> Any:
     if value is None:
         if "None" in annotation:
             return None
-        raise UsageError("config.bad_type", key=name, value="null", expected="a value")
+        raise UsageError("config.bad_type", key=name, value="null", expected=render("type.value"))
     if value is False and "Strategy" in annotation:
         return "no"  # what YAML makes of `eval_strategy: no`
     for word, kind in (("float", float), ("int", int), ("bool", bool)):
@@ -518,8 +519,8 @@ def _checked_training(name: str, value: Any, annotation: str) -> Any:
 
 
 def _kind_name(kind: type | tuple[type, ...]) -> str:
-    names = {str: "text", int: "integer", float: "number", bool: "true or false", list: "list"}
-    return " or ".join(names[item] for item in (kind if isinstance(kind, tuple) else (kind,)))
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return f" {render('type.or')} ".join(render(f"type.{item.__name__}") for item in kinds)
 
 
 def _flat_fields(section: Any) -> dict[str, Any]:

@@ -59,6 +59,14 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "{key} = {value} is not valid; it must be at least {minimum} and less than {below}.",
         "{key} = {value} 无效；应不小于 {minimum} 且小于 {below}。",
     ),
+    "type.str": ("text", "文本"),
+    "type.int": ("integer", "整数"),
+    "type.float": ("number", "数字"),
+    "type.bool": ("true or false", "true 或 false"),
+    "type.list": ("list", "列表"),
+    "type.names": ("a list of names", "名称列表"),
+    "type.value": ("a value", "一个值"),
+    "type.or": ("or", "或"),
     "config.too_small": (
         "{key} = {value} is too small; the least is {minimum}.",
         "{key} = {value} 太小；最小值为 {minimum}。",
@@ -775,6 +783,11 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "several cards: divide optimizer, gradients and weights (docs/scale.md)",
         "多张显卡：可分摊优化器、梯度与权重（docs/zh/scale.md）",
     ),
+    "attention.products": (
+        "matrix products up to {tokens} tokens, else sdpa",
+        "{tokens} token 以内用矩阵乘法，更长用 sdpa",
+    ),
+    "attention.sdpa": ("sdpa per segment", "逐段 sdpa"),
     "overview.peak": (
         "memory: {measured} GiB at the peak above what imports took, forecast {forecast} GiB ({error})",
         "内存：峰值（扣除导入程序库所占）{measured} GiB，预测 {forecast} GiB（{error}）",

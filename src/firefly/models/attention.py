@@ -6,6 +6,8 @@ that, or fail the probe, run `solo`: one example per microbatch through the mode
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -154,6 +156,33 @@ def short_row(model: PreTrainedModel) -> dict[str, Any]:
     if model.config._attn_implementation == NAME:
         inputs["segments"] = (Segment(0, 12),)
     return inputs
+
+
+class _Met(Exception):
+    """The first call has come; nothing after it is needed."""
+
+
+def first_call(
+    model: Any, inputs: dict[str, Any], watching: Callable[[Callable[..., None]], AbstractContextManager[Any]]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """What something inside a model is called with first, positionally and by name; None where that never happens.
+
+    Args:
+        inputs: of the model's decoder.
+        watching: given a function, returns a context in which that is called with what the watched thing would be.
+    """
+    met: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        met.append((args, kwargs))
+        raise _Met
+
+    try:
+        with watching(stop), torch.no_grad():
+            decoder(model)(**inputs, use_cache=False)
+    except Exception:  # a model that is called otherwise has met nothing
+        pass
+    return met[0] if met else None
 
 
 def _probe_ids(model: PreTrainedModel) -> tuple[Tensor, Tensor]:

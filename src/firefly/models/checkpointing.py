@@ -6,7 +6,8 @@ layers go, the first ones first: when one of them is computed again, all later l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from torch.autograd.graph import save_on_cpu
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from firefly.errors import UsageError
-from firefly.models.attention import decoder, short_row
+from firefly.models.attention import first_call, short_row
 from firefly.models.kernels.gated_mlp import UNREAD, fused_blocks
 from firefly.models.kernels.second_pass import checkpoint_anywhere, checkpoint_plainly
 
@@ -77,7 +78,7 @@ def plain_layers(model: Any, layers: Sequence[nn.Module]) -> set[nn.Module]:
         blocks = list(fused_blocks(layer).values())
         kind = type(layer), *map(type, blocks)
         if kind not in found:
-            call = call or _first_call(model, layers[0])
+            call = call or first_call(model, short_row(model), partial(_instead_of, layers[0]))
             found[kind] = call is not None and len(blocks) == 1 and _is_plain(layer, blocks[0], call)
         for block in blocks:
             setattr(block, UNREAD, found[kind])
@@ -86,27 +87,14 @@ def plain_layers(model: Any, layers: Sequence[nn.Module]) -> set[nn.Module]:
     return plain
 
 
-class _Met(Exception):
-    """The first call has come; nothing after it is needed."""
-
-
-def _first_call(model: Any, layer: nn.Module) -> tuple[Any, dict[str, Any]] | None:
-    """What the model's first layer is called with for a short row."""
-    met: list[Any] = []
-
-    def stop(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        met.append((args, kwargs))
-        raise _Met
-
-    handle = layer.register_forward_pre_hook(stop, with_kwargs=True)
+@contextmanager
+def _instead_of(layer: nn.Module, function: Callable[..., None]) -> Iterator[None]:
+    """Call `function` before the layer, with what it is called with."""
+    handle = layer.register_forward_pre_hook(lambda _, args, kwargs: function(*args, **kwargs), with_kwargs=True)
     try:
-        with torch.no_grad():
-            decoder(model)(**short_row(model), use_cache=False)
-    except Exception:  # a model that is called otherwise has met nothing
-        pass
+        yield
     finally:
         handle.remove()
-    return met[0] if met else None
 
 
 def _is_plain(layer: Any, block: nn.Module, call: tuple[Any, dict[str, Any]]) -> bool:

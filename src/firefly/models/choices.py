@@ -27,6 +27,11 @@ hundred rows; a GPU's with some thousands, and NF4 weights are dequantised once 
 USEFUL_16_BIT = {"cpu": 1024}
 """Where products are faster, the calls around them weigh more: in bf16 a tenth is gained by twice the tokens."""
 
+USEFUL_WHOLE_16_BIT = {"cpu": 2048}
+"""Where whole weights are trained, each microbatch casts all of them and adds to all of their gradients: twice the
+tokens gain another twentieth, and take no more memory (SmolLM2 in bf16), since activations come to lie where the
+optimizer's state was made. In fp32, which casts nothing, they gain a twenty-fifth and take a ninth more."""
+
 LEAST = {"cpu": 1, "cuda": 2048}
 """Tokens of a microbatch that are worth computing layers again for."""
 
@@ -83,6 +88,7 @@ def choose(
     cache_bytes: list[int],
     attention_by_products: int = 0,
     compute: torch.dtype = torch.float32,
+    whole_weights: bool = False,
 ) -> Choices:
     """Resolve what `settings` leaves to measurement.
 
@@ -93,6 +99,7 @@ def choose(
         cache_bytes: what a copy of each 4-bit weight would take.
         attention_by_products: what `measure_attention` found.
         compute: the type that products are computed in.
+        whole_weights: whether they are trained, and no adapter.
     """
 
     empty = forecast(Checkpointing(), 0, 0)  # without tokens it is the same whatever is computed again
@@ -101,8 +108,9 @@ def choose(
     def fitting(checkpointing: Checkpointing) -> int:
         return int(room / max(activations.per_token(checkpointing), 1))
 
-    most = USEFUL[device.type] if compute == torch.float32 else (USEFUL | USEFUL_16_BIT)[device.type]
-    useful = min(most, max(lengths.step, lengths.longest))
+    in_16_bit = USEFUL_16_BIT | (USEFUL_WHOLE_16_BIT if whole_weights else {})
+    most = USEFUL if compute == torch.float32 else USEFUL | in_16_bit
+    useful = min(most[device.type], max(lengths.step, lengths.longest))
     asked = None if isinstance(settings.tokens_per_microbatch, str) else settings.tokens_per_microbatch
     checkpointing = _choose_checkpointing(settings, activations.layers, fitting, lengths, useful, asked, device)
     budget = asked or max(lengths.longest, min(useful, fitting(checkpointing)))

@@ -50,8 +50,8 @@ class DataCheck:
             "task": self.task,
             "template": None if self.task == "pretrain" else self.template.name,
             **self.data.report(),
-            "lengths": histogram(examples.lengths),
-            "target_share": target_shares(examples.lengths, examples.targets),
+            "lengths": histogram(examples.counts.input_tokens),
+            "target_share": target_shares(examples.counts.input_tokens, examples.targets),
             "problem": self.problem,
         }
 
@@ -136,14 +136,12 @@ def show_check(check: DataCheck, console: Any) -> None:
     formats = ", ".join(f"{name} {count}" for name, count in data.train.ledger.formats.items()) or "–"
     template = "–" if check.task == "pretrain" else check.template.name
     console.print(render("check.format", formats=formats, task=check.task, template=template))
+    tokens = data.train.counts.input_tokens  # as the ledger counts them: the prompt of a pair once for each answer
     for title, bars in (
-        (render("check.lengths"), [(f"{b['from']}–{b['to']}", b["count"]) for b in histogram(data.train.lengths)]),
+        (render("check.lengths"), [(f"{b['from']}–{b['to']}", b["count"]) for b in histogram(tokens)]),
         (
             render("check.target_share"),
-            [
-                (f"{b['from']:.0%}–{b['to']:.0%}", int(b["count"]))
-                for b in target_shares(data.train.lengths, data.train.targets)
-            ],
+            [(f"{b['from']:.0%}–{b['to']:.0%}", int(b["count"])) for b in target_shares(tokens, data.train.targets)],
         ),
     ):
         show_bars(console, title, bars)

@@ -77,7 +77,7 @@ def show_run(
         console.print(render("overview.elementwise", name=implementation(device)), soft_wrap=True)
     if reason:
         console.print(render("overview.solo", reason=reason), soft_wrap=True, style="yellow")
-    parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in forecast.parts.items())
+    parts = ", ".join(f"{render(f'part.{part}')} {size / 2**30:.2f}" for part, size in forecast.parts.items())
     available = f"{forecast.available / 2**30:.1f}"
     console.print(
         render("overview.forecast", total=f"{forecast.total / 2**30:.2f}", parts=parts, available=available),

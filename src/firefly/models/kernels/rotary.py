@@ -7,14 +7,15 @@ call, by what is called: arrays on a card, of the form that the trial has seen. 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from firefly.models.attention import decoder
+from firefly.models.attention import first_call
 from firefly.models.kernels.elementwise import implementation
 from firefly.models.kernels.rotation import rotate
 from firefly.models.precision import has_bf16
@@ -36,7 +37,7 @@ def install_rotary(model: Any) -> int:
     for names in _modules_with_rotary(model):
         own: Rotary = getattr(names[NAME], "own", names[NAME])
         names[NAME] = own  # a trial is of the own function; what fails it stays, also if another model passed before
-        arguments = _first_call(model, names)
+        arguments = _rotary_call(model, names)
         keeps_type = None if arguments is None else _same_result(own, arguments)
         if keeps_type is not None:
             names[NAME] = _choosing(own, keeps_type)
@@ -55,33 +56,24 @@ def _modules_with_rotary(model: nn.Module) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-class _Met(Exception):
-    """The first call has come; nothing after it is needed."""
-
-
-def _first_call(model: Any, names: dict[str, Any]) -> tuple[Tensor, ...] | None:
+def _rotary_call(model: Any, names: dict[str, Any]) -> tuple[Tensor, ...] | None:
     """What the model's first layer calls the function with, for a row of two examples; None if it does otherwise."""
-    own, met = names[NAME], []
-
-    def stop(*args: Any, **kwargs: Any) -> None:
-        met.append((args, kwargs))
-        raise _Met
-
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.arange(12, device=model.device)[None] * 7919 % max(vocabulary - 2, 1)
     positions = torch.cat((torch.arange(5), torch.arange(7)))[None].to(model.device)
-    names[NAME] = stop
+    call = first_call(model, {"input_ids": ids, "position_ids": positions}, partial(_instead_of, names))
+    return call[0] if call and _fits(*call) else None
+
+
+@contextmanager
+def _instead_of(names: dict[str, Any], function: Callable[..., None]) -> Iterator[None]:
+    """Call `function` in the place of the rotary function."""
+    own = names[NAME]
+    names[NAME] = function
     try:
-        with torch.no_grad():
-            decoder(model)(input_ids=ids, position_ids=positions, use_cache=False)
-    except Exception:  # a model that is called otherwise has met nothing, and keeps its own
-        pass
+        yield
     finally:
         names[NAME] = own
-    if not met:
-        return None
-    args, kwargs = met[0]
-    return args if _fits(args, kwargs) else None
 
 
 def _same_result(own: Rotary, arguments: tuple[Tensor, ...]) -> bool | None:

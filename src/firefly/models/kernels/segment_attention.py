@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from firefly.data.schema import Segment
+from firefly.messages import render
 from firefly.models.kernels.varlen_attention import attend_varlen, device_has_kernel, is_supported
 
 BLOCK = 256
@@ -123,8 +124,8 @@ def describe_attention(device: torch.device, dtype: torch.dtype) -> str:
     if dtype in (torch.bfloat16, torch.float16) and device_has_kernel(device):
         return "varlen_attn"
     if device.type == "cpu" and dtype == torch.bfloat16:
-        return f"matrix products up to {_crossover} tokens, else sdpa"
-    return "sdpa per segment"
+        return render("attention.products", tokens=_crossover)
+    return render("attention.sdpa")
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: Any, dropout: float) -> Tensor:
