@@ -53,7 +53,7 @@ class Side:
             end_of_log = log.read()[-4000:]
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode or not lines:
-            raise SideFailed(f"{shlex.join(command)} ended with {done.returncode}:\n{end_of_log}")
+            raise SideFailed(f"{Path(command[1]).name} ended with {done.returncode}:\n{end_of_log}")
         return json.loads(lines[-1]) | {"load_average_before": load_before}
 
 

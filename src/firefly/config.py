@@ -519,8 +519,9 @@ def _checked_training(name: str, value: Any, annotation: str) -> Any:
 
 
 def _kind_name(kind: type | tuple[type, ...]) -> str:
+    codes = {str: "type.str", int: "type.int", float: "type.float", bool: "type.bool", list: "type.list"}
     kinds = kind if isinstance(kind, tuple) else (kind,)
-    return f" {render('type.or')} ".join(render(f"type.{item.__name__}") for item in kinds)
+    return f" {render('type.or')} ".join(render(codes[item]) for item in kinds)
 
 
 def _flat_fields(section: Any) -> dict[str, Any]:
