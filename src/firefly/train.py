@@ -55,7 +55,7 @@ from firefly.models.memory import (
 )
 from firefly.models.precision import Precision, pick_device, resolve_precision
 from firefly.models.tokens import add_tokens, fit_embeddings
-from firefly.models.verdicts import known_activations, known_layout
+from firefly.models.verdicts import known_activations, known_crossover, known_layout
 from firefly.objectives.engines import Engine, divide, load_whole, resolve_engine
 from firefly.objectives.preference import PREFERENCE_LOSSES
 from firefly.objectives.preference_trainer import PreferenceTrainer, disable_dropout
@@ -455,7 +455,7 @@ def resolve_choices(
     inner, full = transformers_model(model), config.adapter.mode == "full"
     largest = np.sort(examples.counts.lengths)[::-1][: config.step.examples_per_rank]
     lengths = Lengths(longest=int(largest[0]), step=int(largest.sum()))
-    by_products = choosing.measure_attention(inner, device, precision.compute)
+    by_products = known_crossover(inner, device, precision.compute)
     segment_attention.use_crossover(by_products)  # what attention keeps is measured below
     autocast = precision.compute if full and precision.compute != torch.float32 else None
     activations = known_activations(inner, layout, autocast, int(examples.counts.sides.max()))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from firefly.config import StepConfig
+from firefly.models import verdicts
 from firefly.models.checkpointing import Checkpointing
 from firefly.models.choices import LEAST, USABLE, USEFUL, Choices, Lengths, choose, settled
 from firefly.models.memory import Activations, Forecast
+from tiny import tiny_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 TEN_LAYERS = Activations(10, kept=1000, entering=100, outside=0)  # 10,000 bytes a token, 2,000 with all checkpointed
@@ -128,3 +131,15 @@ def test_memory_that_no_microbatch_needs_goes_to_copies_of_4_bit_weights() -> No
     asked = chosen(room, step=16_000, cache=copies, tokens_per_microbatch=15_000)
     assert asked.tokens_per_microbatch == 15_000
     assert asked.cached_weights == 0
+
+
+def test_attention_is_measured_once_for_heads_of_a_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A plan and its run would disagree else, where other programs are busy during one of them."""
+    measured: list[tuple[int, ...]] = []
+    monkeypatch.setenv("FIREFLY_CACHE", str(tmp_path))
+    monkeypatch.setattr(verdicts, "measure_crossover", lambda *shape: measured.append(shape) or 256 * len(measured))
+    model, cpu = tiny_model("llama"), torch.device("cpu")
+    assert [verdicts.known_crossover(model, cpu, torch.bfloat16) for _ in range(3)] == [256, 256, 256]
+    assert verdicts.known_crossover(tiny_model("qwen3"), cpu, torch.bfloat16) in (256, 512)
+    assert verdicts.known_crossover(model, cpu, torch.float32) == 0
+    assert measured[0] == (model.config.num_attention_heads, model.config.num_key_value_heads, measured[0][2])

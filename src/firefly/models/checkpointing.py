@@ -78,7 +78,7 @@ def plain_layers(model: Any, layers: Sequence[nn.Module]) -> set[nn.Module]:
         blocks = list(fused_blocks(layer).values())
         kind = type(layer), *map(type, blocks)
         if kind not in found:
-            call = call or first_call(model, short_row(model), partial(_instead_of, layers[0]))
+            call = call or first_call(model, short_row(model), partial(_before, layers[0]))
             found[kind] = call is not None and len(blocks) == 1 and _is_plain(layer, blocks[0], call)
         for block in blocks:
             setattr(block, UNREAD, found[kind])
@@ -88,7 +88,7 @@ def plain_layers(model: Any, layers: Sequence[nn.Module]) -> set[nn.Module]:
 
 
 @contextmanager
-def _instead_of(layer: nn.Module, function: Callable[..., None]) -> Iterator[None]:
+def _before(layer: nn.Module, function: Callable[..., None]) -> Iterator[None]:
     """Call `function` before the layer, with what it is called with."""
     handle = layer.register_forward_pre_hook(lambda _, args, kwargs: function(*args, **kwargs), with_kwargs=True)
     try:

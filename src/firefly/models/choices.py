@@ -97,7 +97,7 @@ def choose(
 
     Args:
         cache_bytes: what a copy of each 4-bit weight would take.
-        attention_by_products: what `measure_attention` found.
+        attention_by_products: what `verdicts.known_crossover` found.
         compute: the type that products are computed in.
         whole_weights: whether they are trained, and no adapter.
     """
@@ -184,14 +184,3 @@ def apply(choices: Choices, model: Any, compute: torch.dtype) -> None:
     segment_attention.use_crossover(choices.attention_by_products)
     install_checkpointing(model, choices.checkpointing)
     cache_weights(model, choices.cached_weights, compute)
-
-
-def measure_attention(model: Any, device: torch.device, compute: torch.dtype) -> int:
-    """Tokens up to which this CPU computes this model's attention faster by products; 0 where there is no choice."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
-    if device.type != "cpu" or compute != torch.bfloat16 or not heads:
-        return 0
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    return segment_attention.measure_crossover(heads, key_heads, width)

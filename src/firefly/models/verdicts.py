@@ -21,6 +21,7 @@ from torch import nn
 
 from firefly.data.dataset import cache_folder
 from firefly.models.attention import NAME, choose_layout
+from firefly.models.kernels.segment_attention import measure_crossover
 from firefly.models.memory import Activations, measure_activations
 
 
@@ -47,6 +48,27 @@ def known_activations(model: Any, layout: str, autocast: torch.dtype | None, lon
         _write(path, asdict(measured))
         return measured
     return Activations(**found)
+
+
+def known_crossover(model: Any, device: torch.device, compute: torch.dtype) -> int:
+    """Tokens up to which this CPU computes this model's attention faster by products; 0 where there is no choice.
+
+    Measured once for heads of a shape, so that a plan and the run it is for agree, however busy the machine is.
+    """
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    if device.type != "cpu" or compute != torch.bfloat16 or not heads:
+        return 0
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shape = heads, getattr(config, "num_key_value_heads", None) or heads, width
+    machine = torch.backends.cpu.get_cpu_capability(), os.cpu_count(), torch.get_num_threads()
+    digest = hashlib.sha256(json.dumps([*shape, *machine, torch.__version__, code_hash()]).encode()).hexdigest()
+    path = cache_folder() / "verdicts" / f"attention-{digest[:32]}.json"
+    found = _read(path)
+    if found is None:
+        found = {"tokens": measure_crossover(*shape)}
+        _write(path, found)
+    return int(found["tokens"])
 
 
 def _path(kind: str, model: Any, parts: list[Any]) -> Path | None:

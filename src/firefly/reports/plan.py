@@ -38,6 +38,7 @@ from firefly.models.memory import (
 from firefly.models.outline import Outline, outline, quiet_libraries
 from firefly.models.precision import Precision
 from firefly.models.tokens import add_tokens
+from firefly.models.verdicts import known_crossover
 from firefly.objectives.preference import PREFERENCE_LOSSES
 from firefly.reports.machine import Machine, describe_machine, matmul_rate, precision_on
 from firefly.reports.work import Work, assumed_work, work_of
@@ -288,7 +289,7 @@ class _Sizing:
         """What a run on the machine would choose."""
         crossover = 0
         if self.machine.here:
-            crossover = choosing.measure_attention(self.inner, self.machine.device, self.precision.compute)
+            crossover = known_crossover(self.inner, self.machine.device, self.precision.compute)
         elif self.machine.kind == "cpu":
             crossover = segment_attention.GEMM_LONGEST
         segment_attention.use_crossover(crossover)  # what attention keeps depends on it

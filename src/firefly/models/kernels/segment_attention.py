@@ -110,9 +110,9 @@ def measure_crossover(heads: int, key_heads: int, width: int) -> int:
 
 
 def _seconds(way: Any, inputs: list[Tensor], scale: float) -> float:
-    """The least of three runs."""
+    """The least of some runs: other programs may be busy."""
     found = []
-    for _ in range(3):
+    for _ in range(7):
         started = time.perf_counter()
         torch.autograd.grad(way(*inputs, scale, None, None, 0.0).sum(), inputs)
         found.append(time.perf_counter() - started)
