@@ -29,8 +29,9 @@ USEFUL_16_BIT = {"cpu": 1024}
 
 USEFUL_WHOLE_16_BIT = {"cpu": 2048}
 """Where whole weights are trained, each microbatch casts all of them and adds to all of their gradients: twice the
-tokens gain another twentieth (SmolLM2 in bf16). A step of 1,600 tokens took no more memory so, since activations come to
-lie where the optimizer's state was made; one of 4,096 took a fifth more. In fp32, which casts nothing, they gain less."""
+tokens gain another twentieth (SmolLM2 in bf16). A step of 1,600 tokens took no more memory so, since activations come
+to lie where the optimizer's state was made; one of 4,096 took a fifth more. In fp32, which casts nothing, less is
+gained."""
 
 LEAST = {"cpu": 1, "cuda": 2048}
 """Tokens of a microbatch that are worth computing layers again for."""
