@@ -62,8 +62,7 @@ def known_crossover(model: Any, device: torch.device, compute: torch.dtype) -> i
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     shape = heads, getattr(config, "num_key_value_heads", None) or heads, width
     machine = torch.backends.cpu.get_cpu_capability(), os.cpu_count(), torch.get_num_threads()
-    digest = hashlib.sha256(json.dumps([*shape, *machine, torch.__version__, code_hash()]).encode()).hexdigest()
-    path = cache_folder() / "verdicts" / f"attention-{digest[:32]}.json"
+    path = _file("attention", [*shape, *machine, torch.__version__, code_hash()])
     found = _read(path)
     if found is None:
         found = {"tokens": measure_crossover(*shape)}
@@ -81,7 +80,12 @@ def _path(kind: str, model: Any, parts: list[Any]) -> Path | None:
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     versions = torch.__version__, transformers.__version__, code_hash()
     whole = [f"{type(model).__module__}.{type(model).__qualname__}", config, shapes, card, versions, parts]
-    digest = hashlib.sha256(json.dumps(whole, default=str, sort_keys=True).encode()).hexdigest()
+    return _file(kind, whole)
+
+
+def _file(kind: str, rests_on: list[Any]) -> Path:
+    """Where a verdict lies that rests on all of this."""
+    digest = hashlib.sha256(json.dumps(rests_on, default=str, sort_keys=True).encode()).hexdigest()
     return cache_folder() / "verdicts" / f"{kind}-{digest[:32]}.json"
 
 
