@@ -469,7 +469,7 @@ def resolve_choices(
         return engine.share(whole)
 
     choices = choosing.choose(
-        config.step, activations, forecast, lengths, device, cacheable, by_products, precision.compute, full
+        config.step, activations, forecast, lengths, device, cacheable, by_products, precision.compute
     )
     if args.optim in PAGED_ADAM and device.type == "cuda" and not (engine.deepspeed or engine.divides):
         tokens = lengths.largest_microbatch(choices.tokens_per_microbatch)

@@ -54,13 +54,23 @@ def test_no_more_logits_than_a_chunk_exist_at_a_time(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(token_nll, "BYTES_PER_CHUNK", {"cpu": 4 * 40 * VOCABULARY})
     inputs, targets = head_inputs(100, biased=False)
     rows, worked_on = [], []
-    product, softmax = token_nll._logits, token_nll._log_softmax
+    product, softmax = token_nll._logits, token_nll._softmax
     monkeypatch.setattr(token_nll, "_logits", lambda part, *rest: rows.append(len(part)) or product(part, *rest))
-    monkeypatch.setattr(token_nll, "_log_softmax", lambda part: worked_on.append(len(part)) or softmax(part))
+    monkeypatch.setattr(token_nll, "_softmax", lambda part, *rest: worked_on.append(len(part)) or softmax(part, *rest))
     summed_nll(inputs[0], inputs[1], None, targets)
     assert rows == [40, 40, 20]
     assert sum(worked_on) == 100
     assert max(worked_on) == token_nll.ROWS_AT_A_TIME
+
+
+def test_a_target_far_below_the_largest_logit_costs_its_whole_distance() -> None:
+    """Its probability is 0 in fp32, its NLL is not."""
+    weight = torch.zeros(VOCABULARY, 1)
+    weight[0], weight[3] = 400.0, -300.0
+    inputs = torch.ones(2, 1, requires_grad=True), weight
+    loss = summed_nll(*inputs, None, torch.tensor([3, 0]))
+    torch.testing.assert_close(loss.item(), 700.0)
+    torch.testing.assert_close(torch.autograd.grad(loss, inputs[0])[0], torch.tensor([[700.0], [0.0]]))
 
 
 @pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])

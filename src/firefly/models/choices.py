@@ -24,14 +24,10 @@ USEFUL = {"cpu": 512, "cuda": 16384}
 """Tokens of a microbatch beyond which a device gets no faster: a CPU's matrix products reach their rate with a few
 hundred rows; a GPU's with some thousands, and NF4 weights are dequantised once per microbatch."""
 
-USEFUL_16_BIT = {"cpu": 1024}
-"""Where products are faster, the calls around them weigh more: in bf16 a tenth is gained by twice the tokens."""
-
-USEFUL_WHOLE_16_BIT = {"cpu": 2048}
-"""Where whole weights are trained, each microbatch casts all of them and adds to all of their gradients: twice the
-tokens gain another twentieth (SmolLM2 in bf16). A step of 1,600 tokens took no more memory so, since activations come
-to lie where the optimizer's state was made; one of 4,096 took a fifth more. In fp32, which casts nothing, less is
-gained."""
+USEFUL_16_BIT = {"cpu": 2048}
+"""Where products are faster, the calls around them weigh more: a microbatch of SmolLM2 in bf16 took 0.13 s beside what
+its tokens took, so that twice as many as 1,024 at a time gained a tenth. Whole weights are cast, and their gradients
+added to, once a microbatch besides."""
 
 LEAST = {"cpu": 1, "cuda": 2048}
 """Tokens of a microbatch that are worth computing layers again for."""
@@ -89,7 +85,6 @@ def choose(
     cache_bytes: list[int],
     attention_by_products: int = 0,
     compute: torch.dtype = torch.float32,
-    whole_weights: bool = False,
 ) -> Choices:
     """Resolve what `settings` leaves to measurement.
 
@@ -100,7 +95,6 @@ def choose(
         cache_bytes: what a copy of each 4-bit weight would take.
         attention_by_products: what `verdicts.known_crossover` found.
         compute: the type that products are computed in.
-        whole_weights: whether they are trained, and no adapter.
     """
 
     empty = forecast(Checkpointing(), 0, 0)  # without tokens it is the same whatever is computed again
@@ -109,8 +103,7 @@ def choose(
     def fitting(checkpointing: Checkpointing) -> int:
         return int(room / max(activations.per_token(checkpointing), 1))
 
-    in_16_bit = USEFUL_16_BIT | (USEFUL_WHOLE_16_BIT if whole_weights else {})
-    most = USEFUL if compute == torch.float32 else USEFUL | in_16_bit
+    most = USEFUL if compute == torch.float32 else USEFUL | USEFUL_16_BIT
     useful = min(most[device.type], max(lengths.step, lengths.longest))
     asked = None if isinstance(settings.tokens_per_microbatch, str) else settings.tokens_per_microbatch
     checkpointing = _choose_checkpointing(settings, activations.layers, fitting, lengths, useful, asked, device)

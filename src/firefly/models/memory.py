@@ -139,10 +139,10 @@ where 4-bit weights are dequantised in between, more by each microbatch, and at 
 heap and stays there (`runs.memory.keep_freed_memory`), and microbatches of other sizes leave holes in which the next
 one's arrays do not fit. Measured with glibc 2.36, torch 2.13 and SmolLM2-135M (benchmarks/results/plan.json)."""
 
-KERNELS, KERNELS_OF_SHORT_ROWS, SHORT = 192, 1024, 64
+KERNELS, KERNELS_OF_SHORT_ROWS, SHORT = 192, 1024, 80
 """Pieces of code for 16-bit products that a CPU keeps at most (`runs.memory.keep_few_kernels`); where segments are
 shorter than so many tokens on average, one microbatch attends over so many lengths that it needs more of them. Measured
-with SmolLM2-135M: 75 in a microbatch of 1,024 tokens in rows of 200."""
+with SmolLM2-135M: 30 in any microbatch, and 6 for each length in it, of which 2,048 tokens have 26 at most then."""
 
 KERNEL_BYTES = 570_000
 """oneDNN makes code for every shape of a 16-bit product; 0.5 to 0.7 MB each, measured with torch 2.13 on a CPU with

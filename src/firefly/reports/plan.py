@@ -305,7 +305,6 @@ class _Sizing:
             cache_sizes(self.inner, self.precision.compute),
             crossover,
             self.precision.compute,
-            self.full,
         )
 
     def _room(self, activations: Activations, checkpointing: Checkpointing, tokens: int, cached: int) -> Forecast:

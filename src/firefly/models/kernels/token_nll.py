@@ -88,12 +88,6 @@ def _room(hidden: Tensor, head: Tensor) -> Tensor | None:
     return head.new_empty((tokens, len(head)))
 
 
-def _log_p_of_targets(logits: Tensor, target: Tensor) -> Tensor:
-    """log softmax(logits)[target] of each row, fp32 (rows,); target: (rows, 1)."""
-    found = [_log_softmax(logits[rows]).gather(1, target[rows]) for rows in _rows(logits)]
-    return torch.cat(found)[:, 0]
-
-
 def _to_gradient(
     logits: Tensor, target: Tensor, weights: Tensor | None = None, bias_gradient: Tensor | None = None
 ) -> Tensor:
@@ -109,9 +103,8 @@ def _to_gradient(
     """
     found = []
     for rows in _rows(logits):
-        log_p = _log_softmax(logits[rows])
-        found.append(log_p.gather(1, target[rows]))
-        gradient = log_p.exp_()
+        gradient, log_p = _softmax(logits[rows], target[rows])
+        found.append(log_p)
         gradient.scatter_add_(1, target[rows], gradient.new_full((1, 1), -1.0).expand(len(gradient), 1))
         if weights is not None:
             gradient *= weights[rows, None]
@@ -133,8 +126,22 @@ def _add_product(gradient: Tensor, logits: Tensor, part: Tensor) -> None:
         gradient[words] += logits[:, words].T @ part
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
-    return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+def _softmax(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(softmax(logits), log softmax(logits)[target]) in fp32: (rows, vocabulary), (rows, 1).
+
+    One exponential fewer than by way of log softmax: the largest p is 1 / Σ exp(logit − largest logit), exactly, and
+    is no less than 1 / vocabulary, so that its logarithm has all of fp32's digits.
+    """
+    wide = logits if logits.is_cuda else logits.float()  # a card converts as it reads
+    p = torch.softmax(wide, dim=-1, dtype=torch.float32)
+    above = wide.gather(1, target).float() - wide.amax(-1, keepdim=True).float()
+    return p, above + p.amax(-1, keepdim=True).log()
+
+
+def _log_p_of_targets(logits: Tensor, target: Tensor) -> Tensor:
+    """log softmax(logits)[target] of each row, fp32 (rows,); target: (rows, 1)."""
+    found = [torch.log_softmax(logits[rows], -1, torch.float32).gather(1, target[rows]) for rows in _rows(logits)]
+    return torch.cat(found)[:, 0]
 
 
 def _rows(logits: Tensor) -> list[slice]:
