@@ -71,6 +71,23 @@ def test_packed_hidden_states_and_logits_are_those_of_each_example_alone(name: s
             assert_same({"states": states[start:end], "logits": logits[start:end]}, alone, 1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+def test_under_autocast_attention_computes_in_its_type(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary positions of fp32 weights are fp32 and make that of queries and keys; no 16-bit kernel takes those."""
+    model, met = tiny_model(name), []
+
+    def noting(*inputs: Any) -> Tensor:
+        met.extend(each.dtype for each in inputs[:3])
+        return attend(*inputs)
+
+    choose_layout(model)
+    monkeypatch.setattr(attention, "attend", noting)
+    inputs = packed_inputs(random_examples(5, 9))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**{key: inputs[key] for key in ("input_ids", "position_ids", "segments")}, use_cache=False)
+    assert set(met) == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("name", PACKABLE)
 def test_packed_losses_and_full_gradients_are_the_sum_over_examples_alone(name: str) -> None:
     model = tiny_model(name)

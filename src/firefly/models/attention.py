@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from firefly.data.schema import Segment, segment_positions
+from firefly.models.kernels.lora_linear import compute_type
 from firefly.models.kernels.segment_attention import attend
 
 NAME = "firefly_segments"
@@ -52,8 +53,9 @@ def segment_attention(
         sliding_window = getattr(module, "sliding_window")  # noqa: B009 — Qwen2-MoE passes none; its type is nn.Module
     _windows_met.add(sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # Squeezed, not indexed: the gradient of an index is a copy of the whole array, in another layout.
-    query, key, value = (x.squeeze(0) for x in (query, key, value))
+    # Squeezed, not indexed: the gradient of an index is a copy of the whole array, in another layout. Under autocast,
+    # rotary positions of fp32 weights make fp32 of queries and keys, which no 16-bit way would take.
+    query, key, value = (x.squeeze(0).to(compute_type(x)) for x in (query, key, value))
     out = attend(query, key, value, segments, scale, sliding_window, softcap, dropout)
     return out.transpose(0, 1)[None], None
 

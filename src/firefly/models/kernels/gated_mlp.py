@@ -195,7 +195,8 @@ class GatedMLP(torch.autograd.Function):
         grad = grad.reshape(-1, grad.shape[-1])
         grad_x = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         spend = not graph_is_kept()
-        for part in _chunks(rows):
+        # A weight's gradient is cast to fp32 and added up once a product: of all rows, that is once.
+        for part in _chunks(rows, whole=any(layer.needs[0] for layer in layers)):
             low, mask = ([_part(each, part) for each in of_all] for of_all in (lows, masks))
             g, u = gated[part], lifted[part]
             product, value = ctx.gating.again(g, u, down.learns)
@@ -300,8 +301,8 @@ def _part(tensor: Tensor | None, part: slice) -> Tensor | None:
     return None if tensor is None else tensor[part]
 
 
-def _chunks(rows: Tensor) -> list[slice]:
-    if torch.compiler.is_compiling():  # a loop would be compiled anew for every number of rows
+def _chunks(rows: Tensor, whole: bool = False) -> list[slice]:
+    if whole or torch.compiler.is_compiling():  # a loop would be compiled anew for every number of rows
         return [slice(None)]
     size = CPU_ROWS if rows.device.type == "cpu" else max(len(rows), 1)
     return [slice(start, start + size) for start in range(0, len(rows), size)]

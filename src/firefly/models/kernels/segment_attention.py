@@ -226,13 +226,13 @@ class _GemmAttention(torch.autograd.Function):
         for p, block in zip(kept, _blocks(length, k.shape[1], ctx.window), strict=True):
             rows, columns = slice(block.first, block.last), slice(block.low, block.high)
             folded, grads = _fold(q[:, rows], groups), _fold(grad[:, rows], groups)
-            grad_v[:, columns] += torch.bmm(p.transpose(1, 2), grads)
+            grad_v[:, columns].add_(torch.bmm(p.transpose(1, 2), grads))  # `+=` would write it to itself once more
             grad_p = torch.bmm(grads, v[:, columns].transpose(1, 2))
             grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
             grad_q[:, rows] = (
                 torch.bmm(grad_scores, k[:, columns]).mul_(ctx.scale).view(heads, block.last - block.first, width)
             )
-            grad_k[:, columns] += torch.bmm(grad_scores.transpose(1, 2), folded).mul_(ctx.scale)
+            grad_k[:, columns].add_(torch.bmm(grad_scores.transpose(1, 2), folded), alpha=ctx.scale)
         return grad_q, grad_k, grad_v, None, None
 
 

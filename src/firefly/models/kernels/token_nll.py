@@ -123,7 +123,7 @@ def _add_product(gradient: Tensor, logits: Tensor, part: Tensor) -> None:
     size = WORDS_AT_A_TIME if logits.device.type == "cpu" else len(gradient)
     for start in range(0, len(gradient), size):
         words = slice(start, start + size)
-        gradient[words] += logits[:, words].T @ part
+        gradient[words].add_(logits[:, words].T @ part)  # `+=` would write it to itself once more
 
 
 def _softmax(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
