@@ -94,10 +94,15 @@ _SFT_LAYOUTS: Mapping[str, tuple[Layout, ...]] = {
     "llamafactory": (*_layouts("padded", 1, 2, 4), *_layouts("packed", 1), *_layouts("grouped", 4)),
     "plain": (*_layouts("padded", 1, 2, 4, 8), *_layouts("grouped", 4, 8)),
 }
-# What earlier sweeps found best beside the layout (results/sft_lora_sweep.json, results/dpo_lora.json).
-_KNOWN_ATTENTION: Mapping[tuple[str, str], str] = {("trl", "sft"): "eager"}
+# What earlier sweeps found best (results/sft_lora_sweep.json, of a CPU with bf16 instructions). There eager attention,
+# which is matrix products, beats sdpa for every peer and task; without them, for TRL's short rows alone.
+_KNOWN_IN_BF16: Mapping[tuple[str, str], Layout] = {
+    ("trl", "lora"): Layout(kind="packed", batch_size=1),
+    ("trl", "qlora"): Layout(kind="packed", batch_size=1),
+    ("trl", "full"): Layout(kind="padded", batch_size=1),
+}
 LONG = 512
-"""Tokens beyond which eager attention, which keeps the square of a row's length, takes tens of gigabytes."""
+"""Tokens beyond which eager attention, which keeps the square of a row's length, takes tens of gigabytes in float32."""
 
 
 def layouts(name: str, case: Case) -> tuple[Layout, ...]:
@@ -128,8 +133,12 @@ def known_good(name: str, case: Case, has_bf16: bool) -> Tuning:
     """The tuning of a run without a sweep."""
     if name == "firefly":
         return Tuning(name="firefly")
-    layout, precision = layouts(name, case)[0], precisions(case, has_bf16)[0]
-    attention = "sdpa" if case.max_tokens > LONG else _KNOWN_ATTENTION.get((name, case.task), "sdpa")
+    precision, layout, attention = precisions(case, has_bf16)[0], layouts(name, case)[0], "sdpa"
+    short = case.task == "sft" and case.max_tokens <= LONG
+    if has_bf16 and short:
+        layout = _KNOWN_IN_BF16.get((name, case.mode), layout)
+    if has_bf16 or (short and name == "trl"):
+        attention = "eager"
     return Tuning(
         name=f"{precision}, {layout.name}, {attention}, freed memory kept",
         arguments=f"--precision {precision} {layout.arguments} --attention {attention}",

@@ -42,6 +42,15 @@ def test_known_tunings_are_those_that_sweeps_found() -> None:
     assert trl.environment == KEEP_FREED_MEMORY
     pairs = known_good("llamafactory", CASES["dpo_lora"], has_bf16=False)
     assert pairs.arguments == "--precision float32 --layout padded --batch_size 1 --attention sdpa"
+    expected = {
+        ("trl", "sft_lora"): "bfloat16 --layout packed",
+        ("trl", "sft_full"): "autocast --layout padded",
+        ("trl", "pretrain_lora"): "bfloat16 --layout padding_free",
+        ("llamafactory", "sft_lora_long"): "bfloat16 --layout padded",
+    }
+    for (name, case), words in expected.items():
+        found = known_good(name, CASES[case], has_bf16=True)
+        assert found.arguments == f"--precision {words} --batch_size 1 --attention eager"
 
 
 def test_full_fine_tuning_keeps_float32_masters_on_every_side() -> None:
