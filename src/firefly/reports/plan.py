@@ -44,10 +44,9 @@ from firefly.reports.machine import Machine, describe_machine, matmul_rate, prec
 from firefly.reports.work import Work, assumed_work, work_of
 from firefly.train import bind_encoder, without_dropout
 
-EFFICIENCY = {"cpu": 0.6, "cuda": 0.65}
-"""The share of the rate of matrix products that a run reaches (docs/performance.md): 0.49 to 0.66 on a CPU, 0.57 (small
-steps) to 0.74 on an H200."""
-
+EFFICIENCY, EFFICIENCY_16_BIT = {"cpu": 0.6, "cuda": 0.65}, {"cpu": 0.5}
+"""The share of the rate of matrix products that a run reaches (docs/performance.md): on a CPU 0.57 to 0.66 in fp32, 0.45 to
+0.55 where products in 16 bit are fast; on an H200 0.57 (small steps) to 0.74."""
 
 TOKENIZER_FILES = ("token", "vocab", "merges", "spm", "spiece", ".model")
 """Parts of the names that files of a tokenizer have. Of some families transformers makes an empty one without any."""
@@ -380,7 +379,8 @@ class _Sizing:
         measured = rate is None and timed and self.machine.here
         if measured:
             rate = matmul_rate(_sizes(self.inner), self.precision.compute, self.machine.device)
-        return Duration(flops, rate, measured, EFFICIENCY[self.machine.kind], self.steps)
+        known = EFFICIENCY if self.precision.compute == torch.float32 else EFFICIENCY | EFFICIENCY_16_BIT
+        return Duration(flops, rate, measured, known[self.machine.kind], self.steps)
 
 
 def products_of(model: Any, full: bool) -> Products:

@@ -1,0 +1,136 @@
+r"""Where the time of one step goes on a CPU: matrix products by what they compute, and everything else by operation.
+
+    python benchmarks/step_profile.py [--modes lora full qlora] [--data_dir ../shared/data]
+
+The fourth step of a run of SmolLM2-135M on alpaca_en_demo (512 tokens, 8 examples a step, adapters of rank 16, computed
+as one microbatch) is profiled with the shapes of its operands. A profiler adds its own time to each of some thousand
+calls, so that shares of small operations come out too large.
+"""
+
+import argparse
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import versions
+from reporting import new_report, saver
+from torch.profiler import ProfilerActivity, profile
+
+from firefly.config import load_config
+from firefly.models.kernels.token_nll import WORDS_AT_A_TIME
+from firefly.objectives.trainers import StepTrainer
+from firefly.train import train
+
+HERE = Path(__file__).resolve().parent
+RANK, VOCABULARY, PROFILED = 16, 49_152, 4
+FACTORS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::baddbmm": 1}
+"""Matrix products, and the number of the operand that is the first factor."""
+
+
+def main() -> None:
+    """Profile a step of each mode, print the largest parts and write them all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--modes", nargs="+", default=["lora", "full", "qlora"])
+    parser.add_argument("--data_dir", type=Path, default=HERE.parents[1] / "shared" / "data")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "step_profile.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    report = new_report("step_profile", arguments) | {"versions": versions(), "modes": {}}
+    save = saver(arguments.out, report)
+    for mode in arguments.modes:
+        found = report["modes"][mode] = profile_step(mode, arguments.data_dir / "alpaca_en_demo.json")
+        save()
+        print(json.dumps({mode: found | {"parts": found["parts"][:12]}}, indent=1), flush=True)
+
+
+def profile_step(mode: str, data: Path) -> dict[str, Any]:
+    """Tokens of the profiled step, its microbatches, and its parts, the largest first."""
+    seen: list[Any] = []
+    profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
+
+    class Profiled(StepTrainer):
+        own = StepTrainer.training_step
+
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            seen.append(inputs)
+            if len(seen) != PROFILED:
+                return Profiled.own(self, model, inputs, num_items_in_batch)
+            with profiler:
+                return Profiled.own(self, model, inputs, num_items_in_batch)
+
+    StepTrainer.training_step = Profiled.training_step
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            train(load_config(configuration(mode, data, Path(folder, "run"))))
+    finally:
+        StepTrainer.training_step = Profiled.own
+    step = seen[PROFILED - 1]
+    return {
+        "tokens": step.totals.input_tokens,
+        "targets": step.totals.targets,
+        "microbatches": len(step.microbatches),
+        "parts": parts_of(profiler.key_averages(group_by_input_shape=True)),
+    }
+
+
+def configuration(mode: str, data: Path, output_dir: Path) -> dict[str, Any]:
+    """That of the benchmark's cases, as long as the profile needs it."""
+    adapters = {} if mode == "full" else {"lora_rank": RANK, "lora_alpha": 32, "lora_dropout": 0.0}
+    return adapters | {
+        "task_type": "sft",
+        "train_mode": mode,
+        "model_name_or_path": "smollm2-135m-instruct",
+        "train_file": str(data),
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": 8,
+        "max_seq_length": 512,
+        "max_steps": PROFILED,
+        "shuffle": False,
+        "nf4_cache": False,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+
+
+def parts_of(averages: Sequence[Any]) -> list[dict[str, Any]]:
+    """Milliseconds, share, calls and, of products, GFLOP/s, by part."""
+    milliseconds, flops, calls = defaultdict(float), defaultdict(int), defaultdict(int)
+    for one in averages:
+        factors = factors_of(one.key, one.input_shapes)
+        part = name_of(factors) if factors else one.key
+        milliseconds[part] += one.self_cpu_time_total / 1e3
+        calls[part] += one.count
+        if factors:
+            left, right = factors
+            flops[part] += 2 * torch.Size(left).numel() * right[-1] * one.count
+    total = sum(milliseconds.values())
+    return [
+        {"part": part, "milliseconds": round(spent, 1), "share": round(spent / total, 4), "calls": calls[part]}
+        | ({"gflops_per_second": round(flops[part] / spent / 1e6)} if flops[part] else {})
+        for part, spent in sorted(milliseconds.items(), key=lambda item: -item[1])
+    ]
+
+
+def factors_of(operation: str, shapes: Sequence[Sequence[int]]) -> tuple[Sequence[int], Sequence[int]] | None:
+    """The shapes of the two factors; None if it is no matrix product."""
+    first = FACTORS.get(operation)
+    return None if first is None else (shapes[first], shapes[first + 1])
+
+
+def name_of(factors: tuple[Sequence[int], Sequence[int]]) -> str:
+    """What a product computes, told by its shapes."""
+    sizes = {*factors[0], *factors[1]}
+    if len(factors[0]) == 3:
+        return "products of attention"
+    if sizes & {VOCABULARY, WORDS_AT_A_TIME}:
+        return "products of the head"
+    return "products of adapters" if RANK in sizes else "products of the layers"
+
+
+if __name__ == "__main__":
+    main()
