@@ -12,8 +12,10 @@ import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from measuring import versions
@@ -53,22 +55,15 @@ def profile_step(mode: str, data: Path) -> dict[str, Any]:
     seen: list[Any] = []
     profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
 
-    class Profiled(StepTrainer):
-        own = StepTrainer.training_step
+    own = StepTrainer.training_step
 
-        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-            seen.append(inputs)
-            if len(seen) != PROFILED:
-                return Profiled.own(self, model, inputs, num_items_in_batch)
-            with profiler:
-                return Profiled.own(self, model, inputs, num_items_in_batch)
+    def training_step(self: StepTrainer, model: Any, inputs: Any, *rest: Any) -> Any:
+        seen.append(inputs)
+        with profiler if len(seen) == PROFILED else nullcontext():
+            return own(self, model, inputs, *rest)
 
-    StepTrainer.training_step = Profiled.training_step
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            train(load_config(configuration(mode, data, Path(folder, "run"))))
-    finally:
-        StepTrainer.training_step = Profiled.own
+    with tempfile.TemporaryDirectory() as folder, patch.object(StepTrainer, "training_step", training_step):
+        train(load_config(configuration(mode, data, Path(folder, "run"))))
     step = seen[PROFILED - 1]
     return {
         "tokens": step.totals.input_tokens,

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from firefly.data.schema import Segment, segment_positions
-from firefly.models.kernels.lora_linear import compute_type
 from firefly.models.kernels.segment_attention import attend
+from firefly.models.precision import compute_type
 
 NAME = "firefly_segments"
 ISOLATABLE_LAYERS = {"full_attention", "sliding_attention"}

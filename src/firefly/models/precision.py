@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from firefly.config import PrecisionConfig
 from firefly.console import notice
@@ -24,6 +25,12 @@ class Precision:
     @property
     def name(self) -> str:
         return str(self.compute).removeprefix("torch.")
+
+
+def compute_type(x: Tensor) -> torch.dtype:
+    """What a linear layer computes in when called with `x`: autocast's type, where that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def pick_device(use_cpu: bool = False) -> torch.device:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from firefly.models.kernels.dropout import probability
 from firefly.models.kernels.lora_linear import LoraLinear, dense
+from firefly.models.precision import compute_type
 
 
 class QuantisedExperts(nn.Parameter):
@@ -128,9 +129,8 @@ def _wrapped_forward(self: Any, hidden: Tensor, index: Tensor, weights: Tensor, 
 
 def run_experts(experts: Any, wrappers: dict[str, Any], hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """hidden: (tokens, width); index and weights: (tokens, choices), as the router gives them; (tokens, width) back."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    with torch.autocast(device, enabled=False):
+    dtype = compute_type(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
         chosen, order = index.reshape(-1).sort(stable=True)
         counts = torch.bincount(chosen, minlength=experts.num_experts).tolist()
         parts = hidden.to(dtype)[order // index.shape[-1]].split(counts)

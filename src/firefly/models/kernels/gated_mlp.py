@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from firefly.models.kernels.dropout import draw_mask, drop, drop_drawing, probability
 from firefly.models.kernels.gate import ACTIVATIONS, Activation, gate_for, graph_is_kept
-from firefly.models.kernels.lora_linear import compute_type, dense, is_plain_lora
+from firefly.models.kernels.lora_linear import dense, is_plain_lora
 from firefly.models.kernels.products import in_type, scaled_product, wide_product
 from firefly.models.kernels.second_pass import in_second_pass
+from firefly.models.precision import compute_type
 
 CPU_ROWS = 512
 """Rows of a chunk on a CPU: enough for matrix products at their rate."""

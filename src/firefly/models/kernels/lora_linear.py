@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from firefly.models.kernels.dropout import drop, drop_drawing, probability
 from firefly.models.kernels.products import in_type, scaled_product, wide_product
+from firefly.models.precision import compute_type
 
 DENSE_COPY = "firefly_dense_copy"
 """Attribute of a 4-bit weight: its copy in the compute type, where `weight_cache` keeps one."""
@@ -136,12 +137,6 @@ class LoraLinear(torch.autograd.Function):
                 grad_x += drop(grad_low @ a16, mask, ctx.dropped)
             grad_x = grad_x.view(ctx.shape)
         return grad_x, None, None, grad_a, grad_b, None, None
-
-
-def compute_type(x: Tensor) -> torch.dtype:
-    """What a linear layer computes in when called with `x`: autocast's type, where that is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:

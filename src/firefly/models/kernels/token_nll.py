@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from firefly.models.kernels.gate import graph_is_kept
+from firefly.models.precision import compute_type
 
 BYTES_PER_CHUNK = {"cpu": 1 << 25, "cuda": 1 << 28}
 """Bytes of logits that exist at a time. A GPU reads the whole head once a chunk, so it needs some hundreds of rows to
@@ -37,21 +38,16 @@ def summed_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Ten
         bias: (vocabulary,) or None.
         targets: (tokens,) int64.
     """
-    dtype = _compute_type(hidden, weight)
+    dtype = compute_type(weight)
     with torch.autocast(hidden.device.type, enabled=False):
         return _SummedNLL.apply(hidden.to(dtype), weight, bias, targets, dtype, torch.is_grad_enabled())
 
 
 def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """log softmax(hidden · weightᵀ + bias)[target] of each token, fp32 (tokens,); arguments as for `summed_nll`."""
-    dtype = _compute_type(hidden, weight)
+    dtype = compute_type(weight)
     with torch.autocast(hidden.device.type, enabled=False):
         return _TokenLogps.apply(hidden.to(dtype), weight, bias, targets, dtype, torch.is_grad_enabled())
-
-
-def _compute_type(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def chunk_bytes(device: torch.device, tokens: int, vocabulary: int, size: int) -> int:
