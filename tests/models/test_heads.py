@@ -15,7 +15,7 @@ from firefly.data.schema import IGNORE, Tokens
 from firefly.models.attention import choose_layout
 from firefly.models.heads import install_target_head
 from firefly.models.kernels import token_nll
-from firefly.models.kernels.token_nll import summed_nll
+from firefly.models.kernels.token_nll import summed_nll, token_logps
 from tiny import ARCHITECTURES, VOCABULARY, assert_same, gradients, random_examples, tiny_model
 
 TRANSFORMS_LOGITS = ("gemma2", "granite", "cohere", "minicpm3")
@@ -97,6 +97,27 @@ def test_the_summed_nll_in_bf16_is_near_the_one_in_float64() -> None:
     assert found["loss"].dtype == torch.float32
     assert found["hidden"].dtype == found["weight"].dtype == torch.bfloat16
     assert_same({name: x.double() for name, x in found.items()}, {n: x.double() for n, x in expected.items()}, 4e-2)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_target_logit_is_not_rounded_to_16_bit(dtype: torch.dtype, biased: bool, grad: bool) -> None:
+    """Summed over an answer, that rounding is half of the variance of its log-probability's error."""
+    (hidden, weight, *bias), targets = head_inputs(400, biased, dtype)
+    with torch.no_grad():  # logits near 24, as models have them: bf16 has eight numbers between 24 and 25
+        hidden /= 4
+        hidden[:, 0], weight[:, 0] = 6.0, 4.0
+    offset = bias[0] if bias else None
+    exact = F.linear(hidden.double(), weight.double(), None if offset is None else offset.double())
+    expected = torch.log_softmax(exact, -1).gather(1, targets[:, None])[:, 0]
+    with torch.set_grad_enabled(grad):
+        logps = token_logps(hidden, weight, offset, targets)
+        total = summed_nll(hidden, weight, offset, targets)
+    error, rounding = (logps - expected).detach(), (exact.to(dtype).double() - exact).gather(1, targets[:, None])
+    assert error.std() < 0.35 * rounding.std()
+    assert logps.requires_grad == grad
+    torch.testing.assert_close(total, -logps.sum())
 
 
 def test_under_autocast_fp32_weights_get_fp32_gradients_from_16_bit_products() -> None:

@@ -4,8 +4,10 @@ Logits exist for one chunk of tokens at a time; their gradient is formed in the 
 times the head), so nothing of the size tokens × vocabulary is kept. `summed_nll` is what SFT and pretraining minimise;
 `token_logps` gives each token's log-probability, for losses that weigh tokens only once all are known.
 
-The idea of Cut Cross-Entropy (arXiv:2411.09009)
-and Liger (arXiv:2410.10989), in plain PyTorch.
+Where logits have 16 bits, the target's is computed anew in fp32 (`_refined`): an answer's log-probability is a sum of
+hundreds of them, and their rounding is half of the variance of its error.
+
+The idea of Cut Cross-Entropy (arXiv:2411.09009) and Liger (arXiv:2410.10989), in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -84,8 +86,36 @@ def _room(hidden: Tensor, head: Tensor) -> Tensor | None:
     return head.new_empty((tokens, len(head)))
 
 
+def _target_logits(part: Tensor, head: Tensor, bias: Tensor | None, target: Tensor) -> Tensor | None:
+    """part · head[target] + bias[target] in fp32, (rows, 1); None where all logits are computed in fp32.
+
+    Args:
+        part: (rows, width).
+        target: (rows, 1) int64.
+    """
+    if part.dtype == torch.float32:
+        return None
+    exact = head[target[:, 0]].float().mul_(part).sum(-1, keepdim=True)
+    return exact if bias is None else exact + bias[target].float()
+
+
+def _refined(log_p: Tensor, rounded: Tensor, exact: Tensor | None) -> Tensor:
+    """log softmax(logits)[target] as it is with the target's logit `exact` in the place of `rounded`; fp32 (rows, 1).
+
+    With d their difference, the sum of exponentials grows by the factor 1 + p (eᵈ − 1).
+    """
+    if exact is None:
+        return log_p
+    d = exact - rounded.float()
+    return log_p + d - torch.log1p(log_p.exp() * torch.expm1(d))
+
+
 def _to_gradient(
-    logits: Tensor, target: Tensor, weights: Tensor | None = None, bias_gradient: Tensor | None = None
+    logits: Tensor,
+    target: Tensor,
+    exact: Tensor | None = None,
+    weights: Tensor | None = None,
+    bias_gradient: Tensor | None = None,
 ) -> Tensor:
     """Turn logits, where they lie, into the gradient of Σ weights · NLL by them; return the rows' log p[target], fp32.
 
@@ -94,9 +124,11 @@ def _to_gradient(
     Args:
         logits: (rows, vocabulary), changed.
         target: (rows, 1) int64.
+        exact: what `_target_logits` gives; it counts for log p alone, the gradient has no more bits than the logits.
         weights: (rows,) fp32, or None for 1.
         bias_gradient: (vocabulary,) fp32; the gradient's sum over rows is added.
     """
+    rounded = logits.gather(1, target)
     found = []
     for rows in _rows(logits):
         gradient, log_p = _softmax(logits[rows], target[rows])
@@ -107,7 +139,7 @@ def _to_gradient(
         if bias_gradient is not None:
             bias_gradient += gradient.sum(0)
         logits[rows] = gradient
-    return torch.cat(found)[:, 0]
+    return _refined(torch.cat(found), rounded, exact)[:, 0]
 
 
 def _add_product(gradient: Tensor, logits: Tensor, part: Tensor) -> None:
@@ -134,10 +166,10 @@ def _softmax(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return p, above + p.amax(-1, keepdim=True).log()
 
 
-def _log_p_of_targets(logits: Tensor, target: Tensor) -> Tensor:
-    """log softmax(logits)[target] of each row, fp32 (rows,); target: (rows, 1)."""
+def _log_p_of_targets(logits: Tensor, target: Tensor, exact: Tensor | None) -> Tensor:
+    """log softmax(logits)[target] of each row, fp32 (rows,); target: (rows, 1), exact: what `_target_logits` gives."""
     found = [torch.log_softmax(logits[rows], -1, torch.float32).gather(1, target[rows]) for rows in _rows(logits)]
-    return torch.cat(found)[:, 0]
+    return _refined(torch.cat(found), logits.gather(1, target), exact)[:, 0]
 
 
 def _rows(logits: Tensor) -> list[slice]:
@@ -172,11 +204,11 @@ class _SummedNLL(torch.autograd.Function):
         room = _room(hidden, head)
         for rows in _chunks(head, len(targets)):
             part, target = hidden[rows], targets[rows, None]
-            logits = _logits(part, head, bias, room)
+            logits, exact = _logits(part, head, bias, room), _target_logits(part, head, bias, target)
             if needs_hidden or needs_weight or needs_bias:
-                total -= _to_gradient(logits, target, bias_gradient=grad_bias).sum()
+                total -= _to_gradient(logits, target, exact, bias_gradient=grad_bias).sum()
             else:
-                total -= _log_p_of_targets(logits, target).sum()
+                total -= _log_p_of_targets(logits, target, exact).sum()
             if grad_hidden is not None:
                 torch.mm(logits, head, out=grad_hidden[rows])
             if grad_weight is not None:
@@ -220,12 +252,12 @@ class _TokenLogps(torch.autograd.Function):
         towards = torch.empty_like(hidden) if needs_hidden and not ctx.trainable else None
         room = _room(hidden, head)
         for rows in _chunks(head, len(targets)):
-            target = targets[rows, None]
-            logits = _logits(hidden[rows], head, bias, room)
+            part, target = hidden[rows], targets[rows, None]
+            logits, exact = _logits(part, head, bias, room), _target_logits(part, head, bias, target)
             if towards is None:
-                out[rows] = _log_p_of_targets(logits, target)
+                out[rows] = _log_p_of_targets(logits, target, exact)
             else:
-                out[rows] = _to_gradient(logits, target)
+                out[rows] = _to_gradient(logits, target, exact)
                 torch.mm(logits, head, out=towards[rows]).neg_()
             del logits
         kept = (hidden, weight, bias, targets) if ctx.trainable else (None, None, None, None)
@@ -245,7 +277,7 @@ class _TokenLogps(torch.autograd.Function):
         room = _room(hidden, head)
         for rows in _chunks(head, len(targets)):
             logits = _logits(hidden[rows], head, bias, room)
-            _to_gradient(logits, targets[rows, None], -grad[rows].float(), grad_bias)
+            _to_gradient(logits, targets[rows, None], weights=-grad[rows].float(), bias_gradient=grad_bias)
             torch.mm(logits, head, out=grad_hidden[rows])
             _add_product(grad_weight, logits, hidden[rows])
             del logits
