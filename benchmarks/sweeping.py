@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cases import Case
-from engines import KEEP_FREED_MEMORY, default_tuning, layouts, precisions
+from engines import KEEP_FREED_MEMORY, Layout, default_tuning, layouts, precisions
 from processes import Result, Side, SideFailed, SideStopped, Tuning
 
 # A tuning that needs this many times the best one's time is not waited for.
@@ -31,17 +31,15 @@ class Sweep:
     def run(self, name: str, case: Case, has_bf16: bool) -> Tuning:
         """Improve precision, then layout, then attention and allocator; try the engine's defaults; return the best."""
         first, *others = layouts(name, case)
+        # Eager attention consists of products: where bf16 makes them fast, it decides which layout is best.
+        usual, other = ("eager", "sdpa") if has_bf16 else ("sdpa", "eager")
         for precision in precisions(case, has_bf16):
-            self.attempt(
-                Tuning(name=f"{precision}, {first.name}", arguments=f"--precision {precision} {first.arguments}")
-            )
+            self.attempt(_tuning(precision, first, usual))
         precision = self.winning_result()["settings"]["precision"]
         for layout in others:
-            self.attempt(
-                Tuning(name=f"{precision}, {layout.name}", arguments=f"--precision {precision} {layout.arguments}")
-            )
+            self.attempt(_tuning(precision, layout, usual))
         best = self.winner()
-        self.attempt(Tuning(name=f"{best.name}, eager attention", arguments=f"{best.arguments} --attention eager"))
+        self.attempt(Tuning(name=f"{best.name}, but {other}", arguments=f"{best.arguments} --attention {other}"))
         best = self.winner()
         self.attempt(
             Tuning(name=f"{best.name}, freed memory kept", arguments=best.arguments, environment=KEEP_FREED_MEMORY)
@@ -85,3 +83,10 @@ class Sweep:
     def winning_result(self) -> Result:
         """Return what the best tuning measured."""
         return self.results[self.winner().name]
+
+
+def _tuning(precision: str, layout: Layout, attention: str) -> Tuning:
+    return Tuning(
+        name=f"{precision}, {layout.name}, {attention}",
+        arguments=f"--precision {precision} {layout.arguments} --attention {attention}",
+    )

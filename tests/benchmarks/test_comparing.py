@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -90,3 +91,19 @@ def test_rounding_in_16_bit_may_move_the_first_loss() -> None:
     half = {"settings": {"precision": "bfloat16"}}
     assert gate_of(result(**half), result(**half, losses=[2.004, 1.8, 1.6, 1.4]))["passed"]
     assert failed(gate_of(result(**half), result(**half, losses=[2.01, 1.8, 1.6, 1.4]))) == {"first_loss"}
+
+
+@pytest.mark.parametrize(("steps", "apart", "passes"), [(5, 0.06, True), (5, 0.08, False), (101, 0.02, False)])
+def test_rounding_may_set_the_mean_loss_of_pairs_apart_by_what_their_number_leaves_of_it(
+    steps: int, apart: float, passes: bool
+) -> None:
+    """Of 4 pairs a step: 3 * 0.1 / sqrt(16) is 0.075 nats, 3 * 0.1 / sqrt(400) is 0.015."""
+    from cases import Thresholds
+    from comparing import gate
+
+    half = {"settings": {"precision": "bfloat16"}, "rows": 4 * steps}
+    losses = [math.log(2), *[0.6, 0.7] * (steps // 2)]
+    ours, theirs = result(**half, losses=losses), result(**half, losses=[losses[0], *(x + apart for x in losses[1:])])
+    found = gate(ours, theirs, theirs, task="dpo", thresholds=Thresholds())
+    assert found["passed"] == passes
+    assert failed(found) == (set() if passes else {"mean_of_losses_behind_the_first"})
