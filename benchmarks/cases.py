@@ -20,7 +20,8 @@ class Thresholds:
     """Standard deviation, in nats, by which rounding alone sets the DPO losses of one pair on two sides apart.
 
     In bf16 the margin of a pair of answers of 160 tokens is off by about 1 nat in transformers and 0.8 with us
-    (`logp_noise.json`), which beta = 0.1 and the loss's slope of a half make 0.05 and 0.04; the case's answers are longer.
+    (`logp_noise.json`), which beta = 0.1 and the loss's slope of a half make 0.05 and 0.04; the case's answers are
+    longer.
     """
 
 

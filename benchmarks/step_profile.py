@@ -3,16 +3,18 @@ r"""Where the time of one step goes on a CPU: matrix products by what they compu
     python benchmarks/step_profile.py [--modes lora full qlora] [--data_dir ../shared/data]
 
 The fourth step of a run of SmolLM2-135M on alpaca_en_demo (512 tokens, 8 examples a step, adapters of rank 16, computed
-as one microbatch) is profiled with the shapes of its operands. A profiler adds its own time to each of some thousand
-calls, so that shares of small operations come out too large.
+as one microbatch) is profiled with the shapes of its operands. A profiler adds its own time to each of some ten
+thousand calls, so that shares of small operations come out too large. So the same step is computed without it as well,
+some times, and the share of products in that time is told, too.
 """
 
 import argparse
 import json
+import statistics
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,7 +30,7 @@ from firefly.objectives.trainers import StepTrainer
 from firefly.train import train
 
 HERE = Path(__file__).resolve().parent
-RANK, VOCABULARY, PROFILED = 16, 49_152, 4
+RANK, VOCABULARY, PROFILED, REPEATED = 16, 49_152, 4, 5
 FACTORS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::baddbmm": 1}
 """Matrix products, and the number of the operand that is the first factor."""
 
@@ -53,23 +55,36 @@ def main() -> None:
 def profile_step(mode: str, data: Path) -> dict[str, Any]:
     """Tokens of the profiled step, its microbatches, and its parts, the largest first."""
     seen: list[Any] = []
+    seconds: list[float] = []
     profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
 
     own = StepTrainer.training_step
 
     def training_step(self: StepTrainer, model: Any, inputs: Any, *rest: Any) -> Any:
         seen.append(inputs)
-        with profiler if len(seen) == PROFILED else nullcontext():
+        if len(seen) < PROFILED:
+            return own(self, model, inputs, *rest)
+        for _ in range(REPEATED):
+            started = time.perf_counter()
+            own(self, model, inputs, *rest)
+            seconds.append(time.perf_counter() - started)
+            model.zero_grad()
+        with profiler:
             return own(self, model, inputs, *rest)
 
     with tempfile.TemporaryDirectory() as folder, patch.object(StepTrainer, "training_step", training_step):
         train(load_config(configuration(mode, data, Path(folder, "run"))))
     step = seen[PROFILED - 1]
+    parts = parts_of(profiler.key_averages(group_by_input_shape=True))
+    milliseconds = 1e3 * statistics.median(seconds)
+    products = sum(part["milliseconds"] for part in parts if part["part"].startswith("products"))
     return {
         "tokens": step.totals.input_tokens,
         "targets": step.totals.targets,
         "microbatches": len(step.microbatches),
-        "parts": parts_of(profiler.key_averages(group_by_input_shape=True)),
+        "milliseconds_unprofiled": round(milliseconds, 1),
+        "products_of_that": round(products / milliseconds, 4),
+        "parts": parts,
     }
 
 
