@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from firefly.data.batching import pack
 from firefly.errors import UsageError
@@ -14,7 +15,7 @@ from firefly.models.attention import choose_layout
 from firefly.models.checkpointing import Checkpointing, decoder_layers, install_checkpointing
 from firefly.models.forwards import install_training_forwards
 from firefly.models.kernels.gated_mlp import UNREAD, fused_blocks
-from tiny import assert_same, gradients, prepared, random_examples, tiny_model, with_our_lora
+from tiny import SHAPE, assert_same, gradients, prepared, random_examples, tiny_model, with_our_lora
 
 BATCH = pack(random_examples(9, 30, 21))
 
@@ -110,3 +111,40 @@ def test_a_second_pass_leaves_out_the_product_that_nothing_reads(name: str, expe
     assert blocks
     assert [getattr(block, UNREAD) for block in blocks] == [expected] * len(blocks)
     assert_same(gradients_of(model, layout), whole, 1e-6)
+
+
+def test_layers_with_experts_and_dense_ones_of_one_class_are_told_apart() -> None:
+    inner = tiny_model("qwen2_moe", decoder_sparse_step=2)
+    layout, _ = choose_layout(inner)
+    model = with_our_lora(inner)
+    install_training_forwards(model)
+    whole = gradients_of(model, layout)
+    install_checkpointing(transformers_model(model), Checkpointing(3))
+    unread = [{getattr(block, UNREAD) for block in fused_blocks(layer).values()} for layer in decoder_layers(inner)]
+    assert unread == [{True}, {False}, {True}]
+    assert_same(gradients_of(model, layout), whole, 1e-6)
+
+
+def test_a_router_s_loss_has_its_gradient_through_checkpointed_layers() -> None:
+    """Ernie adds its one shared expert's output to the residual stream, as dense layers do their block's."""
+    config = transformers.Ernie4_5_MoeConfig(
+        **SHAPE | {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_intermediate_size": 24},
+        moe_layer_start_index=0,
+        moe_layer_interval=1,
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    choose_layout(model)
+    install_training_forwards(model)
+
+    def router_gradients() -> dict[str, torch.Tensor]:
+        model.train()
+        model.zero_grad()
+        out = model(**BATCH.model_inputs(), output_router_logits=True)
+        sum(logits.float().square().sum() for logits in out["router_logits"]).backward()
+        return {name: grad for name, grad in gradients(model).items() if "gate.weight" in name}
+
+    expected = router_gradients()
+    assert expected
+    install_checkpointing(model, Checkpointing(3))
+    assert_same(router_gradients(), expected, 1e-6)

@@ -116,6 +116,7 @@ def test_a_resumed_run_keeps_stored_choices_but_for_what_is_named_outright() -> 
     assert settled(named, stored, today) == dataclasses.replace(stored, tokens_per_microbatch=900)
     named = StepConfig(gradient_checkpointing=False)
     assert settled(named, stored, today) == dataclasses.replace(stored, checkpointed_layers=0, offload=False)
+    assert settled(StepConfig(), stored, dataclasses.replace(today, cached_weights=2)).cached_weights == 2  # less room
     named = StepConfig(nf4_cache=True)
     assert settled(named, stored, today) == dataclasses.replace(stored, cached_weights=9)
 

@@ -14,18 +14,23 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from firefly.config import AdapterConfig, ModelConfig
+from firefly.data.batching import pack
 from firefly.errors import UsageError
 from firefly.export.merge import load_base, merge_layers
 from firefly.inference.engine import load_adapter
 from firefly.models import loading
 from firefly.models.adapters import attach_adapter, count_parameters
+from firefly.models.attention import choose_layout
 from firefly.models.experts import dequantise_experts, expert_parameters, expert_stacks, quantise_experts
+from firefly.models.forwards import install_training_forwards
+from firefly.models.kernels import expert_linear
 from firefly.models.kernels.expert_linear import QuantisedExperts, expert_factors
 from firefly.models.loading import load_model
 from firefly.models.precision import Precision
 from tiny import (
     assert_same,
     gradients,
+    random_examples,
     randomise_adapters,
     save_tiny_model,
     tiny_model,
@@ -260,3 +265,19 @@ def test_a_qlora_model_is_loaded_trained_saved_and_merged(name: str, tmp_path: P
     merge_layers(dense)
     torch.testing.assert_close(logits(dense.unload()), expected, rtol=0, atol=1e-4)
     load_adapter(load_base(config, torch.float32, "original"), str(tmp_path / "adapter"))
+
+
+def test_experts_without_their_adapters_are_computed_as_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reference that is the adapter switched off must not differ from an untrained policy by rounding."""
+    inner = tiny_model("mixtral").to(torch.bfloat16)
+    choose_layout(inner)
+    model = attach_adapter(inner, AdapterConfig(mode="lora", rank=4, alpha=8, dropout=0.0))
+    install_training_forwards(model)
+    inputs, own, calls = pack(random_examples(30, 21)).model_inputs(), expert_linear.run_experts, []
+    monkeypatch.setattr(expert_linear, "run_experts", lambda *args: calls.append(len(args[1])) or own(*args))
+    with torch.no_grad():
+        policy = model(**inputs, per_token=True)["logps"]
+        with model.disable_adapter():
+            reference = model(**inputs, per_token=True)["logps"]
+    assert calls == [2] * 3 + [0] * 3  # adapters of each layer's experts
+    torch.testing.assert_close(policy, reference, rtol=0, atol=0)

@@ -120,6 +120,14 @@ def test_the_target_logit_is_not_rounded_to_16_bit(dtype: torch.dtype, biased: b
     torch.testing.assert_close(total, -logps.sum())
 
 
+@pytest.mark.parametrize("function", [summed_nll, lambda *inputs: token_logps(*inputs).sum()], ids=["sum", "tokens"])
+def test_the_factor_of_a_loss_is_not_rounded_before_it_scales_16_bit_gradients(function: Any) -> None:
+    inputs, targets = head_inputs(60, biased=False, dtype=torch.bfloat16)
+    frozen = [inputs[0], inputs[1].detach()]
+    whole, scaled = (torch.autograd.grad(function(*frozen, None, targets) * f, frozen[0])[0] for f in (1, 1 / 1535))
+    torch.testing.assert_close(scaled, (whole.float() / 1535).to(torch.bfloat16), rtol=0, atol=0)
+
+
 def test_under_autocast_fp32_weights_get_fp32_gradients_from_16_bit_products() -> None:
     inputs, targets = head_inputs(50, biased=False)
     expected = loss_and_gradients(naive_nll, inputs, targets, 1.0)

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from firefly.errors import UsageError
 from firefly.models.attention import first_call, short_row
+from firefly.models.kernels.expert_linear import is_known
 from firefly.models.kernels.gated_mlp import UNREAD, fused_blocks
 from firefly.models.kernels.second_pass import checkpoint_anywhere, checkpoint_plainly
 
@@ -67,7 +68,8 @@ def plain_layers(model: Any, layers: Sequence[nn.Module]) -> set[nn.Module]:
 
     In most architectures it is only added to the residual stream, which no gradient needs. Whether a layer is like that
     is tried once for each kind: with NaN in the output's place, its gradients must be those of torch's own checkpoint.
-    Where several ranks exchange gradients, engines look into a layer, and only torch's own way will do.
+    Where several ranks exchange gradients, engines look into a layer, and only torch's own way will do; so it is with
+    experts, whose router's logits are read on the way and may have a loss of their own.
     """
     if not layers or (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return set()
@@ -75,11 +77,13 @@ def plain_layers(model: Any, layers: Sequence[nn.Module]) -> set[nn.Module]:
     call = None
     plain = set()
     for layer in layers:
-        blocks = list(fused_blocks(layer).values())
-        kind = type(layer), *map(type, blocks)
+        inside = fused_blocks(layer)
+        blocks = list(inside.values())
+        sparse = any(map(is_known, layer.modules()))
+        kind = type(layer), sparse, *((path, type(block)) for path, block in inside.items())
         if kind not in found:
             call = call or first_call(model, short_row(model), partial(_before, layers[0]))
-            found[kind] = call is not None and len(blocks) == 1 and _is_plain(layer, blocks[0], call)
+            found[kind] = bool(call) and len(blocks) == 1 and not sparse and _is_plain(layer, blocks[0], call)
         for block in blocks:
             setattr(block, UNREAD, found[kind])
         if found[kind]:

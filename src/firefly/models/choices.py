@@ -148,9 +148,9 @@ def settled(settings: StepConfig, stored: Choices, today: Choices) -> Choices:
         stored = replace(stored, tokens_per_microbatch=today.tokens_per_microbatch)
     if settings.gradient_checkpointing != "auto":
         stored = replace(stored, checkpointed_layers=today.checkpointed_layers, offload=False)
-    if settings.nf4_cache != "auto":
-        stored = replace(stored, cached_weights=today.cached_weights)
-    return stored
+    # Copies change nothing of what is computed, and today's card may have no room for them.
+    cached = min(stored.cached_weights, today.cached_weights) if settings.nf4_cache == "auto" else today.cached_weights
+    return replace(stored, cached_weights=cached)
 
 
 def _choose_checkpointing(

@@ -121,7 +121,10 @@ def _wrapped_forward(self: Any, hidden: Tensor, index: Tensor, weights: Tensor, 
         wrappers.append(inner)
         inner = inner.base_layer
     names = self.active_adapters
-    plain = len(names) == 1 and all(names[0] in one.lora_A and not one.merged for one in wrappers)
+    merged = any(one.merged for one in wrappers)
+    if self.disable_adapters and not (merged or kwargs):  # computed as beside adapters: see `lora_linear._base_forward`
+        return run_experts(inner, {}, hidden, index, weights)
+    plain = len(names) == 1 and all(names[0] in one.lora_A for one in wrappers) and not merged
     if self.disable_adapters or not plain or kwargs:
         return type(self).forward(self, hidden, index, weights, **kwargs)
     return run_experts(inner, {one.parameter_name: one for one in wrappers}, hidden, index, weights)

@@ -130,6 +130,8 @@ def describe_attention(device: torch.device, dtype: torch.dtype) -> str:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: Any, dropout: float) -> Tensor:
     grouped = q.shape[0] != k.shape[0]
+    if grouped and q.is_cuda:  # there grouped heads rule out the one kernel that takes fp32, and cards before sm80
+        k, v, grouped = *_repeated(q, k, v), False
     if window is None and q.shape[1] == k.shape[1]:
         return F.scaled_dot_product_attention(
             q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=grouped
@@ -145,11 +147,16 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, sof
     return torch.cat(outputs, dim=1)
 
 
+def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values once for every head of queries."""
+    groups = q.shape[0] // k.shape[0]
+    return k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
+
+
 def _plain(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None, dropout: float
 ) -> Tensor:
-    groups = q.shape[0] // k.shape[0]
-    k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
+    k, v = _repeated(q, k, v)
     outputs = []
     for block in _blocks(q.shape[1], k.shape[1], window):
         scores = q[:, block.first : block.last] @ k[:, block.low : block.high].transpose(1, 2) * scale
@@ -269,13 +276,15 @@ def _visible(block: _Block, window: int | None, device: torch.device) -> Tensor:
 
 
 _biases: dict[tuple[Any, ...], Tensor] = {}
+BIASES, BIAS_BYTES = 256, 1 << 26
+"""How many are kept at most, and of what size together."""
 
 
 def _bias(block: _Block, window: int | None, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """0 where a query sees a key, −∞ elsewhere, (groups · rows, columns). A few recent shapes are kept."""
     key = (block.last - block.first, block.high - block.low, window, groups, dtype, device)
     if key not in _biases:
-        if len(_biases) >= 256:
+        if len(_biases) >= BIASES or sum(bias.nbytes for bias in _biases.values()) > BIAS_BYTES:
             _biases.clear()
         visible = _visible(block, window, device)
         bias = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)

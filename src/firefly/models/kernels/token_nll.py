@@ -227,7 +227,7 @@ class _SummedNLL(torch.autograd.Function):
             hidden, weight, bias = (None if kept is None else kept.clone() for kept in (hidden, weight, bias))
         for kept in (hidden, weight, bias):
             if kept is not None:
-                kept *= grad_total.to(kept.dtype)
+                torch.mul(kept, grad_total.reshape(1), out=kept)  # not rounded to 16 bit before
         return hidden, None if weight is None else weight.to(ctx.weight_dtype), bias, None, None, None
 
 
@@ -269,7 +269,10 @@ class _TokenLogps(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         towards, hidden, weight, bias, targets = ctx.saved_tensors
         if not ctx.trainable:
-            return None if towards is None else towards * grad[:, None].to(towards.dtype), None, None, None, None, None
+            grad_hidden = None
+            if towards is not None:
+                grad_hidden = torch.mul(towards, grad[:, None], out=torch.empty_like(towards))
+            return grad_hidden, None, None, None, None, None
         head = weight.to(ctx.dtype)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
