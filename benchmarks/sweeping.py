@@ -31,8 +31,7 @@ class Sweep:
     def run(self, name: str, case: Case, has_bf16: bool) -> Tuning:
         """Precision with attention, then layout, then the allocator; try the engine's defaults; return the best.
 
-        Freed memory is kept from the start: eager attention, the fastest by far where products in bf16 are fast, is slow
-        without.
+        Freed memory is kept from the start: eager attention, the fastest where bf16 products are fast, is slow without.
         """
         first, *others = layouts(name, case)
         for attention in ("eager", "sdpa"):
