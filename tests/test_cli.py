@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -207,3 +208,25 @@ def test_a_rank_closes_its_process_group_before_it_ends(monkeypatch: pytest.Monk
         dist.init_process_group("gloo", init_method=f"file://{tmp_path / arguments[0]}", rank=0, world_size=1)
         main(arguments)
         assert not dist.is_initialized()
+
+
+def test_a_folder_that_may_not_be_written_is_named_without_a_traceback(config_file, monkeypatch, capsys):
+    class Refusing:
+        @staticmethod
+        def train(config: Any) -> str:
+            raise PermissionError(errno.EACCES, "Permission denied", "/cache/firefly")
+
+    monkeypatch.setitem(sys.modules, "firefly.train", Refusing)
+    assert main(["train", str(config_file)]) == 2
+    said = capsys.readouterr().err
+    assert "/cache/firefly: Permission denied" in said
+    assert "FIREFLY_CACHE" in said
+
+
+def test_brackets_in_what_is_printed_are_text(capsys):
+    from firefly.console import stderr_console, stdout_console
+
+    for make in (stderr_console, stdout_console):
+        make().print("runs/[a]/[/x]")
+    said = capsys.readouterr()
+    assert said.out == said.err == "runs/[a]/[/x]\n"

@@ -322,6 +322,7 @@ def test_an_evaluation_file_is_used_even_without_a_strategy():
         ("label_smoothing_factor", 0.1),
         ("train_sampling_strategy", "group_by_length"),
         ("push_to_hub", True),
+        ("neftune_noise_alpha", 5),
     ],
 )
 def test_what_this_version_does_not_do_is_refused_and_not_ignored(key, value):

@@ -398,7 +398,8 @@ def test_evaluation_happens_when_asked_and_changes_nothing(run: Run, place: Path
     assert_same(weights(each), weights(without), 0)
 
 
-def test_the_best_model_is_the_one_that_stays(run: Run, place: Path) -> None:
+@pytest.mark.parametrize("metric", [None, "perplexity", "eval_loss"])
+def test_the_best_model_is_the_one_that_stays(metric: str | None, run: Run, place: Path) -> None:
     """The rate is so high that the loss rises again."""
     out = run(
         train_mode="full",
@@ -409,11 +410,18 @@ def test_the_best_model_is_the_one_that_stays(run: Run, place: Path) -> None:
         save_strategy="steps",
         save_steps=1,
         load_best_model_at_end=True,
+        **({"metric_for_best_model": metric} if metric else {}),
     )
     values = by_step(out, "eval_loss")
     best = min(values, key=values.__getitem__)
     assert best != STEPS
     assert_same(weights(out), weights(out / f"checkpoint-{best}"), 0)
+
+
+def test_a_metric_that_no_evaluation_has_is_refused_before_training(run: Run, place: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r'metric_for_best_model.*"accuracy".*"perplexity"'):
+        run(eval_file=str(place / "eval.jsonl"), load_best_model_at_end=True, metric_for_best_model="accuracy")
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 # ---- what a run leaves ----
@@ -614,6 +622,17 @@ def test_a_checkpoint_given_by_its_path_is_the_one_that_is_continued(run: Run, u
     assert_same(weights(second), weights(uninterrupted), 0)
 
 
+def test_checkpoints_behind_the_one_that_is_continued_by_its_path_are_set_aside(
+    run: Run, out: Path, uninterrupted: Path
+) -> None:
+    """Or the next `resume_from_checkpoint: true` would go on with what this run left behind."""
+    run(resume_from_checkpoint=str(out / "checkpoint-4"), **SAVING | {"max_steps": 6})
+    (aside,) = out.glob("earlier-*")
+    assert checkpoints(out) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert checkpoints(aside) == ["checkpoint-6", "checkpoint-8", "checkpoint-10", "checkpoint-12"]
+    assert "resume.set_aside" in notices(out)
+
+
 def test_a_finished_run_resumed_trains_nothing_more_and_keeps_its_results(
     run: Run, out: Path, uninterrupted: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -641,8 +660,9 @@ def test_a_run_does_not_write_over_what_it_starts_from(
         shutil.rmtree(out)
         shutil.copytree(settings[key], out)
     before = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
-    with pytest.raises(UsageError, match=f"output_dir and {key} are the same folder"):
-        run(**{key: f"{tmp_path}/./out"})
+    for place in ("out", "out/checkpoint-4"):
+        with pytest.raises(UsageError, match=f"{key} is output_dir"):
+            run(**{key: f"{tmp_path}/./{place}"})
     assert {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()} == before
 
 

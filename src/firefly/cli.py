@@ -386,6 +386,9 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             print_error(render("cli.disk_full", path=error.filename or error))
             return 2
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            print_error(render("cli.not_permitted", path=error.filename or "–", problem=error.strerror or error))
+            return 2
         if _is_out_of_memory(error):
             problem = next(iter(str(error).splitlines()), type(error).__name__)
             print_error(render("cli.out_of_memory", problem=problem))

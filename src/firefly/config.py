@@ -232,7 +232,7 @@ def load_config(
         raise UsageError("config.missing_key", key=", ".join(missing))
     config = _build(values, file | overrides)
     if to_train:
-        refuse_unfinished(config)
+        refuse_what_is_not_done(config)
         check_preference(config)
         note_unused(config, values)
     return config
@@ -532,24 +532,22 @@ def _flat_fields(section: Any) -> dict[str, Any]:
     }
 
 
-# What later versions bring. Each entry: the key, the values that ask for nothing, and what is missing.
-UNFINISHED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "use_liger_kernel": ((None, False), "feature.liger"),
-}
-
-# TrainingArguments that would change what a step or its loss means, and are therefore refused.
+# TrainingArguments that would change what a step or its loss means, or that ask for what is done by itself or not at
+# all. Each entry: the key, the values that ask for nothing, and why it is refused.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "auto_find_batch_size": ((None, False), "refused.auto_find_batch_size"),
     "label_smoothing_factor": ((None, 0, 0.0), "refused.label_smoothing_factor"),
     "train_sampling_strategy": ((None, "random"), "refused.train_sampling_strategy"),
     "push_to_hub": ((None, False), "refused.push_to_hub"),
+    "use_liger_kernel": ((None, False), "refused.use_liger_kernel"),
+    "neftune_noise_alpha": ((None, 0, 0.0), "refused.neftune_noise_alpha"),
 }
 
 
-def refuse_unfinished(config: Config) -> None:
-    """Exit 2 for what this version does not do, by name: nothing is accepted and then ignored."""
+def refuse_what_is_not_done(config: Config) -> None:
+    """Exit 2 for what Firefly does not do, by name: nothing is accepted and then ignored."""
     flat = config.flat()
-    for name, (harmless, reason) in (UNFINISHED | REFUSED).items():
+    for name, (harmless, reason) in REFUSED.items():
         if flat.get(name) not in harmless:
             raise UsageError(reason, key=name, value=json.dumps(flat[name], default=str))
 

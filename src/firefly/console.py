@@ -39,17 +39,17 @@ def take_notices() -> list[dict[str, str]]:
 
 
 def stderr_console() -> Console:
-    """A rich console on stderr; colours only where the terminal has them."""
+    """A rich console on stderr; colours only where the terminal has them, and brackets, which paths have, as text."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, quiet=not ranks.is_first())
+    return Console(stderr=True, highlight=False, markup=False, quiet=not ranks.is_first())
 
 
 def stdout_console() -> Console:
     """A rich console on stdout, for a command whose result is meant to be read."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, markup=False)
 
 
 LIBRARIES_NOTES = {

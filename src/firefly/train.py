@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
@@ -142,8 +143,12 @@ def train_into(output_dir: Path, config: Config, engine: Engine, started: float)
     encoder = bind_encoder(config, tokenizer)
     # Before weights: faults of the data are cheap to find. And before ranks are joined: none times out on it.
     data = load_split(config.data, encoder, config.task_type, config.model.hub)
-    write_json(output_dir / "data_report.json", data.report())
-    data.check(config.data)
+    try:
+        data.check(config.data)
+    except UsageError:  # it names where all findings are
+        write_json(output_dir / "data_report.json", data.report())
+        raise
+    check_best_metric(config, task, data)
     if device.type == "cpu" and ranks.started_alone():
         notice("engine.one_process")
     keep_few_kernels(kernels_kept(config.task_type, data.train.counts.lengths, data.train.counts.targets))
@@ -159,7 +164,7 @@ def train_into(output_dir: Path, config: Config, engine: Engine, started: float)
     certificate = None
     if task.chats:
         model.generation_config.eos_token_id = list(encoder.template.stop_ids)
-        certificate = write_certificate(output_dir, encoder)
+        certificate = prove_template(encoder)
     model = attach_adapter(model, config.adapter, fit_embeddings(model, tokenizer, added), config.given)
     if quiet := quiet_routers(model):
         notice("router.quiet", count=len(quiet))
@@ -169,8 +174,10 @@ def train_into(output_dir: Path, config: Config, engine: Engine, started: float)
     parameters = count_parameters(model)
     if checkpoint:
         check_same_run(checkpoint, plan, config.resume_anyway)
-    else:
-        set_aside_old_checkpoints(output_dir)
+    if checkpoint is None or isinstance(config.resume_from_checkpoint, str):
+        set_aside_old_checkpoints(output_dir, checkpoint)
+    if certificate:  # not before: a run that is refused leaves an earlier one's as it was
+        write_json(output_dir / CERTIFICATE, certificate.as_dict())
     remove_leftovers(output_dir)
     choices, forecast = resolve_choices(
         config, args, model, data.train, layout[0], precision, device, checkpoint, engine, plan.total_steps
@@ -357,7 +364,10 @@ def refuse_own_source(config: Config, output_dir: Path) -> None:
     """A run must not write over the model or the adapter that it starts from."""
     sources = {"model_name_or_path": config.model.name_or_path, "adapter_name_or_path": config.adapter.name_or_path}
     for key, source in sources.items():
-        if source and Path(source).expanduser().resolve() == output_dir.resolve():
+        if not source:
+            continue
+        place, output = Path(source).expanduser().resolve(), output_dir.resolve()
+        if place == output or (place.parent == output and place.name.startswith("checkpoint-")):
             raise UsageError("config.output_is_source", key=key, path=output_dir)
 
 
@@ -391,14 +401,23 @@ def bind_encoder(config: Config, tokenizer: Any) -> Encoder:
     return Encoder(tokenizer, template, config.data.allow_special_in_content)
 
 
-def write_certificate(output_dir: Path, encoder: Encoder) -> Certificate:
-    """Prove the template on this tokenizer, and leave the proof beside the weights."""
+def prove_template(encoder: Encoder) -> Certificate:
+    """Prove the template on this tokenizer; what of it fails is said."""
     certificate = certify(encoder, encoder.template.stop_ids)
-    write_json(output_dir / CERTIFICATE, certificate.as_dict())
     for check in certificate.checks:
         if not check.passed:
             notice("certificate.failed", name=encoder.template.name, check=check.name, detail=check.detail)
     return certificate
+
+
+def check_best_metric(config: Config, task: Task, data: Split) -> None:
+    """Refuse a metric that no evaluation of this run will have: transformers would miss it after the first one."""
+    asked = config.training.get("metric_for_best_model")
+    sources = data.train.names if data.held_out is None else data.held_out.names
+    known = [*task.trainer.METRICS, *(f"loss/{name}" for name in sources if len(sources) > 1)]
+    if asked and asked.removeprefix("eval_") not in known:
+        choices = ", ".join(map(json.dumps, known))
+        raise UsageError("config.bad_choice", key="metric_for_best_model", value=json.dumps(asked), choices=choices)
 
 
 def resolved_arguments(config: Config, precision: Precision, device: torch.device) -> dict[str, Any]:
@@ -426,6 +445,9 @@ def resolved_arguments(config: Config, precision: Precision, device: torch.devic
         "run_name": values.get("run_name") or Path(config.output_dir).expanduser().name,  # what trackers call it
     }
     values.setdefault("per_device_eval_batch_size", config.step.examples_per_rank)
+    best = values.get("metric_for_best_model")
+    if best and values.get("greater_is_better") is None:  # transformers takes a perplexity for better the higher it is
+        values["greater_is_better"] = not any(word in best for word in ("loss", "perplexity"))
     optim = str(values.get("optim", ""))
     if device.type == "cpu" and optim.startswith("paged_"):
         values["optim"] = "adamw_torch_fused" if optim == "paged_adamw_32bit" else optim.removeprefix("paged_")
@@ -659,6 +681,7 @@ def write_records(
 ) -> None:
     """train_args.json (as given) and run.json (the passport, which says "running" until the run ends)."""
     options = trainer.options
+    write_json(output_dir / "data_report.json", data.report())
     write_json(output_dir / "train_args.json", without_secrets(config.given))
     write_json(
         output_dir / "run.json",

@@ -62,6 +62,36 @@ def test_an_alpaca_question_is_its_instruction_and_input():
         assert parse({"instruction": "Say hi", "output": "hi"} | absent)[1] == [(USER, "Say hi"), (ASSISTANT, "hi")]
 
 
+QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+BESIDE_LISTS = {
+    "messages": {"messages": [QUESTION, ANSWER]},
+    "prompt and completion": {"prompt": [QUESTION], "completion": [ANSWER]},
+    "labelled": {"messages": [QUESTION, ANSWER], "label": True},
+    "pair of lists": {"prompt": [QUESTION], "chosen": [ANSWER], "rejected": [ANSWER]},
+    "pair of texts": {"prompt": [QUESTION], "chosen": "a", "rejected": "b"},
+    "sharegpt pair": {"conversations": [QUESTION], "chosen": ANSWER, "rejected": ANSWER},
+}
+
+
+@pytest.mark.parametrize("record", BESIDE_LISTS.values(), ids=BESIDE_LISTS.keys())
+def test_a_system_prompt_beside_a_list_stands_before_it_and_two_are_refused(record):
+    task = "dpo" if "chosen" in record else "sft"
+    parsed = parse_record(record | {"system": "s"}, task)[1]
+    found = parsed.chosen if task == "dpo" else parsed
+    assert [(item.role, item.content) for item in found.messages] == [(SYSTEM, "s"), (USER, "q"), (ASSISTANT, "a")]
+    name = next(iter(record))
+    twice = record | {"system": "s", name: [{"role": "system", "content": "t"}, *record[name]]}
+    with pytest.raises(MalformedRecord, match=name):
+        parse_record(twice, task)
+
+
+def test_a_history_stands_before_a_prompt_that_is_a_list():
+    record = {"prompt": [QUESTION], "completion": [ANSWER], "history": [["before", "then"]], "system": "s"}
+    turns = [(SYSTEM, "s"), (USER, "before"), (ASSISTANT, "then"), (USER, "q"), (ASSISTANT, "a")]
+    assert parse(record)[1] == turns
+    assert [item.trained for item in parse_record(record)[1].messages] == [False] * 4 + [True]
+
+
 def test_messages_are_taken_as_they_stand():
     record = messages((SYSTEM, "s"), (USER, "q"), (ASSISTANT, "a"), (USER, "more")) | {"prompt": "q", "prompt_id": "1"}
     assert parse(record) == ("messages", [(SYSTEM, "s"), (USER, "q"), (ASSISTANT, "a"), (USER, "more")])

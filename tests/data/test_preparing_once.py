@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from firefly.console import take_notices
 from firefly.data import dataset
 from firefly.data.dataset import cache_folder, load_split
 from firefly.data.encoding import Encoder
-from firefly.data.preparation import prepare_once
+from firefly.data.preparation import prepare, prepare_once
 from firefly.data.templates import bind_template
 from firefly.locks import hold
 from tiny import tiny_tokenizer, write_rows
@@ -91,3 +93,13 @@ def test_what_another_process_finished_meanwhile_is_not_made_again(tmp_path: Pat
     prepare_once(folder, "rows.jsonl", make)
     prepare_once(folder, "rows.jsonl", lambda: pytest.fail("made again"))
     take_notices()
+
+
+def test_what_is_prepared_in_a_shared_cache_can_be_read_by_others(tmp_path: Path, encoder: Encoder) -> None:
+    before = os.umask(0o022)
+    try:
+        folder = tmp_path / "entry"
+        prepare(iter(()), "f", DataConfig(train_file="f"), encoder, "sft", folder)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755

@@ -13,6 +13,9 @@ import pytest
 from firefly.config import DataConfig, load_config
 from firefly.data.dataset import find_task, load_split
 from firefly.data.encoding import Encoder
+from firefly.data.ledger import Ledger
+from firefly.data.preparation import Preparation
+from firefly.data.schema import IGNORE, Source, Tokens
 from firefly.data.sources import find_sources, repeat
 from firefly.data.templates import bind_template
 from firefly.errors import UsageError
@@ -200,3 +203,16 @@ def test_tool_calls_of_a_real_file_are_trained_with_a_template_that_has_them(sha
     assert split.train.ledger.kept == 300
     texts = [qwen_tokenizer.decode(split.train[i].input_ids.tolist()) for i in range(300)]
     assert sum("<tool_call>\n{" in text.split("</tools>")[-1] for text in texts) > 100
+
+
+@pytest.mark.parametrize(("policy", "kept"), [("cut_turns", 1), ("drop", 0), ("error", 0)])
+def test_of_a_row_that_makes_several_examples_none_is_dropped_alone(policy, kept, encoder):
+    config = DataConfig(train_file="f", max_seq_length=10, on_too_long=policy)
+    preparation = Preparation(config, encoder, "sft", Ledger("f"))
+    ids = np.arange(15, dtype=np.int32)
+    examples = [
+        Tokens(ids[:5], ids[:5]),
+        Tokens(ids, np.where(ids < 12, IGNORE, ids)),
+    ]  # the second's prompt is too long
+    assert len(preparation._fit(Source("f", 1), examples)) == kept
+    assert preparation.ledger.lost["too_long"] == 1 - kept

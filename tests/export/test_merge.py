@@ -99,6 +99,28 @@ def test_a_folder_with_other_files_is_not_overwritten(place: Path, tmp_path: Pat
     assert (tmp_path / "mine.txt").read_text() == "keep"
 
 
+def test_an_earlier_merge_stays_until_a_new_one_is_whole(place: Path, tmp_path: Path) -> None:
+    merged = merge(ModelConfig(), str(place / "lora"), str(tmp_path / "merged"))
+    first = (merged / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(UsageError, match="neither a folder here nor"):
+        merge(ModelConfig(name_or_path="no-such-model"), str(place / "lora"), str(merged))
+    assert (merged / "model.safetensors").stat().st_mtime_ns == first
+    (tmp_path / "merged.partial").mkdir()  # of a merge that was killed
+    (tmp_path / "merged.partial" / "model.safetensors").touch()
+    merge(ModelConfig(), str(place / "lora"), str(merged))
+    assert (merged / "model.safetensors").stat().st_mtime_ns > first
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_a_full_disk_is_told_without_a_traceback(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(merging, "save_merged", fail)
+    with pytest.raises(UsageError, match=r"merged\.partial could not be written.*No space left"):
+        merge(ModelConfig(), str(place / "lora"), str(tmp_path / "merged"))
+
+
 def test_a_base_that_is_itself_a_merge_is_never_overwritten(place: Path, tmp_path: Path) -> None:
     base = merge(ModelConfig(), str(place / "lora"), str(tmp_path / "base"))
     with pytest.raises(UsageError, match="holds the base"):

@@ -152,3 +152,15 @@ def test_another_template_than_the_trained_one_is_refused_unless_forced(tmp_path
     with pytest.raises(UsageError, match="--force"):
         Engine.load(model, template_name="smollm2")
     assert Engine.load(model, template_name="smollm2", force=True).encoder.template.name == "smollm2"
+
+
+def test_a_file_that_this_chat_did_not_write_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine, new = tmp_path / "data.jsonl", tmp_path / "talk.jsonl"
+    mine.write_text("keep")
+    lines = ["one", f"/save {mine}", f"/save {new}", "two", f"/save {new}"]
+    talk(Scripted(["fine"], ["well"]), lines, monkeypatch)
+    assert mine.read_text() == "keep"
+    assert f"{mine} exists already" in capsys.readouterr().err
+    assert len(json.loads(new.read_text())["messages"]) == 4

@@ -181,6 +181,14 @@ def test_what_changed_is_named_and_nothing_else(
     assert "resume_anyway: true" in said
 
 
+def test_a_refused_run_leaves_the_records_of_the_earlier_one(run: Run, stopped: Path) -> None:
+    names = ("template_certificate.json", "data_report.json", "run.json", "train_args.json")
+    before = {name: (stopped / name).read_bytes() for name in names}
+    with pytest.raises(UsageError, match="template"):
+        run(resume_from_checkpoint=True, template_name="chatml")
+    assert {name: (stopped / name).read_bytes() for name in names} == before
+
+
 def test_told_to_a_run_goes_on_all_the_same_and_says_what_it_overrode(run: Run, stopped: Path) -> None:
     out = run(resume_from_checkpoint=True, resume_anyway=True, seed=2, max_grad_norm=0.5)
     assert "seed: 1 → 2" in notices(out)["resume.anyway"]

@@ -14,7 +14,7 @@ import torch
 
 from firefly.console import notice, take_notices
 from firefly.errors import FireflyError, UsageError
-from firefly.runs.passport import recorded_end
+from firefly.runs.passport import recorded_end, write_json
 from firefly.runs.records import read_object, read_run
 from firefly.runs.state import SILENCE_SECONDS, lives, this_process
 from run_folders import age, write_run
@@ -135,3 +135,8 @@ def test_the_end_of_a_run_is_in_its_passport_and_an_error_goes_on(tmp_path, erro
 def test_an_end_that_cannot_be_recorded_does_not_hide_the_error(tmp_path):
     with pytest.raises(ZeroDivisionError), recorded_end(tmp_path / "gone"):
         raise ZeroDivisionError
+
+
+def test_a_file_name_that_is_no_utf_8_can_be_recorded(tmp_path: Path) -> None:
+    write_json(tmp_path / "run.json", {"file": "\udcb0.jsonl"})
+    assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["file"] == "\udcb0.jsonl"

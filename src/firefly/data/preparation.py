@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -77,7 +78,8 @@ def prepare(
         np.save(scratch / "index.npy", np.concatenate(index) if index else np.zeros(0, INDEX))
         np.save(scratch / "rows.npy", np.concatenate(rows) if rows else np.zeros(0, ROWS))
         stored = json.dumps(preparation.ledger.as_dict(), ensure_ascii=False)
-        (scratch / "ledger.json").write_text(stored, encoding="utf-8")
+        (scratch / "ledger.json").write_text(stored, encoding="utf-8", errors="backslashreplace")
+        scratch.chmod(0o777 & ~_umask())  # mkdtemp's folders are their maker's alone, and a cache may be shared
         try:
             scratch.rename(folder)
         except OSError:  # another run prepared the same examples first: theirs are the same
@@ -95,8 +97,13 @@ def prepare_once(folder: Path, file: str, make: Callable[[], None]) -> None:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
 
+    told = False
+
     def waiting(holder: Holder) -> None:
-        notice("data.waiting", file=file, pid=holder.pid, host=holder.host)
+        nonlocal told
+        if not told:  # whoever waits may find that another waiter was quicker
+            notice("data.waiting", file=file, pid=holder.pid, host=holder.host)
+        told = True
 
     with hold(_lock_of(folder), waiting) as held:
         if (folder / "ledger.json").is_file():
@@ -105,6 +112,12 @@ def prepare_once(folder: Path, file: str, make: Callable[[], None]) -> None:
             shutil.rmtree(folder, ignore_errors=True)  # without its last file it is not whole
             remove_scratch(folder)
         make()
+
+
+def _umask() -> int:
+    found = os.umask(0)
+    os.umask(found)
+    return found
 
 
 def _lock_of(folder: Path) -> Path:
@@ -281,7 +294,8 @@ class Preparation:
         else:
             fitted = [fit(tokens, self.config.max_seq_length, self.config.on_too_long) for tokens in examples]
         kept = [tokens for tokens in fitted if tokens is not None and (tokens.num_targets or self._is_text(tokens))]
-        if not kept:
+        whole_or_not = self.config.on_too_long in ("drop", "error")
+        if not kept or (whole_or_not and any(tokens is None for tokens in fitted)):
             self._lose(source, examples)
             return []
         self._account(source, examples, kept, examples=len(kept))

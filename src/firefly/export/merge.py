@@ -13,7 +13,6 @@ SmolLM2-135M after six steps of LoRA: mean KL to the trained model 1.5e-4 instea
 from __future__ import annotations
 
 import gc
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,8 +37,9 @@ from firefly.models.adapters import is_tied, load_adapter, trained_rows
 from firefly.models.experts import dequantise_experts
 from firefly.models.kernels.expert_linear import expert_factors
 from firefly.models.kernels.lora_linear import dense
-from firefly.models.loading import hub_options, load_model, load_tokenizer, resolve_model
+from firefly.models.loading import hub_options, load_failure, load_model, load_tokenizer, resolve_model
 from firefly.models.precision import Precision, pick_device
+from firefly.runs.folders import first_line, free_space, is_write_failure, make_empty, seal, unfinished
 from firefly.runs.passport import write_json
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -94,7 +94,8 @@ def merge(
         force: merge although the tokenizer and template are not those of the adapter's certificate.
 
     Raises:
-        UsageError: adapter, base or options are at fault, or the template is not the one that was trained.
+        UsageError: adapter, base or options are at fault, the template is not the one that was trained, or the model
+            could not be written. An earlier merge in the folder is there until a whole new one takes its place.
         VerificationError: the reloaded model is not the trained one; the folder is kept, with the figures inside.
     """
     for option, value, choices in (("onto", onto, ONTO), ("dtype", dtype, ("auto", *TYPES))):
@@ -104,7 +105,7 @@ def merge(
     quantised = recorded_config(adapter).get("train_mode") == "qlora"
     if onto == "dequantized" and not quantised:
         raise UsageError("merge.not_quantised", path=adapter)
-    target = empty_folder(save_path, keep=(adapter, model.name_or_path))
+    target = folder_to_write(save_path, keep=(adapter, model.name_or_path))
     weights = base_type(model) if dtype == "auto" else TYPES[dtype]
     notice("merge.merging", adapter=adapter, base=model.name_or_path, dtype=str(weights).removeprefix("torch."))
 
@@ -115,20 +116,30 @@ def merge(
         prompts.append(sorted(rows))
     trained = load_adapter(load_base(model, weights, onto), adapter).eval()
     expected = all_logits(trained, prompts)
-    save_merged(trained, tokenizer, target)
+    partial = unfinished(target)
+    try:
+        make_empty(partial)
+        save_merged(trained, tokenizer, partial)
+    except Exception as error:
+        if is_write_failure(error):
+            problem, free = first_line(error), free_space(partial.parent)
+            raise UsageError("merge.write_failed", path=partial, problem=problem, free=free) from error
+        raise
     if certificate:
-        write_json(target / CERTIFICATE, certificate)
+        write_json(partial / CERTIFICATE, certificate)
     del trained
     gc.collect()
 
     notice("merge.verifying")
-    merged = load_model(ModelConfig(name_or_path=str(target)), "lora", Precision(weights), pick_device()).eval()
+    written = ModelConfig(name_or_path=str(partial), trust_remote_code=model.trust_remote_code)
+    merged = load_model(written, "lora", Precision(weights), pick_device()).eval()
     found = compare(expected, all_logits(merged, prompts), prompts)
     report = {"onto": onto, "dtype": str(weights), "adapter": adapter, "base": model.name_or_path, **vars(found)}
     if quantised and onto == "original":
         report["distance_to_4bit"] = vars(distance_to_4bit(model, adapter, weights, merged, prompts))
     passed = found.passes(weights)
-    write_json(target / "merge_report.json", report | {"passed": passed})
+    write_json(partial / "merge_report.json", report | {"passed": passed})
+    seal(partial, target)
     if not passed:
         raise VerificationError("merge.failed", path=target, **vars(found))
     notice("merge.done", path=target, prompts=len(prompts), **vars(found))
@@ -144,8 +155,8 @@ def check_template(tokenizer: Any, adapter: str, force: bool) -> dict[str, Any] 
     return certificate
 
 
-def empty_folder(save_path: str, keep: tuple[str, ...] = ()) -> Path:
-    """The folder to write into; one that holds an earlier merge is replaced, anything else is left alone.
+def folder_to_write(save_path: str, keep: tuple[str, ...] = ()) -> Path:
+    """The folder to write into; one that holds an earlier merge will be replaced, anything else is left alone.
 
     Raises:
         UsageError: it holds something else, or is one of `keep` (the base may itself be an earlier merge) or above one.
@@ -154,11 +165,10 @@ def empty_folder(save_path: str, keep: tuple[str, ...] = ()) -> Path:
     kept = [Path(name).expanduser().resolve() for name in keep]
     if any(path.resolve() in (folder, *folder.parents) for folder in kept):
         raise UsageError("merge.save_path", path=path)
-    if path.is_dir() and (path / "merge_report.json").is_file():
-        shutil.rmtree(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    earlier = (path / "merge_report.json").is_file()
+    if path.exists() and not earlier and (not path.is_dir() or any(path.iterdir())):
         raise UsageError("merge.save_path", path=path)
-    path.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
@@ -166,7 +176,11 @@ def base_type(model: ModelConfig) -> torch.dtype:
     """The number type of the base model's weights, as its config.json says."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(resolve_model(model), **hub_options(model))
+    place = resolve_model(model)
+    try:
+        config = AutoConfig.from_pretrained(place, **hub_options(model))
+    except Exception as error:
+        raise load_failure(error, place) from error
     dtype: Any = config.get_text_config().dtype or config.dtype
     return dtype if dtype in TYPES.values() else torch.float32
 

@@ -54,6 +54,8 @@ class ChatSession:
         self.settings = settings
         self.system = system
         self.history: list[Message] = []
+        self.saved: set[Path] = set()
+        """Files that this session wrote, and may write again."""
 
     @property
     def messages(self) -> list[Message]:
@@ -103,10 +105,14 @@ class ChatSession:
             print(render("chat.save_usage"), file=sys.stderr)
             return
         path = Path(target).expanduser()
+        if path.exists() and path.resolve() not in self.saved:
+            print(render("chat.save_exists", path=path), file=sys.stderr)
+            return
         record = {"messages": [{"role": item.role, "content": item.content} for item in self.messages]}
         try:
             path.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
         except OSError as error:
             print(render("chat.save_failed", path=path, problem=error.strerror or error), file=sys.stderr)
             return
+        self.saved.add(path.resolve())
         print(render("chat.saved", path=path), file=sys.stderr)

@@ -20,6 +20,11 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "内存（显存）不足：{problem}。请减小 tokens_per_microbatch 或 max_seq_length，"
         "把 gradient_checkpointing 设为 true，或使用 train_mode qlora。",
     ),
+    "cli.not_permitted": (
+        "{path}: {problem}. Give this user the right to write there, or choose another folder (the cache moves with "
+        "FIREFLY_CACHE).",
+        "{path}：{problem}。请授予写入权限，或换一个目录（缓存目录可用 FIREFLY_CACHE 更改）。",
+    ),
     "cli.disk_full": (
         "no space is left on the disk, or the quota is used up: {path}. Free some space and start again.",
         "磁盘已满或配额已用尽：{path}。请腾出空间后重新运行。",
@@ -72,9 +77,9 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "{key} = {value} 太小；最小值为 {minimum}。",
     ),
     "config.output_is_source": (
-        "output_dir and {key} are the same folder, {path}: the run would overwrite what it starts from. "
+        "{key} is output_dir, {path}, or one of its checkpoints: the run would overwrite what it starts from. "
         "Choose another output_dir.",
-        "output_dir 与 {key} 是同一个文件夹 {path}：训练会覆盖它的起点。请换一个 output_dir。",
+        "{key} 就是 output_dir（{path}）或其中的 checkpoint：训练会覆盖它的起点。请换一个 output_dir。",
     ),
     "config.two_precisions": (
         "fp16 and bf16 are both true; set one of them to false.",
@@ -122,10 +127,6 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "{path}：此文件系统不支持文件锁，因此无法防止两个进程在此同时工作。",
     ),
     # what this version does not have yet, and what it refuses
-    "feature.liger": (
-        "{key} = {value}: liger-kernel is not in this version yet; remove the key.",
-        "{key} = {value}：此版本尚不支持 liger-kernel；请删除该键。",
-    ),
     "refused.auto_find_batch_size": (
         "{key} = {value} would change how many examples make a step. Remove it: tokens_per_microbatch limits memory "
         "without changing the step.",
@@ -139,6 +140,15 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "{key} = {value} is not supported: steps follow the seeded order "
         '("shuffle": false keeps the file\'s). Remove it.',
         '不支持 {key} = {value}：训练步按随机种子决定的顺序进行（"shuffle": false 保持文件顺序）。请删除。',
+    ),
+    "refused.use_liger_kernel": (
+        "{key} = {value}: where liger-kernel is installed, its kernels are used on cards anyway. Remove the key.",
+        "{key} = {value}：安装了 liger-kernel 时，显卡上会自动使用其内核。请删除该键。",
+    ),
+    "refused.neftune_noise_alpha": (
+        "{key} = {value} is not supported: its noise is scaled by the length of a batch, so that a row's would depend "
+        "on what it is packed with. Remove it.",
+        "不支持 {key} = {value}：其噪声按整个 batch 的长度缩放，样本的噪声会取决于与哪些样本打包在一起。请删除。",
     ),
     "refused.push_to_hub": (
         "{key} = {value} is not supported; upload output_dir after training.",
@@ -1272,6 +1282,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "save_path = {path} is not empty, or holds the base or the adapter. Choose another folder.",
         "save_path = {path} 不是空目录，或包含基座模型、适配器。请换一个目录。",
     ),
+    "merge.write_failed": (
+        "{path} could not be written: {problem}; {free} are free. Free some space, or choose another folder.",
+        "无法写入 {path}：{problem}；剩余空间 {free}。请腾出空间或换一个目录。",
+    ),
     "merge.not_quantised": (
         "--onto dequantized is for adapters of a QLoRA run; {path} was not trained on 4-bit weights.",
         "--onto dequantized 只用于 QLoRA 训练的适配器；{path} 不是在 4 比特权重上训练的。",
@@ -1303,6 +1317,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "chat.system": ("system prompt set; history forgotten.", "系统提示已设置；历史已清空。"),
     "chat.system_off": ("system prompt removed; history forgotten.", "系统提示已移除；历史已清空。"),
     "chat.saved": ("saved to {path}.", "已保存到 {path}。"),
+    "chat.save_exists": (
+        "{path} exists already and is left as it is: choose another name.",
+        "{path} 已存在，未作改动：请换一个文件名。",
+    ),
     "chat.save_failed": ("cannot write {path}: {problem}.", "无法写入 {path}：{problem}。"),
     "chat.save_usage": ("usage: /save FILE", "用法：/save 文件"),
     "chat.unknown": ("unknown command {command}; known: {known}", "未知命令 {command}；可用：{known}"),

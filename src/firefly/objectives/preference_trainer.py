@@ -34,6 +34,8 @@ SUMMED = (
 class PreferenceTrainer(StepTrainer):
     """Minimises the mean loss over the step's pairs, plus what NLL of the chosen answers the loss asks for."""
 
+    METRICS = ("loss", *SUMMED)
+
     def __init__(self, *, preference: PreferenceConfig, reference: Reference | None, **options: Any) -> None:
         """`reference` is None where the loss has none."""
         self.preference = preference

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -78,6 +78,9 @@ class Counts:
 class StepTrainer(FiniteSteps, ABC):
     """The loop over whole steps and over held-out data. An objective adds how examples are packed, a microbatch's share
     of the step's loss, and the sums that its evaluation needs."""
+
+    METRICS: ClassVar[tuple[str, ...]]
+    """Names of what `evaluation_metrics` gives."""
 
     def __init__(
         self,
@@ -435,6 +438,8 @@ class StepTrainer(FiniteSteps, ABC):
 
 class CausalTrainer(StepTrainer):
     """SFT and pretraining: minimises Σ NLL / Σ target tokens over the whole step."""
+
+    METRICS = ("loss", "perplexity", "target_tokens")
 
     def packed(self, examples: ExampleList, held_out: bool) -> PackedExamples:
         return PackedExamples(examples, lambda rows, chosen: pack(chosen))

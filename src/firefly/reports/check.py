@@ -130,7 +130,7 @@ def show_check(check: DataCheck, console: Any) -> None:
     data = check.data
     ledgers = [examples.ledger for examples in (data.train, data.held_out) if examples is not None]
     for ledger in {id(ledger): ledger for ledger in ledgers}.values():  # eval_ratio holds out rows of the same files
-        console.print(ledger.summary(), soft_wrap=True, markup=False)
+        console.print(ledger.summary(), soft_wrap=True)
     if data.held_out is not None:
         console.print(render("check.held_out", held_out=len(data.held_out), trained=len(data.train)))
     formats = ", ".join(f"{name} {count}" for name, count in data.train.ledger.formats.items()) or "–"

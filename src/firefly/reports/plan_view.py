@@ -92,7 +92,7 @@ def show_advice(console: Console, advice: Sequence[Advice]) -> None:
         change = f"{each.key} = {json.dumps(each.value)}" if each.key else str(each.value)
         spared = "" if each.spared is None else f"−{gib(each.spared)} GiB"
         enough = f"  {render('advice.enough')}" if each.fits else ""
-        console.print(f"  {change:<34} {spared:>11}  {each.cost}{enough}", soft_wrap=True, markup=False)
+        console.print(f"  {change:<34} {spared:>11}  {each.cost}{enough}", soft_wrap=True)
 
 
 def _show_time(console: Console, duration: Duration) -> None:
@@ -128,7 +128,7 @@ def _show_probe(console: Console, probe: Probe) -> None:
 
 
 def say(console: Console, code: str, style: str | None = None, **values: object) -> None:
-    console.print(render(code, **values), soft_wrap=True, markup=False, style=style)
+    console.print(render(code, **values), soft_wrap=True, style=style)
 
 
 def gib(size: int) -> str:

@@ -40,7 +40,7 @@ def list_as_json(records: Sequence[RunRecord]) -> str:
 def show_list(records: Sequence[RunRecord], folders: Sequence[str], console: Console) -> None:
     """Print two lines for each run: name, state, loss, time; and below them model, steps, held-out loss, duration."""
     if not records:
-        console.print(render("runs.none", folders=", ".join(folders)), markup=False)
+        console.print(render("runs.none", folders=", ".join(folders)))
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column(render("runs.head_run"), overflow="fold", ratio=1)
@@ -91,12 +91,12 @@ def show_run(record: RunRecord, console: Console) -> None:
             f"  {render('runs.steps', steps=steps_of(record))}  {moment(record.started)}  {clock(record.seconds)}",
         )
     )
-    console.print(describe_task(record), markup=False)
+    console.print(describe_task(record))
     if record.error:
         code = record.error.get("code") or record.error.get("type")
         console.print(Text(f"{code}: {record.error.get('message')}", style="red"))
     if resumed := passport.get("resumed_from"):
-        console.print(render("runs.resumed", path=resumed), markup=False)
+        console.print(render("runs.resumed", path=resumed))
     section(console, render("runs.heading_configuration"), changed_keys(record.config))
     section(console, render("runs.heading_choices"), mapping(passport.get("resolved")))
     show_data(record, console)

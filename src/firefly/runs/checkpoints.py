@@ -88,7 +88,7 @@ STRUCTURE = ("train_mode", "lora_rank", "use_dora", "lora_target", "modules_to_s
 # Settings that live in the optimizer's and the scheduler's saved state, which a resumed run takes as they were.
 OPTIMIZER_SETTINGS = ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 # Settings of TrainingArguments that shape every step.
-TRAINING_SETTINGS = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "neftune_noise_alpha")
+TRAINING_SETTINGS = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm")
 
 
 def seal_checkpoint(partial: Path, folder: Path, plan: Mapping[str, Any]) -> None:
@@ -261,9 +261,16 @@ def differences(stored: Mapping[str, Any], plan: RunPlan) -> dict[str, tuple[Any
     return found
 
 
-def set_aside_old_checkpoints(output_dir: Path) -> None:
-    """A run that starts anew in a used folder moves earlier checkpoints aside: none is lost, none is mixed up."""
+def set_aside_old_checkpoints(output_dir: Path, start: Path | None = None) -> None:
+    """Move the checkpoints of an earlier run aside: none is lost, and none is mixed up with what is trained now.
+
+    Args:
+        start: the checkpoint that the run continues from: what lies before it in this folder is its own past.
+    """
     old = checkpoints(output_dir)
+    known = [path.resolve() for path in old]
+    if start is not None and start.resolve() in known:
+        old = old[known.index(start.resolve()) + 1 :]
     if not old or not is_first():
         return
     aside = output_dir / f"earlier-{time.strftime('%Y%m%d-%H%M%S')}"

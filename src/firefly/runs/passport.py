@@ -49,7 +49,9 @@ def write_json(path: Path, value: Any) -> None:
     if not is_first():
         return
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
+    # A file name that is no UTF-8 has characters that cannot be written (PEP 383): as escapes they can, in JSON, too.
+    scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
     scratch.replace(path)
 
 

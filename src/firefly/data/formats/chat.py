@@ -20,6 +20,7 @@ from firefly.data.formats.fields import (
     read_tool_call,
     read_tools,
     system_messages,
+    with_system,
 )
 from firefly.data.schema import Conversation, Message, Role
 
@@ -124,10 +125,7 @@ class MessagesFormat:
 
     def parse(self, record: Record) -> Conversation:
         messages = read_messages(read_list(record, self.key), self.key)
-        system = system_messages(record.get("system"))
-        if system and messages[0].role == "system":
-            raise MalformedRecord("row.two_systems", field=f"{self.key}[0]")
-        return Conversation((*system, *messages), read_tools(record))
+        return Conversation(tuple(with_system(record, messages, self.key)), read_tools(record))
 
 
 @dataclass(frozen=True)
@@ -214,8 +212,8 @@ class QuestionFormat:
     def _message_lists(self, record: Record) -> list[Message]:
         """Prompt and completion as message lists, as TRL has them: the completion is trained."""
         prompt, answer = read_list(record, self.question), read_list(record, self.answer)
-        asked = [replace(message, trained=False) for message in read_messages(prompt, self.question)]
-        return [*asked, *read_messages(answer, self.answer)]
+        asked = with_system(record, [*self._history(record), *read_messages(prompt, self.question)], self.question)
+        return [*(replace(message, trained=False) for message in asked), *read_messages(answer, self.answer)]
 
     def _history(self, record: Record) -> list[Message]:
         earlier = record.get("history")

@@ -70,6 +70,14 @@ def system_messages(value: Any, place: str = "system") -> list[Message]:
     return [Message("system", check_text(value, place))]
 
 
+def with_system(record: Record, messages: list[Message], place: str) -> list[Message]:
+    """`messages`, which stand under `place`, behind the system prompt beside them; two of them are refused."""
+    system = system_messages(record.get("system"))
+    if system and messages and messages[0].role == "system":
+        raise MalformedRecord("row.two_systems", field=f"{place}[0]")
+    return [*system, *messages]
+
+
 def is_trained(item: Record, place: str) -> bool:
     """`"loss": false`, or OpenAI's `"weight": 0`, leaves a reply untrained."""
     flag = item.get("loss")

@@ -18,6 +18,7 @@ from firefly.data.formats.fields import (
     read_text,
     read_tools,
     system_messages,
+    with_system,
 )
 from firefly.data.schema import Conversation, Message, PreferencePair
 
@@ -43,13 +44,14 @@ class MessagePairFormat:
     def parse(self, record: Record) -> PreferencePair:
         chosen = read_messages(read_list(record, "chosen"), "chosen")
         rejected = read_messages(read_list(record, "rejected"), "rejected")
+        place = "chosen"
         if chosen[0].role == "assistant":
-            prompt = self._prompt(record)
+            prompt, place = self._prompt(record), "prompt"
             chosen, rejected = [*prompt, *chosen], [*prompt, *rejected]
         if _texts(chosen[:-1]) != _texts(rejected[:-1]):
             raise MalformedRecord("row.prompts_differ")
-        system = system_messages(record.get("system"))
-        return make_pair([*system, *chosen[:-1]], chosen[-1], rejected[-1], read_tools(record))
+        prompt = with_system(record, chosen[:-1], place)
+        return make_pair(prompt, chosen[-1], rejected[-1], read_tools(record))
 
     @staticmethod
     def _prompt(record: Record) -> list[Message]:
@@ -87,7 +89,7 @@ class TextPairFormat:
         else:
             prompt = [Message("user", question_text(record, name, ("input",)))]
         chosen, rejected = (Message("assistant", read_text(record, key)) for key in (self.chosen, self.rejected))
-        return make_pair([*system_messages(record.get("system")), *prompt], chosen, rejected, read_tools(record))
+        return make_pair(with_system(record, prompt, name), chosen, rejected, read_tools(record))
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class ShareGptPairFormat:
     def parse(self, record: Record) -> PreferencePair:
         prompt = read_messages(read_list(record, "conversations"), "conversations")
         chosen, rejected = (self._answer(record[name], name) for name in ("chosen", "rejected"))
-        return make_pair([*system_messages(record.get("system")), *prompt], chosen, rejected, read_tools(record))
+        return make_pair(with_system(record, prompt, "conversations"), chosen, rejected, read_tools(record))
 
     @staticmethod
     def _answer(value: Any, name: str) -> Message:
@@ -151,13 +153,10 @@ class LabelledFormat:
     def parse(self, record: Record) -> Conversation:
         wanted = record["label"]
         if self.answer:
-            messages = [
-                *system_messages(record.get("system")),
-                *self._side(record, self.key, "user"),
-                *self._side(record, self.answer, "assistant"),
-            ]
+            messages = [*self._side(record, self.key, "user"), *self._side(record, self.answer, "assistant")]
         else:
             messages = read_messages(read_list(record, self.key), self.key)
+        messages = with_system(record, messages, self.key)
         if wanted:
             return Conversation(tuple(messages), read_tools(record))
         return Conversation(tuple(replace(message, trained=False) for message in messages), read_tools(record))
