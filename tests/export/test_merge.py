@@ -94,6 +94,7 @@ def test_a_merge_that_changed_the_model_is_refused_with_exit_code_3(
 
 def test_a_folder_with_other_files_is_not_overwritten(place: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
+    (tmp_path / "result.partial").mkdir()  # as a training run has one, too
     with pytest.raises(UsageError, match="not empty"):
         merge(ModelConfig(), str(place / "lora"), str(tmp_path))
     assert (tmp_path / "mine.txt").read_text() == "keep"
@@ -105,11 +106,18 @@ def test_an_earlier_merge_stays_until_a_new_one_is_whole(place: Path, tmp_path: 
     with pytest.raises(UsageError, match="neither a folder here nor"):
         merge(ModelConfig(name_or_path="no-such-model"), str(place / "lora"), str(merged))
     assert (merged / "model.safetensors").stat().st_mtime_ns == first
-    (tmp_path / "merged.partial").mkdir()  # of a merge that was killed
-    (tmp_path / "merged.partial" / "model.safetensors").touch()
+    (merged / "result.partial").mkdir()  # of a merge that was killed
+    (merged / "result.partial" / "model.safetensors").touch()
+    (merged / "of_the_first.json").touch()
     merge(ModelConfig(), str(place / "lora"), str(merged))
     assert (merged / "model.safetensors").stat().st_mtime_ns > first
-    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+    assert not {"result.partial", "of_the_first.json"} & {path.name for path in merged.iterdir()}
+
+
+def test_the_working_folder_can_be_merged_into(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    merge(ModelConfig(), str(place / "lora"), ".")
+    assert (tmp_path / "merge_report.json").is_file()
 
 
 def test_a_full_disk_is_told_without_a_traceback(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +125,7 @@ def test_a_full_disk_is_told_without_a_traceback(place: Path, tmp_path: Path, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(merging, "save_merged", fail)
-    with pytest.raises(UsageError, match=r"merged\.partial could not be written.*No space left"):
+    with pytest.raises(UsageError, match=r"result\.partial could not be written.*No space left"):
         merge(ModelConfig(), str(place / "lora"), str(tmp_path / "merged"))
 
 

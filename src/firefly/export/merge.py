@@ -13,6 +13,7 @@ SmolLM2-135M after six steps of LoRA: mean KL to the trained model 1.5e-4 instea
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from firefly.models.kernels.expert_linear import expert_factors
 from firefly.models.kernels.lora_linear import dense
 from firefly.models.loading import hub_options, load_failure, load_model, load_tokenizer, resolve_model
 from firefly.models.precision import Precision, pick_device
-from firefly.runs.folders import first_line, free_space, is_write_failure, make_empty, seal, unfinished
+from firefly.runs.folders import RESULT, first_line, free_space, is_write_failure, make_empty, move_into, unfinished
 from firefly.runs.passport import write_json
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -116,13 +117,13 @@ def merge(
         prompts.append(sorted(rows))
     trained = load_adapter(load_base(model, weights, onto), adapter).eval()
     expected = all_logits(trained, prompts)
-    partial = unfinished(target)
+    partial = unfinished(target / RESULT)
     try:
         make_empty(partial)
         save_merged(trained, tokenizer, partial)
     except Exception as error:
         if is_write_failure(error):
-            problem, free = first_line(error), free_space(partial.parent)
+            problem, free = first_line(error), free_space(target)
             raise UsageError("merge.write_failed", path=partial, problem=problem, free=free) from error
         raise
     if certificate:
@@ -139,7 +140,12 @@ def merge(
         report["distance_to_4bit"] = vars(distance_to_4bit(model, adapter, weights, merged, prompts))
     passed = found.passes(weights)
     write_json(partial / "merge_report.json", report | {"passed": passed})
-    seal(partial, target)
+    for old in target.iterdir():  # an earlier merge; the folder itself may be a mounted one
+        if old.is_dir() and old != partial:
+            shutil.rmtree(old)
+        elif old != partial:
+            old.unlink()
+    move_into(partial, target)
     if not passed:
         raise VerificationError("merge.failed", path=target, **vars(found))
     notice("merge.done", path=target, prompts=len(prompts), **vars(found))
@@ -165,10 +171,12 @@ def folder_to_write(save_path: str, keep: tuple[str, ...] = ()) -> Path:
     kept = [Path(name).expanduser().resolve() for name in keep]
     if any(path.resolve() in (folder, *folder.parents) for folder in kept):
         raise UsageError("merge.save_path", path=path)
-    earlier = (path / "merge_report.json").is_file()
-    if path.exists() and not earlier and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not path.is_dir():
         raise UsageError("merge.save_path", path=path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir(parents=True, exist_ok=True)
+    held = {entry.name for entry in path.iterdir()} - {unfinished(path / RESULT).name}  # of a merge that was killed
+    if held and "merge_report.json" not in held:
+        raise UsageError("merge.save_path", path=path)
     return path
 
 
