@@ -35,3 +35,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    ranks.leave()
+    ranks.end(0)

@@ -274,6 +274,44 @@ def test_every_launcher_starts_two_ranks(launcher: str, place: Path, tmp_path: P
     assert json.loads((tmp_path / "out" / "train_results.json").read_text())["examples"] == 16
 
 
+ENDING = """
+import sys, torch
+from firefly import ranks
+
+def main():
+    torch.distributed.init_process_group("gloo")
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64))
+    for _ in range(3):
+        model(torch.randn(4, 64)).sum().backward()
+    numbers = torch.ones(1000)
+    torch.distributed.all_reduce(numbers)
+    ranks.leave()
+    print("done")
+    return 3
+
+ranks.end(main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attempt", range(5))
+def test_ranks_that_end_right_after_a_collective_keep_their_exit_code(attempt: int) -> None:
+    """With sys.exit, a third of them were aborted."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    environment = os.environ | place | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", ENDING]
+    processes = [
+        subprocess.Popen(
+            command, env=environment | {"RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for rank in ("0", "1")
+    ]
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [(process.returncode, text) for process, text in zip(processes, said, strict=True)] == [(3, "done\n")] * 2
+
+
 @pytest.mark.slow
 def test_a_fault_of_the_users_is_said_once(place: Path, tmp_path: Path) -> None:
     settings = Case("fault").settings(place, tmp_path / "out", ranks=2) | {"lora_target": "nothing_like_it"}

@@ -2,7 +2,7 @@
 
 import sys
 
-from firefly.cli import main
+from firefly.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main(["chat", *sys.argv[1:]]))
+    run(["chat", *sys.argv[1:]])

@@ -7,7 +7,7 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -403,6 +403,6 @@ def _is_out_of_memory(error: Exception) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
 
 
-def run() -> None:
-    """The `firefly` console script."""
-    sys.exit(main())
+def run(arguments: list[str] | None = None) -> NoReturn:
+    """Run one command and end the process: the `firefly` console script and the tutorial's doors."""
+    ranks.end(main(arguments))

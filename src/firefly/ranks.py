@@ -5,8 +5,11 @@ Nothing here starts or needs a process group but `from_first` and `all_of`, whic
 
 from __future__ import annotations
 
+import atexit
 import os
-from typing import Any, TypeVar
+import sys
+from contextlib import suppress
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
@@ -59,15 +62,27 @@ def all_of(value: T) -> list[T]:
 
 
 def leave(failed: bool = False) -> None:
-    """Close the process group, if there is one, while the interpreter lives.
-
-    gloo's threads may still hold tensors at the interpreter's end, and letting go of them then aborts a process whose
-    work is done (pytorch/pytorch#179291): a quarter of all exits right after a collective did. After a failure NCCL is
-    left alone, since closing it waits for ranks that may be waiting for this one.
-    """
+    """Close the process group, if there is one. After a failure NCCL is left alone, since closing it waits for ranks
+    that may be waiting for this one."""
     if world_size() == 1:
         return
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized() and not (failed and dist.get_backend() != "gloo"):
         dist.destroy_process_group()
+
+
+def end(code: int) -> NoReturn:
+    """End the process, one of several without taking the interpreter apart.
+
+    Even behind a closed group gloo's threads live on where something still holds it, DistributedDataParallel for one.
+    One that lets go of its last collective's tensors while the interpreter is taken apart aborts a process whose work
+    is done (pytorch/pytorch#179291): up to a third of those that ended right after a collective.
+    """
+    if world_size() == 1:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    with suppress(OSError):  # whoever read it has gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
