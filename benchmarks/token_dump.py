@@ -30,7 +30,7 @@ def write_rows(*, model: str, data: Path, num_rows: int, max_tokens: int, path: 
     """Encode the first `num_rows` usable chats, one JSON object a line; return what was left out and cut.
 
     A row whose answers lie wholly beyond `max_tokens` has nothing to train and is skipped, the next one taking its
-    place.
+    place. A file with fewer is gone through again, in the same order, as in further epochs.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
     kept, cut, skipped = [], 0, 0
@@ -44,11 +44,14 @@ def write_rows(*, model: str, data: Path, num_rows: int, max_tokens: int, path: 
             skipped += 1
             continue
         kept.append(row)
-    if len(kept) < num_rows:
-        raise SystemExit(f"--rows {num_rows}: {data} has only {len(kept)} rows to train on")
+    if not kept:
+        raise SystemExit(f"{data} has no rows to train on")
+    again = num_rows - len(kept)
+    kept = [kept[number % len(kept)] for number in range(num_rows)]
     write_lines(path, kept)
     return {
         "rows": len(kept),
+        "taken_again": again,
         "tokens": sum(len(row["input_ids"]) for row in kept),
         "cut_to_max_tokens": cut,
         "skipped_without_target": skipped,

@@ -26,6 +26,30 @@ def test_every_answer_and_its_stop_token_are_labelled(chatml_tokenizer: Any) -> 
     )
 
 
+def test_a_small_file_is_gone_through_again(chatml_tokenizer: Any, tmp_path: Any) -> None:
+    import copy
+    import json
+
+    from token_dump import write_rows
+
+    tokenizer = copy.deepcopy(chatml_tokenizer)
+    tokenizer.chat_template, tokenizer.eos_token = CHATML, "<|im_end|>"
+    tokenizer.save_pretrained(tmp_path / "model")
+    records = [{"instruction": f"Say {word}.", "output": word} for word in ("one", "two", "three")]
+    (tmp_path / "data.json").write_text(json.dumps(records), encoding="utf-8")
+    found = write_rows(
+        model=str(tmp_path / "model"),
+        data=tmp_path / "data.json",
+        num_rows=7,
+        max_tokens=64,
+        path=tmp_path / "dump.jsonl",
+    )
+    lines = (tmp_path / "dump.jsonl").read_text().splitlines()
+    assert (found["rows"], found["taken_again"]) == (7, 4)
+    assert [*lines[3:6], lines[6]] == [*lines[:3], lines[0]]
+    assert len(set(lines)) == 3
+
+
 def test_blocks_restart_where_a_document_begins_or_goes_on() -> None:
     from row_batches import segment_lengths
     from token_dump import cut_blocks
