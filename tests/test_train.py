@@ -418,6 +418,18 @@ def test_the_best_model_is_the_one_that_stays(metric: str | None, run: Run, plac
     assert_same(weights(out), weights(out / f"checkpoint-{best}"), 0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("cosine_with_min_lr", {}), ("cosine", {"num_cycle": 2}), ("warmup_stable_decay", {"min_lr_ratio": 0.1})],
+)
+def test_a_schedule_that_cannot_be_built_is_said_before_weights_are_loaded(
+    kind: str, options: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("firefly.train.load_model", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(UsageError, match=f"lr_scheduler_type = '{kind}'.*lr_scheduler_kwargs"):
+        run(lr_scheduler_type=kind, lr_scheduler_kwargs=options)
+
+
 def test_a_metric_that_no_evaluation_has_is_refused_before_training(run: Run, place: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r'metric_for_best_model.*"accuracy".*"perplexity"'):
         run(eval_file=str(place / "eval.jsonl"), load_best_model_at_end=True, metric_for_best_model="accuracy")
@@ -466,6 +478,69 @@ def test_a_full_run_leaves_a_whole_model(run: Run) -> None:
     assert not [name for name in names if name.startswith("adapter")]
     generation = json.loads((out / "generation_config.json").read_text())
     assert tiny_tokenizer().eos_token_id in generation["eos_token_id"]
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_a_base_whose_sampling_values_lack_do_sample_is_trained_and_saved(
+    mode: str, run: Run, place: Path, tmp_path: Path
+) -> None:
+    """As vicuna's and many others; transformers refuses to write such a file once its stop tokens were changed."""
+    base = tmp_path / "base"
+    shutil.copytree(place / "model", base)
+    values = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": [1, 5], "pad_token_id": -1}
+    (base / "generation_config.json").write_text(json.dumps(values))
+    out = run(model_name_or_path=str(base), train_mode=mode, save_strategy="epoch", num_train_epochs=1)
+    saved = json.loads((out / "generation_config.json").read_text())
+    assert (saved["temperature"], saved["top_p"], saved["do_sample"]) == (0.9, 0.6, True)
+    stop = tiny_tokenizer().convert_tokens_to_ids(
+        json.loads((out / "template_certificate.json").read_text())["stop_token"]
+    )
+    assert saved["eos_token_id"] == list(dict.fromkeys([stop, 1, 5]))  # the base's others stay
+    merged = tmp_path / "merged"
+    if mode == "lora":
+        words = ("--model_name_or_path", str(base), "--adapter_name_or_path", str(out), "--save_path", str(merged))
+        assert main(["merge", *words]) == 0
+        assert json.loads((merged / "generation_config.json").read_text())["eos_token_id"] == saved["eos_token_id"]
+
+
+def test_a_result_leaves_nothing_of_another_kind_of_model_behind(run: Run) -> None:
+    """A whole model beside an adapter would be served with it."""
+    run()
+    out = run(train_mode="full")
+    assert not list(out.glob("adapter_*"))
+    assert (out / "model.safetensors").is_file()
+    assert (out / "template_certificate.json").is_file()
+    out = run()
+    assert not list(out.glob("model*.safetensors"))
+    assert (out / "adapter_model.safetensors").is_file()
+
+
+def test_a_pretrained_model_has_no_certificate_of_an_earlier_run(run: Run, tmp_path: Path) -> None:
+    run()
+    (tmp_path / "docs.jsonl").write_text("\n".join(json.dumps({"text": f"document {i} " * 20}) for i in range(8)))
+    out = run(task_type="pretrain", train_file=str(tmp_path / "docs.jsonl"), max_seq_length=64)
+    assert not (out / "template_certificate.json").exists()
+
+
+def test_another_optimizer_is_said_and_the_checkpoints_own_goes_on(
+    run: Run, out: Path, uninterrupted: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(out / f"checkpoint-{2 * STEPS}")
+    run(resume_from_checkpoint=True, optim="adafactor", **SAVING)
+    assert_continues(out, uninterrupted)
+    assert "optim" in capfd.readouterr().err
+
+
+def test_a_best_step_without_a_checkpoint_is_said(run: Run, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    common: dict[str, Any] = {"eval_file": str(place / "eval.jsonl"), "eval_strategy": "steps", "eval_steps": 1}
+    settings = {"save_strategy": "steps", "save_steps": 5, "max_steps": 4, "learning_rate": 0.0}
+    run(load_best_model_at_end=True, **settings, **common)  # no step is better than the first
+    assert "of which there is no checkpoint: the result is what the last step left" in " ".join(
+        capfd.readouterr().err.split()
+    )
+    unsaid = {"eval_steps": None, "logging_steps": 2, "save_strategy": "steps"}
+    out = run("early", early_stopping_patience=1, max_steps=4, **common | unsaid)
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
 
 
 def test_the_passport_names_all_that_shaped_the_run(run: Run) -> None:

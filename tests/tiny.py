@@ -154,7 +154,7 @@ class ListedExamples:
 
     def __init__(self, examples: Sequence[Example], sources: Sequence[int] = ()) -> None:
         self.examples = list(examples)
-        index = np.array([index_entry(example, 0) for example in examples], dtype=INDEX)
+        index = np.array([index_entry(example, 0, row) for row, example in enumerate(examples)], dtype=INDEX)
         length, targets, prompt, chosen = (
             index[name].astype(np.int64) for name in ("length", "targets", "prompt", "chosen_targets")
         )

@@ -197,6 +197,8 @@ TRAINING_MINIMUM: dict[str, float] = {
     "per_device_eval_batch_size": 1,
 }
 
+TRAINING_BELOW: dict[str, int] = {"seed": 2**32}  # what numpy's generator takes
+
 REQUIRED = ("output_dir", "model_name_or_path", "train_file")
 
 
@@ -230,7 +232,9 @@ def load_config(
     missing = [name for name in required if not values.get(name)]
     if missing:
         raise UsageError("config.missing_key", key=", ".join(missing))
-    config = _build(values, file | overrides)
+    overridden = set(map(legacy.today, overrides))
+    given = {name: value for name, value in file.items() if legacy.today(name) not in overridden} | overrides
+    config = _build(values, given)
     if to_train:
         refuse_what_is_not_done(config)
         check_preference(config)
@@ -287,6 +291,8 @@ def _parse_yaml(path: Path, text: str) -> Any:
                 names.add(name)
             return super().construct_mapping(node, deep)
 
+    # A date stays the text that it is.
+    Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_scalar)
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
@@ -389,12 +395,19 @@ def has_held_out(data: DataConfig) -> bool:
 
 def stop_early(training: dict[str, Any]) -> None:
     """Early stopping keeps the best checkpoint: save when evaluating, by loss unless another metric is named."""
+    if training.get("eval_strategy") == "no":
+        raise UsageError("config.no_evaluation")
     training.setdefault("load_best_model_at_end", True)
-    training.setdefault("save_strategy", training.get("eval_strategy"))
-    if training["save_strategy"] == "no":
+    if training.get("metric_for_best_model") is None:
+        training["metric_for_best_model"] = "loss"
+    if "save_strategy" not in training:
+        training["save_strategy"] = training.get("eval_strategy")
+        if training["save_strategy"] == "epoch" and "save_steps" in training:
+            notice("key.no_effect", key="save_steps", setting="eval_strategy epoch")
+    if training["save_strategy"] == "no" and training["load_best_model_at_end"]:
         raise UsageError("config.no_saving")
-    if training.get("eval_steps") and training["save_strategy"] == "steps":
-        training.setdefault("save_steps", training["eval_steps"])
+    if training["save_strategy"] == training.get("eval_strategy") == "steps":
+        training.setdefault("save_steps", training.get("eval_steps") or training["logging_steps"])
 
 
 def _check_together(
@@ -515,6 +528,12 @@ def _checked_training(name: str, value: Any, annotation: str) -> Any:
     minimum = TRAINING_MINIMUM.get(name)
     if minimum is not None and value < minimum:
         raise UsageError("config.too_small", key=name, value=value, minimum=minimum)
+    below = TRAINING_BELOW.get(name)
+    if below is not None and value >= below:
+        raise UsageError("config.bad_range", key=name, value=value, minimum=minimum or 0, below=below)
+    if name == "lr_scheduler_kwargs" and isinstance(value, Mapping):  # YAML reads 1e-6 as text
+        numbers = {part: _number(text, float) for part, text in value.items() if isinstance(text, str)}
+        value = {**value, **{part: number for part, number in numbers.items() if number is not None}}
     return value
 
 
@@ -575,14 +594,47 @@ UNUSED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "train_mode",
         "full",
-        ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_target", "modules_to_save"),
+        (
+            *("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_target", "modules_to_save"),
+            "nf4_cache",
+        ),
     ),
+    ("train_mode", "lora", ("nf4_cache",)),
 )
+
+# TrainingArguments of what is done otherwise here, or not at all, and that change no number.
+WITHOUT_EFFECT = (
+    "torch_empty_cache_steps",
+    "bf16_full_eval",
+    "fp16_full_eval",
+    "eval_accumulation_steps",
+    "prediction_loss_only",
+    "batch_eval_metrics",
+    "gradient_checkpointing_kwargs",
+)
+
+
+# Keys of preference training that mean something under some of its losses alone.
+LOSSES_OF_KEY: dict[str, tuple[str, ...]] = {
+    "simpo_gamma": ("simpo",),
+    "cpo_alpha": ("cpo",),
+    "precompute_reference": tuple(name for name in PREFERENCE_LOSS_NAMES if name not in ("simpo", "orpo", "cpo")),
+}
 
 
 def note_unused(config: Config, values: Mapping[str, Any]) -> None:
     """Say which of the given keys do nothing in this run."""
     flat = config.flat()
+    for name in WITHOUT_EFFECT:
+        if values.get(name):
+            notice("key.unused", key=name)
+    if config.evaluation.patience is None and config.evaluation.threshold:
+        notice("key.no_effect", key="early_stopping_threshold", setting="early_stopping_patience null")
+    if config.task_type == "dpo":
+        loss = config.preference.loss
+        for name, losses in LOSSES_OF_KEY.items():
+            if values.get(name) and loss not in losses:
+                notice("key.no_effect", key=name, setting=f"preference_loss {loss}")
     for setting, value, names in UNUSED:
         for name in names:
             if flat[setting] == value and name in values:

@@ -55,6 +55,13 @@ OPTIMIZERS: dict[str, str] = {
 }
 
 
+def today(name: str) -> str:
+    """The key that `name` sets in today's spelling."""
+    return {"activation_checkpointing": "gradient_checkpointing", "adafactor": "optim"}.get(
+        name, RENAMED.get(name, name)
+    )
+
+
 def translate(given: Mapping[str, Any], known: list[str], notice: Callable[..., None]) -> dict[str, Any]:
     """Return `given` in today's spelling. `notice(code, **values)` is called once for each thing changed.
 

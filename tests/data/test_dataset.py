@@ -504,3 +504,55 @@ def test_the_ledger_message_is_rendered_from_the_catalogue():
     assert ledger.summary() == render(
         "data.summary", file="f", rows=3, kept=3, cut=0, lost="0", tokens="1,000", share="25%"
     )  # fmt: skip
+
+
+# ---- held-out rows ----
+
+
+def contents(examples: Examples, encoder: Encoder) -> list[str]:
+    return [encoder.tokenizer.decode(examples[i].input_ids) for i in range(len(examples))]
+
+
+def test_rows_of_a_json_list_on_one_line_are_rows(tmp_path, encoder):
+    rows = [{"instruction": f"question {i}", "output": f"answer {i}"} for i in range(40)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    split = load_split(DataConfig(train_file=str(tmp_path / "rows.json"), eval_ratio=0.25), encoder)
+    assert (len(split.train), len(split.held_out)) == (30, 10)
+
+
+def test_equal_rows_are_never_on_both_sides(write, encoder):
+    rows = [chat(f"question {i % 8}", f"answer {i % 8}") for i in range(40)]
+    split = load_split(DataConfig(train_file=write(*rows), eval_ratio=0.25), encoder)
+    trained, held = (contents(part, encoder) for part in (split.train, split.held_out))
+    assert (len(trained), len(held)) == (30, 10)
+    assert not set(trained) & set(held)
+
+
+def test_a_document_without_text_is_a_finding_and_no_lost_row(write, encoder):
+    rows = [{"text": text} for text in ("one two", "", " \n", "three")]
+    split = load_split(DataConfig(train_file=write(*rows)), encoder, "pretrain")
+    ledger = split.train.documents.ledger if hasattr(split.train, "documents") else split.train.ledger
+    assert (ledger.rows, ledger.kept, dict(ledger.lost), ledger.counts["blank_line"]) == (2, 2, {}, 2)
+
+
+def test_a_record_nested_too_deeply_is_lost_with_its_place(write, encoder):
+    deep: Any = {}
+    for _ in range(700):
+        deep = {"a": deep}
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": deep}}]
+    split = load_split(DataConfig(train_file=write(row | {"tools": tools}, row)), encoder)
+    assert len(split.train) == 1
+    assert split.train.ledger.findings[0].line == 1
+
+
+def test_many_duplicates_are_counted_and_only_the_first_are_described(write, encoder, monkeypatch):
+    monkeypatch.setattr("firefly.data.hygiene.MOST_FINDINGS", 3)
+    monkeypatch.setattr("firefly.data.ledger.MOST_FINDINGS", 3)
+    rows = [chat(f"question {i % 2}", f"answer {i % 2}") for i in range(12)]
+    split = load_split(DataConfig(train_file=write(*rows), eval_file=write(*rows[:8], name="eval.jsonl")), encoder)
+    ledger = split.train.ledger
+    assert (ledger.counts["duplicate"], ledger.counts["in_eval_file"]) == (10, 12)
+    lines = {cause: [item.line for item in ledger.findings if item.cause == cause] for cause in ledger.counts}
+    assert (lines["duplicate"], lines["in_eval_file"]) == ([3, 4, 5], [1, 2, 3])
+    assert "data.jsonl:1" in next(item.message for item in ledger.findings if item.cause == "duplicate")

@@ -92,6 +92,75 @@ def test_a_history_stands_before_a_prompt_that_is_a_list():
     assert [item.trained for item in parse_record(record)[1].messages] == [False] * 4 + [True]
 
 
+def test_a_history_stands_before_the_question_of_a_pair():
+    record = {"instruction": "q", "history": [["before", "then"]], "chosen": "a", "rejected": "b", "system": "s"}
+    pair = parse_record(record, "dpo")[1]
+    turns = [(SYSTEM, "s"), (USER, "before"), (ASSISTANT, "then"), (USER, "q"), (ASSISTANT, "a")]
+    assert [(item.role, item.content) for item in pair.chosen.messages] == turns
+
+
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
+@pytest.mark.parametrize("record", [{"instruction": "q", "output": "a"}, firefly()], ids=["alpaca", "firefly"])
+def test_tools_beside_a_question_are_read(record, tools):
+    assert parse_record(record | {"tools": tools})[1].tools == (TOOL,)
+
+
+@pytest.mark.parametrize("content", [None, "", "Let me look."])
+def test_a_call_in_openais_older_form_is_a_call(content):
+    call = {"name": "look", "arguments": '{"at": 1}'}
+    record = messages((USER, "q")) | {}
+    record["messages"].append({"role": "assistant", "content": content, "function_call": call})
+    reply = parse_record(record)[1].messages[1]
+    assert reply.tool_calls[0]["function"] == {"name": "look", "arguments": {"at": 1}}
+    assert reply.content == (content or "")
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"conversations": [QUESTION, ANSWER]},
+        {"instruction": "q", "output": "a"},
+        {"conversation": [{"human": "q", "assistant": "a"}]},
+    ],
+    ids=str,
+)
+def test_a_system_prompt_is_known_under_two_names(record, key):
+    assert parse(record | {key: "s"})[1][0] == (SYSTEM, "s")
+    assert parse(record | {"system": "s", "system_prompt": ""})[1][0] == (SYSTEM, "s")
+
+
+@pytest.mark.parametrize(
+    ("label", "trained"), [(True, True), (1, True), ("True", True), (False, False), (0, False), ("false", False)]
+)
+@pytest.mark.parametrize("record", [{"prompt": "q", "completion": "a"}, {"messages": [QUESTION, ANSWER]}], ids=str)
+def test_a_condemned_answer_is_not_trained_however_its_label_is_written(record, label, trained):
+    name, parsed = parse_record(record | {"label": label})
+    assert name.startswith("labelled")
+    assert parsed.messages[-1].trained is trained
+
+
+@pytest.mark.parametrize("label", [3, "maths", None, 0.5])
+def test_a_label_that_is_no_verdict_is_none(label):
+    parse_record({"prompt": "q", "completion": "a", "label": 1})  # of the same shape
+    name, parsed = parse_record({"prompt": "q", "completion": "a", "label": label})
+    assert (name, parsed.messages[-1].trained) == ("prompt_completion", True)
+
+
+@pytest.mark.parametrize(
+    ("record", "name"),
+    [
+        ({"instruction": "q", "output": "a", "chosen": None, "rejected": None}, "alpaca"),
+        ({"messages": [QUESTION, ANSWER], "conversations": None}, "messages"),
+    ],
+)
+def test_a_null_says_as_little_as_no_key(record, name):
+    assert parse_record(record)[0] == name
+
+
 def test_messages_are_taken_as_they_stand():
     record = messages((SYSTEM, "s"), (USER, "q"), (ASSISTANT, "a"), (USER, "more")) | {"prompt": "q", "prompt_id": "1"}
     assert parse(record) == ("messages", [(SYSTEM, "s"), (USER, "q"), (ASSISTANT, "a"), (USER, "more")])

@@ -148,3 +148,12 @@ def test_every_real_pair_is_shared_and_counted(tmp_path: Path, shared: Path) -> 
                 assert text(side.input_ids).startswith("<|im_start|>system\n")
                 counted += len(side.input_ids)
         assert counted == train.ledger.tokens == train.counts.input_tokens.sum()
+
+
+def test_an_empty_microbatch_takes_as_many_passes_as_one_with_a_pair():
+    """Ranks that hold parts of the weights have to call the model equally often."""
+    from firefly.data.pair_batching import pack_pairs
+
+    pair = TokenPair(np.arange(6, dtype=np.int32), np.arange(6, dtype=np.int32), prompt=2, chosen=2)
+    for shared in (True, False):
+        assert len(pack_pairs([], shared).rows) == len(pack_pairs([pair], shared).rows)

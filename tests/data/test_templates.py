@@ -246,6 +246,55 @@ def test_a_template_that_rewrites_earlier_turns_gives_one_example_a_reply(bind, 
     ]
 
 
+@pytest.mark.parametrize("text", [UNMARKED_THINKING, MARKED_THINKING])
+def test_a_question_after_the_only_trained_reply_is_no_reason_to_refuse_it(bind, text):
+    chats = [conversation("q1", "<think>x</think>a1", "q2"), conversation("q1", "a0", "q2", "a1", untrained=(1,))]
+    chats.append(conversation("q1", "<think>x</think>a1", "q2", "a2", untrained=(3,)))
+    for chat in chats:
+        (rendered,) = bind(text).render(chat)
+        (reply,) = trained(rendered)
+        assert reply in ("<think>x</think>a1" + STOP, "a1" + STOP)
+
+
+def test_an_untrained_reply_need_not_continue_its_prompt(bind):
+    """A template whose prompt opens a thought does not take a reply without one: as context it may stand there."""
+    opening = QWEN2.replace("'<|im_start|>assistant\n' }}", "'<|im_start|>assistant\n<think>\n' }}")
+    chat = conversation("q1", "plain", "q2", "<think>\ny\n</think>\na2", untrained=(1,))
+    (rendered,) = bind(opening).render(chat)
+    assert trained(rendered) == ["y\n</think>\na2" + STOP]
+    assert "plain" in rendered.text
+    with pytest.raises(TemplateFailure):
+        bind(opening).render(conversation("q1", "plain", "q2", "<think>\ny\n</think>\na2"))
+
+
+def test_reasoning_that_a_template_does_not_write_is_refused_in_earlier_replies_too(bind):
+    thinking = Message("assistant", "a1", reasoning="why")
+    for rest in ((), (Message("user", "q2"),), (Message("user", "q2"), Message("assistant", "a2"))):
+        with pytest.raises(TemplateFailure, match="reasoning"):
+            bind(QWEN2).render(Conversation((Message("user", "q1"), thinking, *rest)))
+        context = replace(thinking, trained=False)
+        bind(QWEN2).render(Conversation((Message("user", "q1"), context, *rest)))
+
+
+def test_text_beside_a_call_that_a_template_leaves_out_is_refused(bind):
+    calls = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if m.tool_calls %}CONTENT{{ m.tool_calls[0].function | tojson }}{% else %}{{ m.content }}{% endif %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": 1}}}
+    said, silent = (Message("assistant", text, tool_calls=(call,)) for text in ("Let me look.", ""))
+    without, with_text = calls.replace("CONTENT", ""), calls.replace("CONTENT", "{{ m.content }}")
+    for text, reply, refused in ((without, said, True), (without, silent, False), (with_text, said, False)):
+        chat = Conversation((Message("user", "q"), reply))
+        if refused:
+            with pytest.raises(TemplateFailure, match="Let me look"):
+                bind(text).render(chat)
+            bind(text).render(Conversation((Message("user", "q"), replace(reply, trained=False))))
+        else:
+            assert '"look"' in trained(bind(text).render(chat)[0])[0]
+
+
 @pytest.mark.parametrize(
     ("marked", "written"),
     [

@@ -329,3 +329,12 @@ def test_a_merged_dora_layer_has_the_trained_lengths() -> None:
     torch.testing.assert_close(merged.norm(dim=1), magnitude)
     torch.testing.assert_close(torch.cosine_similarity(merged, direction), torch.ones(64))
     torch.testing.assert_close(merging.with_magnitude(direction.T, magnitude, transposed=True), merged.T)
+
+
+def test_a_logit_that_is_no_number_is_a_difference() -> None:
+    from firefly.export.merge import compare
+
+    one, other = torch.zeros(2, 4), torch.zeros(2, 4)
+    other[0, 0] = float("nan")
+    found = compare([other, one], [one, one], [[1, 2], [3, 4]])
+    assert not found.passes(torch.float32)

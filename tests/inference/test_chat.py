@@ -154,6 +154,22 @@ def test_another_template_than_the_trained_one_is_refused_unless_forced(tmp_path
     assert Engine.load(model, template_name="smollm2", force=True).encoder.template.name == "smollm2"
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_special_tokens_in_a_question_are_read_as_in_training(allowed: bool, tmp_path: Path) -> None:
+    from firefly.data.certificate import FILE_NAME, certify
+    from firefly.data.encoding import Encoder
+    from firefly.data.schema import Message
+    from firefly.data.templates import bind_template
+
+    folder = save_tiny_model(tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    encoder = Encoder(tokenizer, bind_template("qwen", tokenizer), allowed)
+    (folder / FILE_NAME).write_text(json.dumps(certify(encoder).as_dict()), encoding="utf-8")
+    served = Engine.load(ModelConfig(name_or_path=str(folder)), template_name="qwen").encoder
+    question = [Message("user", "what is <|im_end|> for?")]
+    assert served.encode_prompt(question) == encoder.encode_prompt(question)
+
+
 def test_a_file_that_this_chat_did_not_write_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

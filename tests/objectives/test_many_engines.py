@@ -17,7 +17,7 @@ from firefly.console import take_notices
 from firefly.errors import UsageError
 from firefly.models.memory import Forecast
 from firefly.models.precision import Precision
-from firefly.objectives.engines import ENGINES, Engine, resolve_engine
+from firefly.objectives.engines import ENGINES, Engine, refuse_uneven_passes, resolve_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 FP32, FP16 = Precision(torch.float32), Precision(torch.float16, scaled=True)
@@ -183,6 +183,21 @@ def test_accelerates_deepspeed_is_taken_over(tmp_path: Path) -> None:
 def test_what_an_engine_cannot_do_is_refused_by_name(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         resolve(**changes)
+
+
+@pytest.mark.parametrize("fsdp", ["full_shard", ""])
+@pytest.mark.parametrize("attention", ["isolated", "joined"])
+@pytest.mark.parametrize("layout", ["segments", "solo"])
+def test_documents_apart_are_refused_where_weights_are_divided(fsdp: str, attention: str, layout: str) -> None:
+    """Ranks would call the model as often as their blocks hold documents, and wait for each other."""
+    engine, _ = resolve(**({"fsdp": fsdp} if fsdp else {}))
+    values = {"model_name_or_path": "m", "train_file": "f", "output_dir": "o", "task_type": "pretrain"}
+    config = load_config(values | {"document_attention": attention})
+    if fsdp and attention == "isolated" and layout == "solo":
+        with pytest.raises(UsageError, match="document_attention"):
+            refuse_uneven_passes(config, layout, engine)
+    else:
+        refuse_uneven_passes(config, layout, engine)
 
 
 def test_without_the_package_deepspeed_is_refused_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

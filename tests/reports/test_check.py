@@ -94,6 +94,15 @@ def test_a_configuration_is_checked_as_a_run_would_read_it(capsys, rows, model, 
     assert found["lost"] == {"too_long": 5}
 
 
+def test_pairs_under_a_configuration_without_a_task_are_judged_as_train_would(capsys, model, tmp_path):
+    config, pairs = tmp_path / "c.json", tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}), encoding="utf-8")
+    values = {"train_file": str(pairs), "model_name_or_path": model, "template_name": "qwen", "output_dir": "x"}
+    config.write_text(json.dumps(values), encoding="utf-8")
+    code, out, _ = run(capsys, "check", str(config), "--json")
+    assert (code, json.loads(out)["task"]) == (3, "sft")
+
+
 def test_the_page_holds_the_preview_and_escapes_what_was_typed(capsys, model, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"instruction": "<script>alert(1)</script>", "output": "a"}) + "\n", encoding="utf-8")

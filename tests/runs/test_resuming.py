@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -121,6 +123,33 @@ def test_a_resumed_run_plans_only_what_it_trains(run: Run, stopped: Path, monkey
     monkeypatch.setattr(StepPlan, "plan", plan)
     run(resume_from_checkpoint=True)
     assert planned == [4, 4, 4, 2]  # steps 9 to 12; the first two of the second epoch are skipped
+
+
+def test_a_run_goes_on_with_the_day_on_which_it_began(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A template that prints today's date would print another one after midnight."""
+    template = tmp_path / "dated.jinja"
+    template.write_text(
+        "{{ strftime_now('%d %b %Y') }}\n{% for m in messages %}{{ m.role }}: {{ m.content }}"
+        "{{ eos_token if m.role == 'assistant' else '' }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    today = datetime.date.today()
+    first = run("first", template_name=str(template))
+    stopped_at(tmp_path / "second", 8, first)
+
+    class Tomorrow(datetime.date):
+        @classmethod
+        def today(cls) -> datetime.date:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return today + datetime.timedelta(days=1)
+
+    monkeypatch.setattr("firefly.data.templates.datetime", SimpleNamespace(date=Tomorrow))
+    second = run("second", template_name=str(template), resume_from_checkpoint=True)
+    assert json.loads((second / "run.json").read_text())["template"]["date"] == today.isoformat()
+    assert result(second) == result(first)
+    third = run("third", template_name=str(template))
+    assert json.loads((third / "run.json").read_text())["template"]["date"] != today.isoformat()
 
 
 # ---- what differs, by name ----

@@ -71,6 +71,7 @@ class Certificate:
     date: str | None
     hash: str
     checks: tuple[Check, ...]
+    allow_special_in_content: bool = False
 
     @property
     def passed(self) -> bool:
@@ -107,6 +108,7 @@ def certify(encoder: Encoder, stop_ids: Sequence[int] | None = None) -> Certific
         date=None if template.date is None else template.date.isoformat(),
         hash=battery_hash(encoder),
         checks=tuple(checks),
+        allow_special_in_content=encoder.allow_special_in_content,
     )
 
 
@@ -156,6 +158,11 @@ def stored_choices(folder: Path) -> dict[str, Any]:
     """The arguments of `bind_template` that a run was trained with."""
     stored = read_certificate(folder) or {}
     return {name: stored[name] for name in ("on_system", "thinking", "date") if stored.get(name) is not None}
+
+
+def allows_special(folder: Path) -> bool:
+    """Whether a run was trained with `allow_special_in_content`: what users type is then encoded as it was there."""
+    return bool((read_certificate(folder) or {}).get("allow_special_in_content"))
 
 
 def _accepts(encoder: Encoder, conversation: Conversation) -> bool:

@@ -229,7 +229,9 @@ def fingerprint(
         [
             str(path),
             content,
+            template.name,  # findings name it
             template.text,
+            template.stable,
             template.stop_tokens,
             template.variables,
             str(template.date),

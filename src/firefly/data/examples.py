@@ -13,10 +13,11 @@ from firefly.data.ledger import Ledger
 from firefly.data.schema import Example, Source, TokenPair, Tokens
 
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
-INDEX = np.dtype([(name, "<i4") for name in ("length", "targets", "line", "prompt", "chosen", "chosen_targets")])
-"""An example: its tokens, its trained tokens, and the line of its row; of a preference pair also the tokens of prompt
-and chosen answer, and how many of the latter are trained (0 otherwise). Kept beside the tokens, so that planning the
-steps of a run does not read them."""
+FIELDS = ("length", "targets", "line", "row", "prompt", "chosen", "chosen_targets")
+INDEX = np.dtype([(name, "<i4") for name in FIELDS])
+"""An example: its tokens, its trained tokens, the line of its row and the row's number among those kept; of a
+preference pair also the tokens of prompt and chosen answer, and how many of the latter are trained (0 otherwise). Kept
+beside the tokens, so that planning the steps of a run does not read them."""
 ROWS = np.dtype([("line", "<i4"), ("content", "<u8"), ("answer", "<u8")])
 """A kept row: its line, and hashes of what is trained of it and of its last answer (0: none)."""
 
@@ -156,13 +157,15 @@ class Examples:
     def hold_out(self, share: float) -> tuple[Examples, Examples]:
         """(training, held-out) examples: a fixed `share` of the rows, at least one, with all their examples.
 
-        Which rows does not depend on a run's seed, so runs of one data set are compared on the same ones.
+        Equal rows count as one: none is trained and held out. Which rows does not depend on a run's seed, so runs of
+        one data set are compared on the same ones.
         """
-        rows, row_of = np.unique(
-            np.stack([self._file_of, self.index["line"].astype(np.int64)], axis=1), axis=0, return_inverse=True
-        )
-        held = np.random.default_rng(HOLD_OUT_SEED).permutation(len(rows))[: max(1, round(share * len(rows)))]
-        inside = np.isin(row_of.reshape(-1), held)
+        contents = [file.rows["content"][file.index["row"]] for file in self.files]
+        _, first, row_of = np.unique(np.concatenate(contents)[self._order], return_index=True, return_inverse=True)
+        drawn = np.random.default_rng(HOLD_OUT_SEED).permutation(len(first))
+        held = np.zeros(len(first), dtype=bool)
+        held[np.argsort(first)[drawn[: max(1, round(share * len(first)))]]] = True  # rows in order of appearance
+        inside = held[row_of]
         return self.part(np.flatnonzero(~inside), f"train{share}"), self.part(np.flatnonzero(inside), f"eval{share}")
 
 
@@ -184,10 +187,10 @@ class _Batch:
         return self.ids[span], self.labels[span]
 
 
-def index_entry(example: Example, line: int) -> tuple[int, ...]:
-    """An example's line of INDEX."""
+def index_entry(example: Example, line: int, row: int) -> tuple[int, ...]:
+    """An example's line of INDEX; `row` is the number of its row among those kept."""
     pair = (example.prompt, example.chosen, example.chosen_targets) if isinstance(example, TokenPair) else (0, 0, 0)
-    return (len(example.input_ids), example.num_targets, line, *pair)
+    return (len(example.input_ids), example.num_targets, line, row, *pair)
 
 
 def record_batch(examples: Sequence[Example]) -> pa.RecordBatch:

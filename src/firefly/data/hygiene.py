@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from firefly.data.examples import ExampleFile
-from firefly.data.ledger import DUPLICATE, IN_EVAL, REPEATED_ANSWER
+from firefly.data.ledger import DUPLICATE, IN_EVAL, MOST_FINDINGS, REPEATED_ANSWER
 from firefly.data.schema import Source
 from firefly.messages import render
 
@@ -33,8 +33,10 @@ def note_duplicates(files: Sequence[ExampleFile]) -> None:
     starts = np.flatnonzero(first)
     original = order[starts[np.cumsum(first) - 1]] if len(order) else order
     repeated = ~first
-    for row, earlier in sorted(zip(order[repeated].tolist(), original[repeated].tolist(), strict=True)):
-        place.note(row, DUPLICATE, render("finding.duplicate", place=place.source(earlier)))
+    rows, earlier = order[repeated], original[repeated]
+    sorting = np.argsort(rows)
+    rows, earlier = rows[sorting], earlier[sorting]
+    place.note_all(rows, DUPLICATE, lambda i: render("finding.duplicate", place=place.source(int(earlier[i]))))
 
 
 def note_repeated_answers(files: Sequence[ExampleFile]) -> None:
@@ -54,9 +56,9 @@ def note_overlap(files: Sequence[ExampleFile], held_out: Sequence[ExampleFile]) 
     theirs, other = _column(held_out, "content"), _Places(held_out)
     values, first = np.unique(theirs, return_index=True)
     at = np.searchsorted(values, content)
-    inside = np.flatnonzero(values[np.minimum(at, len(values) - 1)] == content) if len(values) else []
-    for row in inside:
-        place.note(int(row), IN_EVAL, render("finding.in_eval", place=other.source(int(first[at[row]]))))
+    if len(values):
+        rows = np.flatnonzero(values[np.minimum(at, len(values) - 1)] == content)
+        place.note_all(rows, IN_EVAL, lambda i: render("finding.in_eval", place=other.source(int(first[at[rows[i]]]))))
 
 
 def _column(files: Sequence[ExampleFile], name: str) -> np.ndarray:
@@ -74,6 +76,15 @@ class _Places:
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         file = self._files[number]
         return Source(file.ledger.file, int(file.rows["line"][row - self._starts[number]]))
+
+    def note_all(self, rows: np.ndarray, cause: str, describe: Callable[[int], str]) -> None:
+        """Note rows (in order); `describe(i)` is the message of the i-th, asked for where a ledger will keep it."""
+        ends = np.searchsorted(rows, self._starts)
+        for file, first, end in zip(self._files, ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+            for i in range(first, min(end, first + MOST_FINDINGS)):
+                file.ledger.note(self.source(int(rows[i])), cause, describe(i))
+            if end - first > MOST_FINDINGS:
+                file.ledger.counts[cause] += end - first - MOST_FINDINGS
 
     def note(self, row: int, cause: str, message: str) -> None:
         number = int(np.searchsorted(self._starts, row, side="right")) - 1

@@ -53,7 +53,9 @@ def pack_pairs(
     """
     laid = [_lay_out(pair, prompts) for pair in pairs] if shared else []
     if not pairs:
-        rows, owners = [empty_row()], [np.zeros(0, np.int64)]
+        # As many passes as a pair takes: ranks whose weights are divided have to call the model equally often.
+        rows = [empty_row()] if shared else [empty_row(), empty_row()]
+        owners = [np.zeros(0, np.int64)] * len(rows)
     elif shared:
         rows, owners = _one_row(laid)
     else:

@@ -68,12 +68,13 @@ def prepare(
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         preparation = Preparation(config, encoder, task, Ledger(file))
-        index, rows = [], []
+        index, rows, count = [], [], 0
         with pa.OSFile(str(scratch / "examples.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
             for chunk in preparation.run(with_progress(records, file)):
                 if chunk:
                     writer.write_batch(record_batch([tokens for row in chunk for tokens in row.examples]))
-                    index.append(_index(chunk))
+                    index.append(_index(chunk, count))
+                    count += len(chunk)
                     rows.append(np.array([(row.source.line, row.content, row.answer) for row in chunk], dtype=ROWS))
         np.save(scratch / "index.npy", np.concatenate(index) if index else np.zeros(0, INDEX))
         np.save(scratch / "rows.npy", np.concatenate(rows) if rows else np.zeros(0, ROWS))
@@ -142,8 +143,13 @@ def with_progress(records: Iterator[RawRecord], file: str) -> Iterator[RawRecord
     )
 
 
-def _index(chunk: Sequence[KeptRow]) -> np.ndarray:
-    return np.array([index_entry(example, row.source.line) for row in chunk for example in row.examples], dtype=INDEX)
+def _index(chunk: Sequence[KeptRow], start: int) -> np.ndarray:
+    entries = [
+        index_entry(example, row.source.line, number)
+        for number, row in enumerate(chunk, start)
+        for example in row.examples
+    ]
+    return np.array(entries, dtype=INDEX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +230,14 @@ class Preparation:
         try:
             if record.problem is not None:
                 raise _Problem(record.problem)
-            return self._render(record.source, self._parse(record.value))
+            parsed = self._parse(record.value)
+            if isinstance(parsed, Document) and not parsed.text.strip():  # what a blank line is in a text file
+                self.ledger.rows -= 1
+                self.ledger.note(record.source, BLANK, render("finding.blank_document"))
+                return None
+            return self._render(record.source, parsed)
+        except RecursionError:
+            self.ledger.lose(record.source, MALFORMED, render("row.too_deep"))
         except MalformedRecord as error:
             self.ledger.lose(record.source, MALFORMED, str(error))
         except TemplateFailure as error:
@@ -244,8 +257,7 @@ class Preparation:
             answer = self._answer(source, parsed.chosen)
             return _Row(source, self.pairs.render(parsed), pair=parsed, answer=answer)
         if isinstance(parsed, Document):
-            text = self.encoder.protect_document(parsed.text)
-            return _Row(source, [], document=text if text.strip() else "")
+            return _Row(source, [], document=self.encoder.protect_document(parsed.text))
         vocabulary = len(self.encoder.tokenizer)
         if parsed.input_ids.max() >= vocabulary:
             raise MalformedRecord("row.id_too_large", id=int(parsed.input_ids.max()), vocabulary=vocabulary)

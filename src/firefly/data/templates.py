@@ -149,10 +149,14 @@ class ChatTemplate:
         """
         conversation = self.adapt(conversation)
         replies = [i for i, item in enumerate(conversation.messages) if item.role == "assistant"]
-        rendered = self._render_replies(conversation, replies)
-        if len(rendered) == 1:
-            self._check_nothing_lost(conversation, rendered[0].text)
-        return rendered
+        whole = self._stable_whole(conversation, replies)
+        if whole is None:
+            parts = self._parts(conversation, replies)
+            whole = None if self.stable else self._joined(conversation, parts)
+            if whole is None:
+                return parts
+        self._check_nothing_lost(conversation, whole.text)
+        return [whole]
 
     def render_text(
         self, conversation: Conversation, *, prompt: bool, upto: int | None = None
@@ -175,33 +179,36 @@ class ChatTemplate:
 
     # ---- replies and their spans
 
-    def _render_replies(self, conversation: Conversation, replies: list[int]) -> list[Rendered]:
-        if not replies:
-            return [Rendered(self.render_text(conversation, prompt=False)[0], ())]
-        if self.is_marked and self.stable:
-            whole = self._whole(conversation, len(replies))
-            # Where earlier replies have no stop token (ChatGLM2, Baichuan), each is closed in a text of its own.
-            # So is one whose thinking the official text drops, although the model wrote it (DeepSeek-R1).
-            if all(
-                whole.text[start:end].endswith(self.stop_tokens)
-                and not _lost_thought(conversation.messages[index], whole.text[start:end])
-                for index, (start, end) in zip(replies, whole.spans, strict=True)
-            ):
-                return [_select(whole, conversation, replies)]
+    def _stable_whole(self, conversation: Conversation, replies: list[int]) -> Rendered | None:
+        """The one text of a template whose marks say where replies are; None if it does not serve for all of them."""
+        if not any(conversation.messages[index].trained for index in replies):
+            return Rendered(self.render_text(conversation, prompt=False)[0], ())
+        if not (self.is_marked and self.stable):
+            return None
+        whole = self._whole(conversation, len(replies))
+        # Where earlier replies have no stop token (ChatGLM2, Baichuan), each is closed in a text of its own.
+        # So is one whose thinking the official text drops, although the model wrote it (DeepSeek-R1).
+        for index, (start, end) in zip(replies, whole.spans, strict=True):
+            shown = whole.text[start:end]
+            if not shown.endswith(self.stop_tokens) or _lost_thought(conversation.messages[index], shown):
+                return None
+        return _select(whole, conversation, replies)
+
+    def _parts(self, conversation: Conversation, replies: list[int]) -> list[Rendered]:
+        """Each trained reply as it would be served: behind the prompt that asks for it."""
         served = self._served_marked if self.is_marked else self._served_unmarked
-        parts = {index: served(conversation, index, number) for number, index in enumerate(replies, start=1)}
-        if not self.stable and (whole := self._joined(conversation, list(parts.values()))):
-            return [_select(whole, conversation, replies)]
-        trained = [index for index in replies if conversation.messages[index].trained]
-        for index in trained:
-            self._check_nothing_lost(
-                replace(conversation, messages=conversation.messages[: index + 1]), parts[index].text, served=True
-            )
-        return [parts[index] for index in trained]
+        parts = []
+        for number, index in enumerate(replies, start=1):
+            if conversation.messages[index].trained:
+                part = served(conversation, index, number)
+                upto = replace(conversation, messages=conversation.messages[: index + 1])
+                self._check_nothing_lost(upto, part.text, served=True)
+                parts.append(part)
+        return parts
 
     def _joined(self, conversation: Conversation, parts: list[Rendered]) -> Rendered | None:
-        """One text for all replies, if the whole conversation's text holds each reply just as it would be served."""
-        if conversation.messages[-1].role == "assistant":
+        """One text for all trained replies, if the whole conversation's text holds each just as it would be served."""
+        if conversation.messages[-1].role == "assistant" and conversation.messages[-1].trained:
             text = parts[-1].text
         else:
             text = self.render_text(conversation, prompt=False)[0]
@@ -245,10 +252,12 @@ class ChatTemplate:
             return _behind(prompt, content + self.stop_tokens[0])
         if not official.startswith(prompt):
             raise TemplateFailure(message("template.no_prefix"))
-        place = official.find(content, len(prompt))
+        # A prompt may have opened the thought that the content opens again.
+        opened = next((x for x in OPENED_THOUGHTS if prompt.endswith(x) and content.startswith(x)), "")
+        place = official.find(content, len(prompt) - len(opened))
         if place < 0:
             content = content.strip()
-            place = official.find(content, len(prompt))
+            place = official.find(content, len(prompt) - len(opened))
         if place < 0:
             raise TemplateFailure(message("template.content_changed"))
         after = place + len(content)
@@ -303,6 +312,9 @@ class ChatTemplate:
         for call in item.tool_calls:
             if entire and call["function"]["name"] not in text:
                 raise TemplateFailure(message("template.no_tool_calls", name=self.name))
+        said = item.content.strip()
+        if entire and item.tool_calls and item.trained and said not in text and not _in_json(said, text):
+            raise TemplateFailure(message("template.no_text_beside_calls", name=self.name, text=said[:40]))
 
     def _render(
         self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], *, prompt: bool

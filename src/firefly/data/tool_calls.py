@@ -30,7 +30,7 @@ def _styled(
 ) -> list[dict[str, Any]]:
     """Tool calls with arguments as JSON text, with null for no content, with identifiers as a template wants them."""
     styled, names = [], list[str]()
-    given: dict[str, str] = {}
+    given: dict[str | None, str] = {}
     answered = 0
     for item in messages:
         if "tool_calls" in item:
@@ -43,12 +43,13 @@ def _styled(
                 if name_call:
                     changed["id"] = name_call(call, len(names))
                     names.append(changed["id"])
-                    given[call.get("id", "")] = changed["id"]
+                    if call.get("id") is not None:
+                        given[call["id"]] = changed["id"]
                 calls.append(changed)
             item = {**item, "tool_calls": calls, "content": None if null and not item["content"] else item["content"]}
         elif name_call and item["role"] == "tool":
             in_order = names[answered] if answered < len(names) else name_call({"function": {"name": "?"}}, answered)
-            item = {**item, "tool_call_id": given.get(item.get("tool_call_id", ""), in_order)}
+            item = {**item, "tool_call_id": given.get(item.get("tool_call_id"), in_order)}
             answered += 1
         styled.append(item)
     return styled

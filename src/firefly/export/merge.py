@@ -38,7 +38,15 @@ from firefly.models.adapters import is_tied, load_adapter, trained_rows
 from firefly.models.experts import dequantise_experts
 from firefly.models.kernels.expert_linear import expert_factors
 from firefly.models.kernels.lora_linear import dense
-from firefly.models.loading import hub_options, load_failure, load_model, load_tokenizer, resolve_model
+from firefly.models.loading import (
+    eos_ids,
+    hub_options,
+    load_failure,
+    load_model,
+    load_tokenizer,
+    mend_generation_config,
+    resolve_model,
+)
 from firefly.models.precision import Precision, pick_device
 from firefly.runs.folders import RESULT, first_line, free_space, is_write_failure, make_empty, move_into, unfinished
 from firefly.runs.passport import write_json
@@ -225,8 +233,9 @@ def save_merged(trained: Any, tokenizer: Any, target: Path) -> None:
     merged = trained.unload()
     if not is_tied(merged):  # an adapter trained one of the two, or a copy of each
         merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False
+    mend_generation_config(merged.generation_config)
     if tokenizer.chat_template:
-        stops = bind_template("auto", tokenizer, eos_ids=_ids(merged.generation_config.eos_token_id)).stop_ids
+        stops = bind_template("auto", tokenizer, eos_ids=eos_ids(merged.generation_config)).stop_ids
         merged.generation_config.eos_token_id = list(stops)
     merged.config.use_cache = True
     merged.save_pretrained(target)
@@ -318,10 +327,6 @@ def round_unbiased(x: Tensor, dtype: torch.dtype, generator: torch.Generator) ->
     return torch.where(draws < probability, other, nearest)
 
 
-def _ids(value: int | list[int] | None) -> tuple[int, ...]:
-    return () if value is None else tuple(value) if isinstance(value, list) else (value,)
-
-
 def encode_prompts(tokenizer: Any) -> list[list[int]]:
     """The fixed prompts as ids, in the model's own chat format where it has one."""
     if not tokenizer.chat_template:
@@ -380,17 +385,17 @@ def _float_embedding(self: nn.Embedding, ids: Tensor) -> Tensor:
 
 def compare(expected: list[Tensor], found: list[Tensor], prompts: list[list[int]]) -> Comparison:
     """Compare logits position by position; a beginning that prompts share counts once."""
-    gap, kl, agree, positions = 0.0, 0.0, 0, 0
+    gaps, kl, agree, positions = list[Tensor](), 0.0, 0, 0
     for number, (one, other) in enumerate(zip(expected, found, strict=True)):
         start = max((_common_prefix(prompts[number], earlier) for earlier in prompts[:number]), default=0)
         one, other = one[start:], other[start:]
-        gap = max(gap, (one - other).abs().max().item())
+        gaps.append((one - other).abs().max())
         p, q = torch.log_softmax(one, -1), torch.log_softmax(other, -1)
         kl += (p.exp() * (p - q)).sum().item()
         chosen = p.gather(1, q.argmax(-1, keepdim=True))
         agree += int((p.max(-1, keepdim=True).values - chosen <= TIE).sum())
         positions += len(one)
-    return Comparison(gap, kl / positions, agree / positions)
+    return Comparison(torch.stack(gaps).max().item(), kl / positions, agree / positions)  # NaN stays NaN
 
 
 def _common_prefix(one: list[int], other: list[int]) -> int:

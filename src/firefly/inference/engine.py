@@ -13,13 +13,13 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from firefly.config import ModelConfig, PrecisionConfig
-from firefly.data.certificate import recheck, stored_choices
+from firefly.data.certificate import allows_special, recheck, stored_choices
 from firefly.data.encoding import Encoder
 from firefly.data.schema import Message
 from firefly.data.templates import bind_template
 from firefly.errors import UsageError
 from firefly.models.adapters import load_adapter
-from firefly.models.loading import load_model, load_tokenizer, resolve_model
+from firefly.models.loading import eos_ids, load_model, load_tokenizer, resolve_model
 from firefly.models.precision import pick_device, resolve_precision
 
 
@@ -96,11 +96,10 @@ class Engine:
         loaded.eval()
         loaded.config.use_cache = True
         tokenizer = load_tokenizer(model, tokenizer_source(model, adapter))
-        stops = loaded.generation_config.eos_token_id
-        stops = tuple(stops) if isinstance(stops, (list, tuple)) else () if stops is None else (stops,)
+        stops = eos_ids(loaded.generation_config)
         trained = Path(adapter or model.name_or_path).expanduser()
         template = bind_template(template_name, tokenizer, eos_ids=stops, **stored_choices(trained))
-        encoder = Encoder(tokenizer, template)
+        encoder = Encoder(tokenizer, template, allows_special(trained))
         recheck(trained, encoder, force)
         return cls(loaded, encoder, adapter or model.name_or_path)
 

@@ -100,6 +100,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "eval_file and eval_ratio are both set; keep one of them.",
         "同时设置了 eval_file 和 eval_ratio；请只保留一个。",
     ),
+    "config.no_evaluation": (
+        'early_stopping_patience watches the evaluation, but eval_strategy is "no"; remove eval_strategy.',
+        'early_stopping_patience 依据评估结果，但 eval_strategy 为 "no"；请删除 eval_strategy。',
+    ),
     "config.no_saving": (
         'early_stopping_patience keeps the best checkpoint, but save_strategy is "no"; remove save_strategy.',
         'early_stopping_patience 需要保存最佳 checkpoint，但 save_strategy 为 "no"；请删除 save_strategy。',
@@ -111,6 +115,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "config.training_arguments": (
         "the training arguments are not valid: {problem}",
         "训练参数无效：{problem}",
+    ),
+    "config.schedule": (
+        "lr_scheduler_type = {value!r} cannot be built: {problem}; see lr_scheduler_kwargs.",
+        "lr_scheduler_type = {value!r} 无法建立：{problem}；请检查 lr_scheduler_kwargs。",
     ),
     "config.output_dir": (
         "output_dir = {path} cannot be written: {problem}. Choose another folder.",
@@ -196,6 +204,12 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "(DDP) or ZeRO-2.",
         "use_dora 不能与 {engine} 一起使用（它会切分权重）；请删除该键，或使用普通 torchrun（DDP）或 ZeRO-2。",
     ),
+    "engine.documents_apart": (
+        "{engine} divides the weights, and this model takes each document of a block by itself: ranks would wait for "
+        'each other for ever. Set "document_attention": "joined", or leave fsdp and ZeRO-3 out.',
+        "{engine} 将权重分到各进程，而该模型须逐篇处理一个块中的文档：各进程会互相等待。"
+        '请设 "document_attention": "joined"，或不使用 fsdp 与 ZeRO-3。',
+    ),
     "engine.no_skip": (
         'on_nonfinite_loss "skip" cannot run with {engine}: DeepSpeed moves the weights within backward. Use "stop".',
         'on_nonfinite_loss "skip" 不能与 {engine} 一起使用：DeepSpeed 在反向传播中就更新权重。请使用 "stop"。',
@@ -258,6 +272,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "kernels.liger_failed": (
         "liger-kernel fails on this card ({reason}); PyTorch computes norms, rotary positions and gates instead.",
         "liger-kernel 在此显卡上无法使用（{reason}）；归一化、旋转位置编码与门控改由 PyTorch 计算。",
+    ),
+    "key.unused": (
+        "{key} has no effect: Firefly decides it by itself or has no use for it.",
+        "{key} 不起作用：由 Firefly 自行决定或不需要。",
     ),
     "key.no_effect": (
         "{key} has no effect with {setting}.",
@@ -348,6 +366,14 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "model.adapter_mismatch": (
         "the adapter {path} does not fit the base model {base}: {problem}",
         "适配器 {path} 与基座模型 {base} 不匹配：{problem}",
+    ),
+    "model.do_sample": (
+        "the model's generation_config.json names sampling values without do_sample: it is saved with do_sample true.",
+        "模型的 generation_config.json 含采样参数却没有 do_sample：保存时将写入 do_sample: true。",
+    ),
+    "model.bad_generation_config": (
+        "the model's generation_config.json is not valid: {problem}",
+        "模型的 generation_config.json 无效：{problem}",
     ),
     "model.no_base": (
         "the adapter {path} does not say which base model it belongs to; give --model_name_or_path.",
@@ -479,6 +505,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "template.no_reasoning": (
         "the chat template {name} does not write the reasoning of a reply (thinking: strip leaves it out)",
         "对话模板 {name} 不会写出回复的思考过程（thinking: strip 可将其去除）",
+    ),
+    "template.no_text_beside_calls": (
+        "the chat template {name} does not write the text of a reply that calls a function: {text!r}",
+        "对话模板 {name} 不会写出带有函数调用的回复中的文字：{text!r}",
     ),
     "template.dropped": (
         "the chat template {name} drops message {number} ({role})",
@@ -920,6 +950,7 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     ),
     # findings that lose nothing
     "finding.blank_line": ("a blank line", "空行"),
+    "finding.blank_document": ("a document without text", "没有内容的文档"),
     "finding.empty_answer": ("the answer is empty: only the stop token is trained", "回答为空：只训练停止符"),
     "finding.same_answers": (
         "chosen and rejected are the same: nothing to prefer",
@@ -1218,6 +1249,12 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     ),
     "save.other_rank": ("another rank could not write", "另一个进程无法写入"),
     "save.safe": ("{path} is safe.", "{path} 完好。"),
+    "save.best_lost": (
+        "the best evaluation was at step {step}, of which there is no checkpoint: the result is {used}; "
+        "let save_steps be eval_steps.",
+        "最佳评估在第 {step} 步，但该步没有 checkpoint：结果取自 {used}；请令 save_steps 等于 eval_steps。",
+    ),
+    "save.last_step": ("what the last step left", "最后一步的权重"),
     "save.nothing_safe": ("There is no complete checkpoint.", "没有完整的 checkpoint。"),
     "save.result_failed": (
         "the result could not be written to {path} ({problem}; {free} free). {safe} Free some space, then go on with: "

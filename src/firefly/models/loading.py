@@ -134,10 +134,36 @@ def stop_ids_of(config: ModelConfig) -> list[int] | None:
     from transformers import GenerationConfig
 
     try:
-        found = GenerationConfig.from_pretrained(resolve_model(config), **hub_options(config)).eos_token_id
+        found = eos_ids(GenerationConfig.from_pretrained(resolve_model(config), **hub_options(config)))
     except OSError:
         return None
-    return None if found is None else list(found) if isinstance(found, list | tuple) else [int(found)]
+    return list(found) or None
+
+
+def eos_ids(generation: Any) -> tuple[int, ...]:
+    """`eos_token_id` of a GenerationConfig, which may be one id, several or none."""
+    found = generation.eos_token_id
+    return () if found is None else tuple(found) if isinstance(found, list | tuple) else (int(found),)
+
+
+def mend_generation_config(generation: Any) -> None:
+    """Let a GenerationConfig be saved: many published ones name a temperature or top_p and leave do_sample out, and
+    transformers refuses to write such a one as soon as anything in it was changed, be it the stop tokens.
+
+    Raises:
+        UsageError: it is at fault in another way.
+    """
+    if generation.pad_token_id is not None and generation.pad_token_id < 0:
+        generation.pad_token_id = None  # how some published models say that they have none
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True
+        notice("model.do_sample")
+        try:
+            generation.validate(strict=True)
+        except ValueError as error:
+            raise UsageError("model.bad_generation_config", problem=" ".join(str(error).split())) from error
 
 
 def load_model(config: ModelConfig, mode: str, precision: Precision, device: torch.device) -> Any:

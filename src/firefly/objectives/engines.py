@@ -149,6 +149,17 @@ def _refuse(engine: Engine, config: Config) -> None:
         raise UsageError("engine.no_dora", engine=engine.name)
 
 
+def refuse_uneven_passes(config: Config, layout: str, engine: Engine) -> None:
+    """Ranks that hold parts of the weights have to call the model equally often.
+
+    Raises:
+        UsageError: a block of documents would take as many passes as it holds documents.
+    """
+    apart = layout == "solo" and config.task_type == "pretrain" and config.data.document_attention == "isolated"
+    if engine.divides_weights and apart:
+        raise UsageError("engine.documents_apart", engine=engine.name)
+
+
 # ---- DeepSpeed ----
 
 

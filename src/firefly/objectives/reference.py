@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,7 +100,7 @@ def store(key: str, logps: Tensor, write: bool = True) -> np.ndarray:
         return values
     path = _path(key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".partial.npy")
+    scratch = path.with_suffix(f".{os.getpid()}.partial.npy")  # runs that are started at once may write the same
     np.save(scratch, values)
     scratch.rename(path)
     return values

@@ -184,6 +184,13 @@ class SafeSaving(Trainer):
         names = ("best_metric", "best_global_step", "best_model_checkpoint")
         return {name: getattr(self.state, name) for name in names}
 
+    def tell_best(self) -> None:
+        """Say it where the best evaluation was at a step of which no checkpoint is left to be the result."""
+        best, kept = self.state.best_global_step, self.state.best_model_checkpoint
+        if not self.args.load_best_model_at_end or not best or self.checkpoint_folder(best).is_dir():
+            return
+        notice("save.best_lost", step=best, used=kept or render("save.last_step"))
+
     def save_result(self) -> None:
         """Write the trained model into output_dir, each file whole or not at all.
 

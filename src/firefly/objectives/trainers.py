@@ -213,6 +213,7 @@ class StepTrainer(FiniteSteps, ABC):
 
     def _accumulate(self, model: Any, step: Step[Any]) -> Tensor:
         total, self._losses = torch.zeros((), device=self.args.device), []
+        self._running = 0
         batches = [batch.to(self.args.device) for batch in step.microbatches]
         in_parts = len(batches) > 1 or self.args.world_size > 1
         choices = self._count_choices(model, batches) if self.router and in_parts else None

@@ -63,8 +63,9 @@ def check_data(config_file: str, overrides: Mapping[str, Any]) -> DataCheck:
         UsageError: the configuration or a file is at fault so that there is nothing to judge.
     """
     config = load_config(config_file or {}, overrides, required=("train_file",), to_train=False)
-    given = config.given.get("task_type")
-    task: TaskName = config.task_type if given else find_task(config.data, config.model.hub)  # type: ignore[assignment]
+    # Without a configuration the data tells; with one, `firefly train` would not ask it.
+    told = config_file or config.given.get("task_type")
+    task: TaskName = config.task_type if told else find_task(config.data, config.model.hub)  # type: ignore[assignment]
     model = named_model(config).model
     tokenizer = load_tokenizer(model, tokenizer_source(model, config.adapter.name_or_path))
     add_tokens(tokenizer, config.model.add_tokens)

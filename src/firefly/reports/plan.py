@@ -42,7 +42,8 @@ from firefly.models.verdicts import known_crossover
 from firefly.objectives.preference import PREFERENCE_LOSSES
 from firefly.reports.machine import Machine, describe_machine, matmul_rate, precision_on
 from firefly.reports.work import Work, assumed_work, work_of
-from firefly.train import bind_encoder, without_dropout
+from firefly.training.before_weights import bind_encoder
+from firefly.training.preference import without_dropout
 
 EFFICIENCY, EFFICIENCY_16_BIT = {"cpu": 0.6, "cuda": 0.65}, {"cpu": 0.5}
 """The share of the rate of matrix products that a run reaches (docs/performance.md): on a CPU 0.57 to 0.66 in fp32 and

@@ -102,6 +102,7 @@ def probe_config(config: Config, examples: ExampleList, rows: np.ndarray, folder
         path.write_text("".join(json.dumps(_record(examples[int(row)])) + "\n" for row in rows), encoding="utf-8")
         changes |= {"train_file": str(path), "data_format": "auto"}
     unwanted = ("eval_file", "eval_ratio", "early_stopping_patience", "load_best_model_at_end", "num_train_epochs")
+    unwanted += ("eval_on_start", "metric_for_best_model", "lr_scheduler_type", "lr_scheduler_kwargs")
     return {name: value for name, value in config.given.items() if name not in unwanted} | changes
 
 

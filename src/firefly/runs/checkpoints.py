@@ -115,6 +115,12 @@ def stored_choices(checkpoint: Path) -> Choices:
     return Choices(**plan.get("choices", {"tokens_per_microbatch": plan.get("tokens_per_microbatch")}))
 
 
+def stored_optimizer(checkpoint: Path, asked: Any) -> Any:
+    """The optimizer whose state a checkpoint holds, of the kind of `asked`: another one could not read it."""
+    stored = stored_plan(checkpoint).get("optimizer", {}).get("optim")
+    return asked if stored is None else type(asked)(stored)
+
+
 def find_checkpoint(output_dir: Path, request: bool | str | None) -> Path | None:
     """Return the checkpoint to continue from: none, the newest complete one (true), or the one at a path.
 

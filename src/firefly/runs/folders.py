@@ -122,10 +122,15 @@ def rotate(folders: Iterable[Path], limit: int | None, keep: Iterable[Path]) -> 
         shutil.rmtree(path, ignore_errors=True)
 
 
+OF_A_MODEL = ("model*.safetensors*", "adapter_model.safetensors", "adapter_config.json", "chat_template.jinja")
+"""Files that say what model a folder holds."""
+
+
 def move_into(source: Path, target: Path) -> None:
     """Move the entries of a folder into another one, each in a single step, and remove the emptied folder.
 
-    Weights under `target` that are named otherwise than the new ones (another number of shards) go.
+    What an earlier model in `target` consisted of, and the new one does not have, goes: weights in another number of
+    shards, an adapter where a whole model comes, which would be taken for one that belongs to it.
     """
     _flush(source)
     moved = {path.name for path in source.iterdir()}
@@ -134,8 +139,8 @@ def move_into(source: Path, target: Path) -> None:
         if place.is_dir():
             shutil.rmtree(place)
         os.replace(path, place)
-    if any(name.startswith("model") and name.endswith(".safetensors") for name in moved):
-        for stale in target.glob("model*.safetensors*"):
+    if any(name.startswith(("model", "adapter_model")) and name.endswith(".safetensors") for name in moved):
+        for stale in (path for pattern in OF_A_MODEL for path in target.glob(pattern)):
             if stale.name not in moved:
                 stale.unlink()
     source.rmdir()

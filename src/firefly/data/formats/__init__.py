@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from firefly.data.formats.chat import FireflyFormat, MessagesFormat, MossFormat, QuestionFormat
-from firefly.data.formats.fields import MalformedRecord, Record, kind_of, read_text
+from firefly.data.formats.fields import MalformedRecord, Record, kind_of, read_text, verdict
 from firefly.data.formats.preference import (
     LabelledFormat,
     MessagePairFormat,
@@ -143,7 +143,7 @@ def detect_format(value: Any, task: TaskName | None = None) -> str:
     if not isinstance(value, Mapping):
         raise MalformedRecord("row.not_an_object", got=kind_of(value))
     # What a format recognises is the keys and the kinds of their values, so records of one shape are asked about once.
-    shape = (task, *((key, type(item)) for key, item in value.items()))
+    shape = (task, verdict(value), *((key, type(item)) for key, item in value.items()))
     found = _detected.get(shape)
     if found is None:
         found = _detect(value, task)
@@ -157,7 +157,10 @@ _detected: dict[tuple[Any, ...], str] = {}
 
 
 def _detect(value: Record, task: TaskName | None) -> str:
-    fitting = [name for name, entry in FORMATS.items() if entry.format.recognises(value)]
+    # Null says as little as no key, where that leaves a known format.
+    there = {key: item for key, item in value.items() if item is not None}
+    fitting = [name for name, entry in FORMATS.items() if entry.format.recognises(there)]
+    fitting = fitting or [name for name, entry in FORMATS.items() if entry.format.recognises(value)]
     if task is not None:
         fitting = [name for name in fitting if FORMATS[name].task == task] or fitting
     if not fitting:

@@ -12,14 +12,16 @@ from firefly.data.formats.fields import (
     check_object,
     check_text,
     is_trained,
-    kind_of,
     optional_text,
     parse_json,
+    read_history,
     read_list,
     read_text,
     read_tool_call,
     read_tools,
+    system_beside,
     system_messages,
+    verdict,
     with_system,
 )
 from firefly.data.schema import Conversation, Message, Role
@@ -50,7 +52,7 @@ CALLS = ("function_call", "tool_call")
 
 def is_labelled(record: Record) -> bool:
     """Whether the record passes judgement on its answer (KTO): it must not be trained as if it were a good one."""
-    return isinstance(record.get("label"), bool)
+    return verdict(record) is not None
 
 
 def is_judged(record: Record) -> bool:
@@ -74,11 +76,11 @@ def read_message(item: Record, place: str) -> Message:
         known = ", ".join([*ROLES, *CALLS])
         raise MalformedRecord("row.unknown_role", field=f"{place}.{role_key}", role=spelled, known=known)
     trained = is_trained(item, place)
-    calls = item.get("tool_calls") if role == "assistant" else None
-    if calls:
+    called = next((key for key in ("tool_calls", "function_call") if item.get(key)), None)
+    if called and role == "assistant":
         # A reply that only calls functions has null content, or none.
         content = _content(item.get(content_key) or "", f"{place}.{content_key}")
-        tool_calls = _calls(calls, f"{place}.tool_calls")
+        tool_calls = _calls(item[called], f"{place}.{called}")
     else:
         if content_key not in item:
             raise MalformedRecord("row.missing_field", field=f"{place}.{content_key}")
@@ -130,21 +132,21 @@ class MessagesFormat:
 
 @dataclass(frozen=True)
 class FireflyFormat:
-    """The tutorial's: `conversation: [{human, assistant}, …]`, optional `system`; other keys are ignored."""
+    """The tutorial's: `conversation: [{human, assistant}, …]`, `system` and `tools` beside it; no other key is read."""
 
     def recognises(self, record: Record) -> bool:
         return "conversation" in record
 
     def parse(self, record: Record) -> Conversation:
         turns = read_list(record, "conversation")
-        messages = system_messages(record.get("system"))
+        messages = system_beside(record)
         for number, item in enumerate(turns):
             place = f"conversation[{number}]"
             turn = check_object(item, place)
             messages.append(Message("user", read_text(turn, "human", f"{place}.human")))
             answer = read_text(turn, "assistant", f"{place}.assistant")
             messages.append(Message("assistant", answer, is_trained(turn, place)))
-        return Conversation(tuple(messages))
+        return Conversation(tuple(messages), read_tools(record))
 
 
 @dataclass(frozen=True)
@@ -204,31 +206,16 @@ class QuestionFormat:
     def parse(self, record: Record) -> Conversation:
         if isinstance(record[self.question], list) or isinstance(record[self.answer], list):
             return Conversation(tuple(self._message_lists(record)), read_tools(record))
-        messages = [*system_messages(record.get("system")), *self._history(record)]
+        messages = [*system_beside(record), *read_history(record)]
         messages.append(Message("user", question_text(record, self.question, self.extra)))
         messages.append(Message("assistant", read_text(record, self.answer), is_trained(record, self.answer)))
-        return Conversation(tuple(messages))
+        return Conversation(tuple(messages), read_tools(record))
 
     def _message_lists(self, record: Record) -> list[Message]:
         """Prompt and completion as message lists, as TRL has them: the completion is trained."""
         prompt, answer = read_list(record, self.question), read_list(record, self.answer)
-        asked = with_system(record, [*self._history(record), *read_messages(prompt, self.question)], self.question)
+        asked = with_system(record, [*read_history(record), *read_messages(prompt, self.question)], self.question)
         return [*(replace(message, trained=False) for message in asked), *read_messages(answer, self.answer)]
-
-    def _history(self, record: Record) -> list[Message]:
-        earlier = record.get("history")
-        if earlier is None or earlier == "" or earlier == []:
-            return []
-        if not isinstance(earlier, list):
-            raise MalformedRecord("row.wrong_type", field="history", expected="list", got=kind_of(earlier))
-        messages = []
-        for number, pair in enumerate(earlier):
-            place = f"history[{number}]"
-            if not isinstance(pair, list) or len(pair) != 2:
-                raise MalformedRecord("row.wrong_type", field=place, expected="[question, answer]", got=kind_of(pair))
-            messages.append(Message("user", check_text(pair[0], f"{place}[0]")))
-            messages.append(Message("assistant", check_text(pair[1], f"{place}[1]")))
-        return messages
 
 
 def question_text(record: Record, question: str, extra: tuple[str, ...]) -> str:

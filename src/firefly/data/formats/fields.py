@@ -70,12 +70,49 @@ def system_messages(value: Any, place: str = "system") -> list[Message]:
     return [Message("system", check_text(value, place))]
 
 
+SYSTEM = ("system", "system_prompt")
+
+
+def system_beside(record: Record) -> list[Message]:
+    """The system prompt that stands beside a record's texts or messages, if any."""
+    name = next((name for name in SYSTEM if record.get(name)), SYSTEM[0])
+    return system_messages(record.get(name), name)
+
+
 def with_system(record: Record, messages: list[Message], place: str) -> list[Message]:
     """`messages`, which stand under `place`, behind the system prompt beside them; two of them are refused."""
-    system = system_messages(record.get("system"))
+    system = system_beside(record)
     if system and messages and messages[0].role == "system":
         raise MalformedRecord("row.two_systems", field=f"{place}[0]")
     return [*system, *messages]
+
+
+def read_history(record: Record) -> list[Message]:
+    """`history`: earlier turns as [question, answer] pairs."""
+    earlier = record.get("history")
+    if earlier is None or earlier == "" or earlier == []:
+        return []
+    if not isinstance(earlier, list):
+        raise MalformedRecord("row.wrong_type", field="history", expected="list", got=kind_of(earlier))
+    messages = []
+    for number, pair in enumerate(earlier):
+        place = f"history[{number}]"
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise MalformedRecord("row.wrong_type", field=place, expected="[question, answer]", got=kind_of(pair))
+        messages.append(Message("user", check_text(pair[0], f"{place}[0]")))
+        messages.append(Message("assistant", check_text(pair[1], f"{place}[1]")))
+    return messages
+
+
+VERDICTS = {"true": True, "false": False}
+
+
+def verdict(record: Record) -> bool | None:
+    """What `label` says of the record's answer: true or false, also as 1 and 0 or as text; None if it says neither."""
+    label = record.get("label")
+    if isinstance(label, str):
+        return VERDICTS.get(label.strip().lower())
+    return bool(label) if isinstance(label, (bool, int, float)) and label in (0, 1) else None
 
 
 def is_trained(item: Record, place: str) -> bool:

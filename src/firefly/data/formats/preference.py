@@ -14,10 +14,13 @@ from firefly.data.formats.fields import (
     check_object,
     check_text,
     is_trained,
+    kind_of,
+    read_history,
     read_list,
     read_text,
     read_tools,
-    system_messages,
+    system_beside,
+    verdict,
     with_system,
 )
 from firefly.data.schema import Conversation, Message, PreferencePair
@@ -88,6 +91,7 @@ class TextPairFormat:
             prompt = read_messages(read_list(record, name), name)
         else:
             prompt = [Message("user", question_text(record, name, ("input",)))]
+        prompt = [*read_history(record), *prompt]
         chosen, rejected = (Message("assistant", read_text(record, key)) for key in (self.chosen, self.rejected))
         return make_pair(with_system(record, prompt, name), chosen, rejected, read_tools(record))
 
@@ -126,7 +130,7 @@ class TranscriptPairFormat:
         chosen, rejected = (read_transcript(read_text(record, name), name) for name in ("chosen", "rejected"))
         if _texts(chosen[:-1]) != _texts(rejected[:-1]):
             raise MalformedRecord("row.prompts_differ")
-        return make_pair([*system_messages(record.get("system")), *chosen[:-1]], chosen[-1], rejected[-1])
+        return make_pair([*system_beside(record), *chosen[:-1]], chosen[-1], rejected[-1])
 
 
 def read_transcript(text: str, place: str) -> list[Message]:
@@ -151,7 +155,10 @@ class LabelledFormat:
         return self.key in record and is_labelled(record) and (not self.answer or self.answer in record)
 
     def parse(self, record: Record) -> Conversation:
-        wanted = record["label"]
+        wanted = verdict(record)
+        if wanted is None:
+            got = kind_of(record["label"])
+            raise MalformedRecord("row.wrong_type", field="label", expected="true or false", got=got)
         if self.answer:
             messages = [*self._side(record, self.key, "user"), *self._side(record, self.answer, "assistant")]
         else:

@@ -1,0 +1,88 @@
+"""transformers' TrainingArguments of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import SchedulerType, TrainingArguments, get_scheduler
+from transformers.training_args import OptimizerNames
+
+from firefly.config import Config
+from firefly.console import notice
+from firefly.errors import UsageError
+from firefly.models.precision import Precision
+from firefly.objectives.engines import Engine, load_whole
+from firefly.objectives.trainers import training_arguments
+from firefly.runs.trackers import choose_trackers
+
+PAGED_ADAM = (OptimizerNames.PAGED_ADAMW,)
+"""Adam with 32-bit state that bitsandbytes moves to the CPU's memory when the card runs out of its own."""
+
+
+FUSED_ADAM = OptimizerNames.ADAMW_TORCH_FUSED
+"""The same update in a few launches for all weights, where the other has one for each."""
+
+
+def join_ranks(config: Config, engine: Engine, precision: Precision, device: torch.device) -> TrainingArguments:
+    """TrainingArguments of this run; to make them forms the process group, where there are several ranks."""
+    args = training_arguments(resolved_arguments(config, precision, device) | engine.arguments(precision))
+    if args.n_gpu > 1:  # one process: transformers would split each batch among the cards (DataParallel)
+        notice("engine.one_card", count=args.n_gpu)
+        args._n_gpu = 1
+    load_whole(args)
+    check_schedule(args)
+    return args
+
+
+def check_schedule(args: TrainingArguments) -> None:
+    """Build the schedule once on nothing: what it lacks, or does not know, is found before weights are loaded.
+
+    Raises:
+        UsageError: it cannot be built from `lr_scheduler_kwargs`.
+    """
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate or 1.0)
+    options: Any = args.lr_scheduler_kwargs  # text until TrainingArguments has read it
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 10, 100, options)
+    except (TypeError, ValueError) as error:
+        kind, problem = SchedulerType(args.lr_scheduler_type), " ".join(str(error).split())
+        raise UsageError("config.schedule", value=kind.value, problem=problem) from error
+
+
+def resolved_arguments(config: Config, precision: Precision, device: torch.device) -> dict[str, Any]:
+    """TrainingArguments of this run: the user's, with what Firefly consumes itself folded or switched off."""
+    values = dict(config.training)
+    values |= {
+        "output_dir": str(Path(config.output_dir).expanduser()),
+        "per_device_train_batch_size": config.step.examples_per_rank,
+        "gradient_accumulation_steps": 1,
+        "fp16": precision.scaled,  # loss scaling for GPUs without bf16; types are otherwise ours
+        "bf16": False,
+        "use_cpu": device.type == "cpu",
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,  # it waits for the device in every step
+        "ddp_find_unused_parameters": False,
+        "label_names": [],
+        # Compiled whole, a model would be compiled again for every packing (see `models.compilation`).
+        "torch_compile": False,
+        "torch_compile_backend": None,
+        "torch_compile_mode": None,
+        # A signal leaves a checkpoint anyway (see `runs.interruption`).
+        "enable_jit_checkpoint": False,
+        "restore_callback_states_from_checkpoint": config.evaluation.patience is not None,
+        "report_to": choose_trackers(values.get("report_to"), "report_to" in config.given) or "none",
+        "run_name": values.get("run_name") or Path(config.output_dir).expanduser().name,  # what trackers call it
+    }
+    values.setdefault("per_device_eval_batch_size", config.step.examples_per_rank)
+    best = values.get("metric_for_best_model")
+    if best and values.get("greater_is_better") is None:  # transformers takes a perplexity for better the higher it is
+        values["greater_is_better"] = not any(word in best for word in ("loss", "perplexity"))
+    optim = str(values.get("optim", ""))
+    if device.type == "cpu" and optim.startswith("paged_"):
+        values["optim"] = "adamw_torch_fused" if optim == "paged_adamw_32bit" else optim.removeprefix("paged_")
+        notice("optim.paged", asked=optim, used=values["optim"])
+    if device.type == "cpu" and values.get("dataloader_pin_memory") is None:
+        values["dataloader_pin_memory"] = False
+    return values

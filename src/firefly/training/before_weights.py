@@ -1,0 +1,91 @@
+"""What is bound, proved or refused before any weights are loaded: faults found here are cheap."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from firefly import ranks
+from firefly.config import Config
+from firefly.console import notice
+from firefly.data.certificate import Certificate, certify
+from firefly.data.dataset import Split
+from firefly.data.encoding import Encoder
+from firefly.data.templates import bind_template, plain_template
+from firefly.errors import UsageError
+from firefly.runs.checkpoints import missing_files, newest_complete, stored_plan
+from firefly.training.tasks import TASKS, Task
+
+
+def refuse_own_source(config: Config, output_dir: Path) -> None:
+    """A run must not write over the model or the adapter that it starts from."""
+    sources = {"model_name_or_path": config.model.name_or_path, "adapter_name_or_path": config.adapter.name_or_path}
+    for key, source in sources.items():
+        if not source:
+            continue
+        place, output = Path(source).expanduser().resolve(), output_dir.resolve()
+        if place == output or (place.parent == output and place.name.startswith("checkpoint-")):
+            raise UsageError("config.output_is_source", key=key, path=output_dir)
+
+
+def make_output_dir(path: Path) -> None:
+    """Create the output folder, and find out now rather than at the first checkpoint that it cannot be written."""
+    if not ranks.is_first():
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".firefly-write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError("config.output_dir", path=path, problem=error.strerror or error) from None
+
+
+def on_its_first_day(config: Config, output_dir: Path) -> Config:
+    """A run that is continued goes on with the day that its template printed when it began, where none is named."""
+    request = config.resume_from_checkpoint
+    if not request or config.data.template_date:
+        return config
+    checkpoint = Path(request).expanduser() if isinstance(request, str) else newest_complete(output_dir)
+    if checkpoint is None or missing_files(checkpoint):
+        return config
+    date = stored_plan(checkpoint).get("prepared", {}).get("date")
+    return replace(config, data=replace(config.data, template_date=date)) if date else config
+
+
+def bind_encoder(config: Config, tokenizer: Any) -> Encoder:
+    """The template of the configuration on this tokenizer; the tokenizer carries it from here on, and saves it.
+
+    Pretraining renders nothing: the tokenizer keeps the template it came with, if any.
+    """
+    data = config.data
+    if not TASKS[config.task_type].chats:
+        return Encoder(tokenizer, plain_template(), data.allow_special_in_content)
+    template = bind_template(
+        data.template_name, tokenizer, on_system=data.on_system, thinking=data.thinking, date=data.template_date
+    )
+    if template.system_role != "rendered" and data.on_system == "merge":
+        notice("template.merges_system", name=template.name)
+    tokenizer.chat_template = template.text
+    return Encoder(tokenizer, template, config.data.allow_special_in_content)
+
+
+def prove_template(encoder: Encoder) -> Certificate:
+    """Prove the template on this tokenizer; what of it fails is said."""
+    certificate = certify(encoder, encoder.template.stop_ids)
+    for check in certificate.checks:
+        if not check.passed:
+            notice("certificate.failed", name=encoder.template.name, check=check.name, detail=check.detail)
+    return certificate
+
+
+def check_best_metric(config: Config, task: Task, data: Split) -> None:
+    """Refuse a metric that no evaluation of this run will have: transformers would miss it after the first one."""
+    asked = config.training.get("metric_for_best_model")
+    sources = data.train.names if data.held_out is None else data.held_out.names
+    known = [*task.trainer.METRICS, *(f"loss/{name}" for name in sources if len(sources) > 1)]
+    if asked and asked.removeprefix("eval_") not in known:
+        choices = ", ".join(map(json.dumps, known))
+        raise UsageError("config.bad_choice", key="metric_for_best_model", value=json.dumps(asked), choices=choices)

@@ -1,0 +1,97 @@
+"""What the configuration leaves to measurement ("auto"), and the memory that a run so trained will take."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainingArguments
+
+from firefly import ranks
+from firefly.config import Config
+from firefly.data.batching import ExampleList
+from firefly.models import choices as choosing
+from firefly.models.adapters import transformers_model
+from firefly.models.checkpointing import Checkpointing
+from firefly.models.choices import Choices, Lengths
+from firefly.models.kernels import segment_attention
+from firefly.models.kernels.weight_cache import cache_sizes
+from firefly.models.memory import (
+    Forecast,
+    assemble,
+    estimated_peak,
+    forecast_memory,
+    free_memory,
+    kernels_kept,
+    optimizer_bytes_of,
+)
+from firefly.models.precision import Precision
+from firefly.models.verdicts import known_activations, known_crossover
+from firefly.objectives.engines import Engine
+from firefly.runs.checkpoints import stored_choices
+from firefly.training.arguments import PAGED_ADAM
+
+
+def resolve_choices(
+    config: Config,
+    args: TrainingArguments,
+    model: Any,
+    examples: ExampleList,
+    layout: str,
+    precision: Precision,
+    device: torch.device,
+    checkpoint: Path | None,
+    engine: Engine,
+    steps: int,
+) -> tuple[Choices, Forecast]:
+    """Resolve what is "auto", by measurement or from the checkpoint, and forecast the memory of a run so trained.
+
+    The same on every rank: the choices of the one with the least memory. The forecast is `firefly plan`'s, but for what
+    a step takes besides weights: that is estimated from what a pass was measured to keep.
+    """
+    inner, full = transformers_model(model), config.adapter.mode == "full"
+    largest = np.sort(examples.counts.lengths)[::-1][: config.step.examples_per_rank]
+    lengths = Lengths(longest=int(largest[0]), step=int(largest.sum()))
+    by_products = known_crossover(inner, device, precision.compute)
+    segment_attention.use_crossover(by_products)  # what attention keeps is measured below
+    autocast = precision.compute if full and precision.compute != torch.float32 else None
+    activations = known_activations(inner, layout, autocast, int(examples.counts.sides.max()))
+    keeps_copy = config.task_type == "dpo" and full and not config.preference.precompute_reference
+    copied = sum(p.numel() for p in model.parameters()) * precision.compute.itemsize if keeps_copy else 0
+    cacheable = cache_sizes(inner, precision.compute)
+
+    def forecast(checkpointing: Checkpointing, tokens: int, cached: int) -> Forecast:
+        state = optimizer_bytes_of(args.optim)
+        whole = forecast_memory(model, device, activations, checkpointing, tokens, state, cached, copied)
+        return engine.share(whole)
+
+    choices = choosing.choose(
+        config.step, activations, forecast, lengths, device, cacheable, by_products, precision.compute
+    )
+    if args.optim in PAGED_ADAM and device.type == "cuda" and not (engine.deepspeed or engine.divides):
+        tokens = lengths.largest_microbatch(choices.tokens_per_microbatch)
+        expected = forecast(choices.checkpointing, tokens, sum(cacheable[: choices.cached_weights]))
+        choices = replace(choices, unpaged_optimizer=choosing.fits(expected))
+    choices = choosing.most_careful(ranks.all_of(choices))
+    if checkpoint:
+        choices = choosing.settled(config.step, stored_choices(checkpoint), choices)
+    tokens = lengths.largest_microbatch(choices.tokens_per_microbatch)
+    peak = estimated_peak(inner, device, activations, choices.checkpointing, tokens, precision.compute.itemsize)
+    each = min(config.step.examples_per_rank, math.ceil(lengths.step / choices.tokens_per_microbatch))
+    whole = assemble(
+        model,
+        device.type,
+        peak,
+        optimizer_bytes=optimizer_bytes_of(args.optim),
+        cache=sum(cacheable[: choices.cached_weights]),
+        reference=copied,
+        microbatches=steps * each,
+        shapes=lengths.longest,
+        kernels=kernels_kept(config.task_type, examples.counts.lengths, examples.counts.targets),
+        available=free_memory(device),
+    )
+    return choices, engine.share(whole)
