@@ -69,6 +69,10 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(
                 f"--rows {arguments.rows}: {name} has {CASES[name].examples_per_step} a step, and takes two steps"
             )
+        if CASES[name].task == "pretrain" and (arguments.rows or 0) % CASES[name].examples_per_step:
+            parser.error(  # Firefly cuts the blocks itself, and has a last one that is shorter
+                f"--rows {arguments.rows}: {name} takes whole steps, of {CASES[name].examples_per_step} blocks each"
+            )
     arguments.python = parse_assignments(arguments.python)
     if unknown := arguments.python.keys() - ENGINES.keys():
         parser.error(f"--python names {', '.join(sorted(unknown))}, which is no engine")

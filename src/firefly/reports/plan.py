@@ -47,7 +47,7 @@ from firefly.training.preference import without_dropout
 
 EFFICIENCY, EFFICIENCY_16_BIT = {"cpu": 0.6, "cuda": 0.65}, {"cpu": 0.5}
 """The share of the rate of matrix products that a run reaches (docs/performance.md): on a CPU 0.57 to 0.66 in fp32 and
-0.45 to 0.58 where products in 16 bit are fast; on an H200 0.57 (small steps) to 0.74."""
+0.42 to 0.55 where products in 16 bit are fast; on an H200 0.57 (small steps) to 0.74."""
 
 TOKENIZER_FILES = ("token", "vocab", "merges", "spm", "spiece", ".model")
 """Parts of the names that files of a tokenizer have. Of some families transformers makes an empty one without any."""
