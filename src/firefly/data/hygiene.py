@@ -33,9 +33,7 @@ def note_duplicates(files: Sequence[ExampleFile]) -> None:
     starts = np.flatnonzero(first)
     original = order[starts[np.cumsum(first) - 1]] if len(order) else order
     repeated = ~first
-    rows, earlier = order[repeated], original[repeated]
-    sorting = np.argsort(rows)
-    rows, earlier = rows[sorting], earlier[sorting]
+    rows, earlier = _by_row(order[repeated], original[repeated])
     place.note_all(rows, DUPLICATE, lambda i: render("finding.duplicate", place=place.source(int(earlier[i]))))
 
 
@@ -44,8 +42,8 @@ def note_repeated_answers(files: Sequence[ExampleFile]) -> None:
     answers, place = _column(files, "answer"), _Places(files)
     values, first, counts = np.unique(answers, return_index=True, return_counts=True)
     often = (counts >= max(REPEATED_LEAST, REPEATED_SHARE * len(answers))) & (values != 0)
-    for row, count in sorted(zip(first[often].tolist(), counts[often].tolist(), strict=True)):
-        place.note(row, REPEATED_ANSWER, render("finding.repeated_answer", count=count))
+    rows, counts = _by_row(first[often], counts[often])
+    place.note_all(rows, REPEATED_ANSWER, lambda i: render("finding.repeated_answer", count=int(counts[i])))
 
 
 def note_overlap(files: Sequence[ExampleFile], held_out: Sequence[ExampleFile]) -> None:
@@ -59,6 +57,12 @@ def note_overlap(files: Sequence[ExampleFile], held_out: Sequence[ExampleFile]) 
     if len(values):
         rows = np.flatnonzero(values[np.minimum(at, len(values) - 1)] == content)
         place.note_all(rows, IN_EVAL, lambda i: render("finding.in_eval", place=other.source(int(first[at[rows[i]]]))))
+
+
+def _by_row(rows: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both in the order of rows."""
+    order = np.argsort(rows)
+    return rows[order], values[order]
 
 
 def _column(files: Sequence[ExampleFile], name: str) -> np.ndarray:
@@ -85,7 +89,3 @@ class _Places:
                 file.ledger.note(self.source(int(rows[i])), cause, describe(i))
             if end - first > MOST_FINDINGS:
                 file.ledger.counts[cause] += end - first - MOST_FINDINGS
-
-    def note(self, row: int, cause: str, message: str) -> None:
-        number = int(np.searchsorted(self._starts, row, side="right")) - 1
-        self._files[number].ledger.note(self.source(row), cause, message)

@@ -20,7 +20,6 @@ from firefly.runs.trackers import choose_trackers
 PAGED_ADAM = (OptimizerNames.PAGED_ADAMW,)
 """Adam with 32-bit state that bitsandbytes moves to the CPU's memory when the card runs out of its own."""
 
-
 FUSED_ADAM = OptimizerNames.ADAMW_TORCH_FUSED
 """The same update in a few launches for all weights, where the other has one for each."""
 
