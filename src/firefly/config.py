@@ -87,6 +87,7 @@ class AdapterConfig:
     target: str | tuple[str, ...] = key("lora_target", "all-linear", (str, list))
     modules_to_save: str | tuple[str, ...] | None = key("modules_to_save", None, (str, list))
     name_or_path: str | None = key("adapter_name_or_path", None, str)
+    on_other_base: bool = key("adapter_on_other_base", False, bool)
 
 
 @dataclass(frozen=True, kw_only=True)

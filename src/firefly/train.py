@@ -17,15 +17,16 @@ from firefly.console import notice, stderr_console
 from firefly.data.certificate import FILE_NAME as CERTIFICATE
 from firefly.data.dataset import load_split
 from firefly.errors import UsageError
-from firefly.inference.engine import tokenizer_source
 from firefly.messages import render
 from firefly.models import choices as choosing
-from firefly.models.adapters import adapter_settings, attach_adapter, count_parameters, transformers_model
+from firefly.models.adapters import attach_adapter, count_parameters, transformers_model
+from firefly.models.base_weights import identify_weights
 from firefly.models.compilation import compile_layers
 from firefly.models.forwards import install_training_forwards
 from firefly.models.loading import eos_ids, load_model, load_tokenizer, mend_generation_config, resolve_model
 from firefly.models.memory import kernels_kept
 from firefly.models.precision import pick_device, resolve_precision
+from firefly.models.saved_adapter import check_base, open_adapter, tokenizer_source
 from firefly.models.tokens import add_tokens, fit_embeddings
 from firefly.models.verdicts import known_layout
 from firefly.objectives.engines import Engine, divide, refuse_uneven_passes, resolve_engine
@@ -43,7 +44,7 @@ from firefly.runs.lock import only_run
 from firefly.runs.memory import keep_few_kernels, keep_freed_memory, memory_in_use, peak_memory
 from firefly.runs.metrics import RunRecorder
 from firefly.runs.overview import show_peak
-from firefly.runs.passport import record_memory, recorded_end, weights_hash, write_json
+from firefly.runs.passport import record_memory, recorded_end, write_json
 from firefly.training.arguments import FUSED_ADAM, PAGED_ADAM, join_ranks
 from firefly.training.before_weights import (
     bind_encoder,
@@ -86,7 +87,7 @@ def train_into(output_dir: Path, config: Config, engine: Engine, started: float)
     imported = memory_in_use(device)
     precision = resolve_precision(config.precision, device)
     if config.adapter.name_or_path:
-        adapter_settings(config.adapter.name_or_path)  # a wrong path is cheap to find now
+        open_adapter(config.adapter.name_or_path)  # what is wrong with it is cheap to find now
     tokenizer = load_tokenizer(config.model, tokenizer_source(config.model, config.adapter.name_or_path))
     added = add_tokens(tokenizer, config.model.add_tokens)
     config = on_its_first_day(config, output_dir)
@@ -108,8 +109,13 @@ def train_into(output_dir: Path, config: Config, engine: Engine, started: float)
     # Divided weights are loaded whole into the CPU's memory, where the model is tested.
     place = torch.device("cpu") if engine.divides_weights else device
     with ThreadPoolExecutor(1) as beside:  # hashing leaves the interpreter free to load what is hashed
-        hashed = beside.submit(weights_hash, resolve_model(config.model))
+        weights = resolve_model(config.model)
+        hashed = beside.submit(identify_weights, weights) if Path(weights).is_dir() else None
         model = load_model(config.model, config.adapter.mode, precision, place)
+    # What a hub's model is, its files say once they are here.
+    base = hashed.result() if hashed else identify_weights(weights, config.model.revision)
+    if config.adapter.name_or_path:
+        check_base(config.adapter.name_or_path, config.model, config.adapter.on_other_base, base)
     mend_generation_config(model.generation_config)
     layout = known_layout(model)
     refuse_uneven_passes(config, layout[0], engine)
@@ -118,11 +124,12 @@ def train_into(output_dir: Path, config: Config, engine: Engine, started: float)
         stops = (*encoder.template.stop_ids, *eos_ids(model.generation_config))  # the base's others stay
         model.generation_config.eos_token_id = list(dict.fromkeys(stops))
         certificate = prove_template(encoder)
-    model = attach_adapter(model, config.adapter, fit_embeddings(model, tokenizer, added), config.given)
+    new_tokens = fit_embeddings(model, tokenizer, added)
+    model = attach_adapter(model, config.adapter, new_tokens, config.given, added)
     if quiet := quiet_routers(model):
         notice("router.quiet", count=len(quiet))
     head = install_training_forwards(model)
-    base = identify_base(hashed.result(), model)
+    base = identify_base(base, model)
     plan = run_plan(config, args, layout[0], data.train, base, encoder, precision, engine)
     parameters = count_parameters(model)
     if checkpoint:

@@ -16,7 +16,8 @@ from firefly.config import ModelConfig, load_config
 from firefly.errors import UsageError, VerificationError
 from firefly.export import merge as merging
 from firefly.export.merge import merge, round_unbiased
-from firefly.models.adapters import load_adapter
+from firefly.export.verification import compare
+from firefly.models.saved_adapter import load_adapter
 from firefly.train import train
 from tiny import save_tiny_model, write_rows
 
@@ -88,8 +89,84 @@ def test_a_merge_that_changed_the_model_is_refused_with_exit_code_3(
     monkeypatch.setattr(merging, "merge_layers", lambda model: None)  # forgets the adapter
     arguments = ["--adapter_name_or_path", str(place / "lora"), "--save_path", str(tmp_path / "merged")]
     assert main(["merge", *arguments]) == VerificationError.exit_code == 3
-    assert "differs from the trained one" in capsys.readouterr().err
-    assert json.loads((tmp_path / "merged" / "merge_report.json").read_text())["passed"] is False
+    assert "are not what the adapter makes of them" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "merged").iterdir()] == ["merge_report.failed.json"]
+    report = json.loads((tmp_path / "merged" / "merge_report.failed.json").read_text())
+    assert report["passed"] is False
+    assert set(report["wrong_updates"].values()) == {0}  # no weight got any of its update
+
+
+def wrongly(change: Any) -> Any:
+    """`merge_layers` of adapters that were changed after the unmerged model had answered."""
+    right = merging.merge_layers
+
+    def merge_layers(model: Any) -> None:
+        change(model)
+        right(model)
+
+    return merge_layers
+
+
+def without_one_tensor(model: Any) -> None:
+    torch.nn.init.zeros_(model.get_base_model().model.layers[1].self_attn.o_proj.lora_B["default"].weight)
+
+
+def with_another_scale(model: Any) -> None:
+    for module in model.modules():
+        if hasattr(module, "scaling"):
+            module.scaling["default"] *= 1.01
+
+
+def with_another_adapter(model: Any) -> None:
+    for module in model.modules():
+        if hasattr(module, "lora_B"):
+            module.lora_B["default"].weight.data = module.lora_B["default"].weight.flip(0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("change", [without_one_tensor, with_another_scale, with_another_adapter])
+def test_a_wrong_merge_fails_and_leaves_what_was_there(
+    change: Any, dtype: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged = merge(ModelConfig(), str(place / "lora"), str(tmp_path / "merged"), dtype=dtype)
+    (merged / "mine.gguf").write_text("keep")
+    before = {path.name: path.read_bytes() for path in merged.iterdir()}
+    monkeypatch.setattr(merging, "merge_layers", wrongly(change))
+    with pytest.raises(VerificationError):
+        merge(ModelConfig(), str(place / "lora"), str(merged), dtype=dtype)
+    after = {path.name: path.read_bytes() for path in merged.iterdir()}
+    after.pop("merge_report.failed.json")
+    assert after == before
+
+
+@pytest.mark.parametrize("change", [without_one_tensor, with_another_scale, with_another_adapter])
+def test_the_logits_alone_tell_a_wrong_merge_in_fp32(
+    change: Any, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging, "merge_layers", wrongly(change))
+    monkeypatch.setattr(merging, "wrong_updates", lambda *_: {})
+    with pytest.raises(VerificationError, match="differs from the trained one"):
+        merge(ModelConfig(), str(place / "lora"), str(tmp_path / "merged"))
+
+
+def test_a_new_merge_replaces_the_earlier_one_and_no_file_of_others(place: Path, tmp_path: Path) -> None:
+    merged = merge(ModelConfig(), str(place / "lora"), str(tmp_path / "merged"))
+    (merged / "mine.gguf").write_text("keep")
+    (merged / "merge_report.failed.json").write_text("{}")  # of a merge between the two
+    report = json.loads((merged / "merge_report.json").read_text())
+    (merged / "of_the_first.json").touch()
+    (merged / "merge_report.json").write_text(json.dumps(report | {"files": [*report["files"], "of_the_first.json"]}))
+    merge(ModelConfig(), str(place / "lora"), str(merged))
+    found = {path.name for path in merged.iterdir()}
+    assert found == {*report["files"], "mine.gguf"}
+
+
+def test_an_adapter_that_changes_nothing_is_told(place: Path, tmp_path: Path) -> None:
+    untrained = get_peft_model(AutoModelForCausalLM.from_pretrained(place / "model"), LoraConfig(task_type="CAUSAL_LM"))
+    untrained.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(VerificationError, match="changes nothing"):
+        merge(ModelConfig(name_or_path=str(place / "model")), str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    assert not list((tmp_path / "merged").iterdir())
 
 
 def test_a_folder_with_other_files_is_not_overwritten(place: Path, tmp_path: Path) -> None:
@@ -108,10 +185,9 @@ def test_an_earlier_merge_stays_until_a_new_one_is_whole(place: Path, tmp_path: 
     assert (merged / "model.safetensors").stat().st_mtime_ns == first
     (merged / "result.partial").mkdir()  # of a merge that was killed
     (merged / "result.partial" / "model.safetensors").touch()
-    (merged / "of_the_first.json").touch()
     merge(ModelConfig(), str(place / "lora"), str(merged))
     assert (merged / "model.safetensors").stat().st_mtime_ns > first
-    assert not {"result.partial", "of_the_first.json"} & {path.name for path in merged.iterdir()}
+    assert "result.partial" not in {path.name for path in merged.iterdir()}
 
 
 def test_the_working_folder_can_be_merged_into(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,8 +216,10 @@ def test_an_adapter_that_is_none_or_of_another_model_is_named(place: Path, tmp_p
     with pytest.raises(UsageError, match=r"adapter_config\.json is missing"):
         merge(ModelConfig(), str(tmp_path), str(tmp_path / "merged"))
     other = save_tiny_model(tmp_path / "other", "llama", hidden_size=64)
-    with pytest.raises(UsageError, match="does not fit"):
+    with pytest.raises(UsageError, match="trained on other weights"):
         merge(ModelConfig(name_or_path=str(other)), str(place / "lora"), str(tmp_path / "merged"))
+    with pytest.raises(UsageError, match="does not fit"):
+        merge(ModelConfig(name_or_path=str(other)), str(place / "lora"), str(tmp_path / "merged"), force=True)
 
 
 def test_only_a_qlora_adapter_merges_onto_dequantised_weights(place: Path, tmp_path: Path) -> None:
@@ -332,9 +410,23 @@ def test_a_merged_dora_layer_has_the_trained_lengths() -> None:
 
 
 def test_a_logit_that_is_no_number_is_a_difference() -> None:
-    from firefly.export.merge import compare
-
     one, other = torch.zeros(2, 4), torch.zeros(2, 4)
     other[0, 0] = float("nan")
-    found = compare([other, one], [one, one], [[1, 2], [3, 4]])
+    found = compare([other, one], [one, one], [[1, 2], [3, 4]], rounding=1.0)
     assert not found.passes(torch.float32)
+
+
+def test_a_first_choice_within_rounding_of_another_is_a_tie_and_counted_apart() -> None:
+    expected = torch.tensor([[0.0, 1.0, 0.9], [2.0, 0.0, 1.0], [0.0, 3.0, 0.0]])
+    found = torch.tensor([[0.0, 1.0, 1.1], [0.0, 0.0, 1.0], [0.0, 3.0, 0.0]])
+    compared = compare([expected], [found], [[1, 2, 3]], rounding=0.2)
+    assert (compared.ties, compared.positions, compared.agreement) == (1, 3, 0.5)
+    assert compare([expected], [found], [[1, 2, 3]], rounding=0.05).agreement == pytest.approx(1 / 3)
+    p, q = torch.softmax(expected.double(), -1), torch.softmax(found.double(), -1)
+    assert compared.kl == pytest.approx((p * (p / q).log()).sum(-1).mean().item())
+
+
+@pytest.mark.parametrize(("gap", "rounding", "passes"), [(9e-5, 0, True), (2e-4, 0, False), (2e-4, 3e-5, True)])
+def test_the_gap_allowed_in_fp32_follows_the_models_rounding(gap: float, rounding: float, passes: bool) -> None:
+    one = torch.zeros(2, 4)
+    assert compare([one], [one + gap], [[1, 2]], rounding).passes(torch.float32) is passes

@@ -18,9 +18,10 @@ from torch import nn
 from firefly.config import AdapterConfig
 from firefly.data.batching import pack
 from firefly.errors import UsageError
-from firefly.models.adapters import attach_adapter, load_adapter, lora_targets, saved_modules, target_layers
+from firefly.models.adapters import attach_adapter, lora_targets, saved_modules, target_layers
 from firefly.models.attention import choose_layout
 from firefly.models.heads import install_target_head
+from firefly.models.saved_adapter import load_adapter
 from firefly.models.tokens import add_tokens, fit_embeddings
 from tiny import VOCABULARY, assert_same, gradients, padded_loss, random_examples, tiny_model, tiny_tokenizer
 
@@ -382,8 +383,8 @@ def test_an_adapter_that_is_none_or_does_not_fit_is_refused(tmp_path: Path) -> N
     folder = saved(attach_adapter(tiny_model("llama"), LORA), tmp_path / "adapter")
     assert "does not fit" in refused(folder, tiny_model("llama", hidden_size=64))
     assert "does not fit" in refused(folder, tiny_model("gpt2"))
-    assert "no counterpart" in refused(folder, tiny_model("llama", num_hidden_layers=2))
-    assert "no counterpart" in refused(folder, tiny_model("llama", num_hidden_layers=4))
+    assert "has no layer model.layers.2." in refused(folder, tiny_model("llama", num_hidden_layers=2))
+    assert "have no tensors, such as model.layers.3." in refused(folder, tiny_model("llama", num_hidden_layers=4))
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "IA3"}))
     assert "IA3" in refused(folder, tiny_model("llama"))

@@ -17,7 +17,6 @@ from firefly.config import AdapterConfig, ModelConfig
 from firefly.data.batching import pack
 from firefly.errors import UsageError
 from firefly.export.merge import load_base, merge_layers
-from firefly.inference.engine import load_adapter
 from firefly.models import loading
 from firefly.models.adapters import attach_adapter, count_parameters
 from firefly.models.attention import choose_layout
@@ -27,6 +26,7 @@ from firefly.models.kernels import expert_linear
 from firefly.models.kernels.expert_linear import QuantisedExperts, expert_factors
 from firefly.models.loading import load_model
 from firefly.models.precision import Precision
+from firefly.models.saved_adapter import load_adapter
 from tiny import (
     assert_same,
     gradients,

@@ -15,14 +15,10 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firefly.config import ModelConfig
@@ -30,11 +26,19 @@ from firefly.console import notice
 from firefly.data.certificate import FILE_NAME as CERTIFICATE
 from firefly.data.certificate import read_certificate, recheck, stored_choices
 from firefly.data.encoding import Encoder
-from firefly.data.schema import Message
-from firefly.data.templates import TemplateFailure, bind_template
+from firefly.data.templates import bind_template
 from firefly.errors import UsageError, VerificationError
-from firefly.inference.engine import base_of_adapter, recorded_config, tokenizer_source
-from firefly.models.adapters import is_tied, load_adapter, trained_rows
+from firefly.export.verification import (
+    Comparison,
+    SampledUpdate,
+    all_logits,
+    compare,
+    encode_prompts,
+    largest_gap,
+    rounding_gap,
+    sample_update,
+    wrong_updates,
+)
 from firefly.models.experts import dequantise_experts
 from firefly.models.kernels.expert_linear import expert_factors
 from firefly.models.kernels.lora_linear import dense
@@ -48,43 +52,32 @@ from firefly.models.loading import (
     resolve_model,
 )
 from firefly.models.precision import Precision, pick_device
+from firefly.models.saved_adapter import (
+    OUR_PREFIX,
+    SavedAdapter,
+    base_of_adapter,
+    check_base,
+    load_adapter,
+    open_adapter,
+    tokenizer_source,
+    trained_in_4_bits,
+)
+from firefly.models.tokens import is_tied
 from firefly.runs.folders import RESULT, first_line, free_space, is_write_failure, make_empty, move_into, unfinished
 from firefly.runs.passport import write_json
+from firefly.runs.records import read_object
+
+REPORT, FAILED_REPORT = "merge_report.json", "merge_report.failed.json"
+OF_A_MERGE = (
+    *("model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json"),
+    *("tokenizer*", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", CERTIFICATE, REPORT),
+)
+"""Files of a merge whose report does not list them."""
+TOKENS_COMPARED = 256
+"""At most so many of the tokens that an adapter brought are compared."""
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ONTO = ("original", "dequantized")
-
-# Limits of DESIGN.md, "Merging".
-LARGEST_GAP_FP32 = 1e-4
-LARGEST_KL = 1e-3
-LEAST_AGREEMENT = 0.99
-TIE = 0.05
-"""Nats. A first choice that the trained model itself held within this of its own is a tie, not a disagreement."""
-
-PROMPTS = (
-    "Who are you, and who made you?",
-    "What is the capital of France?",
-    "Write a short poem about fireflies.",
-    "Explain in two sentences why the sky is blue.",
-    "用一句话介绍你自己。",
-    "请把“知识就是力量”翻译成英文。",
-    "def fibonacci(n):",
-    "List three prime numbers greater than 10 and add them up: 11 + 13 + 17 =",
-)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How two models differ on the fixed prompts: largest logit gap, mean KL in nats, share of equal first choices."""
-
-    gap: float
-    kl: float
-    agreement: float
-
-    def passes(self, dtype: torch.dtype) -> bool:
-        if dtype == torch.float32:
-            return self.gap <= LARGEST_GAP_FP32
-        return self.kl <= LARGEST_KL and self.agreement >= LEAST_AGREEMENT
 
 
 def merge(
@@ -100,18 +93,21 @@ def merge(
     Args:
         onto: "original" weights, or for QLoRA "dequantized": the 4-bit weights as they were trained on.
         dtype: type of the merged weights; "auto" is the base model's own.
-        force: merge although the tokenizer and template are not those of the adapter's certificate.
+        force: merge although the tokenizer and template are not those of the adapter's certificate, or the base is not
+            the one that it was trained on.
 
     Raises:
         UsageError: adapter, base or options are at fault, the template is not the one that was trained, or the model
             could not be written. An earlier merge in the folder is there until a whole new one takes its place.
-        VerificationError: the reloaded model is not the trained one; the folder is kept, with the figures inside.
+        VerificationError: the adapter changes nothing, or the reloaded model is not the trained one. What was written
+            is removed but for the figures (merge_report.failed.json); an earlier merge stays.
     """
     for option, value, choices in (("onto", onto, ONTO), ("dtype", dtype, ("auto", *TYPES))):
         if value not in choices:
             raise UsageError("merge.bad_choice", option=option, value=value, choices=", ".join(choices))
+    saved = open_adapter(adapter)
     model = base_of_adapter(adapter, model)
-    quantised = recorded_config(adapter).get("train_mode") == "qlora"
+    quantised = trained_in_4_bits(adapter)
     if onto == "dequantized" and not quantised:
         raise UsageError("merge.not_quantised", path=adapter)
     target = folder_to_write(save_path, keep=(adapter, model.name_or_path))
@@ -119,12 +115,27 @@ def merge(
     notice("merge.merging", adapter=adapter, base=model.name_or_path, dtype=str(weights).removeprefix("torch."))
 
     tokenizer = load_tokenizer(model, tokenizer_source(model, adapter))
-    certificate = check_template(tokenizer, adapter, force)
-    prompts = encode_prompts(tokenizer)
-    if rows := trained_rows(adapter):  # the fixed prompts know nothing of added tokens
-        prompts.append(sorted(rows))
-    trained = load_adapter(load_base(model, weights, onto), adapter).eval()
+    certificate = check_template(tokenizer, saved.folder, force)
+    base = load_base(model, weights, onto)
+    check_base(adapter, model, force)
+    prompts, rows = encode_prompts(tokenizer), base.get_input_embeddings().weight.shape[0]
+    known = [ids for ids in prompts if max(ids) < rows]
+    untrained = all_logits(base, known)
+    trained = load_adapter(base, saved).eval()
+    refuse_unmergeable(trained, adapter)
+    # The fixed prompts know nothing of tokens that the adapter brought.
+    brought = saved.token_rows | set(range(rows, trained.get_input_embeddings().weight.shape[0]))
+    if brought:
+        prompts.append(sorted(brought)[:TOKENS_COMPARED])
     expected = all_logits(trained, prompts)
+    rounding = rounding_gap(trained, prompts)
+    tuned = [logits for ids, logits in zip(prompts, expected, strict=True) if ids in known]
+    if not brought and (effect := largest_gap(untrained, tuned)) <= rounding:
+        raise VerificationError("merge.no_effect", adapter=adapter, gap=effect)
+    if weights != torch.float32:  # what a choice between two tokens may turn on where the model is served
+        rounding = rounding_gap(trained, prompts, as_served=True)
+    updates = sample_updates(trained)
+
     partial = unfinished(target / RESULT)
     try:
         make_empty(partial)
@@ -142,27 +153,37 @@ def merge(
     notice("merge.verifying")
     written = ModelConfig(name_or_path=str(partial), trust_remote_code=model.trust_remote_code)
     merged = load_model(written, "lora", Precision(weights), pick_device()).eval()
-    found = compare(expected, all_logits(merged, prompts), prompts)
+    found, wrong = compare(expected, all_logits(merged, prompts), prompts, rounding), wrong_updates(merged, updates)
     report = {"onto": onto, "dtype": str(weights), "adapter": adapter, "base": model.name_or_path, **vars(found)}
+    if wrong or not found.passes(weights):
+        failed = target / FAILED_REPORT
+        write_json(failed, report | {"passed": False, "wrong_updates": wrong})
+        shutil.rmtree(partial)
+        if wrong:
+            name, share = next(iter(wrong.items()))
+            raise VerificationError("merge.wrong_update", count=len(wrong), name=name, share=share, report=failed)
+        raise VerificationError("merge.failed", path=target, report=failed, **vars(found))
     if quantised and onto == "original":
-        report["distance_to_4bit"] = vars(distance_to_4bit(model, adapter, weights, merged, prompts))
-    passed = found.passes(weights)
-    write_json(partial / "merge_report.json", report | {"passed": passed})
-    for old in target.iterdir():  # an earlier merge; the folder itself may be a mounted one
-        if old.is_dir() and old != partial:
-            shutil.rmtree(old)
-        elif old != partial:
-            old.unlink()
+        report["distance_to_4bit"] = vars(distance_to_4bit(model, saved, weights, merged, prompts, rounding))
+    files = sorted(path.name for path in partial.iterdir())
+    write_json(partial / REPORT, report | {"passed": True, "files": [*files, REPORT]})
+    remove_earlier(target)
     move_into(partial, target)
-    if not passed:
-        raise VerificationError("merge.failed", path=target, **vars(found))
     notice("merge.done", path=target, prompts=len(prompts), **vars(found))
     return target
 
 
-def check_template(tokenizer: Any, adapter: str, force: bool) -> dict[str, Any] | None:
+def remove_earlier(target: Path) -> None:
+    """Remove what an earlier merge wrote into the folder, and leave what others put beside it."""
+    report = read_object(target / REPORT)
+    for name in [*report.get("files", OF_A_MERGE), FAILED_REPORT]:
+        for path in target.glob(str(name)):
+            if path.is_file():
+                path.unlink()
+
+
+def check_template(tokenizer: Any, folder: Path, force: bool) -> dict[str, Any] | None:
     """Recheck the adapter's template certificate, if it has one, and return it: it goes on with the merged model."""
-    folder = Path(adapter).expanduser()
     certificate = read_certificate(folder)
     if certificate and tokenizer.chat_template:
         recheck(folder, Encoder(tokenizer, bind_template("auto", tokenizer, **stored_choices(folder))), force)
@@ -182,8 +203,9 @@ def folder_to_write(save_path: str, keep: tuple[str, ...] = ()) -> Path:
     if path.exists() and not path.is_dir():
         raise UsageError("merge.save_path", path=path)
     path.mkdir(parents=True, exist_ok=True)
-    held = {entry.name for entry in path.iterdir()} - {unfinished(path / RESULT).name}  # of a merge that was killed
-    if held and "merge_report.json" not in held:
+    # What merges left that were killed, or failed.
+    held = {entry.name for entry in path.iterdir()} - {unfinished(path / RESULT).name, FAILED_REPORT}
+    if held and REPORT not in held:
         raise UsageError("merge.save_path", path=path)
     return path
 
@@ -273,6 +295,51 @@ def merge_layers(model: Any, seed: int = 0) -> None:
             if not torch.isfinite(total).all():
                 raise VerificationError("merge.not_finite", layer=name)
             weight.copy_(round_unbiased(total, weight.dtype, generator))
+        if (own := bias_of_adapter(layer, name_of)) is not None:
+            bias = layer.get_base_layer().bias
+            bias.copy_(round_unbiased(bias.float() + layer.scaling[name_of] * own.float(), bias.dtype, generator))
+
+
+@torch.no_grad()
+def sample_updates(model: Any) -> list[SampledUpdate]:
+    """What peft says that each adapted weight becomes, for a look at the merged ones. Left out: stacks of experts, and
+    variants that peft merges itself, which the logits alone judge."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
+    updates = []
+    layers: list[tuple[str, Any]] = [item for item in model.named_modules() if isinstance(item[1], LoraLayer)]
+    for name, layer in layers:
+        (adapter,) = layer.active_adapters
+        variant = type(layer.lora_variant.get(adapter)).__name__
+        if isinstance(layer, ParamWrapper) or variant not in ("NoneType", "DoraLinearVariant"):
+            continue
+        weight = layer.get_base_layer().weight
+        target = weight.float() + layer.get_delta_weight(adapter).float()
+        if variant == "DoraLinearVariant":
+            target = with_magnitude(target, layer.lora_magnitude_vector[adapter].weight.float(), layer.fan_in_fan_out)
+        updates.append(sample_update(f"{name.removeprefix(OUR_PREFIX)}.weight", weight, target))
+    return updates
+
+
+def bias_of_adapter(layer: Any, name: str) -> Tensor | None:
+    """What `lora_bias` trained beside B; None where it was not asked for."""
+    return getattr(layer.lora_B[name], "bias", None) if name in layer.lora_B else None
+
+
+def refuse_unmergeable(model: Any, adapter: str) -> None:
+    """Refuse what has no place in the merged model's layers.
+
+    Raises:
+        UsageError: an adapter with a bias lies on a layer without one.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers: list[tuple[str, Any]] = [item for item in model.named_modules() if isinstance(item[1], LoraLayer)]
+    for name, layer in layers:
+        biased = any(bias_of_adapter(layer, one) is not None for one in layer.active_adapters)
+        if biased and getattr(layer.get_base_layer(), "bias", None) is None:
+            raise UsageError("merge.lora_bias", path=adapter, layer=name.removeprefix(OUR_PREFIX))
 
 
 def weights_and_deltas(layer: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -327,86 +394,16 @@ def round_unbiased(x: Tensor, dtype: torch.dtype, generator: torch.Generator) ->
     return torch.where(draws < probability, other, nearest)
 
 
-def encode_prompts(tokenizer: Any) -> list[list[int]]:
-    """The fixed prompts as ids, in the model's own chat format where it has one."""
-    if not tokenizer.chat_template:
-        return [tokenizer.encode(prompt) for prompt in PROMPTS]
-    encoder = Encoder(tokenizer, bind_template("auto", tokenizer))
-    try:
-        return [encoder.encode_prompt([Message("user", prompt)]) for prompt in PROMPTS]
-    except TemplateFailure:
-        return [tokenizer.encode(prompt) for prompt in PROMPTS]
-
-
-def all_logits(model: Any, prompts: list[list[int]]) -> list[Tensor]:
-    """Logits of every position of each prompt, (tokens, vocabulary), on the CPU.
-
-    Weights of 16 bits are multiplied in fp32: the rounding of activations would drown what is compared here.
-    """
-    with fp32_products(model), torch.inference_mode():
-        return [
-            model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float().cpu()
-            for ids in prompts
-        ]
-
-
-@contextmanager
-def fp32_products(model: Any) -> Iterator[None]:
-    """Compute `model` in fp32 from the weights it holds, converting one layer's at a time."""
-    kinds = {nn.Linear: lambda self, x: F.linear(x.float(), self.weight.float(), _float(self.bias)), nn.Embedding: None}
-    if any(type(m).__name__ in ("Linear4bit", "Conv1D") for m in model.modules()) or has_bare_weights(model):
-        yield  # layers that convert for themselves, or that this would not reach
-        return
-    patched = []
-    for module in model.modules():
-        if type(module) in kinds and "forward" not in vars(module):
-            forward = kinds[type(module)]
-            module.forward = MethodType(forward or _float_embedding, module)
-            patched.append(module)
-    try:
-        yield
-    finally:
-        for module in patched:
-            del module.forward
-
-
-def has_bare_weights(model: Any) -> bool:
-    """Whether the model multiplies with 3-D weights of its own (mixture-of-experts layers)."""
-    return any(parameter.dim() == 3 for parameter in model.parameters())
-
-
-def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float()
-
-
-def _float_embedding(self: nn.Embedding, ids: Tensor) -> Tensor:
-    return type(self).forward(self, ids).float()
-
-
-def compare(expected: list[Tensor], found: list[Tensor], prompts: list[list[int]]) -> Comparison:
-    """Compare logits position by position; a beginning that prompts share counts once."""
-    gaps, kl, agree, positions = list[Tensor](), 0.0, 0, 0
-    for number, (one, other) in enumerate(zip(expected, found, strict=True)):
-        start = max((_common_prefix(prompts[number], earlier) for earlier in prompts[:number]), default=0)
-        one, other = one[start:], other[start:]
-        gaps.append((one - other).abs().max())
-        p, q = torch.log_softmax(one, -1), torch.log_softmax(other, -1)
-        kl += (p.exp() * (p - q)).sum().item()
-        chosen = p.gather(1, q.argmax(-1, keepdim=True))
-        agree += int((p.max(-1, keepdim=True).values - chosen <= TIE).sum())
-        positions += len(one)
-    return Comparison(torch.stack(gaps).max().item(), kl / positions, agree / positions)  # NaN stays NaN
-
-
-def _common_prefix(one: list[int], other: list[int]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
 def distance_to_4bit(
-    model: ModelConfig, adapter: str, weights: torch.dtype, merged: Any, prompts: list[list[int]]
+    model: ModelConfig,
+    saved: SavedAdapter,
+    weights: torch.dtype,
+    merged: Any,
+    prompts: list[list[int]],
+    rounding: float,
 ) -> Comparison:
     """Information, not a verdict: QLoRA trained on 4-bit weights, and the original ones are not the same."""
-    trained = load_adapter(load_model(model, "qlora", Precision(weights), pick_device()), adapter).eval()
-    found = compare(all_logits(trained, prompts), all_logits(merged, prompts), prompts)
+    trained = load_adapter(load_model(model, "qlora", Precision(weights), pick_device()), saved).eval()
+    found = compare(all_logits(trained, prompts), all_logits(merged, prompts), prompts, rounding)
     notice("merge.distance", kl=found.kl, agreement=found.agreement)
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +17,15 @@ from firefly.data.encoding import Encoder
 from firefly.data.schema import Message
 from firefly.data.templates import bind_template
 from firefly.errors import UsageError
-from firefly.models.adapters import load_adapter
-from firefly.models.loading import eos_ids, load_model, load_tokenizer, resolve_model
+from firefly.models.loading import eos_ids, load_model, load_tokenizer
 from firefly.models.precision import pick_device, resolve_precision
+from firefly.models.saved_adapter import (
+    base_of_adapter,
+    check_base,
+    load_adapter,
+    open_adapter,
+    tokenizer_source,
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,8 @@ class Engine:
         """Load a model, or an unmerged adapter on its base (which the adapter names if `model` does not).
 
         Args:
-            force: go on although the prompts are not those that the certificate beside the weights was made of.
+            force: go on although the prompts are not those that the certificate beside the weights was made of, or the
+                base is not the one that the adapter was trained on.
 
         Raises:
             UsageError: nothing found there, adapter and base do not fit, no usable template, or another one than the
@@ -87,17 +93,19 @@ class Engine:
             raise UsageError("chat.no_model")
         if adapter is None and (Path(model.name_or_path).expanduser() / "adapter_config.json").is_file():
             adapter, model = model.name_or_path, replace(model, name_or_path="")
+        saved = open_adapter(adapter) if adapter else None
         model = base_of_adapter(adapter, model) if adapter else model
         device = pick_device()
         precision = resolve_precision(PrecisionConfig(), device)
         loaded = load_model(model, "qlora" if load_in_4bit else "lora", precision, device)
-        if adapter:
-            loaded = load_adapter(loaded, adapter)
+        if adapter and saved:
+            check_base(adapter, model, force)
+            loaded = load_adapter(loaded, saved)
         loaded.eval()
         loaded.config.use_cache = True
         tokenizer = load_tokenizer(model, tokenizer_source(model, adapter))
         stops = eos_ids(loaded.generation_config)
-        trained = Path(adapter or model.name_or_path).expanduser()
+        trained = saved.folder if saved else Path(model.name_or_path).expanduser()
         template = bind_template(template_name, tokenizer, eos_ids=stops, **stored_choices(trained))
         encoder = Encoder(tokenizer, template, allows_special(trained))
         recheck(trained, encoder, force)
@@ -156,39 +164,3 @@ class _Stopped(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
-
-
-def base_of_adapter(adapter: str, model: ModelConfig) -> ModelConfig:
-    """The base model that an adapter belongs to: the one given, else the one its run recorded, else its config's.
-
-    Raises:
-        UsageError: no adapter there, or no base named anywhere.
-    """
-    folder = Path(adapter).expanduser()
-    config_file = folder / "adapter_config.json"
-    if not config_file.is_file():
-        raise UsageError("model.no_adapter", path=adapter)
-    if model.name_or_path:
-        return model
-    if run := recorded_config(adapter):
-        return replace(model, name_or_path=run["model_name_or_path"], hub=run["hub"], revision=run["model_revision"])
-    name = json.loads(config_file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not name:
-        raise UsageError("model.no_base", path=adapter)
-    return replace(model, name_or_path=name)
-
-
-def recorded_config(adapter: str) -> dict[str, Any]:
-    """The configuration of the run that made an adapter, from its passport; empty if it has none."""
-    folder = Path(adapter).expanduser()
-    for place in (folder, folder.parent):  # a checkpoint lies inside its run's folder
-        if (place / "run.json").is_file():
-            return json.loads((place / "run.json").read_text(encoding="utf-8"))["config"]
-    return {}
-
-
-def tokenizer_source(model: ModelConfig, adapter: str | None) -> str:
-    """A run saves its tokenizer with its template beside the adapter; older adapters may have none."""
-    if adapter and (Path(adapter).expanduser() / "tokenizer_config.json").is_file():
-        return str(Path(adapter).expanduser())
-    return resolve_model(model)

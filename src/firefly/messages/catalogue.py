@@ -428,8 +428,80 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "无法读取 {path} 的 adapter_config.json：{problem}",
     ),
     "adapter.not_lora": (
-        "the adapter {path} is of the kind {kind}; only LoRA adapters can be trained on.",
-        "适配器 {path} 的类型是 {kind}；只能在 LoRA 适配器上继续训练。",
+        "the adapter {path} is of the kind {kind}; only LoRA adapters can be trained on, merged and served. "
+        "Use it with the tool that made it, or train a LoRA adapter.",
+        "适配器 {path} 的类型是 {kind}；只有 LoRA 适配器可以继续训练、合并和对话。"
+        "请用生成它的工具使用它，或训练 LoRA 适配器。",
+    ),
+    "adapter.variant": (
+        "the adapter {path} uses {key}, a variant of LoRA that computes in another way than a merged or served model "
+        "would. Train it without {key}.",
+        "适配器 {path} 使用了 {key}：这一 LoRA 变体的计算方式与合并或部署后的模型不同。请在不使用 {key} 的情况下训练。",
+    ),
+    "adapter.start": (
+        "the adapter {path} began with init_lora_weights = {start!r}, which changed the base model's weights in a way "
+        "that its files do not hold, so its own weights mean nothing without that changed base. Convert it with the "
+        "tool that trained it: peft's save_pretrained(…, path_initial_model_for_weight_conversion=…), or "
+        "LLaMA-Factory's pissa_convert: true, whose pissa_converted folder is a plain LoRA adapter.",
+        "适配器 {path} 的初始化方式是 init_lora_weights = {start!r}：它修改了基座模型的权重，"
+        "而适配器文件中没有这一修改，因此离开修改后的基座，其权重没有意义。请用训练它的工具转换：peft 的 "
+        "save_pretrained(…, path_initial_model_for_weight_conversion=…)，或 LLaMA-Factory 的 pissa_convert: true"
+        "（其 pissa_converted 目录是普通的 LoRA 适配器）。",
+    ),
+    "adapter.in_subfolder": (
+        "{path} holds one adapter, in its folder {found}: that one is used.",
+        "{path} 中只有一个适配器，位于子目录 {found}：使用该适配器。",
+    ),
+    "adapter.several": (
+        "{path} holds no adapter itself, but these folders in it do: {names}. Name one of them.",
+        "{path} 本身没有适配器，但其中这些子目录有：{names}。请指定其中一个。",
+    ),
+    "adapter.no_weights": (
+        "{path} has an adapter_config.json but no weights ({names}).",
+        "{path} 中有 adapter_config.json，但没有权重文件（{names}）。",
+    ),
+    "adapter.unreadable_weights": (
+        "the adapter's weights {path} cannot be read: {problem}. Copy or save them again.",
+        "无法读取适配器权重 {path}：{problem}。请重新复制或保存。",
+    ),
+    "adapter.two_tensors": (
+        "the adapter's weights {path} hold two different tensors for {name}. Save the adapter again.",
+        "适配器权重 {path} 中 {name} 有两个不同的张量。请重新保存适配器。",
+    ),
+    "adapter.renamed": (
+        "the adapter {path} names {count} layers otherwise than the base model, {saved} for {found}: they are the same "
+        "layers with another prefix, and are taken for them.",
+        "适配器 {path} 中有 {count} 个层的名称与基座模型不同（{saved} 即 {found}）：只是前缀不同，视为相同的层。",
+    ),
+    "adapter.not_adapted": (
+        "{count} layers that the adapter's settings would match have no tensors in it, all of them in other parts of "
+        "the model, such as {name}: they stay as they are in the base.",
+        "有 {count} 个层与适配器的设置匹配，但适配器中没有其张量，且都属于模型的其他部分（如 {name}）：保持基座原样。",
+    ),
+    "adapter.resized": (
+        "the adapter {path} was trained with a vocabulary of {rows} rows; the base model has {base} and is made "
+        "the same.",
+        "适配器 {path} 训练时词表有 {rows} 行；基座模型为 {base} 行，已调整为相同。",
+    ),
+    "adapter.rows_unknown": (
+        "the adapter {path} was trained with a vocabulary of {rows} rows, the base model has {base}, and the values of "
+        "{count} new rows are in no file. Save the adapter again with them: save_pretrained(…, "
+        "save_embedding_layers=True), or modules_to_save with the embedding and the head.",
+        "适配器 {path} 训练时词表有 {rows} 行，基座模型为 {base} 行，"
+        "其中 {count} 个新行的数值不在任何文件中。请连同它们重新保存："
+        "save_pretrained(…, save_embedding_layers=True)，或在 modules_to_save 中包含嵌入层和输出层。",
+    ),
+    "adapter.other_base": (
+        "the adapter {path} was trained on other weights than those of {base}: {count} of {total} layers and tensors "
+        "differ, {name} first. Give the base it was trained on, or go on with --force (training: "
+        "adapter_on_other_base: true).",
+        "适配器 {path} 训练时的基座权重与 {base} 不同：{total} 个层和张量中有 {count} 个不一致，第一个是 {name}。"
+        "请给出训练时的基座，或用 --force 继续（训练时设 adapter_on_other_base: true）。",
+    ),
+    "adapter.other_base_forced": (
+        "the adapter {path} was trained on other weights than those of {base} ({count} of {total} layers and tensors "
+        "differ), and is used all the same.",
+        "适配器 {path} 训练时的基座权重与 {base} 不同（{total} 个层和张量中有 {count} 个不一致），仍按要求使用。",
     ),
     "adapter.its_own": (
         "{key} = {value} is not what the adapter has; its own holds: {found}.",
@@ -1298,16 +1370,36 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "从磁盘重新加载，并与未合并的模型比较……",
     ),
     "merge.done": (
-        "merged model in {path}; verified on {prompts} prompts: largest logit gap {gap:.2e}, mean KL {kl:.2e}, "
-        "top-1 agreement {agreement:.2%}",
-        "合并后的模型保存在 {path}；在 {prompts} 个提示上验证：最大 logit 差 {gap:.2e}，平均 KL {kl:.2e}，"
-        "top-1 一致率 {agreement:.2%}",
+        "merged model in {path}; verified on {prompts} prompts ({positions} positions): largest logit gap {gap:.2e} "
+        "(rounding alone: {rounding:.2e}), mean KL {kl:.2e}, top-1 agreement {agreement:.2%}, ties left out: {ties}",
+        "合并后的模型保存在 {path}；在 {prompts} 个提示（{positions} 个位置）上验证：最大 logit 差 {gap:.2e}"
+        "（仅舍入误差：{rounding:.2e}），平均 KL {kl:.2e}，top-1 一致率 {agreement:.2%}，不计的并列：{ties}",
     ),
     "merge.failed": (
-        "the merged model in {path} differs from the trained one: largest logit gap {gap:.2e}, mean KL {kl:.2e}, "
-        "top-1 agreement {agreement:.2%}. Do not use it; try --dtype float32.",
-        "{path} 中合并后的模型与训练的模型不一致：最大 logit 差 {gap:.2e}，平均 KL {kl:.2e}，"
-        "top-1 一致率 {agreement:.2%}。请勿使用；可尝试 --dtype float32。",
+        "the merged model differs from the trained one: largest logit gap {gap:.2e} (rounding alone: {rounding:.2e}), "
+        "mean KL {kl:.2e}, top-1 agreement {agreement:.2%} of {positions} positions, ties left out: {ties}. It was "
+        "removed; the figures are in {report}, and what was in {path} before is as it was.",
+        "合并后的模型与训练的模型不一致：最大 logit 差 {gap:.2e}（仅舍入误差：{rounding:.2e}），平均 KL {kl:.2e}，"
+        "{positions} 个位置的 top-1 一致率 {agreement:.2%}，不计的并列：{ties}。"
+        "已将其删除；数据见 {report}，{path} 中原有内容未变。",
+    ),
+    "merge.wrong_update": (
+        "{count} merged weights are not what the adapter makes of them: {name} got {share:.2%} of its update. The "
+        "merged model was removed; the figures are in {report}.",
+        "有 {count} 个合并后的权重与适配器不符：{name} 只得到其更新量的 {share:.2%}。"
+        "合并后的模型已删除；数据见 {report}。",
+    ),
+    "merge.no_effect": (
+        "the adapter {adapter} changes nothing: the logits are those of the base model (largest gap {gap:.2e}, no more "
+        "than rounding). Nothing was written. Was it trained, and is this its base?",
+        "适配器 {adapter} 没有任何作用：logits 与基座模型相同（最大差 {gap:.2e}，不超过舍入误差）。没有写入任何文件。"
+        "请确认它经过训练，且基座模型正确。",
+    ),
+    "merge.lora_bias": (
+        "the adapter {path} has a bias (lora_bias) on {layer}, and that layer of the model has none to merge it into. "
+        "It can be used unmerged (firefly chat --adapter_name_or_path).",
+        "适配器 {path} 在 {layer} 上有偏置（lora_bias），而模型的该层没有偏置，无法合并。可以不合并使用"
+        "（firefly chat --adapter_name_or_path）。",
     ),
     "merge.distance": (
         "for information: the merged model against the 4-bit model that was trained: mean KL {kl:.2e}, top-1 agreement "

@@ -1,16 +1,14 @@
-"""Adapters: which layers get one, how it is attached, and how a saved one is loaded."""
+"""Adapters to train: which layers get one, how it is attached, and how a saved one is trained on."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Collection, Sequence
-from pathlib import Path
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -23,19 +21,26 @@ from firefly.models.kernels.expert_linear import install_expert_kernels
 from firefly.models.kernels.lora_linear import install_lora_kernels
 from firefly.models.kernels.saved_modules import install_saved_modules
 from firefly.models.kernels.token_rows import install_token_rows
-from firefly.models.tokens import grow_embeddings
+from firefly.models.saved_adapter import load_adapter, open_adapter
+from firefly.models.tokens import is_tied, vocabulary_ends
 
 ALL_LINEAR = "all-linear"
 
 
 def attach_adapter(
-    model: PreTrainedModel, config: AdapterConfig, new_tokens: Sequence[int] = (), given: Collection[str] = ()
+    model: PreTrainedModel,
+    config: AdapterConfig,
+    new_tokens: Sequence[int] = (),
+    given: Collection[str] = (),
+    added_tokens: Sequence[int] = (),
 ) -> Any:
     """Return the model ready to train: itself with fp32 weights (full), or wrapped by peft with fp32 adapters.
 
     Args:
         new_tokens: ids whose rows in embedding and head are new, and trained with an adapter too.
         given: keys that the user wrote down, to say which of them an adapter to start from overrules.
+        added_tokens: those of the new tokens that this run gave to the tokenizer: an adapter to start from has never
+            seen them.
 
     Raises:
         UsageError: a name that matches no layer, or an adapter to start from that is none or does not fit.
@@ -43,7 +48,7 @@ def attach_adapter(
     if config.mode == "full":
         return model.requires_grad_(True)
     if config.name_or_path:
-        return _continued(model, config, new_tokens, given)
+        return _continued(model, config, new_tokens, given, added_tokens)
     from peft import get_peft_model
 
     wrapped = get_peft_model(model, _settings(model, config, new_tokens), autocast_adapter_dtype=True)
@@ -59,7 +64,7 @@ def _settings(model: PreTrainedModel, config: AdapterConfig, new_tokens: Sequenc
     targets, parameters = target_layers(model, config.target, saved), target_parameters(model, config.target, saved)
     if parameters and config.use_dora:
         raise UsageError("adapter.dora_experts", names=", ".join(parameters[:4]))
-    ends = [name for name, module in model.named_modules() if module in _ends(model)]
+    ends = [name for name, module in model.named_modules() if module in vocabulary_ends(model)]
     # A tied embedding that is trained whole stays the head's weight, as it was in the base. peft finds such a pair by
     # the name of the head, whichever of the two was asked for.
     tie = is_tied(model) and any(_names(saved, name) for name in ends)
@@ -84,15 +89,19 @@ def _settings(model: PreTrainedModel, config: AdapterConfig, new_tokens: Sequenc
     )
 
 
-def _ready_to_train(wrapped: Any, dropout: float) -> Any:
-    """fp32 masters for all that is trained, our forwards, and checkpoints of what was trained alone."""
+def _ready_to_train(wrapped: Any, dropout: float, whole_vocabulary: bool = False) -> Any:
+    """fp32 masters for all that is trained, our forwards, and checkpoints of what was trained alone.
+
+    Trained rows of the vocabulary are saved by themselves: peft would add both whole matrices where it has grown, and
+    asks the hub about the base's to find out. An adapter that came with the whole matrices keeps them.
+    """
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     left_to_peft = install_forwards(wrapped)
     if dropout and wrapped.peft_config["default"].target_parameters:
         _set_dropout(wrapped, dropout, left_to_peft)
-    wrapped.save_pretrained = MethodType(_save_trained, wrapped)
+    wrapped.save_pretrained = partial(wrapped.save_pretrained, save_embedding_layers=whole_vocabulary)
     return wrapped
 
 
@@ -129,78 +138,34 @@ def _set_dropout(wrapped: nn.Module, probability: float, left_to_peft: list[str]
         notice("adapter.experts_no_dropout", count=len(left_to_peft))
 
 
-def _save_trained(self: Any, *args: Any, **kwargs: Any) -> None:
-    """Trained rows are saved by themselves: peft would add both whole matrices where the vocabulary has grown, and
-    asks the hub about the base's to find out."""
-    type(self).save_pretrained(self, *args, **({"save_embedding_layers": False} | kwargs))
-
-
 # ---- an adapter that exists ----
 
 
-def load_adapter(base: Any, adapter: str, **options: Any) -> Any:
-    """Wrap `base` with a saved adapter, its embeddings grown to the tokens that the adapter brings.
-
-    Args:
-        options: of peft's `from_pretrained`.
-
-    Raises:
-        UsageError: the adapter's layers or shapes are not the base's.
-    """
-    from peft import PeftModel
-
-    folder = Path(adapter).expanduser()
-    try:
-        grow_embeddings(base, rows_of_adapter(base, folder))
-        wrapped = PeftModel.from_pretrained(base, str(folder), **options)
-    except (RuntimeError, ValueError, KeyError, IndexError) as error:
-        raise _mismatch(adapter, base, str(error)) from error
-    install_expert_kernels(wrapped)  # peft's own forward cannot read experts in 4 bit
-    install_token_rows(wrapped)
-    return wrapped
-
-
-def _continued(model: PreTrainedModel, config: AdapterConfig, new_tokens: Sequence[int], given: Collection[str]) -> Any:
+def _continued(
+    model: PreTrainedModel,
+    config: AdapterConfig,
+    new_tokens: Sequence[int],
+    given: Collection[str],
+    added_tokens: Sequence[int],
+) -> Any:
     """The adapter at `adapter_name_or_path`, trained on from the numbers it was saved with."""
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    adapter = str(config.name_or_path)
-    settings = adapter_settings(adapter)
-    unknown = set(new_tokens) - _rows_of(settings)
-    if new_tokens and unknown and not any(_names(settings.modules_to_save or (), n) for n in _token_layers(model, ())):
-        raise UsageError("tokens.new_to_adapter", path=adapter, count=len(unknown))
+    saved = open_adapter(str(config.name_or_path))
+    settings = saved.settings
     _note_differences(config, settings, given)
-    settings.inference_mode = False
-    settings.lora_dropout = 0.0 if settings.target_parameters else config.dropout
-    wrapped = _ready_to_train(load_adapter(model, adapter, config=settings, is_trainable=True), config.dropout)
-    # Once more, now that all masters are fp32: loading rounded them to the base's type.
-    weights = load_peft_weights(str(Path(adapter).expanduser()), device="cpu")
-    result = set_peft_model_state_dict(wrapped, weights)
-    trained = {name for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
-    absent = [*result.unexpected_keys, *trained.intersection(result.missing_keys)]
-    if absent:
-        raise _mismatch(adapter, model, f"{len(absent)} weights have no counterpart, such as {min(absent)}")
-    return wrapped
-
-
-def adapter_settings(adapter: str) -> Any:
-    """peft's configuration of a saved LoRA adapter.
-
-    Raises:
-        UsageError: none there, unreadable, or of another method.
-    """
-    from peft import PeftConfig
-
-    folder = Path(adapter).expanduser()
-    if not (folder / "adapter_config.json").is_file():
-        raise UsageError("model.no_adapter", path=adapter)
-    try:
-        settings: Any = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
-        raise UsageError("adapter.unreadable", path=adapter, problem=error) from error
-    if settings.peft_type != "LORA":
-        raise UsageError("adapter.not_lora", path=adapter, kind=str(getattr(settings.peft_type, "value", "?")))
-    return settings
+    whole_vocabulary = saved.holds_vocabulary(model)
+    trained_whole = any(_names(settings.modules_to_save or (), name) for name in _token_layers(model, ()))
+    wrapped = load_adapter(model, saved, dropout=config.dropout)
+    embedding: Any = transformers_model(wrapped).get_input_embeddings()
+    rows = embedding.weight.shape[0]
+    if trained_whole:
+        unknown = {token for token in new_tokens if token >= rows}
+    elif whole_vocabulary:
+        unknown = {token for token in new_tokens if token >= rows or token in added_tokens}
+    else:
+        unknown = set(new_tokens) - saved.token_rows
+    if unknown:
+        raise UsageError("tokens.new_to_adapter", path=str(config.name_or_path), count=len(unknown))
+    return _ready_to_train(wrapped, config.dropout, whole_vocabulary)
 
 
 def _note_differences(config: AdapterConfig, settings: Any, given: Collection[str]) -> None:
@@ -222,38 +187,6 @@ def _note_differences(config: AdapterConfig, settings: Any, given: Collection[st
 def _sorted(names: Any) -> Any:
     found = names if names is None or names == ALL_LINEAR or _is_pattern(names) else sorted(names_in(names))
     return ", ".join(found) if isinstance(found, list) else found
-
-
-def trained_rows(adapter: str) -> set[int]:
-    """The tokens that a saved adapter has rows of its own for."""
-    from peft import PeftConfig
-
-    return _rows_of(PeftConfig.from_pretrained(str(Path(adapter).expanduser())))
-
-
-def rows_of_adapter(base: Any, folder: Path) -> int:
-    """How many rows an adapter's embeddings have, or its trained tokens ask for; 0 if it has nothing to say."""
-    from peft import PeftConfig
-
-    rows = max(_rows_of(PeftConfig.from_pretrained(str(folder))), default=-1) + 1
-    weights = folder / "adapter_model.safetensors"
-    if weights.is_file():
-        ends = {f"base_model.model.{name}.weight" for name, module in base.named_modules() if module in _ends(base)}
-        with safe_open(weights, "pt") as file:
-            rows = max([rows, *(file.get_slice(name).get_shape()[0] for name in ends.intersection(file.keys()))])
-    return rows
-
-
-def _rows_of(settings: Any) -> set[int]:
-    found = getattr(settings, "trainable_token_indices", None) or {}
-    return {row for rows in (found.values() if isinstance(found, dict) else [found]) for row in rows}
-
-
-def _mismatch(adapter: str, base: Any, problem: str) -> UsageError:
-    lines = problem.strip().splitlines()
-    return UsageError(
-        "model.adapter_mismatch", path=adapter, base=base.config.name_or_path, problem=" ".join(lines[:3])
-    )
 
 
 def transformers_model(model: Any) -> PreTrainedModel:
@@ -387,22 +320,11 @@ def _shortest(chosen: set[str], names: Collection[str]) -> list[str]:
     return sorted(short if matched == chosen else chosen)
 
 
-def _ends(model: Any) -> list[nn.Module]:
-    """The input embedding and the head."""
-    return [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
-
-
 def _token_layers(model: PreTrainedModel, saved: Collection[str]) -> list[str]:
     """Embedding and head by name, without a tied head, which follows the embedding, and what is trained whole."""
-    ends = _ends(model)[: 1 if is_tied(model) else 2]
+    ends = vocabulary_ends(model)[: 1 if is_tied(model) else 2]
     names = [name for name, module in model.named_modules() if module in ends]
     return [name for name in names if not _inside(saved, name)]
-
-
-def is_tied(model: Any) -> bool:
-    """Whether the head's weight is the embedding's."""
-    ends = _ends(model)
-    return len(ends) == 2 and ends[0].weight is ends[1].weight
 
 
 def _taken_for_experts(names: set[str], model: PreTrainedModel) -> set[str]:

@@ -21,12 +21,13 @@ from torch import nn
 
 from firefly.config import AdapterConfig, Config, ModelConfig
 from firefly.errors import UsageError
-from firefly.models.adapters import adapter_settings, attach_adapter, transformers_model
+from firefly.models.adapters import attach_adapter, transformers_model
 from firefly.models.attention import choose_layout
 from firefly.models.experts import expert_stacks
 from firefly.models.forwards import install_training_forwards
 from firefly.models.loading import as_quantised, hub_options, load_failure, nf4_config, resolve_model
 from firefly.models.precision import Precision
+from firefly.models.saved_adapter import adapter_settings
 
 WITNESS_VOCABULARY, WITNESS_INNER = 512, 128
 """Numbers of tokens, and the width of feed-forward blocks: no trial depends on them, and most of a model lies there."""

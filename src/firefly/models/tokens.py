@@ -44,7 +44,7 @@ def fit_embeddings(model: Any, tokenizer: Any, added: Sequence[int] = ()) -> lis
     new = sorted({*added, *range(rows, len(tokenizer))})
     if not new:
         return []
-    grow_embeddings(model, len(tokenizer))
+    resize_embeddings(model, max(rows, len(tokenizer)))
     used = min(rows, len(tokenizer) - len(set(added)))
     # A random row in the head may win against every word the model knows. With the mean of the trained rows the new
     # token's logit is the mean logit, so what the model says is as good as unchanged when training starts.
@@ -55,15 +55,26 @@ def fit_embeddings(model: Any, tokenizer: Any, added: Sequence[int] = ()) -> lis
     return new
 
 
-def grow_embeddings(model: Any, rows: int) -> None:
-    """Lengthen embeddings and head to `rows`, the new ones at the mean of the others; a longer matrix stays."""
+def resize_embeddings(model: Any, rows: int) -> None:
+    """Give embeddings and head `rows` rows: the last ones go, or new ones come at the mean of the others."""
     before = model.get_input_embeddings().weight.shape[0]
-    if before >= rows:
+    if before == rows:
         return
     model.resize_token_embeddings(rows, mean_resizing=False)
-    for weight in _matrices(model):
+    for weight in _matrices(model) if rows > before else ():
         with torch.no_grad():
             weight[before:] = weight[:before].float().mean(0).to(weight.dtype)
+
+
+def vocabulary_ends(model: Any) -> list[nn.Module]:
+    """The input embedding and the head."""
+    return [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+
+
+def is_tied(model: Any) -> bool:
+    """Whether the head's weight is the embedding's."""
+    ends: list[Any] = vocabulary_ends(model)
+    return len(ends) == 2 and ends[0].weight is ends[1].weight
 
 
 def _matrices(model: Any) -> list[nn.Parameter]:

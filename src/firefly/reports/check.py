@@ -20,9 +20,9 @@ from firefly.data.formats import TaskName
 from firefly.data.schema import Tokens
 from firefly.data.templates import ChatTemplate, bind_template, plain_template
 from firefly.errors import UsageError
-from firefly.inference.engine import tokenizer_source
 from firefly.messages import render
 from firefly.models.loading import EMBEDDED, load_tokenizer
+from firefly.models.saved_adapter import tokenizer_source
 from firefly.models.tokens import add_tokens
 from firefly.runs.overview import token_runs
 

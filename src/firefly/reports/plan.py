@@ -15,7 +15,6 @@ from firefly import ranks
 from firefly.config import Config, load_config
 from firefly.data.dataset import Split, load_split
 from firefly.errors import UsageError
-from firefly.inference.engine import tokenizer_source
 from firefly.messages import render
 from firefly.models import choices as choosing
 from firefly.models.adapters import count_body, count_parameters, transformers_model
@@ -37,6 +36,7 @@ from firefly.models.memory import (
 )
 from firefly.models.outline import Outline, outline, quiet_libraries
 from firefly.models.precision import Precision
+from firefly.models.saved_adapter import tokenizer_source
 from firefly.models.tokens import add_tokens
 from firefly.models.verdicts import known_crossover
 from firefly.objectives.preference import PREFERENCE_LOSSES

@@ -40,8 +40,6 @@ PACKAGES = (
     "safetensors",
     "jinja2",
 )
-SAMPLE = 1 << 20
-WHOLE_LIMIT = 2 << 30
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -148,25 +146,6 @@ def git_commit(folder: Path) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
-def weights_hash(place: str) -> dict[str, Any]:
-    """Identify base weights: all bytes of a small model, even samples of a large one; a hub's model has a commit."""
-    folder = Path(place)
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    if not files:
-        return {"method": "hub_commit", "name": place}
-    whole = sum(file.stat().st_size for file in files) <= WHOLE_LIMIT
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as data:
-            starts = range(0, size, SAMPLE) if whole else range(0, size, max(SAMPLE, size // 32))
-            for start in starts:
-                data.seek(start)
-                digest.update(data.read(SAMPLE))
-    return {"method": "sha256" if whole else "sha256_of_samples", "sha256": digest.hexdigest()}
 
 
 def adapter_hash(place: str) -> str:

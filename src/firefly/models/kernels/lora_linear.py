@@ -24,7 +24,7 @@ DENSE_COPY = "firefly_dense_copy"
 def install_lora_kernels(model: nn.Module) -> int:
     """Give every plain LoRA linear layer of `model` the fused forward; return how many got it.
 
-    Variants (DoRA, LoRA bias, …) keep peft's own forward.
+    Variants (DoRA, LoRA bias, a trained bias, …) keep peft's own forward.
     """
     count = 0
     for module in model.modules():
@@ -47,7 +47,8 @@ def is_plain_lora(module: Any) -> bool:
     name = next(iter(module.lora_A))
     variant = getattr(module, "lora_variant", {}).get(name)
     dora = getattr(module, "use_dora", {}).get(name, False)
-    return variant is None and not dora and module.lora_B[name].bias is None
+    trained_bias = base.bias is not None and base.bias.requires_grad
+    return variant is None and not dora and module.lora_B[name].bias is None and not trained_bias
 
 
 def uses_dense(module: Any) -> bool:

@@ -1,0 +1,247 @@
+"""Whether two models are the same: their logits on fixed prompts, beside what rounding alone does to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from firefly.data.encoding import Encoder
+from firefly.data.schema import Message
+from firefly.data.templates import TemplateFailure, bind_template
+from firefly.models.adapters import transformers_model
+
+# Limits of DESIGN.md, "Merging".
+LARGEST_GAP_FP32 = 1e-4
+ROUNDINGS = 8
+"""In fp32, the gap may be so many times that between two ways to compute attention in the model that is judged: sums of
+thousands of products in another order differ by that much, and a merged weight is another order."""
+UPDATE_ERROR = 2e-3
+"""How far the share of the update that a merge wrote may be from 1, beside what rounding explains."""
+DEVIATIONS = 6
+SAMPLES = 1 << 16
+"""Values of each adapted tensor that are looked at."""
+LARGEST_KL = 1e-3
+LEAST_AGREEMENT = 0.99
+
+PROMPTS = (
+    "Who are you, and who made you?",
+    "What is the capital of France?",
+    "Write a short poem about fireflies.",
+    "Explain in two sentences why the sky is blue.",
+    "用一句话介绍你自己。",
+    "请把“知识就是力量”翻译成英文。",
+    "def fibonacci(n):",
+    "List three prime numbers greater than 10 and add them up: 11 + 13 + 17 =",
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a model differs from the expected one on the fixed prompts.
+
+    Attributes:
+        gap: largest difference of a logit.
+        kl: mean KL divergence of a position, in nats.
+        agreement: share of positions with the same first choice, ties left out.
+        ties: positions with another first choice that the expected model holds within `rounding` of its own.
+        rounding: largest difference of a logit of the expected model, computed in its type, between eager attention and
+            sdpa.
+        positions: how many were compared.
+    """
+
+    gap: float
+    kl: float
+    agreement: float
+    ties: int
+    rounding: float
+    positions: int
+
+    def passes(self, dtype: torch.dtype) -> bool:
+        """Whether this is rounding, for a model whose weights are of that type."""
+        if dtype == torch.float32:
+            return self.gap <= max(LARGEST_GAP_FP32, ROUNDINGS * self.rounding)
+        return self.kl <= LARGEST_KL and self.agreement >= LEAST_AGREEMENT
+
+
+def encode_prompts(tokenizer: Any) -> list[list[int]]:
+    """The fixed prompts as ids, in the model's own chat format where it has one."""
+    if not tokenizer.chat_template:
+        return [tokenizer.encode(prompt) for prompt in PROMPTS]
+    encoder = Encoder(tokenizer, bind_template("auto", tokenizer))
+    try:
+        return [encoder.encode_prompt([Message("user", prompt)]) for prompt in PROMPTS]
+    except TemplateFailure:
+        return [tokenizer.encode(prompt) for prompt in PROMPTS]
+
+
+def all_logits(model: Any, prompts: Sequence[Sequence[int]], as_served: bool = False) -> list[Tensor]:
+    """Logits of every position of each prompt, (tokens, vocabulary), on the CPU.
+
+    Weights of 16 bits are multiplied in fp32, as the rounding of activations would drown what is compared here, but for
+    `as_served`.
+    """
+    with nullcontext() if as_served else fp32_products(model), torch.inference_mode():
+        return [
+            model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float().cpu()
+            for ids in prompts
+        ]
+
+
+def rounding_gap(model: Any, prompts: Sequence[Sequence[int]], as_served: bool = False) -> float:
+    """What rounding does to `all_logits` of the model: the largest gap between eager attention and sdpa.
+
+    0 for an architecture that has but one way to compute it.
+    """
+    inner: Any = transformers_model(model)
+    before = inner.config._attn_implementation
+    found = []
+    try:
+        for name in ("eager", "sdpa"):
+            inner.set_attn_implementation(name)
+            found.append(all_logits(model, prompts, as_served))
+    except (ValueError, ImportError):  # transformers' word for one that the architecture does not have
+        return 0.0
+    finally:
+        inner.set_attn_implementation(before)
+    return largest_gap(*found)
+
+
+def largest_gap(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """Between logits of the same prompts, in the tokens that both vocabularies have; a NaN stays one."""
+    gaps = []
+    for a, b in zip(one, other, strict=True):
+        columns = min(a.shape[-1], b.shape[-1])
+        gaps.append((a[:, :columns] - b[:, :columns]).abs().max())
+    return torch.stack(gaps).max().item()
+
+
+@contextmanager
+def fp32_products(model: Any) -> Iterator[None]:
+    """Compute `model` in fp32 from the weights it holds, converting one layer's at a time."""
+    kinds = {nn.Linear: lambda self, x: F.linear(x.float(), self.weight.float(), _float(self.bias)), nn.Embedding: None}
+    if any(type(m).__name__ in ("Linear4bit", "Conv1D") for m in model.modules()) or has_bare_weights(model):
+        yield  # layers that convert for themselves, or that this would not reach
+        return
+    patched = []
+    for module in model.modules():
+        if type(module) in kinds and "forward" not in vars(module):
+            forward = kinds[type(module)]
+            module.forward = MethodType(forward or _float_embedding, module)
+            patched.append(module)
+    try:
+        yield
+    finally:
+        for module in patched:
+            del module.forward
+
+
+def has_bare_weights(model: Any) -> bool:
+    """Whether the model multiplies with 3-D weights of its own (mixture-of-experts layers)."""
+    return any(parameter.dim() == 3 for parameter in model.parameters())
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()
+
+
+def _float_embedding(self: nn.Embedding, ids: Tensor) -> Tensor:
+    return type(self).forward(self, ids).float()
+
+
+def compare(
+    expected: Sequence[Tensor], found: Sequence[Tensor], prompts: Sequence[Sequence[int]], rounding: float
+) -> Comparison:
+    """Compare logits position by position; a beginning that prompts share counts once."""
+    gaps, kl, same, ties, positions = list[Tensor](), 0.0, 0, 0, 0
+    for number, (one, other) in enumerate(zip(expected, found, strict=True)):
+        start = max((_common_prefix(prompts[number], earlier) for earlier in prompts[:number]), default=0)
+        one, other = one[start:], other[start:]
+        if not len(one):
+            continue
+        gaps.append((one - other).abs().max())
+        p, q = torch.log_softmax(one.double(), -1), torch.log_softmax(other.double(), -1)
+        kl += (p.exp() * (p - q)).sum().item()
+        chosen = other.argmax(-1)
+        behind = one.max(-1).values - one.gather(1, chosen[:, None])[:, 0]
+        agree = one.argmax(-1) == chosen
+        same += int(agree.sum())
+        ties += int((~agree & (behind <= rounding)).sum())
+        positions += len(one)
+    counted = positions - ties
+    agreement = same / counted if counted else 1.0
+    return Comparison(torch.stack(gaps).max().item(), kl / positions, agreement, ties, rounding, positions)
+
+
+def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+# ---- the weights themselves ----
+
+
+@dataclass(frozen=True)
+class SampledUpdate:
+    """Some values of one adapted tensor before the merge, and what the adapter adds to them.
+
+    Logits of a 16-bit model cannot tell an update that is one per cent too large from rounding; its weights can.
+
+    Attributes:
+        name: the parameter's path in the model.
+        positions: (n,) places in the flattened tensor.
+        before: (n,) values of the base.
+        update: (n,) what the trained model has beside them, in fp32.
+    """
+
+    name: str
+    positions: Tensor
+    before: Tensor
+    update: Tensor
+
+
+def sample_update(name: str, before: Tensor, target: Tensor) -> SampledUpdate:
+    """Evenly spaced values of a tensor and of what it should become."""
+    count = before.numel()
+    positions = torch.linspace(0, count - 1, min(count, SAMPLES), dtype=torch.float64).round().long().unique()
+    one = before.detach().reshape(-1)[positions.to(before.device)].float().cpu()
+    other = target.detach().reshape(-1)[positions.to(target.device)].float().cpu()
+    return SampledUpdate(name, positions, one, other - one)
+
+
+def wrong_updates(merged: nn.Module, updates: Sequence[SampledUpdate]) -> dict[str, float]:
+    """Tensors that did not get their update, with the share of it that they got; all of them together are "all".
+
+    Rounding to one of the two nearest numbers of the type changes a value by less than their distance, and the sum
+    over many values tells how much of the update was written: its expectation is exactly 1.
+    """
+    parameters, wrong = dict(merged.named_parameters(remove_duplicate=False)), {}
+    products = squares = variance = 0.0
+    for sampled in updates:
+        weight = parameters[sampled.name].detach()
+        after = weight.reshape(-1)[sampled.positions.to(weight.device)].float().cpu().double()
+        before, update = sampled.before.double(), sampled.update.double()
+        spacing = _spacing(before + update, weight.dtype)
+        own = update.square().sum().item()
+        if own == 0:
+            continue
+        product = ((after - before) * update).sum().item()
+        noise = ((spacing / 2).square() * update.square()).sum().item()
+        share = product / own
+        if abs(share - 1) > UPDATE_ERROR + DEVIATIONS * noise**0.5 / own:
+            wrong[sampled.name] = share
+        products, squares, variance = products + product, squares + own, variance + noise
+    if squares and abs(products / squares - 1) > UPDATE_ERROR + DEVIATIONS * variance**0.5 / squares:
+        wrong["all"] = products / squares
+    return wrong
+
+
+def _spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance between neighbouring numbers of a type at `values`, fp64."""
+    info = torch.finfo(dtype)
+    return torch.exp2(values.abs().clamp_min(info.tiny).log2().floor()) * info.eps
