@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from firefly.config import ModelConfig, load_config
 from firefly.errors import UsageError, VerificationError
 from firefly.export import merge as merging
 from firefly.export.merge import merge, round_unbiased
-from firefly.export.verification import compare
+from firefly.export.verification import all_logits, compare, largest_gap, rounding_gap
 from firefly.models.saved_adapter import load_adapter
 from firefly.train import train
-from tiny import save_tiny_model, write_rows
+from tiny import save_tiny_model, tiny_model, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -430,3 +431,14 @@ def test_a_first_choice_within_rounding_of_another_is_a_tie_and_counted_apart() 
 def test_the_gap_allowed_in_fp32_follows_the_models_rounding(gap: float, rounding: float, passes: bool) -> None:
     one = torch.zeros(2, 4)
     assert compare([one], [one + gap], [[1, 2]], rounding).passes(torch.float32) is passes
+
+
+def test_rounding_is_measured_where_attention_has_one_way_only() -> None:
+    model = tiny_model("gpt2")
+    prompts = [[5, 9, 20, 31, 7, 44], [3, 8]]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    exact = all_logits(copy.deepcopy(model).double(), prompts)
+    error = largest_gap(all_logits(model, prompts), exact)
+    model.set_attn_implementation = lambda name: (_ for _ in ()).throw(ValueError(name)) if name == "eager" else None
+    assert error / 8 < rounding_gap(model, prompts) < 100 * error
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -97,7 +97,7 @@ def all_logits(model: Any, prompts: Sequence[Sequence[int]], as_served: bool = F
 def rounding_gap(model: Any, prompts: Sequence[Sequence[int]], as_served: bool = False) -> float:
     """What rounding does to `all_logits` of the model: the largest gap between eager attention and sdpa.
 
-    0 for an architecture that has but one way to compute it.
+    For an architecture without two ways to compute attention: between the weights that it has and their neighbours.
     """
     inner: Any = transformers_model(model)
     before = inner.config._attn_implementation
@@ -107,10 +107,34 @@ def rounding_gap(model: Any, prompts: Sequence[Sequence[int]], as_served: bool =
             inner.set_attn_implementation(name)
             found.append(all_logits(model, prompts, as_served))
     except (ValueError, ImportError):  # transformers' word for one that the architecture does not have
-        return 0.0
+        found = []
     finally:
         inner.set_attn_implementation(before)
-    return largest_gap(*found)
+    gap = largest_gap(*found) if found else 0.0
+    if gap == 0:
+        weights = all_logits(model, prompts, as_served)
+        with neighbouring_weights(inner):
+            gap = largest_gap(weights, all_logits(model, prompts, as_served))
+    return gap
+
+
+@contextmanager
+def neighbouring_weights(model: nn.Module) -> Iterator[None]:
+    """Move every weight to the next number of its type, up or down at random: what another rounding would give."""
+    generator = torch.Generator().manual_seed(0)
+    moved = []
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and parameter.is_floating_point():
+                up = torch.rand(parameter.shape, generator=generator).to(parameter.device) < 0.5
+                bound = torch.where(up, torch.inf, -torch.inf).to(parameter.dtype)
+                parameter.copy_(torch.nextafter(parameter, bound))
+                moved.append((parameter, bound))
+        try:
+            yield
+        finally:
+            for parameter, bound in moved:
+                parameter.copy_(torch.nextafter(parameter, -bound))
 
 
 def largest_gap(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:

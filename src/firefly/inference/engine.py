@@ -22,6 +22,7 @@ from firefly.models.precision import pick_device, resolve_precision
 from firefly.models.saved_adapter import (
     base_of_adapter,
     check_base,
+    is_adapter,
     load_adapter,
     open_adapter,
     tokenizer_source,
@@ -91,7 +92,7 @@ class Engine:
         """
         if adapter is None and not model.name_or_path:
             raise UsageError("chat.no_model")
-        if adapter is None and (Path(model.name_or_path).expanduser() / "adapter_config.json").is_file():
+        if adapter is None and is_adapter(model.name_or_path):
             adapter, model = model.name_or_path, replace(model, name_or_path="")
         saved = open_adapter(adapter) if adapter else None
         model = base_of_adapter(adapter, model) if adapter else model

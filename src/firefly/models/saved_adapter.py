@@ -57,11 +57,13 @@ class SavedAdapter:
     """A LoRA adapter on disk, whose method can be served.
 
     Attributes:
+        given: the folder that was named.
         folder: where adapter_config.json lies.
         settings: peft's LoraConfig, as it was saved.
         weights: the file of its tensors.
     """
 
+    given: Path
     folder: Path
     settings: Any
     weights: Path
@@ -130,6 +132,13 @@ def _plain_name(key: str) -> str:
 # ---- what an adapter's folder says ----
 
 
+def is_adapter(path: str) -> bool:
+    """Whether a folder that was given as a model holds an adapter, or named ones and no model."""
+    folder = Path(path).expanduser()
+    named = folder.is_dir() and any(folder.glob(f"*/{SETTINGS}"))
+    return (folder / SETTINGS).is_file() or (named and not (folder / "config.json").is_file())
+
+
 def adapter_folder(adapter: str) -> Path:
     """The folder with adapter_config.json: the one named, or the only one inside it (peft saves a named adapter so).
 
@@ -142,7 +151,6 @@ def adapter_folder(adapter: str) -> Path:
     inside = sorted(path.parent for path in folder.glob(f"*/{SETTINGS}")) if folder.is_dir() else []
     named = [path for path in inside if not path.name.startswith("checkpoint-")]
     if len(named) == 1:
-        notice("adapter.in_subfolder", path=folder, found=named[0].name)
         return named[0]
     if inside:
         raise UsageError("adapter.several", path=folder, names=", ".join(path.name for path in inside))
@@ -185,7 +193,7 @@ def open_adapter(adapter: str) -> SavedAdapter:
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
         raise UsageError("adapter.no_weights", path=folder, names=", ".join(WEIGHTS))
-    return SavedAdapter(folder, settings, weights)
+    return SavedAdapter(Path(adapter).expanduser(), folder, settings, weights)
 
 
 def _refuse_start(adapter: str, start: Any) -> None:
@@ -301,6 +309,8 @@ def load_adapter(base: Any, adapter: str | SavedAdapter, *, dropout: float | Non
     from peft import PeftModelForCausalLM, set_peft_model_state_dict
 
     saved = open_adapter(adapter) if isinstance(adapter, str) else adapter
+    if saved.folder != saved.given:
+        notice("adapter.in_subfolder", path=saved.given, found=saved.folder.name)
     placed = _place(base, saved)
     settings = _settings_for(base, saved, placed)
     settings.inference_mode = dropout is None
@@ -315,7 +325,9 @@ def load_adapter(base: Any, adapter: str | SavedAdapter, *, dropout: float | Non
                     parameter.data = parameter.data.float()
         state = {f"{OUR_PREFIX}{name}": value for name, value in placed.named().items()}
         result = set_peft_model_state_dict(wrapped, state)
-    except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
+    except KeyError as error:  # peft's word for a module trained whole without its tensors
+        raise _mismatch(saved, base, f"its file has no tensor for {error}") from error
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise _mismatch(saved, base, str(error)) from error
     lost = [*result.unexpected_keys, *_without_tensor(wrapped, set(result.missing_keys))]
     if lost:
