@@ -114,7 +114,7 @@ def without_one_tensor(model: Any) -> None:
 
 def with_another_scale(model: Any) -> None:
     for module in model.modules():
-        if hasattr(module, "scaling"):
+        if hasattr(module, "lora_B"):  # attention has a `scaling`, too
             module.scaling["default"] *= 1.01
 
 
