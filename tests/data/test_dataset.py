@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -533,6 +534,43 @@ def test_a_document_without_text_is_a_finding_and_no_lost_row(write, encoder):
     split = load_split(DataConfig(train_file=write(*rows)), encoder, "pretrain")
     ledger = split.train.documents.ledger if hasattr(split.train, "documents") else split.train.ledger
     assert (ledger.rows, ledger.kept, dict(ledger.lost), ledger.counts["blank_line"]) == (2, 2, {}, 2)
+
+
+PROSE = (
+    "The lighthouse keeper had counted the ships for thirty years, and not once in all that time had he seen one turn "
+    "back. He wrote each of them down in a ledger with a green cover, the name and the hour, and whether the sea was "
+    "calm. In winter the pages froze together. He thawed them at the stove, a few at a time, and read what he had "
+    "written as if another man had been there before him. "
+) * 3
+CHINESE = (
+    "灯塔看守人数了三十年的船，从来没有见过一艘船掉头返回。他把每一艘船的名字和时间都写在一本绿色的账本里，还写下海面是否平静。"
+    * 8
+)
+
+
+@pytest.mark.parametrize(
+    ("lines", "wrapped"),
+    [
+        (textwrap.wrap(PROSE, 60), True),
+        (textwrap.wrap(PROSE, 100), True),
+        ([CHINESE[i : i + 25] for i in range(0, len(CHINESE), 25)], True),
+        ([f"This is document {i}, and it is whole." for i in range(40)], False),
+        ([f"“第 {i} 篇文章到此结束。”" for i in range(40)], False),
+        ([PROSE * 2 + "and so on"] * 40, False),
+        (["A title", "Another"], False),
+        ([f"{sentence}." for sentence in PROSE.split(". ") if sentence.strip()], False),
+    ],
+)
+def test_lines_that_end_within_sentences_are_a_hint(tmp_path, encoder, lines, wrapped):
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(["A whole sentence.", "", *lines]) + "\n", encoding="utf-8")
+    for key, expected in (("line", wrapped), ("file", False)):
+        split = load_split(DataConfig(train_file=str(path), text_documents=key), encoder, "pretrain")
+        found = [item for item in split.train.documents.ledger.findings if item.cause == "wrapped_text"]
+        assert bool(found) is expected
+        if found:
+            assert "set text_documents to file" in found[0].message
+            assert found[0].line == 3
 
 
 def test_a_record_nested_too_deeply_is_lost_with_its_place(write, encoder):

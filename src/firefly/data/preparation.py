@@ -37,9 +37,11 @@ from firefly.data.ledger import (
     REFUSED,
     SAME_ANSWERS,
     TOO_LONG,
+    WRAPPED_TEXT,
     Ledger,
 )
 from firefly.data.pairs import PairEncoder
+from firefly.data.readers.text import WrappedLines
 from firefly.data.schema import (
     IGNORE,
     Conversation,
@@ -67,7 +69,8 @@ def prepare(
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        preparation = Preparation(config, encoder, task, Ledger(file))
+        lines = task == "pretrain" and config.text_documents == "line" and file.lower().endswith(".txt")
+        preparation = Preparation(config, encoder, task, Ledger(file), WrappedLines() if lines else None)
         index, rows, count = [], [], 0
         with pa.OSFile(str(scratch / "examples.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
             for chunk in preparation.run(with_progress(records, file)):
@@ -186,6 +189,7 @@ class Preparation:
     encoder: Encoder
     task: TaskName
     ledger: Ledger
+    lines: WrappedLines | None = None
 
     def run(self, records: Iterator[RawRecord]) -> Iterator[list[KeptRow]]:
         """Yield the kept rows, chunk by chunk, in file order."""
@@ -199,6 +203,13 @@ class Preparation:
                 pending = rows, future
             if pending:
                 yield self._finish(*pending)
+        self._note_file()
+
+    def _note_file(self) -> None:
+        """Findings that take the whole file to know."""
+        if self.lines is not None and self.lines.first is not None and self.lines.are_wrapped:
+            message = render("finding.wrapped_text", count=self.lines.unended, lines=self.lines.lines)
+            self.ledger.note(self.lines.first, WRAPPED_TEXT, message)
 
     def _chunks(self, records: Iterator[RawRecord]) -> Iterator[list[_Row]]:
         """Rows that are still on their way, as many at a time as fit the limits of a chunk."""
@@ -235,6 +246,8 @@ class Preparation:
                 self.ledger.rows -= 1
                 self.ledger.note(record.source, BLANK, render("finding.blank_document"))
                 return None
+            if self.lines is not None and isinstance(parsed, Document):
+                self.lines.see(record.source, parsed.text)
             return self._render(record.source, parsed)
         except RecursionError:
             self.ledger.lose(record.source, MALFORMED, render("row.too_deep"))

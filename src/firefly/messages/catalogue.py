@@ -952,6 +952,12 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "finding.blank_line": ("a blank line", "空行"),
     "finding.blank_document": ("a document without text", "没有内容的文档"),
     "finding.empty_answer": ("the answer is empty: only the stop token is trained", "回答为空：只训练停止符"),
+    "finding.wrapped_text": (
+        "{count} of {lines} lines are short and end within a sentence, and each line is a document of its own: where "
+        "they are parts of longer documents, write each document on one line, or set text_documents to file",
+        "{lines} 行中有 {count} 行很短且不在句末结束，而每行都被当作一篇文档：若它们属于较长的文档，"
+        "请将每篇文档写在一行内，或将 text_documents 设为 file",
+    ),
     "finding.same_answers": (
         "chosen and rejected are the same: nothing to prefer",
         "chosen 与 rejected 相同：没有偏好可学",
