@@ -60,6 +60,7 @@ from firefly.messages import render
 
 CHUNK, CHUNK_CHARACTERS = 1000, 1 << 24
 """Rows, and characters of text, that are tokenised in one call and written as one Arrow batch."""
+SIDES = ("chosen", "rejected")
 
 
 def prepare(
@@ -346,47 +347,69 @@ class Preparation:
             pair = cut
         fitted = [fit(side, limit, policy) for side in pair.sides]
         if any(side is None or not side.num_targets for side in fitted):
-            self._lose(row.source, pair.sides)
+            left = [name for name, side in zip(SIDES, fitted, strict=True) if side is None or not side.num_targets]
+            self._lose(row.source, [side for name, side in zip(SIDES, pair.sides, strict=True) if name in left], left)
             return []
         kept = [side for side in fitted if side is not None]
         if np.array_equal(kept[0].input_ids, kept[1].input_ids):
             self.ledger.note(row.source, SAME_ANSWERS, render("finding.same_answers"))
-        self._account(row.source, whole.sides, kept, examples=1, prompt=whole.prompt - pair.prompt)
+        cuts = [_cut_of(pair.sides[n], kept[n], limit, name) for n, name in enumerate(SIDES)]
+        if whole.prompt > pair.prompt:
+            cuts.insert(0, render("row.prompt_cut", tokens=whole.prompt - pair.prompt, limit=most))
+        self._account(row.source, whole.sides, kept, examples=1, cuts=[cut for cut in cuts if cut])
         return [TokenPair.of(*kept)]
 
-    def _lose(self, source: Source, examples: Sequence[Tokens]) -> None:
-        """Write down why nothing of a row is trained."""
+    def _lose(self, source: Source, examples: Sequence[Tokens], sides: Sequence[str] = ()) -> None:
+        """Write down why nothing of a row is trained; of a pair, on which sides."""
         if any(tokens.num_targets for tokens in examples):
             longest = max(len(tokens.input_ids) for tokens in examples)
             code = "row.too_long" if self.config.on_too_long in ("cut_turns", "cut") else "row.over_limit"
-            message = render(code, tokens=longest, limit=self.config.max_seq_length)
-            self.ledger.lose(source, TOO_LONG, message)
+            cause, message = TOO_LONG, render(code, tokens=longest, limit=self.config.max_seq_length)
         else:
-            self.ledger.lose(source, NO_TARGET, render("row.no_target"))
+            cause, message = NO_TARGET, render("row.no_target")
+        self.ledger.lose(
+            source, cause, render("row.side", side=", ".join(sides), message=message) if sides else message
+        )
 
     def _account(
-        self, source: Source, given: Sequence[Tokens], kept: Sequence[Tokens], examples: int, prompt: int = 0
+        self,
+        source: Source,
+        given: Sequence[Tokens],
+        kept: Sequence[Tokens],
+        examples: int,
+        cuts: Sequence[str] | None = None,
     ) -> None:
-        """Count a kept or cut row and its examples; `prompt` tokens were cut out of a pair's prompt."""
-        ledger, limit = self.ledger, self.config.max_seq_length
+        """Count a kept or cut row and its examples; `cuts` says what was cut of a pair."""
+        ledger = self.ledger
         total, left = (sum(len(tokens.input_ids) for tokens in some) for some in (given, kept))
         trained = sum(tokens.num_targets for tokens in kept)
         if left < total:
-            targets = sum(tokens.num_targets for tokens in given) - trained
-            turns = sum(map(count_turns, given)) - sum(map(count_turns, kept))
             ledger.cut += 1
             ledger.cut_tokens += total - left
-            ledger.cut_turns += turns
-            message = render("row.cut", tokens=total, kept=left, targets=targets, turns=turns, limit=limit)
-            if prompt:
-                most = self.config.max_prompt_length
-                message = render("row.prompt_cut", tokens=prompt, limit=most) + ("; " + message if targets else "")
+            ledger.cut_turns += sum(map(count_turns, given)) - sum(map(count_turns, kept))
+            message = _cut(given, kept, self.config.max_seq_length) if cuts is None else "; ".join(cuts)
             ledger.note(source, CUT, message)
         else:
             ledger.kept += 1
         ledger.examples += examples
         ledger.tokens += left
         ledger.target_tokens += trained
+
+
+def _cut(given: Sequence[Tokens], kept: Sequence[Tokens], limit: int) -> str:
+    """What was cut of a row's examples."""
+    tokens, left = (sum(len(item.input_ids) for item in some) for some in (given, kept))
+    targets, targets_left = (sum(item.num_targets for item in some) for some in (given, kept))
+    turns, turns_left = (sum(map(count_turns, some)) for some in (given, kept))
+    lost = {"targets": targets - targets_left, "turns": turns - turns_left}
+    return render("row.cut", tokens=tokens, kept=left, limit=limit, **lost)
+
+
+def _cut_of(given: Tokens, kept: Tokens, limit: int, side: str) -> str:
+    """What was cut of one side of a pair; empty if nothing was."""
+    if len(kept.input_ids) == len(given.input_ids):
+        return ""
+    return render("row.side", side=side, message=_cut([given], [kept], limit))
 
 
 @dataclass(frozen=True)

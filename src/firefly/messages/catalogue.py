@@ -911,6 +911,7 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "{limit})",
         "由 {tokens} 截断为 {kept} 个 token（损失 {targets} 个训练 token、{turns} 条完整回复；max_seq_length {limit}）",
     ),
+    "row.side": ("{side}: {message}", "{side}：{message}"),
     "row.prompt_cut": (
         "{tokens} tokens cut out of the prompt, oldest first (max_prompt_length {limit})",
         "从最早的内容起截去提示中的 {tokens} 个 token（max_prompt_length {limit}）",
