@@ -536,6 +536,26 @@ def test_a_document_without_text_is_a_finding_and_no_lost_row(write, encoder):
     assert (ledger.rows, ledger.kept, dict(ledger.lost), ledger.counts["blank_line"]) == (2, 2, {}, 2)
 
 
+def test_every_empty_reply_is_a_finding_with_its_turn(write, encoder):
+    reply = {"role": "assistant", "content": " "}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    rows = [
+        chat("q", "", "q", "a", "q", "\n"),
+        {"messages": [{"role": "user", "content": "q"}, {**reply, "reasoning_content": "thought"}]},
+        {"messages": [{"role": "user", "content": "q"}, call, {"role": "tool", "content": ""}, reply]},
+        {"input_ids": [1, 2], "labels": [IGNORE, 2]},
+    ]
+    qwen = Encoder(encoder.tokenizer, bind_template("qwen3", encoder.tokenizer))
+    ledger = load_split(DataConfig(train_file=write(*rows)), qwen).train.ledger
+    assert [(item.line, item.message) for item in ledger.findings if item.cause == "empty_answer"] == [
+        (1, "turn 1 of 3: the reply is empty; only its stop token is trained"),
+        (1, "turn 3 of 3: the reply is empty; only its stop token is trained"),
+        (2, "turn 1 of 1: the reply is empty; only its reasoning and stop token are trained"),
+        (3, "turn 1 of 1: the reply is empty; only its stop token is trained"),
+    ]
+    assert (ledger.rows, ledger.kept) == (4, 4)
+
+
 PROSE = (
     "The lighthouse keeper had counted the ships for thirty years, and not once in all that time had he seen one turn "
     "back. He wrote each of them down in a ledger with a green cover, the name and the hour, and whether the sea was "

@@ -141,6 +141,22 @@ def test_what_was_cut_of_a_pair_names_its_side(tmp_path: Path) -> None:
     assert said(start - 5) == f"chosen, rejected: {start + 5} tokens; no reply begins within max_seq_length {start - 5}"
 
 
+def test_an_empty_answer_names_its_side(tmp_path: Path) -> None:
+    ledger = loaded(
+        tmp_path,
+        row(("user", "q"), rejected=" "),
+        row(("user", "q"), chosen=""),
+        row(("user", "q"), ("assistant", ""), ("user", "r")),
+    ).train.ledger
+    found = [(item.line, item.message) for item in ledger.findings if item.cause == "empty_answer"]
+    assert found == [
+        (1, "the rejected answer is empty: only its stop token is trained"),
+        (2, "the chosen answer is empty: only its stop token is trained"),
+        (3, "turn 1 of 2: the reply is empty; it is not trained"),
+    ]
+    assert ledger.kept == 3
+
+
 def test_no_limit_at_all_keeps_long_prompts(tmp_path: Path) -> None:
     pair = loaded(tmp_path, row(("user", "long " * 150)), max_prompt_length=None, max_seq_length=4096).train[0]
     assert pair.prompt > 700

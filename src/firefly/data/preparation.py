@@ -47,6 +47,7 @@ from firefly.data.schema import (
     Conversation,
     Document,
     Example,
+    Message,
     PreferencePair,
     RawRecord,
     Rendered,
@@ -266,10 +267,15 @@ class Preparation:
     def _render(self, source: Source, parsed: Parsed) -> _Row:
         if isinstance(parsed, Conversation):
             chosen = select_targets(parsed, self.config.train_on)
-            return _Row(source, self.encoder.render(chosen), answer=self._answer(source, chosen))
+            self._note_empty_replies(source, chosen)
+            return _Row(source, self.encoder.render(chosen), answer=_answer(chosen))
         if isinstance(parsed, PreferencePair):
-            answer = self._answer(source, parsed.chosen)
-            return _Row(source, self.pairs.render(parsed), pair=parsed, answer=answer)
+            self._note_empty_replies(source, replace(parsed.chosen, messages=parsed.chosen.messages[:-1]))
+            for side in ("chosen", "rejected"):
+                last = getattr(parsed, side).messages[-1]
+                if _is_empty(last):
+                    self.ledger.note(source, EMPTY_ANSWER, render("finding.empty_side", side=side))
+            return _Row(source, self.pairs.render(parsed), pair=parsed, answer=_answer(parsed.chosen))
         if isinstance(parsed, Document):
             return _Row(source, [], document=self.encoder.protect_document(parsed.text))
         vocabulary = len(self.encoder.tokenizer)
@@ -282,16 +288,16 @@ class Preparation:
         """How preference pairs become tokens."""
         return PairEncoder(self.encoder)
 
-    def _answer(self, source: Source, conversation: Conversation) -> int:
-        """Hash of the last reply; an empty one is noted."""
-        last = next((item for item in reversed(conversation.messages) if item.role == "assistant"), None)
-        if last is None or last.tool_calls:
-            return 0
-        content = last.content.strip()
-        if not content:
-            self.ledger.note(source, EMPTY_ANSWER, render("finding.empty_answer"))
-            return 0
-        return _hash([content.encode()])
+    def _note_empty_replies(self, source: Source, conversation: Conversation) -> None:
+        """Say which replies are empty, and what of them is trained."""
+        turns, turn = sum(item.role == "user" for item in conversation.messages), 0
+        for item in conversation.messages:
+            turn += item.role == "user"
+            if _is_empty(item):
+                code = "finding.empty_reply_untrained"
+                if item.trained:
+                    code = "finding.empty_reply_thought" if item.reasoning else "finding.empty_reply"
+                self.ledger.note(source, EMPTY_ANSWER, render(code, turn=max(turn, 1), turns=max(turns, 1)))
 
     def _finish(self, rows: list[_Row], encoded: Future[_Encoded]) -> list[KeptRow]:
         done = encoded.result()
@@ -445,6 +451,17 @@ def _hash(parts: Sequence[bytes]) -> int:
     for part in parts:
         digest.update(part)
     return int.from_bytes(digest.digest(), "little")
+
+
+def _is_empty(message: Message) -> bool:
+    """Whether a reply neither says nor calls anything."""
+    return message.role == "assistant" and not message.tool_calls and not message.content.strip()
+
+
+def _answer(conversation: Conversation) -> int:
+    """Hash of the last reply; 0 where it is empty or a call."""
+    last = next((item for item in reversed(conversation.messages) if item.role == "assistant"), None)
+    return 0 if last is None or last.tool_calls or _is_empty(last) else _hash([last.content.strip().encode()])
 
 
 def select_targets(conversation: Conversation, train_on: str) -> Conversation:

@@ -952,7 +952,22 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     # findings that lose nothing
     "finding.blank_line": ("a blank line", "空行"),
     "finding.blank_document": ("a document without text", "没有内容的文档"),
-    "finding.empty_answer": ("the answer is empty: only the stop token is trained", "回答为空：只训练停止符"),
+    "finding.empty_reply": (
+        "turn {turn} of {turns}: the reply is empty; only its stop token is trained",
+        "第 {turn} 轮（共 {turns} 轮）：回复为空；只训练停止符",
+    ),
+    "finding.empty_reply_thought": (
+        "turn {turn} of {turns}: the reply is empty; only its reasoning and stop token are trained",
+        "第 {turn} 轮（共 {turns} 轮）：回复为空；只训练推理内容和停止符",
+    ),
+    "finding.empty_reply_untrained": (
+        "turn {turn} of {turns}: the reply is empty; it is not trained",
+        "第 {turn} 轮（共 {turns} 轮）：回复为空；不参与训练",
+    ),
+    "finding.empty_side": (
+        "the {side} answer is empty: only its stop token is trained",
+        "{side} 回答为空：只训练停止符",
+    ),
     "finding.wrapped_text": (
         "{count} of {lines} lines are short and end within a sentence, and each line is a document of its own: where "
         "they are parts of longer documents, write each document on one line, or set text_documents to file",
