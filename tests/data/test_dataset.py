@@ -372,7 +372,7 @@ def test_a_second_load_reads_the_cache_and_tokenises_nothing(write, encoder, mon
         raise AssertionError("tokenised again")
 
     monkeypatch.setattr(Encoder, "tokenize", refuse)
-    monkeypatch.setattr(preparation, "parse_record", refuse)
+    monkeypatch.setattr(preparation, "read_record", refuse)
     again = load_examples(path, DataConfig(), encoder)
     assert again.fingerprint == first.fingerprint
     assert again.ledger == first.ledger
@@ -543,6 +543,7 @@ def test_every_empty_reply_is_a_finding_with_its_turn(write, encoder):
         chat("q", "", "q", "a", "q", "\n"),
         {"messages": [{"role": "user", "content": "q"}, {**reply, "reasoning_content": "thought"}]},
         {"messages": [{"role": "user", "content": "q"}, call, {"role": "tool", "content": ""}, reply]},
+        {"instruction": "i", "instances": [{"input": "x", "output": "a"}, {"input": "y", "output": ""}]},
         {"input_ids": [1, 2], "labels": [IGNORE, 2]},
     ]
     qwen = Encoder(encoder.tokenizer, bind_template("qwen3", encoder.tokenizer))
@@ -552,8 +553,20 @@ def test_every_empty_reply_is_a_finding_with_its_turn(write, encoder):
         (1, "turn 3 of 3: the reply is empty; only its stop token is trained"),
         (2, "turn 1 of 1: the reply is empty; only its reasoning and stop token are trained"),
         (3, "turn 1 of 1: the reply is empty; only its stop token is trained"),
+        (4, "turn 1 of 1: the reply is empty; only its stop token is trained"),
     ]
-    assert (ledger.rows, ledger.kept) == (4, 4)
+    assert (ledger.rows, ledger.kept) == (5, 5)
+
+
+def test_several_examples_of_one_row_are_one_row(write, encoder):
+    instances = [{"input": "x", "output": "a"}, {"input": "y" * 300, "output": "b"}, {"input": "z", "output": "c"}]
+    path = write({"instruction": "i", "instances": instances[::2]}, {"instruction": "i", "instances": instances})
+    examples = load_examples(path, DataConfig(max_seq_length=100, **FREE), encoder)
+    assert [trained_text(encoder, examples[i]) for i in range(len(examples))] == [
+        "a<|im_end|>", "c<|im_end|>", "a<|im_end|>", "c<|im_end|>",
+    ]  # fmt: skip
+    assert (examples.ledger.rows, examples.ledger.kept, examples.ledger.cut) == (2, 1, 1)
+    assert adds_up(examples.ledger, examples)
 
 
 PROSE = (

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from firefly.config import DataConfig
 from firefly.console import notice
 from firefly.data.encoding import Encoder
 from firefly.data.examples import INDEX, ROWS, SCHEMA, index_entry, record_batch
-from firefly.data.formats import MalformedRecord, Parsed, TaskName, parse_record
+from firefly.data.formats import MalformedRecord, Parsed, TaskName, read_record
 from firefly.data.ledger import (
     BLANK,
     CUT,
@@ -37,6 +37,7 @@ from firefly.data.ledger import (
     REFUSED,
     SAME_ANSWERS,
     TOO_LONG,
+    UNREAD_KEY,
     WRAPPED_TEXT,
     Ledger,
 )
@@ -183,6 +184,15 @@ class _Row:
         return sum(len(text.text) for text in self.texts) + len(self.document or "")
 
 
+@dataclass
+class _UnreadKey:
+    """Text under a key that no format reads: its first row, and how much there is."""
+
+    source: Source
+    rows: int = 0
+    characters: int = 0
+
+
 @dataclass(frozen=True)
 class Preparation:
     """The rows of one file on their way; every one of them is accounted for in `ledger`."""
@@ -192,6 +202,7 @@ class Preparation:
     task: TaskName
     ledger: Ledger
     lines: WrappedLines | None = None
+    unread: dict[str, _UnreadKey] = field(default_factory=dict)
 
     def run(self, records: Iterator[RawRecord]) -> Iterator[list[KeptRow]]:
         """Yield the kept rows, chunk by chunk, in file order."""
@@ -209,6 +220,11 @@ class Preparation:
 
     def _note_file(self) -> None:
         """Findings that take the whole file to know."""
+        for key, found in sorted(self.unread.items(), key=lambda item: -item[1].characters):
+            shown = key if key.isprintable() else repr(key)[1:-1]  # a key may hold anything
+            counts = {"rows": found.rows, "characters": f"{found.characters:,}"}
+            self.ledger.unread_keys[shown] += found.rows
+            self.ledger.note(found.source, UNREAD_KEY, render("finding.unread_key", key=shown, **counts))
         if self.lines is not None and self.lines.first is not None and self.lines.are_wrapped:
             message = render("finding.wrapped_text", count=self.lines.unended, lines=self.lines.lines)
             self.ledger.note(self.lines.first, WRAPPED_TEXT, message)
@@ -243,7 +259,7 @@ class Preparation:
         try:
             if record.problem is not None:
                 raise _Problem(record.problem)
-            parsed = self._parse(record.value)
+            parsed = self._parse(record)
             if isinstance(parsed, Document) and not parsed.text.strip():  # what a blank line is in a text file
                 self.ledger.rows -= 1
                 self.ledger.note(record.source, BLANK, render("finding.blank_document"))
@@ -259,16 +275,25 @@ class Preparation:
             self.ledger.lose(record.source, REFUSED, str(error))
         return None
 
-    def _parse(self, value: Any) -> Parsed:
-        name, parsed = parse_record(value, self.task, self.config.data_format)
-        self.ledger.formats[name] += 1
-        return parsed
+    def _parse(self, record: RawRecord) -> Parsed:
+        read = read_record(record.value, self.task, self.config.data_format)
+        self.ledger.formats[read.format] += 1
+        for key, characters in read.unread.items():
+            if (found := self.unread.get(key)) is None:
+                found = self.unread[key] = _UnreadKey(record.source)
+            found.rows += 1
+            found.characters += characters
+        return read.parsed
 
     def _render(self, source: Source, parsed: Parsed) -> _Row:
         if isinstance(parsed, Conversation):
-            chosen = select_targets(parsed, self.config.train_on)
-            self._note_empty_replies(source, chosen)
-            return _Row(source, self.encoder.render(chosen), answer=_answer(chosen))
+            parsed = (parsed,)
+        if isinstance(parsed, tuple):
+            chosen = [select_targets(conversation, self.config.train_on) for conversation in parsed]
+            for conversation in chosen:
+                self._note_empty_replies(source, conversation)
+            texts = [text for conversation in chosen for text in self.encoder.render(conversation)]
+            return _Row(source, texts, answer=_answer(chosen[-1]))
         if isinstance(parsed, PreferencePair):
             self._note_empty_replies(source, replace(parsed.chosen, messages=parsed.chosen.messages[:-1]))
             for side in ("chosen", "rejected"):
