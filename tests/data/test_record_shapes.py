@@ -200,6 +200,20 @@ FURTHER_CHATS: list[tuple[str, str, dict[str, Any], list[tuple[str, str]]]] = [
     ("an answer that is null", "other_question", {"question": "q", "answer": None, "response": "a"}, ASKED),
     ("one answer in a list", "alpaca", {"instruction": "q", "output": ["a"]}, ASKED),
     ("question and standard answer", "question_answer", {"question": "q", "std_answer": "a", "class": "x"}, ASKED),
+    ("question and gold answer", "question_answer", {"question": "q", "gold_answer": "a", "class": "x"}, ASKED),
+    (
+        "columns of the three roles",
+        "other_question",
+        {"system": "s", "user": "q", "assistant": "a"},
+        [("system", "s"), *ASKED],
+    ),
+    ("columns of a speaker each", "other_question", {"Human": ["q"], "Assistant": ["a"]}, ASKED),
+    (
+        "UltraChat",
+        "ultrachat",
+        {"id": 1, "data": ["q", "a", "q2", "a2"]},
+        [*ASKED, ("user", "q2"), ("assistant", "a2")],
+    ),
     ("problem and solution", "other_question", {"problem": "q", "solution": "a"}, ASKED),
     ("inputs and targets", "input_target", {"inputs": "q", "targets": "a"}, ASKED),
     (

@@ -139,8 +139,8 @@ SHAPES: list[tuple[str, dict[str, Any]]] = [
     ("sft", {"chat": {"turn_1": {"Human": "<|Human|>: q<eoh>\n", "MOSS": "<|MOSS|>: a<eom>\n"}}}),
     *(
         ("sft", {question: "q", answer: "a"})
-        for question in ("instruction", "question", "query", "prompt", "input", "problem")
-        for answer in ("output", "response", "answer", "std_answer", "target", "completion", "solution")
+        for question in ("instruction", "question", "query", "prompt", "input", "problem", "user")
+        for answer in ("output", "response", "answer", "std_answer", "target", "completion", "solution", "assistant")
     ),
     ("sft", {"prompt": pairs("q", "r")[:1], "completion": pairs("q", "a")[1:]}),
     ("sft", {"input": ["q", "r"], "output": ["a", "b"]}),

@@ -15,6 +15,7 @@ import numpy as np
 
 from firefly.data.formats.chat import (
     QUESTION_FORMATS,
+    AlternatingFormat,
     InstancesFormat,
     LabelledAnswerFormat,
     LabelledMessagesFormat,
@@ -147,6 +148,7 @@ FORMATS: dict[str, FormatEntry] = {
     "firefly": FormatEntry(MessagesFormat("conversation"), "sft"),
     "messages": FormatEntry(MessagesFormat("messages"), "sft"),
     "sharegpt": FormatEntry(MessagesFormat("conversations"), "sft"),
+    "ultrachat": FormatEntry(AlternatingFormat(), "sft"),
     "moss": FormatEntry(MossFormat(), "sft"),
     **{name: FormatEntry(known, "sft") for name, known in QUESTION_FORMATS.items()},
     "other_question": FormatEntry(OtherQuestionFormat(), "sft"),

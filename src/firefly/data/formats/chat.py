@@ -68,6 +68,21 @@ class MessagesFormat:
         return Conversation(as_record_says(record, messages), read_tools(record))
 
 
+@dataclass(frozen=True)
+class AlternatingFormat:
+    """`data: [question, answer, question, …]` (UltraChat)."""
+
+    def recognises(self, record: Fields) -> tuple[str, ...]:
+        texts = record.peek("data")
+        if not is_texts(texts) or len(texts) < 2 or is_judged(record):
+            return ()
+        other = record.first_of((*MESSAGE_KEYS, "chat", "text")) or question_and_answer(record)
+        return () if other else ("data",)
+
+    def parse(self, record: Fields) -> Conversation:
+        return MessagesFormat("data").parse(record)
+
+
 # ---- questions with their answers
 
 

@@ -21,7 +21,7 @@ from firefly.data.formats.fields import (
     read_tool_calls,
     system_beside,
 )
-from firefly.data.formats.texts import ANSWERS, QUESTIONS, question_text
+from firefly.data.formats.texts import ANSWERS, QUESTIONS, SPELLINGS, question_text
 from firefly.data.schema import Message, Role
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -47,10 +47,11 @@ ROLES: dict[str, Role] = {
 CALLS = ("function_call", "tool_call")
 
 MESSAGE_KEYS = ("messages", "conversations", "conversation")
+TEXT_KEYS = (*MESSAGE_KEYS, "data")
+"""Where a list of texts is a conversation whose sides alternate."""
 ROLE_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "text")
-TURN_QUESTIONS = ("human", "user", "Human", "User")
-TURN_ANSWERS = ("assistant", "gpt", "bot", "Assistant")
+TURN_QUESTIONS, TURN_ANSWERS = SPELLINGS["user"], SPELLINGS["assistant"]
 QUESTION_KEYS, ANSWER_KEYS = (*TURN_QUESTIONS, *QUESTIONS), (*TURN_ANSWERS, *ANSWERS)
 TURN_KEYS, ANY_ROLE = frozenset((*QUESTION_KEYS, *ANSWER_KEYS)), frozenset(ROLE_KEYS)
 
@@ -59,7 +60,7 @@ def read_messages(record: Fields, name: str) -> list[Message]:
     """The list under `name`: message objects of OpenAI's shape (`role`, `content`) or ShareGPT's (`from`, `value`),
     turns with question and answer (`human`, `assistant`; `input`, `output`; …), or texts that alternate."""
     items, place = read_list(record, name), record.at(name)
-    if name in MESSAGE_KEYS and len(items) > 1 and all(isinstance(item, str) for item in items):
+    if name in TEXT_KEYS and len(items) > 1 and all(isinstance(item, str) for item in items):
         roles: tuple[Role, Role] = ("user", "assistant")
         return [Message(roles[n % 2], check_text(item, f"{place}[{n}]")) for n, item in enumerate(items)]
     messages: list[Message] = []
@@ -85,8 +86,8 @@ def _read_turn(turn: Fields, first: bool) -> list[Message]:
     system = system_beside(turn)
     if system and not first:
         raise MalformedRecord("row.two_systems", field=turn.at("system"))
-    question = turn.first_of(QUESTION_KEYS) or TURN_QUESTIONS[0]
-    answer = turn.first_of(ANSWER_KEYS) or TURN_ANSWERS[0]
+    question = turn.first_of(QUESTION_KEYS) or "human"
+    answer = turn.first_of(ANSWER_KEYS) or "assistant"
     asked = Message("user", question_text(turn, question))
     return [*system, asked, Message("assistant", read_text(turn, answer), is_trained(turn))]
 

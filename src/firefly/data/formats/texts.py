@@ -12,13 +12,27 @@ SPELLINGS = {
     "query": ("query", "queries"),
     "prompt": ("prompt", "prompts"),
     "input": ("input", "inputs"),
-    "context": ("context",),
+    "user": ("user", "human", "User", "Human"),
+    "context": ("context", "contexts"),
     "output": ("output", "outputs"),
     "response": ("response", "responses"),
     "completion": ("completion", "completions"),
-    "answer": ("answer", "answers", "std_answer", "standard_answer", "reference_answer", "gold_answer"),
+    "answer": (
+        "answer",
+        "answers",
+        "std_answer",
+        "standard_answer",
+        "reference_answer",
+        "ref_answer",
+        "gold_answer",
+        "golden_answer",
+        "correct_answer",
+        "best_answer",
+        "ground_truth",
+    ),
     "target": ("target", "targets"),
     "solution": ("solution",),
+    "assistant": ("assistant", "gpt", "bot", "Assistant"),
 }
 """Keys that mean one thing; plurals are for records that hold lists of turns."""
 
@@ -27,8 +41,8 @@ def _keys(*names: str) -> tuple[str, ...]:
     return tuple(key for name in names for key in SPELLINGS[name])
 
 
-QUESTIONS = _keys("instruction", "question", "query", "prompt", "input")
-ANSWERS = _keys("output", "response", "completion", "answer", "target", "solution")
+QUESTIONS = _keys("instruction", "question", "query", "prompt", "input", "user")
+ANSWERS = _keys("output", "response", "completion", "answer", "target", "solution", "assistant")
 FIRST, PROMPTS, ASKED, ABOUT = (
     _keys("instruction"),
     _keys("prompt"),
