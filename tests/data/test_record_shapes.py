@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -350,12 +351,21 @@ def test_another_spelling_becomes_the_same_pair(form, record):
         parse_record(record, "sft")
 
 
-def test_a_table_may_hold_an_answers_messages_as_text():
-    cell = '[{"role": "assistant", "content": "good"}]'
-    pair = parse_record({"prompt": "q", "chosen": cell, "rejected": "bad"}, "dpo")[1]
-    assert turns(pair.chosen) == [("user", "q"), ("assistant", "good")]
-    for text in ('[{"a": 1}]', "[{oops", '["x"]'):  # JSON that is an answer stays one
-        assert turns(parse_record({"prompt": "q", "chosen": text, "rejected": "bad"}, "dpo")[1].chosen)[1][1] == text
+def test_a_table_may_hold_messages_as_text():
+    def cell(role: str, content: str) -> str:
+        return json.dumps([{"role": role, "content": content}])
+
+    good, bad = cell("assistant", "good"), cell("assistant", "bad")
+    for prompt in ("q", cell("user", "q")):
+        pair = parse_record({"prompt": prompt, "chosen": good, "rejected": bad}, "dpo")[1]
+        assert turns(pair.chosen) == [("user", "q"), ("assistant", "good")]
+        assert turns(pair.rejected) == [("user", "q"), ("assistant", "bad")]
+    assert turns(parse_record({"prompt": cell("user", "q"), "completion": cell("assistant", "a")})[1]) == ASKED
+    # JSON that is an answer stays one.
+    for text in ('[{"a": 1}]', "[{oops", '["role"]', good):
+        pair = parse_record({"prompt": "q", "chosen": text, "rejected": "bad"}, "dpo")[1]
+        assert turns(pair.chosen)[1] == ("assistant", text)
+        assert turns(parse_record({"prompt": "q", "completion": text})[1])[1] == ("assistant", text)
 
 
 def test_a_pair_whose_calls_before_the_answer_differ_is_no_pair_of_one_prompt():

@@ -242,28 +242,37 @@ def _one_key_short(value: Record) -> str:
     return ", ".join(found[:3])
 
 
-MAY_BE_JSON = ("chosen", "rejected", "prompt", "completion", "chosen_messages", "rejected_messages")
+AS_JSON_TEXT = (("chosen", "rejected"), ("prompt", "completion"), ("chosen_messages", "rejected_messages"))
 
 
 def _structured(value: Any) -> Record:
-    """The record, with message lists that a table's cell holds as JSON text.
+    """The record, with message lists that a table's cells hold as JSON text.
 
-    Lists that are never text (`messages`, `tools`, …) are read so where they stand; these keys hold text, too, and only
-    a list of messages is taken for one.
+    Lists that are never text (`messages`, `tools`, …) are read so where they stand. These keys hold text, too, so both
+    of two answers must be lists of messages: one alone may be an answer in JSON.
     """
     if not isinstance(value, Mapping):
         raise MalformedRecord("row.not_an_object", got=kind_of(value))
-    changed = {}
-    for name in MAY_BE_JSON:
-        text = value.get(name)
-        if isinstance(text, str) and text.lstrip()[:1] == "[" and any(f'"{key}"' in text for key in ROLE_KEYS):
-            try:
-                items = json.loads(text)
-            except (ValueError, RecursionError):
-                continue
-            if items and all(isinstance(item, Mapping) and any(key in item for key in ROLE_KEYS) for item in items):
-                changed[name] = items
+    changed: dict[str, Any] = {}
+    for names in AS_JSON_TEXT:
+        if all(name in value for name in names):
+            lists = {name: _messages_in(value[name]) for name in names}
+            changed |= lists if all(lists.values()) else {}
+    if "prompt" in value and (messages := _messages_in(value["prompt"])):
+        changed["prompt"] = messages
     return {**value, **changed} if changed else value
+
+
+def _messages_in(text: Any) -> list[Any] | None:
+    """The messages that a text holds as JSON; None for any other text."""
+    if not isinstance(text, str) or text.lstrip()[:1] != "[" or not any(f'"{key}"' in text for key in ROLE_KEYS):
+        return None
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    are_messages = all(isinstance(item, Mapping) and any(key in item for key in ROLE_KEYS) for item in items)
+    return items if items and are_messages else None
 
 
 def read_record(value: Any, task: TaskName | None = None, data_format: str = "auto") -> ReadRecord:
