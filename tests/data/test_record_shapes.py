@@ -7,9 +7,14 @@ from typing import Any
 
 import pytest
 
+from firefly.config import DataConfig
+from firefly.data.dataset import load_split
+from firefly.data.encoding import Encoder
 from firefly.data.formats import FORMATS, MalformedRecord, parse_record, read_record
 from firefly.data.formats.fields import Fields
-from firefly.data.schema import Conversation, Document, PreferencePair
+from firefly.data.schema import IGNORE, Conversation, Document, PreferencePair, TokenPair
+from firefly.data.templates import bind_template
+from tiny import tiny_tokenizer
 
 
 def turns(conversation: Conversation) -> list[tuple[str, str]]:
@@ -675,6 +680,33 @@ def test_a_record_of_one_format_is_of_no_other(record):
     name = parse_record(record)[0]
     there = Fields({key: value for key, value in record.items() if value is not None})
     assert [known for known, entry in FORMATS.items() if entry.format.recognises(there)] == [name]
+
+
+def trained_texts(example: Any) -> list[str]:
+    """What a model learns to say, reply by reply."""
+    texts = []
+    for side in example.sides if isinstance(example, TokenPair) else [example]:
+        text = tiny_tokenizer().decode(side.input_ids[side.labels != IGNORE].tolist(), skip_special_tokens=False)
+        texts += text.split("<|im_end|>")[:-1]
+    return texts
+
+
+@pytest.mark.parametrize("task", ["sft", "dpo"])
+def test_a_file_of_all_shapes_trains_every_reply_behind_its_questions(tmp_path, task):
+    chats = [(record, expected) for _, _, record, expected in (*CHATS, *FURTHER_CHATS)]
+    pairs = [(record, [("user", "q")]) for _, _, record in (*PAIRS, *FURTHER_PAIRS)]
+    rows = chats if task == "sft" else pairs
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record, _ in rows), encoding="utf-8")
+    encoder = Encoder(tiny_tokenizer(), bind_template("qwen2.5", tiny_tokenizer()))
+    examples = load_split(DataConfig(train_file=str(path)), encoder, task).train
+    assert examples.ledger.rows == examples.ledger.kept == len(examples) == len(rows)
+    for number, (record, expected) in enumerate(rows):
+        replies = [content for role, content in expected if role == "assistant"]
+        assert trained_texts(examples[number]) == (replies if task == "sft" else ["good", "bad"]), record
+        text = tiny_tokenizer().decode(examples[number].input_ids.tolist(), skip_special_tokens=False)
+        for role, content in expected:
+            assert f"<|im_start|>{role}\n{content}<|im_end|>" in text, record
 
 
 ODD = [
