@@ -75,6 +75,19 @@ def test_a_text_that_stands_in_the_conversation_anyway_is_not_left_out() -> None
     assert read_record({"messages": [USER, REPLY], "prompt": "q"}).unread == {}
 
 
+def test_a_loss_asked_for_where_none_is_trained_is_a_finding(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [{**USER, "train": False, "loss_weight": 0.0}, {**REPLY, "train": True}]},
+        {"messages": [{**USER, "train": True}, REPLY, {**USER, "train": True}, REPLY]},
+        {"messages": [{"role": "system", "content": "s", "loss_weight": 1.0}, {**USER, "train": True}, REPLY]},
+    ]
+    ledger = load(tmp_path / "rows.jsonl", *rows).ledger
+    found = [(item.line, item.message.split(" asks for a loss")[0]) for item in ledger.findings]
+    assert sorted(found) == [(2, "messages[].train"), (3, "messages[].loss_weight")]
+    assert "in 2 row(s)" in next(item.message for item in ledger.findings if item.line == 2)
+    assert ledger.counts["unheeded_key"] == 2
+
+
 @pytest.mark.parametrize(
     ("record", "unread"),
     [

@@ -14,7 +14,7 @@ from firefly.messages import render
 # Causes that lose a row. Malformed rows are the data's fault and stop a run; the others are limited by a share.
 MALFORMED, REFUSED, NO_TARGET, TOO_LONG = "malformed", "refused", "no_target", "too_long"
 # Causes of findings that lose nothing by themselves.
-CUT, DUPLICATE, BLANK, EMPTY_ANSWER, REPEATED_ANSWER, IN_EVAL, SAME_ANSWERS, UNREAD_KEY, WRAPPED_TEXT = (
+CUT, DUPLICATE, BLANK, EMPTY_ANSWER, REPEATED_ANSWER, IN_EVAL, SAME_ANSWERS, UNREAD_KEY, UNHEEDED_KEY, WRAPPED_TEXT = (
     "cut",
     "duplicate",
     "blank_line",
@@ -23,6 +23,7 @@ CUT, DUPLICATE, BLANK, EMPTY_ANSWER, REPEATED_ANSWER, IN_EVAL, SAME_ANSWERS, UNR
     "in_eval_file",
     "same_answers",
     "unread_key",
+    "unheeded_key",
     "wrapped_text",
 )
 MOST_FINDINGS = 10_000

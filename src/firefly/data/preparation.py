@@ -37,6 +37,7 @@ from firefly.data.ledger import (
     REFUSED,
     SAME_ANSWERS,
     TOO_LONG,
+    UNHEEDED_KEY,
     UNREAD_KEY,
     WRAPPED_TEXT,
     Ledger,
@@ -185,8 +186,8 @@ class _Row:
 
 
 @dataclass
-class _UnreadKey:
-    """Text under a key that no format reads: its first row, and how much there is."""
+class _KeyCount:
+    """A key that nothing comes of: its first row, how many have it, and how much text stands under it."""
 
     source: Source
     rows: int = 0
@@ -202,7 +203,8 @@ class Preparation:
     task: TaskName
     ledger: Ledger
     lines: WrappedLines | None = None
-    unread: dict[str, _UnreadKey] = field(default_factory=dict)
+    unread: dict[str, _KeyCount] = field(default_factory=dict)
+    unheeded: dict[str, _KeyCount] = field(default_factory=dict)
 
     def run(self, records: Iterator[RawRecord]) -> Iterator[list[KeptRow]]:
         """Yield the kept rows, chunk by chunk, in file order."""
@@ -225,6 +227,8 @@ class Preparation:
             counts = {"rows": found.rows, "characters": f"{found.characters:,}"}
             self.ledger.unread_keys[shown] += found.rows
             self.ledger.note(found.source, UNREAD_KEY, render("finding.unread_key", key=shown, **counts))
+        for key, found in self.unheeded.items():
+            self.ledger.note(found.source, UNHEEDED_KEY, render("finding.unheeded_key", key=key, rows=found.rows))
         if self.lines is not None and self.lines.first is not None and self.lines.are_wrapped:
             message = render("finding.wrapped_text", count=self.lines.unended, lines=self.lines.lines)
             self.ledger.note(self.lines.first, WRAPPED_TEXT, message)
@@ -279,10 +283,11 @@ class Preparation:
         read = read_record(record.value, self.task, self.config.data_format)
         self.ledger.formats[read.format] += 1
         for key, characters in read.unread.items():
-            if (found := self.unread.get(key)) is None:
-                found = self.unread[key] = _UnreadKey(record.source)
+            found = self.unread.setdefault(key, _KeyCount(record.source))
             found.rows += 1
             found.characters += characters
+        for key in sorted(read.unheeded):
+            self.unheeded.setdefault(key, _KeyCount(record.source)).rows += 1
         return read.parsed
 
     def _render(self, source: Source, parsed: Parsed) -> _Row:

@@ -1002,6 +1002,11 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "text under the key {key} is not read: {characters} characters in {rows} row(s), this one the first",
         "键 {key} 下的文本没有被读取：共 {rows} 行、{characters} 个字符，此行为首行",
     ),
+    "finding.unheeded_key": (
+        "{key} asks for a loss on messages that are no replies, in {rows} row(s), this one the first: "
+        "they stay context",
+        "{key} 要求对非回复的消息计算损失，共 {rows} 行，此行为首行：这些消息仍只作上下文",
+    ),
     "finding.wrapped_text": (
         "{count} of {lines} lines are short and end within a sentence, and each line is a document of its own: where "
         "they are parts of longer documents, write each document on one line, or set text_documents to file",

@@ -7,7 +7,7 @@ is reported, never guessed; `data_format` settles it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -70,11 +70,13 @@ class ReadRecord:
         format: a name of FORMATS.
         unread: the characters of text under each key that the format does not read (`note`, `messages[].note`), less
             what stands in the conversation anyway.
+        unheeded: keys that ask for a loss on messages that are no replies, which are never trained.
     """
 
     format: str
     parsed: Parsed
     unread: Mapping[str, int]
+    unheeded: Set[str]
 
 
 @dataclass(frozen=True)
@@ -300,7 +302,7 @@ def read_record(value: Any, task: TaskName | None = None, data_format: str = "au
     except MalformedRecord as error:
         problem = str(error)
     else:
-        return ReadRecord(name, parsed, _left_out(fields.unread(), parsed))
+        return ReadRecord(name, parsed, _left_out(fields.unread(), parsed), fields.unheeded())
     if keys:
         raise MalformedRecord("row.taken_as", problem=problem, format=name, keys=", ".join(map(repr, keys)))
     raise MalformedRecord("row.forced_as", problem=problem, format=name)

@@ -28,12 +28,13 @@ class Fields(Mapping[str, Any]):
         place: where in the record the object stands, such as `messages[3]`; empty for the record itself.
     """
 
-    __slots__ = ("_inner", "_read", "_values", "place")
+    __slots__ = ("_inner", "_read", "_unheeded", "_values", "place")
 
     def __init__(self, values: Record, place: str = "") -> None:
         self._values, self.place = values, place
         self._read: set[str] = set()
         self._inner: list[Fields] = []
+        self._unheeded: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Any:
         value = self._values[name]
@@ -91,14 +92,26 @@ class Fields(Mapping[str, Any]):
         self._inner.append(found)
         return found
 
+    def leave_unheeded(self, names: Sequence[str]) -> None:
+        """Remember keys that were understood and say what is not done."""
+        self._unheeded = (*self._unheeded, *names)
+
+    def unheeded(self) -> set[str]:
+        """The places of those keys."""
+        found = {self._shape(name) for name in self._unheeded}
+        return found.union(*(inner.unheeded() for inner in self._inner))
+
+    def _shape(self, name: str) -> str:
+        """The place of a field, the same for all items of a list."""
+        return NUMBER.sub(lambda match: "[]" if match[0][0] == "[" else "", self.at(name))
+
     def unread(self) -> dict[str, list[str]]:
         """The texts that nobody read, by the name of the outermost key that holds them: `note`, `messages[].note`."""
         found: dict[str, list[str]] = {}
         if len(self._read) < len(self._values):
             for name in self._values:
                 if name not in self._read and (texts := texts_in(self._values[name])):
-                    place = NUMBER.sub(lambda match: "[]" if match[0][0] == "[" else "", self.at(name))
-                    found.setdefault(place, []).extend(texts)
+                    found.setdefault(self._shape(name), []).extend(texts)
         for inner in self._inner:
             for place, texts in inner.unread().items():
                 found.setdefault(place, []).extend(texts)

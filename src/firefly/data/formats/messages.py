@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from firefly.data.formats.fields import (
+    FLAGS,
+    WEIGHTS,
     Fields,
     MalformedRecord,
     call_arguments,
@@ -54,6 +56,7 @@ CONTENT_KEYS = ("content", "value", "text")
 TURN_QUESTIONS, TURN_ANSWERS = SPELLINGS["user"], SPELLINGS["assistant"]
 QUESTION_KEYS, ANSWER_KEYS = (*TURN_QUESTIONS, *QUESTIONS), (*TURN_ANSWERS, *ANSWERS)
 TURN_KEYS, ANY_ROLE = frozenset((*QUESTION_KEYS, *ANSWER_KEYS)), frozenset(ROLE_KEYS)
+TRUE_FOR_LOSS = (*FLAGS, *WEIGHTS)
 
 
 def read_messages(record: Fields, name: str) -> list[Message]:
@@ -130,6 +133,8 @@ def read_message(item: Fields) -> Message:
         known = ", ".join([*ROLES, *CALLS])
         raise MalformedRecord("row.unknown_role", field=item.at(role_key), role=spelled, known=known)
     if role != "assistant":
+        if trained:
+            item.leave_unheeded([name for name in item.present(TRUE_FOR_LOSS) if item.peek(name)])
         content = _read_content(item, content_key, role)[0]
         name, call = (optional_text(item, key) if role == "tool" else None for key in ("name", "tool_call_id"))
         return Message(role, content, name=name, tool_call_id=call)
