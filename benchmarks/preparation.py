@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from firefly.config import DataConfig
 from firefly.data import dataset
 from firefly.data.encoding import Encoder
-from firefly.data.formats import FORMATS, detect_format
+from firefly.data.formats import parse_record
 from firefly.data.templates import bind_template
 
 HERE = Path(__file__).resolve().parent
@@ -92,7 +92,7 @@ def write_rows(files: list[Path], count: int, path: Path) -> list:
             question = next(key for key in ("instruction", "input", "question", "query") if key in record)
             record[question] = f"{number}. {record[question]}"
             out.write(json.dumps(record, ensure_ascii=False) + "\n")
-            parsed.append(FORMATS[detect_format(record, "sft")].format.parse(record))
+            parsed.append(parse_record(record, "sft")[1])
     return parsed
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -371,7 +372,7 @@ def test_a_second_load_reads_the_cache_and_tokenises_nothing(write, encoder, mon
         raise AssertionError("tokenised again")
 
     monkeypatch.setattr(Encoder, "tokenize", refuse)
-    monkeypatch.setattr(preparation, "parse_record", refuse)
+    monkeypatch.setattr(preparation, "read_record", refuse)
     again = load_examples(path, DataConfig(), encoder)
     assert again.fingerprint == first.fingerprint
     assert again.ledger == first.ledger
@@ -533,6 +534,76 @@ def test_a_document_without_text_is_a_finding_and_no_lost_row(write, encoder):
     split = load_split(DataConfig(train_file=write(*rows)), encoder, "pretrain")
     ledger = split.train.documents.ledger if hasattr(split.train, "documents") else split.train.ledger
     assert (ledger.rows, ledger.kept, dict(ledger.lost), ledger.counts["blank_line"]) == (2, 2, {}, 2)
+
+
+def test_every_empty_reply_is_a_finding_with_its_turn(write, encoder):
+    reply = {"role": "assistant", "content": " "}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    rows = [
+        chat("q", "", "q", "a", "q", "\n"),
+        {"messages": [{"role": "user", "content": "q"}, {**reply, "reasoning_content": "thought"}]},
+        {"messages": [{"role": "user", "content": "q"}, call, {"role": "tool", "content": ""}, reply]},
+        {"instruction": "i", "instances": [{"input": "x", "output": "a"}, {"input": "y", "output": ""}]},
+        {"input_ids": [1, 2], "labels": [IGNORE, 2]},
+    ]
+    qwen = Encoder(encoder.tokenizer, bind_template("qwen3", encoder.tokenizer))
+    ledger = load_split(DataConfig(train_file=write(*rows)), qwen).train.ledger
+    assert [(item.line, item.message) for item in ledger.findings if item.cause == "empty_answer"] == [
+        (1, "turn 1 of 3: the reply is empty; only its stop token is trained"),
+        (1, "turn 3 of 3: the reply is empty; only its stop token is trained"),
+        (2, "turn 1 of 1: the reply is empty; only its reasoning and stop token are trained"),
+        (3, "turn 1 of 1: the reply is empty; only its stop token is trained"),
+        (4, "turn 1 of 1: the reply is empty; only its stop token is trained"),
+    ]
+    assert (ledger.rows, ledger.kept) == (5, 5)
+
+
+def test_several_examples_of_one_row_are_one_row(write, encoder):
+    instances = [{"input": "x", "output": "a"}, {"input": "y" * 300, "output": "b"}, {"input": "z", "output": "c"}]
+    path = write({"instruction": "i", "instances": instances[::2]}, {"instruction": "i", "instances": instances})
+    examples = load_examples(path, DataConfig(max_seq_length=100, **FREE), encoder)
+    assert [trained_text(encoder, examples[i]) for i in range(len(examples))] == [
+        "a<|im_end|>", "c<|im_end|>", "a<|im_end|>", "c<|im_end|>",
+    ]  # fmt: skip
+    assert (examples.ledger.rows, examples.ledger.kept, examples.ledger.cut) == (2, 1, 1)
+    assert adds_up(examples.ledger, examples)
+
+
+PROSE = (
+    "The lighthouse keeper had counted the ships for thirty years, and not once in all that time had he seen one turn "
+    "back. He wrote each of them down in a ledger with a green cover, the name and the hour, and whether the sea was "
+    "calm. In winter the pages froze together. He thawed them at the stove, a few at a time, and read what he had "
+    "written as if another man had been there before him. "
+) * 3
+CHINESE = (
+    "灯塔看守人数了三十年的船，从来没有见过一艘船掉头返回。他把每一艘船的名字和时间都写在一本绿色的账本里，还写下海面是否平静。"
+    * 8
+)
+
+
+@pytest.mark.parametrize(
+    ("lines", "wrapped"),
+    [
+        (textwrap.wrap(PROSE, 60), True),
+        (textwrap.wrap(PROSE, 100), True),
+        ([CHINESE[i : i + 25] for i in range(0, len(CHINESE), 25)], True),
+        ([f"This is document {i}, and it is whole." for i in range(40)], False),
+        ([f"“第 {i} 篇文章到此结束。”" for i in range(40)], False),
+        ([PROSE * 2 + "and so on"] * 40, False),
+        (["A title", "Another"], False),
+        ([f"{sentence}." for sentence in PROSE.split(". ") if sentence.strip()], False),
+    ],
+)
+def test_lines_that_end_within_sentences_are_a_hint(tmp_path, encoder, lines, wrapped):
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(["A whole sentence.", "", *lines]) + "\n", encoding="utf-8")
+    for key, expected in (("line", wrapped), ("file", False)):
+        split = load_split(DataConfig(train_file=str(path), text_documents=key), encoder, "pretrain")
+        found = [item for item in split.train.documents.ledger.findings if item.cause == "wrapped_text"]
+        assert bool(found) is expected
+        if found:
+            assert "set text_documents to file" in found[0].message
+            assert found[0].line == 3
 
 
 def test_a_record_nested_too_deeply_is_lost_with_its_place(write, encoder):

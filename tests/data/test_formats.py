@@ -136,9 +136,19 @@ def test_a_system_prompt_is_known_under_two_names(record, key):
 @pytest.mark.parametrize(
     ("label", "trained"), [(True, True), (1, True), ("True", True), (False, False), (0, False), ("false", False)]
 )
-@pytest.mark.parametrize("record", [{"prompt": "q", "completion": "a"}, {"messages": [QUESTION, ANSWER]}], ids=str)
-def test_a_condemned_answer_is_not_trained_however_its_label_is_written(record, label, trained):
-    name, parsed = parse_record(record | {"label": label})
+@pytest.mark.parametrize("key", ["label", "kto_tag"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "q", "completion": "a"},
+        {"instruction": "q", "output": "a"},
+        {"messages": [QUESTION, ANSWER]},
+        {"conversations": [QUESTION, ANSWER]},
+    ],
+    ids=str,
+)
+def test_a_condemned_answer_is_not_trained_however_its_label_is_written(record, key, label, trained):
+    name, parsed = parse_record(record | {key: label})
     assert name.startswith("labelled")
     assert parsed.messages[-1].trained is trained
 

@@ -20,7 +20,9 @@ from firefly.errors import FireflyError
 KEYS = (
     "conversation messages conversations chat human assistant role content from value instruction input output "
     "history system tools tool_calls function name arguments reasoning_content chosen rejected prompt completion "
-    "question answer query response response_j response_k text label loss weight input_ids labels turn_1 Human MOSS"
+    "question answer query response response_j response_k text label loss weight input_ids labels turn_1 Human MOSS "
+    "instances context observation parameters chosen_messages rejected_messages rejected_response std_answer train "
+    "loss_weight type name Commands"
 ).split()
 ROLES = "system user assistant tool human gpt function_call observation developer".split()
 texts = st.text(max_size=12) | st.sampled_from(
@@ -58,6 +60,9 @@ records = (
         {"chosen": messages | texts, "rejected": messages | texts}, optional={"prompt": messages | texts}
     )
     | st.fixed_dictionaries({"instruction": texts, "output": texts}, optional={"history": values, "input": values})
+    | st.fixed_dictionaries({"input": st.lists(texts), "output": st.lists(texts)}, optional={"context": values})
+    | st.fixed_dictionaries({"instruction": texts, "instances": st.lists(values | messages)})
+    | st.fixed_dictionaries({"messages": messages, "rejected_messages": messages}, optional={"train": values})
 )
 
 

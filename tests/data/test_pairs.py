@@ -112,6 +112,51 @@ def test_an_answer_over_the_limit_is_cut_and_accounted_for(tmp_path: Path) -> No
     assert split.train.ledger.cut_tokens == whole.chosen - 20
 
 
+def test_what_was_cut_of_a_pair_names_its_side(tmp_path: Path) -> None:
+    def said(limit: int, most: int | None = None, **answers: str) -> str:
+        ledger = loaded(
+            tmp_path, row(("user", "first"), ("assistant", "x"), ("user", "q"), **answers), max_seq_length=limit,
+            max_prompt_length=most,
+        ).train.ledger  # fmt: skip
+        (finding,) = [item for item in ledger.findings if item.cause in ("cut", "too_long")]
+        return finding.message
+
+    whole = loaded(tmp_path, row(("user", "first"), ("assistant", "x"), ("user", "q"))).train[0]
+    start = whole.prompt
+    cut = "trained tokens and 0 whole replies lost; max_seq_length"
+    assert (
+        said(start + 10, chosen="long " * 9)
+        == f"chosen: cut from {start + 47} to {start + 10} tokens (36 {cut} {start + 10})"
+    )
+    assert (
+        said(start + 9, rejected="no " * 9)
+        == f"rejected: cut from {start + 29} to {start + 9} tokens (19 {cut} {start + 9})"
+    )
+    both = said(start + 4, start - 1, chosen="x" * start, rejected="y" * start)
+    assert both.startswith(
+        f"{start - len(encoder().encode_prompt([Message('user', 'q')]))} tokens cut out of the prompt"
+    )
+    assert "; chosen: cut from " in both
+    assert "; rejected: cut from " in both
+    assert said(start - 5) == f"chosen, rejected: {start + 5} tokens; no reply begins within max_seq_length {start - 5}"
+
+
+def test_an_empty_answer_names_its_side(tmp_path: Path) -> None:
+    ledger = loaded(
+        tmp_path,
+        row(("user", "q"), rejected=" "),
+        row(("user", "q"), chosen=""),
+        row(("user", "q"), ("assistant", ""), ("user", "r")),
+    ).train.ledger
+    found = [(item.line, item.message) for item in ledger.findings if item.cause == "empty_answer"]
+    assert found == [
+        (1, "the rejected answer is empty: only its stop token is trained"),
+        (2, "the chosen answer is empty: only its stop token is trained"),
+        (3, "turn 1 of 2: the reply is empty; it is not trained"),
+    ]
+    assert ledger.kept == 3
+
+
 def test_no_limit_at_all_keeps_long_prompts(tmp_path: Path) -> None:
     pair = loaded(tmp_path, row(("user", "long " * 150)), max_prompt_length=None, max_seq_length=4096).train[0]
     assert pair.prompt > 700

@@ -433,13 +433,56 @@ def test_parquet_rows_are_objects_without_their_nulls(tmp_path):
         ),
         tmp_path / "d.parquet",
     )
-    first = [{"role": "user", "content": "q", "name": None}, {"role": "assistant", "content": "答", "name": None}]
-    second = [{"role": "user", "content": "q2", "name": None}]
+    first = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "答"}]
+    second = [{"role": "user", "content": "q2"}]
     assert read(tmp_path / "d.parquet") == [
         (1, {"messages": first, "score": 0.5}),
         (2, {"messages": second, "system": ""}),
         (3, {"score": 1.0, "system": "s"}),
     ]
+
+
+def test_a_null_in_a_struct_is_no_key_at_any_depth_and_one_in_a_map_or_a_list_is_a_null(tmp_path):
+    deep = pa.struct({"a": pa.string(), "b": pa.struct({"c": pa.int64(), "d": pa.string()})})
+    schema = pa.schema(
+        {
+            "nested": pa.list_(pa.struct({"inner": pa.large_list(deep), "x": pa.string()})),
+            "fixed": pa.list_(deep, 2),
+            "map": pa.map_(pa.string(), deep),
+            "numbers": pa.map_(pa.int32(), pa.string()),
+            "texts": pa.list_(pa.string()),
+        }
+    )
+    rows = [
+        {
+            "nested": [{"inner": [{"a": "1", "b": {"c": None, "d": "2"}}, None], "x": None}, {"inner": None, "x": "y"}],
+            "fixed": [{"a": None, "b": None}, {"a": "3", "b": {"c": 4, "d": None}}],
+            "map": [("k", {"a": None, "b": {"c": 5, "d": None}}), ("null", None)],
+            "numbers": [(1, "one"), (2, None)],
+            "texts": ["t", None],
+        }
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "d.parquet")
+    assert read(tmp_path / "d.parquet") == [
+        (
+            1,
+            {
+                "nested": [{"inner": [{"a": "1", "b": {"d": "2"}}, None]}, {"x": "y"}],
+                "fixed": [{}, {"a": "3", "b": {"c": 4}}],
+                "map": {"k": {"b": {"c": 5}}, "null": None},
+                "numbers": {"1": "one", "2": None},
+                "texts": ["t", None],
+            },
+        )
+    ]
+
+
+def test_a_map_that_holds_a_key_twice_is_a_row_that_cannot_be_read(tmp_path):
+    maps = pa.array([[("k", "1")], [("k", "1"), ("k", "2")], [("j", "3")]], pa.map_(pa.string(), pa.string()))
+    pq.write_table(pa.table({"map": maps}), tmp_path / "d.parquet")
+    first, second, third = read_records(tmp_path / "d.parquet")
+    assert (first.value, third.value) == ({"map": {"k": "1"}}, {"map": {"j": "3"}})
+    assert "'k' stands in the map twice" in second.problem
 
 
 @pytest.mark.parametrize("options", [{}, {"compression": "zstd", "row_group_size": 100}, {"use_dictionary": False}])

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from firefly.data.formats import MalformedRecord, parse_record
-from firefly.data.schema import Conversation, Document, PreferencePair
+from firefly.config import DataConfig
+from firefly.data.dataset import load_split
+from firefly.data.encoding import Encoder
+from firefly.data.formats import FORMATS, MalformedRecord, parse_record, read_record
+from firefly.data.formats.fields import Fields
+from firefly.data.schema import IGNORE, Conversation, Document, PreferencePair, TokenPair
+from firefly.data.templates import bind_template
+from tiny import tiny_tokenizer
 
 
 def turns(conversation: Conversation) -> list[tuple[str, str]]:
@@ -15,6 +22,7 @@ def turns(conversation: Conversation) -> list[tuple[str, str]]:
 
 
 ASKED = [("user", "q"), ("assistant", "a")]
+QUESTION_MESSAGE = {"role": "user", "content": "q"}
 
 CHATS: list[tuple[str, str, dict[str, Any], list[tuple[str, str]]]] = [
     ("firefly-train-1.1M", "input_target", {"kind": "NLI", "input": "q", "target": "a"}, ASKED),
@@ -97,6 +105,165 @@ CHATS: list[tuple[str, str, dict[str, Any], list[tuple[str, str]]]] = [
     ),
 ]
 
+FURTHER_CHATS: list[tuple[str, str, dict[str, Any], list[tuple[str, str]]]] = [
+    (
+        "messages under the tutorial's key",
+        "firefly",
+        {"conversation": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        ASKED,
+    ),
+    (
+        "both spellings in one list",
+        "sharegpt",
+        {"conversations": [{"from": "human", "content": "q"}, {"role": "assistant", "value": "a"}]},
+        ASKED,
+    ),
+    (
+        "the keys of both spellings, one of them null",
+        "messages",
+        {
+            "messages": [
+                {"from": "human", "value": "q", "role": None, "content": None},
+                {"from": None, "value": None, "role": "assistant", "content": "a"},
+            ]
+        },
+        ASKED,
+    ),
+    ("role and text", "messages", {"messages": [{"role": "user", "text": "q"}, {"role": "bot", "text": "a"}]}, ASKED),
+    (
+        "the tutorial's turns under another key",
+        "messages",
+        {"messages": [{"human": "q", "assistant": "a"}, {"user": "q2", "assistant": "a2"}]},
+        [*ASKED, ("user", "q2"), ("assistant", "a2")],
+    ),
+    (
+        "XTuner",
+        "firefly",
+        {"conversation": [{"system": "s", "input": "q", "output": "a"}, {"input": "q2", "output": "a2"}]},
+        [("system", "s"), *ASKED, ("user", "q2"), ("assistant", "a2")],
+    ),
+    (
+        "columns of turns",
+        "sharegpt",
+        {"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}},
+        ASKED,
+    ),
+    (
+        "a list of messages as text",
+        "messages",
+        {"messages": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'},
+        ASKED,
+    ),
+    ("texts that alternate", "firefly", {"conversation": ["q", "a"]}, ASKED),
+    (
+        "history beside messages",
+        "messages",
+        {
+            "messages": [{"role": "system", "content": "s"}, QUESTION_MESSAGE, {"role": "assistant", "content": "a"}],
+            "history": [["q0", "a0"]],
+        },
+        [("system", "s"), ("user", "q0"), ("assistant", "a0"), *ASKED],
+    ),
+    (
+        "history beside the tutorial's turns, as messages",
+        "firefly",
+        {
+            "system": "s",
+            "conversation": [{"human": "q", "assistant": "a"}],
+            "history": [{"role": "user", "content": "q0"}, {"role": "assistant", "content": "a0"}],
+        },
+        [("system", "s"), ("user", "q0"), ("assistant", "a0"), *ASKED],
+    ),
+    (
+        "content parts of type and value",
+        "messages",
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "value": "q"}]},
+                {"role": "assistant", "content": [{"type": "output_text", "text": "a"}]},
+            ]
+        },
+        ASKED,
+    ),
+    (
+        "parallel lists",
+        "prompt_response",
+        {"prompts": ["q", "q2"], "responses": ["a", "a2"], "context": "c"},
+        [("user", "q\nc"), ("assistant", "a"), ("user", "q2"), ("assistant", "a2")],
+    ),
+    (
+        "an instruction before parallel lists",
+        "alpaca",
+        {"instruction": "i", "input": ["q", "q2"], "output": ["a", "a2"]},
+        [("user", "i\nq"), ("assistant", "a"), ("user", "q2"), ("assistant", "a2")],
+    ),
+    (
+        "a prompt before parallel lists",
+        "other_question",
+        {"prompt": "i", "input": ["q", "q2"], "output": ["a", "a2"]},
+        [("user", "i\nq"), ("assistant", "a"), ("user", "q2"), ("assistant", "a2")],
+    ),
+    ("an answer that is null", "other_question", {"question": "q", "answer": None, "response": "a"}, ASKED),
+    ("one answer in a list", "alpaca", {"instruction": "q", "output": ["a"]}, ASKED),
+    ("question and standard answer", "question_answer", {"question": "q", "std_answer": "a", "class": "x"}, ASKED),
+    ("question and gold answer", "question_answer", {"question": "q", "gold_answer": "a", "class": "x"}, ASKED),
+    (
+        "columns of the three roles",
+        "other_question",
+        {"system": "s", "user": "q", "assistant": "a"},
+        [("system", "s"), *ASKED],
+    ),
+    ("columns of a speaker each", "other_question", {"Human": ["q"], "Assistant": ["a"]}, ASKED),
+    (
+        "UltraChat",
+        "ultrachat",
+        {"id": 1, "data": ["q", "a", "q2", "a2"]},
+        [*ASKED, ("user", "q2"), ("assistant", "a2")],
+    ),
+    ("problem and solution", "other_question", {"problem": "q", "solution": "a"}, ASKED),
+    ("inputs and targets", "input_target", {"inputs": "q", "targets": "a"}, ASKED),
+    (
+        "instruction, input and target",
+        "other_question",
+        {"instruction": "i", "input": "q", "target": "a"},
+        [("user", "i\nq"), ASKED[1]],
+    ),
+    (
+        "instruction and question",
+        "question_answer",
+        {"instruction": "i", "question": "q", "context": ["c", "d"], "answer": "a"},
+        [("user", "i\nq\nc\nd"), ASKED[1]],
+    ),
+    (
+        "prompt and query",
+        "prompt_response",
+        {"prompt": "i", "query": "q", "response": "a"},
+        [("user", "i\nq"), ASKED[1]],
+    ),
+    (
+        "a prompt that was made of the others",
+        "prompt_completion",
+        {"prompt": "Read: c\nSay: q", "context": "c", "completion": "a"},
+        [("user", "Read: c\nSay: q"), ASKED[1]],
+    ),
+    (
+        "a text prompt and a completion of messages",
+        "prompt_completion",
+        {"prompt": "q", "completion": [{"role": "assistant", "content": "a"}]},
+        ASKED,
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("form", "record", "expected"), [item[1:] for item in FURTHER_CHATS], ids=[item[0] for item in FURTHER_CHATS]
+)
+def test_another_spelling_becomes_the_same_turns(form, record, expected):
+    found = read_record(record, "sft")
+    assert isinstance(found.parsed, Conversation)
+    assert (found.format, turns(found.parsed)) == (form, expected)
+    assert set(found.unread) <= {"class"}
+
 
 @pytest.mark.parametrize(("form", "record", "expected"), [item[1:] for item in CHATS], ids=[item[0] for item in CHATS])
 def test_a_chat_record_becomes_its_turns(form, record, expected):
@@ -144,6 +311,81 @@ PAIRS: list[tuple[str, str, dict[str, Any]]] = [
         {"question": "q", "response_j": "good", "response_k": "bad", "qid": 1},
     ),
 ]
+
+
+FURTHER_PAIRS: list[tuple[str, str, dict[str, Any]]] = [
+    ("under messages", "preference", {"chosen_messages": [QUESTION, GOOD], "rejected_messages": [QUESTION, BAD]}),
+    (
+        "under conversations",
+        "preference",
+        {"chosen_conversations": [QUESTION, GOOD], "rejected_conversations": [QUESTION, BAD]},
+    ),
+    ("ms-swift, a text", "preference", {"messages": [QUESTION, GOOD], "rejected_response": "bad"}),
+    ("ms-swift, messages", "preference", {"messages": [QUESTION, GOOD], "rejected_messages": [QUESTION, BAD]}),
+    (
+        "a prompt and response texts",
+        "preference_text",
+        {"query": "q", "chosen_response": "good", "rejected_response": "bad"},
+    ),
+    ("an input", "preference_text", {"input": "q", "chosen": "good", "rejected": "bad"}),
+    ("a prompt and single messages", "preference_text", {"prompt": "q", "chosen": GOOD, "rejected": BAD}),
+    ("messages and texts", "preference_sharegpt", {"messages": [QUESTION], "chosen": "good", "rejected": "bad"}),
+    ("a list and its worse answer", "preference", {"chosen": [QUESTION, GOOD], "rejected": "bad"}),
+    (
+        "conversations and lists",
+        "preference_sharegpt",
+        {"conversations": [QUESTION], "chosen": [GOOD], "rejected": [BAD]},
+    ),
+    ("both in one list", "preference_list", {"instruction": "q", "input": "", "output": ["good", "bad"]}),
+    ("both responses", "preference_list", {"question": "q", "responses": ["good", "bad"]}),
+    ("both behind messages", "preference_list", {"prompt": [QUESTION], "completion": ["good", "bad"]}),
+]
+
+
+@pytest.mark.parametrize(
+    ("form", "record"), [item[1:] for item in FURTHER_PAIRS], ids=[item[0] for item in FURTHER_PAIRS]
+)
+def test_another_spelling_becomes_the_same_pair(form, record):
+    found = read_record(record, "dpo")
+    assert isinstance(found.parsed, PreferencePair)
+    assert (found.format, found.unread) == (form, {})
+    assert turns(found.parsed.chosen) == [("user", "q"), ("assistant", "good")]
+    assert turns(found.parsed.rejected) == [("user", "q"), ("assistant", "bad")]
+    assert [item.trained for item in found.parsed.rejected.messages] == [False, True]
+    with pytest.raises(MalformedRecord, match="task_type dpo"):
+        parse_record(record, "sft")
+
+
+def test_a_table_may_hold_messages_as_text():
+    def cell(role: str, content: str) -> str:
+        return json.dumps([{"role": role, "content": content}])
+
+    good, bad = cell("assistant", "good"), cell("assistant", "bad")
+    for prompt in ("q", cell("user", "q")):
+        pair = parse_record({"prompt": prompt, "chosen": good, "rejected": bad}, "dpo")[1]
+        assert turns(pair.chosen) == [("user", "q"), ("assistant", "good")]
+        assert turns(pair.rejected) == [("user", "q"), ("assistant", "bad")]
+    assert turns(parse_record({"prompt": cell("user", "q"), "completion": cell("assistant", "a")})[1]) == ASKED
+    # JSON that is an answer stays one.
+    for text in ('[{"a": 1}]', "[{oops", '["role"]', good):
+        pair = parse_record({"prompt": "q", "chosen": text, "rejected": "bad"}, "dpo")[1]
+        assert turns(pair.chosen)[1] == ("assistant", text)
+        assert turns(parse_record({"prompt": "q", "completion": text})[1])[1] == ("assistant", text)
+
+
+def test_a_pair_whose_calls_before_the_answer_differ_is_no_pair_of_one_prompt():
+    def side(arguments: str, answer: str) -> list[dict[str, Any]]:
+        call = {"function": {"name": "f", "arguments": {"x": arguments}}}
+        return [
+            QUESTION,
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "r"},
+            {"role": "assistant", "content": answer},
+        ]
+
+    parse_record({"chosen": side("1", "good"), "rejected": side("1", "bad")})
+    with pytest.raises(MalformedRecord, match="same prompt"):
+        parse_record({"chosen": side("1", "good"), "rejected": side("2", "bad")})
 
 
 @pytest.mark.parametrize(("form", "record"), [item[1:] for item in PAIRS], ids=[item[0] for item in PAIRS])
@@ -258,3 +500,253 @@ def test_a_forced_format_names_the_key_it_misses():
 def test_what_is_wrong_is_named_by_its_field(record, named):
     with pytest.raises(MalformedRecord, match=named):
         parse_record(record)
+
+
+def test_instances_are_an_example_each():
+    record = {
+        "system": "s",
+        "instruction": "i",
+        "instances": [{"input": "x", "output": "a"}, {"output": "b"}, {"inputs": "z", "targets": ["c"], "loss": False}],
+    }
+    _, parsed = parse_record(record, "sft")
+    assert [turns(one) for one in parsed] == [
+        [("system", "s"), ("user", "i\nx"), ("assistant", "a")],
+        [("system", "s"), ("user", "i"), ("assistant", "b")],
+        [("system", "s"), ("user", "i\nz"), ("assistant", "c")],
+    ]
+    assert [one.messages[-1].trained for one in parsed] == [True, True, False]
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+
+
+def test_chatglm3s_first_tool_rows_hold_call_and_answer_in_one():
+    record = {
+        "tools": [{"name": "add", "description": "d", "parameters": {"a": "number"}}],
+        "conversations": [
+            QUESTION,
+            {"role": "assistant", "content": "I shall add."},
+            {"role": "tool", "name": "add", "parameters": {"a": 2}, "observation": {"sum": "二"}},
+            {"role": "tool", "name": "add", "parameters": '{"a": 2}', "observation": "5"},
+            {"role": "assistant", "content": "Five."},
+        ],
+    }
+    found = read_record(record)
+    user, thought, first, second, other, last = found.parsed.messages
+    assert (thought.content, thought.tool_calls, first.content, first.name) == (
+        "I shall add.",
+        (CALL,),
+        '{"sum": "二"}',
+        "add",
+    )
+    assert (second.role, second.content, second.tool_calls, other.content) == ("assistant", "", (CALL,), "5")
+    assert (user.content, last.content, found.unread) == ("q", "Five.", {})
+
+
+def test_parts_of_reasoning_text_and_calls_are_the_parts_of_a_reply():
+    parts = [
+        {"type": "reasoning", "value": "t"},
+        {"type": "text", "value": "a"},
+        {"type": "tool_call", "value": '{"name": "add", "arguments": {"a": 2}}'},
+    ]
+    reply = parse_record({"messages": [QUESTION, {"role": "assistant", "content": parts}]})[1].messages[1]
+    assert (reply.reasoning, reply.content, reply.tool_calls) == ("t", "a", (CALL,))
+    for order in (parts[::-1], [parts[1], parts[0]]):
+        with pytest.raises(MalformedRecord, match="out of order"):
+            parse_record({"messages": [QUESTION, {"role": "assistant", "content": order}]})
+    for kind in ("image_url", "image", "input_audio", 5, None, ["text"]):
+        with pytest.raises(MalformedRecord, match=r"messages\[0\].content\[0\] is of type"):
+            parse_record({"messages": [{"role": "user", "content": [{"type": kind, "value": "x"}]}]})
+
+
+MOSS = {
+    "Human": "<|Human|>: q<eoh>\n",
+    "Inner Thoughts": "<|Inner Thoughts|>: t<eot>\n",
+    "Commands": '<|Commands|>: Search("a, (b)"), Calculate("1+\\"1\\"")<eoc>\n',
+    "Tool Responses": '<|Results|>:\nSearch("a, (b)") =>\n<|1|>: x\nCalculate("1+\\"1\\"") => 2\n<eor>\n',
+    "MOSS": "<|MOSS|>: a<eom>\n",
+}
+
+
+def test_moss_calls_several_plug_ins_and_each_answer_is_a_message():
+    record = {"meta_instruction": "API: Search(words). API: Calculate(expression)", "chat": {"turn_1": MOSS}}
+    found = read_record(record)
+    call, first, second, reply = found.parsed.messages[2:]
+    assert [item["function"] for item in call.tool_calls] == [
+        {"name": "Search", "arguments": {"words": "a, (b)"}},
+        {"name": "Calculate", "arguments": {"expression": '1+"1"'}},
+    ]
+    assert (call.content, call.reasoning, reply.content, reply.reasoning) == ("", "t", "a", None)
+    assert [(item.name, item.content) for item in (first, second)] == [
+        ("Search", 'Search("a, (b)") =>\n<|1|>: x'),
+        ("Calculate", 'Calculate("1+\\"1\\"") => 2'),
+    ]
+    assert found.unread == {}
+    thought = {**MOSS, "Commands": "<|Commands|>: None<eoc>\n", "Tool Responses": "<|Results|>: None<eor>\n"}
+    assert parse_record({"chat": {"turn_1": thought}})[1].messages[-1].reasoning == "t"
+
+
+@pytest.mark.parametrize("commands", ["please search", 'Search("x")', 'Search("x"), Search("y")', 'Search("x"'])
+def test_a_moss_call_that_cannot_be_told_from_its_results_is_malformed_by_name(commands):
+    turn = {**MOSS, "Commands": f"<|Commands|>: {commands}<eoc>", "Tool Responses": "<|Results|>: None<eor>"}
+    with pytest.raises(MalformedRecord, match=r"chat.turn_1.Commands is not a MOSS plug-in"):
+        parse_record({"chat": {"turn_1": turn}})
+
+
+@pytest.mark.parametrize(
+    ("flag", "trained"),
+    [
+        ({"loss": False}, False),
+        ({"train": False}, False),
+        ({"training": False}, False),
+        ({"weight": 0}, False),
+        ({"loss_weight": 0.0}, False),
+        ({"loss_scale": 0}, False),
+        ({"train": None, "weight": None}, True),
+        ({"train": True, "loss_weight": 1.0}, True),
+    ],
+)
+def test_a_reply_is_left_out_however_the_record_says_so(flag, trained):
+    reply = {"role": "assistant", "content": "a", **flag}
+    turn = {"human": "q", "assistant": "a", **flag}
+    for record in ({"messages": [QUESTION, reply]}, {"conversation": [turn]}):
+        found = read_record(record)
+        assert found.parsed.messages[1].trained is trained
+    for record in ({"messages": [QUESTION, GOOD], **flag}, {"instruction": "q", "output": "a", **flag}):
+        assert read_record(record).parsed.messages[1].trained is trained
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ({"loss_weight": 0.5}, "loss_weight must be 0 or 1, not 0.5"),
+        ({"weight": 2}, "weight must be 0 or 1, not 2"),
+        ({"weight": "heavy"}, "weight must be 0 or 1, not text"),
+        ({"loss_scale": float("nan")}, "loss_scale must be 0 or 1, not nan"),
+        ({"train": "no"}, "train must be true or false, not text"),
+        ({"train": True, "weight": 0}, r"messages\[1\].train, messages\[1\].weight disagree"),
+        ({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}, "train_detail leaves out a part"),
+    ],
+)
+def test_a_weight_that_is_not_applied_is_refused_by_name(flag, said):
+    with pytest.raises(MalformedRecord, match=said):
+        parse_record({"messages": [QUESTION, {"role": "assistant", "content": "a", **flag}]})
+
+
+def test_beside_a_record_a_measured_loss_is_no_flag_and_a_weight_is_one():
+    for record in ({"messages": [QUESTION, GOOD]}, {"instruction": "q", "output": "a"}):
+        assert parse_record({**record, "loss": 1.25, "train": "part one"})[1].messages[1].trained
+        assert not parse_record({**record, "train": "False"})[1].messages[1].trained  # a table's cell
+        assert not parse_record({**record, "weight": "0"})[1].messages[1].trained
+        with pytest.raises(MalformedRecord, match=r"weight must be 0 or 1, not 0\.5"):
+            parse_record({**record, "weight": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("record", "task", "said"),
+    [
+        ({"instruction": "q", "output": 3}, "sft", r"output must be text, .*\(read as alpaca, because it has 'inst"),
+        ({"messages": {}}, None, r"read as messages, because it has 'messages'"),
+        ({"prompt": "q", "chosen": "a", "rejected": 3}, "dpo", r"'prompt', 'chosen', 'rejected'"),
+        ({"instruction": "q", "output": ["a", ""]}, "dpo", r"output\[1\] is empty .read as preference_list"),
+        ({"instruction": "q", "output": ["a", None]}, "dpo", r"output\[1\] must be text, not null"),
+        ({"instruction": "q", "output": ["a", "b", "c"]}, "dpo", r"output must be \[chosen, rejected\], not 3"),
+        ({"input": ["q"], "output": ["a", "b"]}, "sft", "input has 1 turn.* and output 2"),
+        ({"input": ["q", 5], "output": ["a", "b"]}, "sft", r"input\[1\] must be text, not number"),
+        ({"instruction": "i", "instances": [{"input": "x"}]}, "sft", r"instances\[0\].output is missing"),
+        ({"instruction": "i", "instances": []}, "sft", "instances is empty"),
+        ({"prompt": "q", "chosen": ["a", "b"], "rejected": ["c"]}, "dpo", "chosen must be text, not list"),
+        ({"chosen_messages": [QUESTION], "rejected_messages": [QUESTION, BAD]}, "dpo", "chosen_messages|same prompt"),
+        ({"conversations": {"from": ["human"], "value": ["q", "a"]}}, "sft", "conversations must be list, not object"),
+        ({"messages": "no json"}, "sft", "messages must be list, not text"),
+        ({"messages": "[1"}, "sft", "messages is not valid JSON"),
+    ],
+)  # fmt: skip
+def test_a_malformed_row_says_which_format_was_taken_for_it_and_why(record, task, said):
+    with pytest.raises(MalformedRecord, match=said):
+        parse_record(record, task)
+
+
+def test_a_forced_format_is_said_to_be_forced():
+    with pytest.raises(MalformedRecord, match=r"output is missing \(read as alpaca, as data_format says\)"):
+        parse_record({"instruction": "q"}, data_format="alpaca")
+
+
+EVERY = [item[2] for item in (*CHATS, *FURTHER_CHATS, *PAIRS, *FURTHER_PAIRS)]
+
+
+@pytest.mark.parametrize("record", EVERY, ids=str)
+def test_a_record_of_one_format_is_of_no_other(record):
+    name = parse_record(record)[0]
+    there = Fields({key: value for key, value in record.items() if value is not None})
+    assert [known for known, entry in FORMATS.items() if entry.format.recognises(there)] == [name]
+
+
+def trained_texts(example: Any) -> list[str]:
+    """What a model learns to say, reply by reply."""
+    texts = []
+    for side in example.sides if isinstance(example, TokenPair) else [example]:
+        text = tiny_tokenizer().decode(side.input_ids[side.labels != IGNORE].tolist(), skip_special_tokens=False)
+        texts += text.split("<|im_end|>")[:-1]
+    return texts
+
+
+@pytest.mark.parametrize("task", ["sft", "dpo"])
+def test_a_file_of_all_shapes_trains_every_reply_behind_its_questions(tmp_path, task):
+    chats = [(record, expected) for _, _, record, expected in (*CHATS, *FURTHER_CHATS)]
+    pairs = [(record, [("user", "q")]) for _, _, record in (*PAIRS, *FURTHER_PAIRS)]
+    rows = chats if task == "sft" else pairs
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record, _ in rows), encoding="utf-8")
+    encoder = Encoder(tiny_tokenizer(), bind_template("qwen2.5", tiny_tokenizer()))
+    examples = load_split(DataConfig(train_file=str(path)), encoder, task).train
+    assert examples.ledger.rows == examples.ledger.kept == len(examples) == len(rows)
+    for number, (record, expected) in enumerate(rows):
+        replies = [content for role, content in expected if role == "assistant"]
+        assert trained_texts(examples[number]) == (replies if task == "sft" else ["good", "bad"]), record
+        text = tiny_tokenizer().decode(examples[number].input_ids.tolist(), skip_special_tokens=False)
+        for role, content in expected:
+            assert f"<|im_start|>{role}\n{content}<|im_end|>" in text, record
+
+
+ODD = [
+    0,
+    -1,
+    10**400,
+    float("nan"),
+    True,
+    None,
+    "",
+    "x",
+    "\ud800",
+    [],
+    [[]],
+    [None],
+    {},
+    {"x": []},
+    [{"role": 1}],
+    ["q"],
+]
+
+
+@pytest.mark.parametrize("record", EVERY, ids=str)
+def test_an_odd_value_anywhere_is_read_or_malformed(record):
+    def variants(value: Any, rebuild: Any) -> Any:
+        for odd in ODD:
+            yield rebuild(odd)
+        parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, part in parts:
+
+            def inside(odd: Any, key: Any = key) -> Any:
+                changed = dict(value) if isinstance(value, dict) else list(value)
+                changed[key] = odd
+                return rebuild(changed)
+
+            yield from variants(part, inside)
+
+    for task in ("sft", "dpo", None):
+        for changed in variants(record, lambda odd: odd):
+            try:
+                read_record(changed, task)
+            except MalformedRecord as error:
+                str(error).encode()

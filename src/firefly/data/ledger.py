@@ -14,7 +14,7 @@ from firefly.messages import render
 # Causes that lose a row. Malformed rows are the data's fault and stop a run; the others are limited by a share.
 MALFORMED, REFUSED, NO_TARGET, TOO_LONG = "malformed", "refused", "no_target", "too_long"
 # Causes of findings that lose nothing by themselves.
-CUT, DUPLICATE, BLANK, EMPTY_ANSWER, REPEATED_ANSWER, IN_EVAL, SAME_ANSWERS = (
+CUT, DUPLICATE, BLANK, EMPTY_ANSWER, REPEATED_ANSWER, IN_EVAL, SAME_ANSWERS, UNREAD_KEY, UNHEEDED_KEY, WRAPPED_TEXT = (
     "cut",
     "duplicate",
     "blank_line",
@@ -22,9 +22,14 @@ CUT, DUPLICATE, BLANK, EMPTY_ANSWER, REPEATED_ANSWER, IN_EVAL, SAME_ANSWERS = (
     "repeated_answer",
     "in_eval_file",
     "same_answers",
+    "unread_key",
+    "unheeded_key",
+    "wrapped_text",
 )
 MOST_FINDINGS = 10_000
 """Findings of one cause that are kept with their place; further ones are counted."""
+MOST_KEYS = 8
+"""Keys without a reader that the summary names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,8 @@ class Ledger:
     counts: Counter[str] = field(default_factory=Counter)
     """Findings by cause, those beyond MOST_FINDINGS included."""
     findings: list[Finding] = field(default_factory=list)
+    unread_keys: Counter[str] = field(default_factory=Counter)
+    """Rows that hold text under a key that their format does not read, the key with most text first."""
 
     def lose(self, source: Source, cause: str, message: str) -> None:
         """Account for a row that will not be trained."""
@@ -88,12 +95,13 @@ class Ledger:
             "cut_turns": self.cut_turns,
             "counts": dict(self.counts),
             "findings": [finding.as_dict() for finding in self.findings],
+            "unread_keys": dict(self.unread_keys),
         }
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Ledger:
         values = {name: value for name, value in stored.items() if name != "format"}
-        values |= {name: Counter(values[name]) for name in ("lost", "formats", "counts")}
+        values |= {name: Counter(values[name]) for name in ("lost", "formats", "counts", "unread_keys")}
         values["findings"] = [Finding(**finding) for finding in values["findings"]]
         return cls(**values)
 
@@ -109,6 +117,7 @@ class Ledger:
             total.lost += ledger.lost
             total.formats += ledger.formats
             total.counts += ledger.counts
+            total.unread_keys += ledger.unread_keys
             total.findings += ledger.findings
         return total
 
@@ -159,8 +168,19 @@ class Ledger:
             tokens=f"{self.tokens:,}",
             share=share,
         )
-        others = [cause for cause in self.counts if cause not in (*self.lost, CUT)]
-        return line + self.list(*self.lost, CUT) + self.list(*others, most=5)
+        others = [cause for cause in self.counts if cause not in (*self.lost, CUT, UNREAD_KEY)]
+        return line + self.list(*self.lost, CUT) + self._list_unread_keys() + self.list(*others, most=5)
+
+    def _list_unread_keys(self) -> str:
+        """One line for all of them: most are labels and identifiers, which no one needs to train on."""
+        if not self.unread_keys:
+            return ""
+        keys = [render("data.unread_key", key=key, rows=rows) for key, rows in self.unread_keys.items()]
+        shown = [
+            *keys[:MOST_KEYS],
+            *([render("data.more_rows", count=left)] if (left := len(keys) - MOST_KEYS) > 0 else []),
+        ]
+        return "\n  " + render("data.unread_keys", keys=", ".join(shown))
 
     def list(self, *causes: str, most: int = 10) -> str:
         """Findings of some causes, a line each, lost rows before cut ones."""

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from firefly.config import DataConfig
 from firefly.console import notice
 from firefly.data.encoding import Encoder
 from firefly.data.examples import INDEX, ROWS, SCHEMA, index_entry, record_batch
-from firefly.data.formats import MalformedRecord, Parsed, TaskName, parse_record
+from firefly.data.formats import MalformedRecord, Parsed, TaskName, read_record
 from firefly.data.ledger import (
     BLANK,
     CUT,
@@ -37,14 +37,19 @@ from firefly.data.ledger import (
     REFUSED,
     SAME_ANSWERS,
     TOO_LONG,
+    UNHEEDED_KEY,
+    UNREAD_KEY,
+    WRAPPED_TEXT,
     Ledger,
 )
 from firefly.data.pairs import PairEncoder
+from firefly.data.readers.text import WrappedLines
 from firefly.data.schema import (
     IGNORE,
     Conversation,
     Document,
     Example,
+    Message,
     PreferencePair,
     RawRecord,
     Rendered,
@@ -58,6 +63,7 @@ from firefly.messages import render
 
 CHUNK, CHUNK_CHARACTERS = 1000, 1 << 24
 """Rows, and characters of text, that are tokenised in one call and written as one Arrow batch."""
+SIDES = ("chosen", "rejected")
 
 
 def prepare(
@@ -67,7 +73,8 @@ def prepare(
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        preparation = Preparation(config, encoder, task, Ledger(file))
+        lines = task == "pretrain" and config.text_documents == "line" and file.lower().endswith(".txt")
+        preparation = Preparation(config, encoder, task, Ledger(file), WrappedLines() if lines else None)
         index, rows, count = [], [], 0
         with pa.OSFile(str(scratch / "examples.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
             for chunk in preparation.run(with_progress(records, file)):
@@ -178,6 +185,15 @@ class _Row:
         return sum(len(text.text) for text in self.texts) + len(self.document or "")
 
 
+@dataclass
+class _KeyCount:
+    """A key that nothing comes of: its first row, how many have it, and how much text stands under it."""
+
+    source: Source
+    rows: int = 0
+    characters: int = 0
+
+
 @dataclass(frozen=True)
 class Preparation:
     """The rows of one file on their way; every one of them is accounted for in `ledger`."""
@@ -186,6 +202,9 @@ class Preparation:
     encoder: Encoder
     task: TaskName
     ledger: Ledger
+    lines: WrappedLines | None = None
+    unread: dict[str, _KeyCount] = field(default_factory=dict)
+    unheeded: dict[str, _KeyCount] = field(default_factory=dict)
 
     def run(self, records: Iterator[RawRecord]) -> Iterator[list[KeptRow]]:
         """Yield the kept rows, chunk by chunk, in file order."""
@@ -199,6 +218,20 @@ class Preparation:
                 pending = rows, future
             if pending:
                 yield self._finish(*pending)
+        self._note_file()
+
+    def _note_file(self) -> None:
+        """Findings that take the whole file to know."""
+        for key, found in sorted(self.unread.items(), key=lambda item: -item[1].characters):
+            shown = key if key.isprintable() else repr(key)[1:-1]  # a key may hold anything
+            counts = {"rows": found.rows, "characters": f"{found.characters:,}"}
+            self.ledger.unread_keys[shown] += found.rows
+            self.ledger.note(found.source, UNREAD_KEY, render("finding.unread_key", key=shown, **counts))
+        for key, found in self.unheeded.items():
+            self.ledger.note(found.source, UNHEEDED_KEY, render("finding.unheeded_key", key=key, rows=found.rows))
+        if self.lines is not None and self.lines.first is not None and self.lines.are_wrapped:
+            message = render("finding.wrapped_text", count=self.lines.unended, lines=self.lines.lines)
+            self.ledger.note(self.lines.first, WRAPPED_TEXT, message)
 
     def _chunks(self, records: Iterator[RawRecord]) -> Iterator[list[_Row]]:
         """Rows that are still on their way, as many at a time as fit the limits of a chunk."""
@@ -230,11 +263,13 @@ class Preparation:
         try:
             if record.problem is not None:
                 raise _Problem(record.problem)
-            parsed = self._parse(record.value)
+            parsed = self._parse(record)
             if isinstance(parsed, Document) and not parsed.text.strip():  # what a blank line is in a text file
                 self.ledger.rows -= 1
                 self.ledger.note(record.source, BLANK, render("finding.blank_document"))
                 return None
+            if self.lines is not None and isinstance(parsed, Document):
+                self.lines.see(record.source, parsed.text)
             return self._render(record.source, parsed)
         except RecursionError:
             self.ledger.lose(record.source, MALFORMED, render("row.too_deep"))
@@ -244,18 +279,33 @@ class Preparation:
             self.ledger.lose(record.source, REFUSED, str(error))
         return None
 
-    def _parse(self, value: Any) -> Parsed:
-        name, parsed = parse_record(value, self.task, self.config.data_format)
-        self.ledger.formats[name] += 1
-        return parsed
+    def _parse(self, record: RawRecord) -> Parsed:
+        read = read_record(record.value, self.task, self.config.data_format)
+        self.ledger.formats[read.format] += 1
+        for key, characters in read.unread.items():
+            found = self.unread.setdefault(key, _KeyCount(record.source))
+            found.rows += 1
+            found.characters += characters
+        for key in sorted(read.unheeded):
+            self.unheeded.setdefault(key, _KeyCount(record.source)).rows += 1
+        return read.parsed
 
     def _render(self, source: Source, parsed: Parsed) -> _Row:
         if isinstance(parsed, Conversation):
-            chosen = select_targets(parsed, self.config.train_on)
-            return _Row(source, self.encoder.render(chosen), answer=self._answer(source, chosen))
+            parsed = (parsed,)
+        if isinstance(parsed, tuple):
+            chosen = [select_targets(conversation, self.config.train_on) for conversation in parsed]
+            for conversation in chosen:
+                self._note_empty_replies(source, conversation)
+            texts = [text for conversation in chosen for text in self.encoder.render(conversation)]
+            return _Row(source, texts, answer=_answer(chosen[-1]))
         if isinstance(parsed, PreferencePair):
-            answer = self._answer(source, parsed.chosen)
-            return _Row(source, self.pairs.render(parsed), pair=parsed, answer=answer)
+            self._note_empty_replies(source, replace(parsed.chosen, messages=parsed.chosen.messages[:-1]))
+            for side in ("chosen", "rejected"):
+                last = getattr(parsed, side).messages[-1]
+                if _is_empty(last):
+                    self.ledger.note(source, EMPTY_ANSWER, render("finding.empty_side", side=side))
+            return _Row(source, self.pairs.render(parsed), pair=parsed, answer=_answer(parsed.chosen))
         if isinstance(parsed, Document):
             return _Row(source, [], document=self.encoder.protect_document(parsed.text))
         vocabulary = len(self.encoder.tokenizer)
@@ -268,16 +318,16 @@ class Preparation:
         """How preference pairs become tokens."""
         return PairEncoder(self.encoder)
 
-    def _answer(self, source: Source, conversation: Conversation) -> int:
-        """Hash of the last reply; an empty one is noted."""
-        last = next((item for item in reversed(conversation.messages) if item.role == "assistant"), None)
-        if last is None or last.tool_calls:
-            return 0
-        content = last.content.strip()
-        if not content:
-            self.ledger.note(source, EMPTY_ANSWER, render("finding.empty_answer"))
-            return 0
-        return _hash([content.encode()])
+    def _note_empty_replies(self, source: Source, conversation: Conversation) -> None:
+        """Say which replies are empty, and what of them is trained."""
+        turns, turn = sum(item.role == "user" for item in conversation.messages), 0
+        for item in conversation.messages:
+            turn += item.role == "user"
+            if _is_empty(item):
+                code = "finding.empty_reply_untrained"
+                if item.trained:
+                    code = "finding.empty_reply_thought" if item.reasoning else "finding.empty_reply"
+                self.ledger.note(source, EMPTY_ANSWER, render(code, turn=max(turn, 1), turns=max(turns, 1)))
 
     def _finish(self, rows: list[_Row], encoded: Future[_Encoded]) -> list[KeptRow]:
         done = encoded.result()
@@ -333,47 +383,69 @@ class Preparation:
             pair = cut
         fitted = [fit(side, limit, policy) for side in pair.sides]
         if any(side is None or not side.num_targets for side in fitted):
-            self._lose(row.source, pair.sides)
+            left = [name for name, side in zip(SIDES, fitted, strict=True) if side is None or not side.num_targets]
+            self._lose(row.source, [side for name, side in zip(SIDES, pair.sides, strict=True) if name in left], left)
             return []
         kept = [side for side in fitted if side is not None]
         if np.array_equal(kept[0].input_ids, kept[1].input_ids):
             self.ledger.note(row.source, SAME_ANSWERS, render("finding.same_answers"))
-        self._account(row.source, whole.sides, kept, examples=1, prompt=whole.prompt - pair.prompt)
+        cuts = [_cut_of(pair.sides[n], kept[n], limit, name) for n, name in enumerate(SIDES)]
+        if whole.prompt > pair.prompt:
+            cuts.insert(0, render("row.prompt_cut", tokens=whole.prompt - pair.prompt, limit=most))
+        self._account(row.source, whole.sides, kept, examples=1, cuts=[cut for cut in cuts if cut])
         return [TokenPair.of(*kept)]
 
-    def _lose(self, source: Source, examples: Sequence[Tokens]) -> None:
-        """Write down why nothing of a row is trained."""
+    def _lose(self, source: Source, examples: Sequence[Tokens], sides: Sequence[str] = ()) -> None:
+        """Write down why nothing of a row is trained; of a pair, on which sides."""
         if any(tokens.num_targets for tokens in examples):
             longest = max(len(tokens.input_ids) for tokens in examples)
             code = "row.too_long" if self.config.on_too_long in ("cut_turns", "cut") else "row.over_limit"
-            message = render(code, tokens=longest, limit=self.config.max_seq_length)
-            self.ledger.lose(source, TOO_LONG, message)
+            cause, message = TOO_LONG, render(code, tokens=longest, limit=self.config.max_seq_length)
         else:
-            self.ledger.lose(source, NO_TARGET, render("row.no_target"))
+            cause, message = NO_TARGET, render("row.no_target")
+        self.ledger.lose(
+            source, cause, render("row.side", side=", ".join(sides), message=message) if sides else message
+        )
 
     def _account(
-        self, source: Source, given: Sequence[Tokens], kept: Sequence[Tokens], examples: int, prompt: int = 0
+        self,
+        source: Source,
+        given: Sequence[Tokens],
+        kept: Sequence[Tokens],
+        examples: int,
+        cuts: Sequence[str] | None = None,
     ) -> None:
-        """Count a kept or cut row and its examples; `prompt` tokens were cut out of a pair's prompt."""
-        ledger, limit = self.ledger, self.config.max_seq_length
+        """Count a kept or cut row and its examples; `cuts` says what was cut of a pair."""
+        ledger = self.ledger
         total, left = (sum(len(tokens.input_ids) for tokens in some) for some in (given, kept))
         trained = sum(tokens.num_targets for tokens in kept)
         if left < total:
-            targets = sum(tokens.num_targets for tokens in given) - trained
-            turns = sum(map(count_turns, given)) - sum(map(count_turns, kept))
             ledger.cut += 1
             ledger.cut_tokens += total - left
-            ledger.cut_turns += turns
-            message = render("row.cut", tokens=total, kept=left, targets=targets, turns=turns, limit=limit)
-            if prompt:
-                most = self.config.max_prompt_length
-                message = render("row.prompt_cut", tokens=prompt, limit=most) + ("; " + message if targets else "")
+            ledger.cut_turns += sum(map(count_turns, given)) - sum(map(count_turns, kept))
+            message = _cut(given, kept, self.config.max_seq_length) if cuts is None else "; ".join(cuts)
             ledger.note(source, CUT, message)
         else:
             ledger.kept += 1
         ledger.examples += examples
         ledger.tokens += left
         ledger.target_tokens += trained
+
+
+def _cut(given: Sequence[Tokens], kept: Sequence[Tokens], limit: int) -> str:
+    """What was cut of a row's examples."""
+    tokens, left = (sum(len(item.input_ids) for item in some) for some in (given, kept))
+    targets, targets_left = (sum(item.num_targets for item in some) for some in (given, kept))
+    turns, turns_left = (sum(map(count_turns, some)) for some in (given, kept))
+    lost = {"targets": targets - targets_left, "turns": turns - turns_left}
+    return render("row.cut", tokens=tokens, kept=left, limit=limit, **lost)
+
+
+def _cut_of(given: Tokens, kept: Tokens, limit: int, side: str) -> str:
+    """What was cut of one side of a pair; empty if nothing was."""
+    if len(kept.input_ids) == len(given.input_ids):
+        return ""
+    return render("row.side", side=side, message=_cut([given], [kept], limit))
 
 
 @dataclass(frozen=True)
@@ -409,6 +481,17 @@ def _hash(parts: Sequence[bytes]) -> int:
     for part in parts:
         digest.update(part)
     return int.from_bytes(digest.digest(), "little")
+
+
+def _is_empty(message: Message) -> bool:
+    """Whether a reply neither says nor calls anything."""
+    return message.role == "assistant" and not message.tool_calls and not message.content.strip()
+
+
+def _answer(conversation: Conversation) -> int:
+    """Hash of the last reply; 0 where it is empty or a call."""
+    last = next((item for item in reversed(conversation.messages) if item.role == "assistant"), None)
+    return 0 if last is None or last.tool_calls or _is_empty(last) else _hash([last.content.strip().encode()])
 
 
 def select_targets(conversation: Conversation, train_on: str) -> Conversation:

@@ -743,6 +743,8 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "{file} is being prepared by process {pid} on {host}; waiting for it.",
         "{file} 正由主机 {host} 上的进程 {pid} 预处理，等待其完成。",
     ),
+    "data.unread_keys": ("not read: text under {keys}", "未读取的文本所在的键：{keys}"),
+    "data.unread_key": ("{key} ({rows} row(s))", "{key}（{rows} 行）"),
     "data.more_rows": ("… and {count} more", "……另有 {count} 行"),
     "data.summary": (
         "data: {file}: {rows} rows, {kept} kept, {cut} cut, lost: {lost}; {tokens} tokens, {share} trained",
@@ -945,8 +947,16 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "没有已知格式只包含这些键：{keys}；缺少其中之一：{missing}",
     ),
     "row.two_formats": (
-        "the record fits several formats: {formats}; say which with data_format",
-        "记录同时符合多种格式：{formats}；请用 data_format 指定",
+        "the record fits several formats: {formats} (by {keys}); say which with data_format",
+        "记录同时符合多种格式：{formats}（依据 {keys}）；请用 data_format 指定",
+    ),
+    "row.taken_as": (
+        "{problem} (read as {format}, because it has {keys})",
+        "{problem}（按 {format} 格式读取，因为记录含有 {keys}）",
+    ),
+    "row.forced_as": (
+        "{problem} (read as {format}, as data_format says)",
+        "{problem}（按 data_format 指定的 {format} 格式读取）",
     ),
     "row.missing_field": ("{field} is missing", "缺少 {field}"),
     "row.empty_field": ("{field} is empty", "{field} 为空"),
@@ -983,6 +993,7 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "{limit})",
         "由 {tokens} 截断为 {kept} 个 token（损失 {targets} 个训练 token、{turns} 条完整回复；max_seq_length {limit}）",
     ),
+    "row.side": ("{side}: {message}", "{side}：{message}"),
     "row.prompt_cut": (
         "{tokens} tokens cut out of the prompt, oldest first (max_prompt_length {limit})",
         "从最早的内容起截去提示中的 {tokens} 个 token（max_prompt_length {limit}）",
@@ -1000,13 +1011,33 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "{field} is a system prompt beside the one under system",
         "{field} 是系统提示，而 system 字段中已有一个",
     ),
+    "row.partial_weight": (
+        "{field} must be 0 or 1, not {got}: a reply is trained or left out, other weights are not applied",
+        "{field} 应为 0 或 1，而不是 {got}：回复要么训练要么不训练，不支持其他权重",
+    ),
+    "row.partial_loss": (
+        "{field} leaves out a part of the message; this version trains a reply or leaves it out",
+        "{field} 指定只训练消息的一部分；此版本只能训练整条回复或整条不训练",
+    ),
+    "row.losses_disagree": (
+        "{fields} disagree on whether it is trained",
+        "{fields} 对是否训练的说法互相矛盾",
+    ),
+    "row.turns_differ": (
+        "{question} has {questions} turn(s) and {answer} {answers}; they must be as many",
+        "{question} 有 {questions} 轮，{answer} 有 {answers} 轮；两者必须相等",
+    ),
+    "row.part_order": (
+        "{field} stands out of order: a reply is its reasoning, then its text, then its calls",
+        "{field} 的位置不对：一条回复应依次为推理内容、文本、工具调用",
+    ),
     "row.not_text_part": (
-        "{field} is of type {type}; this version trains on text",
-        "{field} 的类型为 {type}；此版本只训练文本",
+        "{field} is of type {type!r}; this version trains on text",
+        "{field} 的类型为 {type!r}；此版本只训练文本",
     ),
     "row.plugin": (
-        "{field} calls a MOSS plug-in, which this version does not read",
-        "{field} 调用了 MOSS 插件，此版本无法读取",
+        '{field} is not a MOSS plug-in\'s call with its results, such as Search("x") and Search("x") => …',
+        '{field} 不是 MOSS 插件调用及其结果（例如 Search("x") 与 Search("x") => …）',
     ),
     "row.prompts_differ": (
         "chosen and rejected do not continue the same prompt",
@@ -1023,7 +1054,37 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     # findings that lose nothing
     "finding.blank_line": ("a blank line", "空行"),
     "finding.blank_document": ("a document without text", "没有内容的文档"),
-    "finding.empty_answer": ("the answer is empty: only the stop token is trained", "回答为空：只训练停止符"),
+    "finding.empty_reply": (
+        "turn {turn} of {turns}: the reply is empty; only its stop token is trained",
+        "第 {turn} 轮（共 {turns} 轮）：回复为空；只训练停止符",
+    ),
+    "finding.empty_reply_thought": (
+        "turn {turn} of {turns}: the reply is empty; only its reasoning and stop token are trained",
+        "第 {turn} 轮（共 {turns} 轮）：回复为空；只训练推理内容和停止符",
+    ),
+    "finding.empty_reply_untrained": (
+        "turn {turn} of {turns}: the reply is empty; it is not trained",
+        "第 {turn} 轮（共 {turns} 轮）：回复为空；不参与训练",
+    ),
+    "finding.empty_side": (
+        "the {side} answer is empty: only its stop token is trained",
+        "{side} 回答为空：只训练停止符",
+    ),
+    "finding.unread_key": (
+        "text under the key {key} is not read: {characters} characters in {rows} row(s), this one the first",
+        "键 {key} 下的文本没有被读取：共 {rows} 行、{characters} 个字符，此行为首行",
+    ),
+    "finding.unheeded_key": (
+        "{key} asks for a loss on messages that are no replies, in {rows} row(s), this one the first: "
+        "they stay context",
+        "{key} 要求对非回复的消息计算损失，共 {rows} 行，此行为首行：这些消息仍只作上下文",
+    ),
+    "finding.wrapped_text": (
+        "{count} of {lines} lines are short and end within a sentence, and each line is a document of its own: where "
+        "they are parts of longer documents, write each document on one line, or set text_documents to file",
+        "{lines} 行中有 {count} 行很短且不在句末结束，而每行都被当作一篇文档：若它们属于较长的文档，"
+        "请将每篇文档写在一行内，或将 text_documents 设为 file",
+    ),
     "finding.same_answers": (
         "chosen and rejected are the same: nothing to prefer",
         "chosen 与 rejected 相同：没有偏好可学",

@@ -6,43 +6,87 @@ is reported, never guessed; `data_format` settles it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from firefly.data.formats.chat import FireflyFormat, MessagesFormat, MossFormat, QuestionFormat
-from firefly.data.formats.fields import MalformedRecord, Record, kind_of, read_text, verdict
+from firefly.data.formats.chat import (
+    QUESTION_FORMATS,
+    AlternatingFormat,
+    InstancesFormat,
+    LabelledAnswerFormat,
+    LabelledMessagesFormat,
+    MessagesFormat,
+    OtherQuestionFormat,
+)
+from firefly.data.formats.fields import Fields, MalformedRecord, Record, kind_of, read_text, verdict
+from firefly.data.formats.messages import ROLE_KEYS, ROLES
+from firefly.data.formats.moss import MossFormat
 from firefly.data.formats.preference import (
-    LabelledFormat,
+    ConversationPairFormat,
+    ListPairFormat,
     MessagePairFormat,
-    ShareGptPairFormat,
+    ResponsePairFormat,
     TextPairFormat,
     TranscriptPairFormat,
 )
+from firefly.data.formats.texts import is_texts
 from firefly.data.schema import IGNORE, Conversation, Document, PreferencePair, TokenPair, Tokens
 
-__all__ = ["FORMATS", "Format", "FormatEntry", "MalformedRecord", "Parsed", "TaskName", "detect_format", "parse_record"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "FormatEntry",
+    "MalformedRecord",
+    "Parsed",
+    "ReadRecord",
+    "TaskName",
+    "detect_format",
+    "parse_record",
+    "read_record",
+]
 
-Parsed = Conversation | PreferencePair | Document | Tokens | TokenPair
+Parsed = Conversation | PreferencePair | Document | Tokens | TokenPair | tuple[Conversation, ...]
+"""What a record becomes; several conversations where it holds several examples."""
 TaskName = Literal["sft", "dpo", "pretrain"]
 
 
 class Format(Protocol):
-    def recognises(self, record: Record) -> bool: ...
+    def recognises(self, record: Fields) -> tuple[str, ...]:
+        """The keys that make the record one of this format; empty if it is none."""
+        ...
 
-    def parse(self, record: Record) -> Parsed: ...
+    def parse(self, record: Fields) -> Parsed: ...
+
+
+@dataclass(frozen=True)
+class ReadRecord:
+    """What was read of a record.
+
+    Attributes:
+        format: a name of FORMATS.
+        unread: the characters of text under each key that the format does not read (`note`, `messages[].note`), less
+            what stands in the conversation anyway.
+        unheeded: keys that ask for a loss on messages that are no replies, which are never trained.
+    """
+
+    format: str
+    parsed: Parsed
+    unread: Mapping[str, int]
+    unheeded: Set[str]
 
 
 @dataclass(frozen=True)
 class TextFormat:
     """`text`: a document."""
 
-    def recognises(self, record: Record) -> bool:
-        return "text" in record
+    def recognises(self, record: Fields) -> tuple[str, ...]:
+        return ("text",) if "text" in record else ()
 
-    def parse(self, record: Record) -> Document:
+    def parse(self, record: Fields) -> Document:
         return Document(read_text(record, "text"))
 
 
@@ -50,10 +94,10 @@ class TextFormat:
 class TokensFormat:
     """Already tokenised: `input_ids`, and `labels` with -100 where there is no loss. Taken as it is, never rendered."""
 
-    def recognises(self, record: Record) -> bool:
-        return "input_ids" in record and "labels" in record
+    def recognises(self, record: Fields) -> tuple[str, ...]:
+        return ("input_ids", "labels") if "input_ids" in record and "labels" in record else ()
 
-    def parse(self, record: Record) -> Tokens:
+    def parse(self, record: Fields) -> Tokens:
         ids, labels = _integers(record, "input_ids"), _integers(record, "labels")
         if len(ids) != len(labels):
             raise MalformedRecord("row.lengths_differ", ids=len(ids), labels=len(labels))
@@ -67,17 +111,18 @@ class TokensFormat:
 class TokenPairFormat:
     """An already tokenised pair: `prompt_ids`, `chosen_ids`, `rejected_ids`, answers with their stop tokens."""
 
-    def recognises(self, record: Record) -> bool:
-        return all(name in record for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    def recognises(self, record: Fields) -> tuple[str, ...]:
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        return names if all(name in record for name in names) else ()
 
-    def parse(self, record: Record) -> TokenPair:
+    def parse(self, record: Fields) -> TokenPair:
         prompt, *answers = (_ids(record, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
         ids = np.concatenate([prompt, *answers])
         labels = np.where(np.arange(len(ids)) < len(prompt), np.int32(IGNORE), ids)
         return TokenPair(ids, labels, len(prompt), len(answers[0]))
 
 
-def _ids(record: Record, name: str) -> np.ndarray:
+def _ids(record: Fields, name: str) -> np.ndarray:
     ids = _integers(record, name)
     if not len(ids):
         raise MalformedRecord("row.empty_field", field=name)
@@ -86,7 +131,7 @@ def _ids(record: Record, name: str) -> np.ndarray:
     return ids
 
 
-def _integers(record: Record, name: str) -> np.ndarray:
+def _integers(record: Fields, name: str) -> np.ndarray:
     value = record[name]
     if not isinstance(value, list) or not all(type(item) is int and abs(item) < 2**31 for item in value):
         raise MalformedRecord("row.wrong_type", field=name, expected="list of integers", got=kind_of(value))
@@ -102,30 +147,23 @@ class FormatEntry:
 
 
 FORMATS: dict[str, FormatEntry] = {
-    "firefly": FormatEntry(FireflyFormat(), "sft"),
+    "firefly": FormatEntry(MessagesFormat("conversation"), "sft"),
     "messages": FormatEntry(MessagesFormat("messages"), "sft"),
     "sharegpt": FormatEntry(MessagesFormat("conversations"), "sft"),
+    "ultrachat": FormatEntry(AlternatingFormat(), "sft"),
     "moss": FormatEntry(MossFormat(), "sft"),
-    "alpaca": FormatEntry(QuestionFormat("instruction", "output", extra=("input",)), "sft"),
-    "instruction_response": FormatEntry(
-        QuestionFormat("instruction", "response", extra=("context", "input"), without=("output",)), "sft"
-    ),
-    "input_target": FormatEntry(QuestionFormat("input", "target"), "sft"),
-    "input_output": FormatEntry(QuestionFormat("input", "output", without=("instruction",)), "sft"),
-    "prompt_completion": FormatEntry(QuestionFormat("prompt", "completion"), "sft"),
-    "prompt_response": FormatEntry(QuestionFormat("prompt", "response", without=("completion",)), "sft"),
-    "question_answer": FormatEntry(QuestionFormat("question", "answer"), "sft"),
-    "query_response": FormatEntry(QuestionFormat("query", "response"), "sft"),
-    "labelled_messages": FormatEntry(LabelledFormat("messages"), "sft"),
-    "labelled_answer": FormatEntry(LabelledFormat("prompt", "completion"), "sft"),
+    **{name: FormatEntry(known, "sft") for name, known in QUESTION_FORMATS.items()},
+    "other_question": FormatEntry(OtherQuestionFormat(), "sft"),
+    "instances": FormatEntry(InstancesFormat(), "sft"),
+    "labelled_messages": FormatEntry(LabelledMessagesFormat(), "sft"),
+    "labelled_answer": FormatEntry(LabelledAnswerFormat(), "sft"),
     "tokens": FormatEntry(TokensFormat(), "sft"),
     "preference": FormatEntry(MessagePairFormat(), "dpo"),
-    "preference_text": FormatEntry(TextPairFormat(("prompt", "question", "instruction", "query")), "dpo"),
-    "preference_sharegpt": FormatEntry(ShareGptPairFormat(), "dpo"),
+    "preference_text": FormatEntry(TextPairFormat(), "dpo"),
+    "preference_sharegpt": FormatEntry(ConversationPairFormat(), "dpo"),
+    "preference_list": FormatEntry(ListPairFormat(), "dpo"),
     "preference_transcript": FormatEntry(TranscriptPairFormat(), "dpo"),
-    "preference_responses": FormatEntry(
-        TextPairFormat(("question", "prompt"), chosen="response_j", rejected="response_k"), "dpo"
-    ),
+    "preference_responses": FormatEntry(ResponsePairFormat(), "dpo"),
     "preference_tokens": FormatEntry(TokenPairFormat(), "dpo"),
     "text": FormatEntry(TextFormat(), "pretrain"),
 }
@@ -140,10 +178,13 @@ def detect_format(value: Any, task: TaskName | None = None) -> str:
     Raises:
         MalformedRecord: not an object, no known format, or two at once.
     """
-    if not isinstance(value, Mapping):
-        raise MalformedRecord("row.not_an_object", got=kind_of(value))
+    return _detected_format(_structured(value), task)[0]
+
+
+def _detected_format(value: Record, task: TaskName | None) -> tuple[str, tuple[str, ...]]:
+    """The format, and the keys that make it."""
     # What a format recognises is the keys and the kinds of their values, so records of one shape are asked about once.
-    shape = (task, verdict(value), *((key, type(item)) for key, item in value.items()))
+    shape = (task, verdict(value), *((key, _kind(item)) for key, item in value.items()))
     found = _detected.get(shape)
     if found is None:
         found = _detect(value, task)
@@ -153,25 +194,37 @@ def detect_format(value: Any, task: TaskName | None = None) -> str:
 
 
 MOST_SHAPES = 4096
-_detected: dict[tuple[Any, ...], str] = {}
+_detected: dict[tuple[Any, ...], tuple[str, tuple[str, ...]]] = {}
 
 
-def _detect(value: Record, task: TaskName | None) -> str:
+def _kind(item: Any) -> Any:
+    """What formats look at of a value: its type, and of a list the first item's, or how many texts it holds."""
+    if not isinstance(item, list):
+        return type(item)
+    return (list, len(item)) if is_texts(item) else (list, type(item[0]) if item else None)
+
+
+def _detect(value: Record, task: TaskName | None) -> tuple[str, tuple[str, ...]]:
     # Null says as little as no key, where that leaves a known format.
     there = {key: item for key, item in value.items() if item is not None}
-    fitting = [name for name, entry in FORMATS.items() if entry.format.recognises(there)]
-    fitting = fitting or [name for name, entry in FORMATS.items() if entry.format.recognises(value)]
+    fitting = _fitting(there) or _fitting(value)
     if task is not None:
-        fitting = [name for name in fitting if FORMATS[name].task == task] or fitting
+        fitting = {name: keys for name, keys in fitting.items() if FORMATS[name].task == task} or fitting
     if not fitting:
         # repr: a key may hold anything, also what no terminal or file takes.
         keys = ", ".join(map(repr, sorted(value)[:8])) or "–"
-        if missing := _one_key_short(value):
+        if missing := _one_key_short(there):
             raise MalformedRecord("row.one_key_short", keys=keys, missing=missing)
         raise MalformedRecord("row.unknown_format", keys=keys, known=", ".join(FORMATS))
     if len(fitting) > 1:
-        raise MalformedRecord("row.two_formats", formats=", ".join(fitting))
-    return fitting[0]
+        by = "; ".join(" + ".join(map(repr, keys)) for keys in fitting.values())
+        raise MalformedRecord("row.two_formats", formats=", ".join(fitting), keys=by)
+    return next(iter(fitting.items()))
+
+
+def _fitting(value: Record) -> dict[str, tuple[str, ...]]:
+    found = {name: entry.format.recognises(Fields(value)) for name, entry in FORMATS.items()}
+    return {name: keys for name, keys in found.items() if keys}
 
 
 OFTEN_FORGOTTEN = ("rejected", "chosen", "output", "instruction", "response", "answer", "target", "input", "labels")
@@ -185,29 +238,97 @@ def _one_key_short(value: Record) -> str:
             continue
         # Of the kind that its counterpart has, as answers are texts in some formats and messages in others.
         kinds = ("", []) if not isinstance(value.get("chosen", value.get("rejected")), list) else ([], "")
-        fitting = [n for n, entry in FORMATS.items() if any(entry.format.recognises({**value, key: k}) for k in kinds)]
+        fitting = [name for kind in kinds for name in _fitting({**value, key: kind})]
         if fitting:
             found.append(f"{key!r} ({fitting[0]})")
     return ", ".join(found[:3])
 
 
-def parse_record(value: Any, task: TaskName | None = None, data_format: str = "auto") -> tuple[str, Parsed]:
-    """Return the format's name and the parsed record.
+AS_JSON_TEXT = (("chosen", "rejected"), ("prompt", "completion"), ("chosen_messages", "rejected_messages"))
+
+
+def _structured(value: Any) -> Record:
+    """The record, with message lists that a table's cells hold as JSON text.
+
+    Lists that are never text (`messages`, `tools`, …) are read so where they stand. These keys hold text, too, so both
+    of two answers must be lists of messages: one alone may be an answer in JSON.
+    """
+    if not isinstance(value, Mapping):
+        raise MalformedRecord("row.not_an_object", got=kind_of(value))
+    changed: dict[str, Any] = {}
+    for names in AS_JSON_TEXT:
+        if all(name in value for name in names):
+            lists = {name: _messages_in(value[name]) for name in names}
+            changed |= lists if all(lists.values()) else {}
+    if "prompt" in value and (messages := _messages_in(value["prompt"])):
+        changed["prompt"] = messages
+    return {**value, **changed} if changed else value
+
+
+def _messages_in(text: Any) -> list[Any] | None:
+    """The messages that a text holds as JSON; None for any other text."""
+    if not isinstance(text, str) or text.lstrip()[:1] != "[" or not any(f'"{key}"' in text for key in ROLE_KEYS):
+        return None
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    are_messages = all(isinstance(item, Mapping) and any(key in item for key in ROLE_KEYS) for item in items)
+    return items if items and are_messages else None
+
+
+def read_record(value: Any, task: TaskName | None = None, data_format: str = "auto") -> ReadRecord:
+    """Read one record.
 
     Args:
         task: the task the record must be for; None: any.
         data_format: a name of FORMATS settles what the record is.
 
     Raises:
-        MalformedRecord: see `detect_format`; a field that is missing or wrong; a record for another task.
+        MalformedRecord: see `detect_format`; a field that is missing or wrong (and which format was taken for it, and
+            why); a record for another task.
     """
-    name = detect_format(value, task) if data_format == "auto" else data_format
-    if not isinstance(value, Mapping):
-        raise MalformedRecord("row.not_an_object", got=kind_of(value))
+    value = _structured(value)
+    name, keys = _detected_format(value, task) if data_format == "auto" else (data_format, ())
     entry = FORMATS[name]
     if task is not None and entry.task != task:
         raise MalformedRecord("row.other_task", format=name, task=entry.task, wanted=task)
+    # A null that decides is a fault to be named; any other says as little as no key.
+    fields = Fields({key: item for key, item in value.items() if item is not None or key in keys})
     try:
-        return name, entry.format.parse(value)
+        parsed = entry.format.parse(fields)
     except KeyError as error:  # a format that was forced on a record without its keys
-        raise MalformedRecord("row.missing_field", field=error.args[0]) from None
+        problem = str(MalformedRecord("row.missing_field", field=error.args[0]))
+    except MalformedRecord as error:
+        problem = str(error)
+    else:
+        return ReadRecord(name, parsed, _left_out(fields.unread(), parsed), fields.unheeded())
+    if keys:
+        raise MalformedRecord("row.taken_as", problem=problem, format=name, keys=", ".join(map(repr, keys)))
+    raise MalformedRecord("row.forced_as", problem=problem, format=name)
+
+
+def _left_out(unread: Mapping[str, Sequence[str]], parsed: Parsed) -> dict[str, int]:
+    """Characters by key, of texts that stand nowhere in what was parsed: a `prompt` beside messages is often their
+    first, and UltraFeedback's `messages` are its better answer once more."""
+    if not unread:
+        return {}
+    if isinstance(parsed, PreferencePair):
+        conversations: Sequence[Conversation] = (parsed.chosen, parsed.rejected)
+    else:
+        conversations = parsed if isinstance(parsed, tuple) else (parsed,) if isinstance(parsed, Conversation) else ()
+    said = {text for one in conversations for item in one.messages for text in (item.content, item.reasoning)}
+    left_out = {}
+    for key, texts in unread.items():
+        left = [text for text in texts if text not in said]
+        if len(left) < len(texts) and ROLES.keys() >= set(left):  # the roles of messages that are there
+            continue
+        if left:
+            left_out[key] = sum(map(len, left))
+    return left_out
+
+
+def parse_record(value: Any, task: TaskName | None = None, data_format: str = "auto") -> tuple[str, Parsed]:
+    """The format's name and the parsed record, as `read_record` has them."""
+    read = read_record(value, task, data_format)
+    return read.format, read.parsed

@@ -1,187 +1,103 @@
-"""Records of conversations: message lists under several names, and single questions with their answers."""
+"""Records of conversations: lists of messages under several names, and questions with their answers."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from firefly.data.formats.fields import (
+    LABELS,
+    Fields,
     MalformedRecord,
-    Record,
-    check_object,
     check_text,
     is_trained,
-    optional_text,
-    parse_json,
-    read_history,
+    kind_of,
     read_list,
-    read_text,
-    read_tool_call,
     read_tools,
-    system_beside,
-    system_messages,
     verdict,
-    with_system,
 )
-from firefly.data.schema import Conversation, Message, Role
+from firefly.data.formats.messages import MESSAGE_KEYS, as_record_says, behind_beginning, read_messages, untrained
+from firefly.data.formats.texts import (
+    ABOUT,
+    ANSWERS,
+    ASKED,
+    FIRST,
+    PROMPTS,
+    QUESTIONS,
+    SPELLINGS,
+    answer_text,
+    is_texts,
+    question_text,
+)
+from firefly.data.schema import Conversation, Message
 
-PREFERENCE = ("chosen", "rejected")
-REASONING = ("reasoning_content", "reasoning", "thinking")
-
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "ipython": "tool",
-    "observation": "tool",
-    "tool_response": "tool",
-}
-"""How message lists call the four roles. `function_call` and `tool_call` are replies that call a function."""
-
-CALLS = ("function_call", "tool_call")
-
-
-def is_labelled(record: Record) -> bool:
-    """Whether the record passes judgement on its answer (KTO): it must not be trained as if it were a good one."""
-    return verdict(record) is not None
+SIDES = (
+    ("chosen", "rejected"),
+    ("chosen_messages", "rejected_messages"),
+    ("chosen_conversations", "rejected_conversations"),
+    ("chosen_conversation", "rejected_conversation"),
+    ("chosen_response", "rejected_response"),
+    ("chosen_answer", "rejected_answer"),
+    ("chosen_output", "rejected_output"),
+)
+"""How records call the better and the worse answer of a pair."""
 
 
-def is_judged(record: Record) -> bool:
-    """Whether answers are compared or labelled: such a record is no plain conversation, whatever else it holds."""
-    return any(name in record for name in PREFERENCE) or is_labelled(record)
+def is_paired(record: Fields) -> bool:
+    """Whether answers are compared: such a record is no plain conversation, whatever else it holds."""
+    return any(name in record for sides in SIDES for name in sides)
 
 
-def read_messages(items: list[Any], place: str) -> list[Message]:
-    """Message objects of OpenAI's shape (`role`, `content`) or ShareGPT's (`from`, `value`)."""
-    return [read_message(check_object(item, f"{place}[{n}]"), f"{place}[{n}]") for n, item in enumerate(items)]
-
-
-def read_message(item: Record, place: str) -> Message:
-    role_key, content_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
-    spelled = read_text(item, role_key, f"{place}.{role_key}")
-    if spelled in CALLS:
-        calls = parse_json(read_text(item, content_key, f"{place}.{content_key}"), f"{place}.{content_key}")
-        return Message("assistant", "", is_trained(item, place), tool_calls=_calls(calls, f"{place}.{content_key}"))
-    role = ROLES.get(spelled.lower())
-    if role is None:
-        known = ", ".join([*ROLES, *CALLS])
-        raise MalformedRecord("row.unknown_role", field=f"{place}.{role_key}", role=spelled, known=known)
-    trained = is_trained(item, place)
-    called = next((key for key in ("tool_calls", "function_call") if item.get(key)), None)
-    if called and role == "assistant":
-        # A reply that only calls functions has null content, or none.
-        content = _content(item.get(content_key) or "", f"{place}.{content_key}")
-        tool_calls = _calls(item[called], f"{place}.{called}")
-    else:
-        if content_key not in item:
-            raise MalformedRecord("row.missing_field", field=f"{place}.{content_key}")
-        content, tool_calls = _content(item[content_key], f"{place}.{content_key}"), ()
-    reasoning = next((item[key] for key in REASONING if item.get(key)), None) if role == "assistant" else None
-    return Message(
-        role,
-        content,
-        trained if role == "assistant" else True,
-        reasoning=None if reasoning is None else check_text(reasoning, f"{place}.reasoning_content"),
-        tool_calls=tool_calls,
-        name=optional_text(item, "name") if role == "tool" else None,
-        tool_call_id=optional_text(item, "tool_call_id") if role == "tool" else None,
-    )
-
-
-def _calls(value: Any, place: str) -> tuple[Record, ...]:
-    if isinstance(value, list):
-        return tuple(read_tool_call(call, f"{place}[{number}]") for number, call in enumerate(value))
-    return (read_tool_call(value, place),)
-
-
-def _content(value: Any, place: str) -> str:
-    """Text, or OpenAI's list of parts, of which this version reads text."""
-    if not isinstance(value, list):
-        return check_text(value, place)
-    texts = []
-    for number, item in enumerate(value):
-        part = check_object(item, f"{place}[{number}]")
-        if part.get("type", "text") != "text":
-            raise MalformedRecord("row.not_text_part", field=f"{place}[{number}]", type=str(part["type"]))
-        texts.append(read_text(part, "text", f"{place}[{number}].text"))
-    return "".join(texts)
+def is_judged(record: Fields) -> bool:
+    """Whether answers are compared or labelled (KTO): a labelled one may be no good answer to train."""
+    return is_paired(record) or verdict(record) is not None
 
 
 @dataclass(frozen=True)
 class MessagesFormat:
-    """A list of messages under `key`; `tools` and a separate `system` beside it."""
+    """A list of messages or turns under `key`; `tools`, a separate `system` and earlier turns beside it."""
 
     key: str
 
-    def recognises(self, record: Record) -> bool:
-        return self.key in record and not is_judged(record)
+    def recognises(self, record: Fields) -> tuple[str, ...]:
+        return (self.key,) if self.key in record and not is_judged(record) else ()
 
-    def parse(self, record: Record) -> Conversation:
-        messages = read_messages(read_list(record, self.key), self.key)
-        return Conversation(tuple(with_system(record, messages, self.key)), read_tools(record))
-
-
-@dataclass(frozen=True)
-class FireflyFormat:
-    """The tutorial's: `conversation: [{human, assistant}, …]`, `system` and `tools` beside it; no other key is read."""
-
-    def recognises(self, record: Record) -> bool:
-        return "conversation" in record
-
-    def parse(self, record: Record) -> Conversation:
-        turns = read_list(record, "conversation")
-        messages = system_beside(record)
-        for number, item in enumerate(turns):
-            place = f"conversation[{number}]"
-            turn = check_object(item, place)
-            messages.append(Message("user", read_text(turn, "human", f"{place}.human")))
-            answer = read_text(turn, "assistant", f"{place}.assistant")
-            messages.append(Message("assistant", answer, is_trained(turn, place)))
-        return Conversation(tuple(messages), read_tools(record))
+    def parse(self, record: Fields) -> Conversation:
+        messages = behind_beginning(record, read_messages(record, self.key), self.key)
+        return Conversation(as_record_says(record, messages), read_tools(record))
 
 
 @dataclass(frozen=True)
-class MossFormat:
-    """MOSS-003's own files: `chat: {turn_1: {Human, MOSS, Commands, …}, …}`, with markers around every text."""
+class AlternatingFormat:
+    """`data: [question, answer, question, …]` (UltraChat)."""
 
-    def recognises(self, record: Record) -> bool:
-        return "chat" in record and isinstance(record["chat"], dict)
+    def recognises(self, record: Fields) -> tuple[str, ...]:
+        texts = record.peek("data")
+        if not is_texts(texts) or len(texts) < 2 or is_judged(record):
+            return ()
+        other = record.first_of((*MESSAGE_KEYS, "chat", "text")) or question_and_answer(record)
+        return () if other else ("data",)
 
-    def parse(self, record: Record) -> Conversation:
-        chat = check_object(record["chat"], "chat")
-        if not chat:
-            raise MalformedRecord("row.empty_field", field="chat")
-        messages = system_messages(record.get("meta_instruction"), "meta_instruction")
-        for name in sorted(chat, key=self._number):
-            place = f"chat.{name}"
-            turn = check_object(chat[name], place)
-            if self._unmark(str(turn.get("Commands") or "None")) != "None":
-                raise MalformedRecord("row.plugin", field=f"{place}.Commands")
-            messages.append(Message("user", self._unmark(read_text(turn, "Human", f"{place}.Human"))))
-            messages.append(Message("assistant", self._unmark(read_text(turn, "MOSS", f"{place}.MOSS"))))
-        return Conversation(tuple(messages))
+    def parse(self, record: Fields) -> Conversation:
+        return MessagesFormat("data").parse(record)
 
-    @staticmethod
-    def _number(name: str) -> int:
-        match = re.fullmatch(r"turn_(\d{1,9})", name)
-        if match is None:
-            raise MalformedRecord("row.wrong_type", field="chat", expected="turn_1, turn_2, …", got=repr(name))
-        return int(match[1])
 
-    @staticmethod
-    def _unmark(text: str) -> str:
-        """`<|Human|>: text<eoh>\\n` is text."""
-        text = re.sub(r"^\s*<\|[\w ]+\|>:[ ]?", "", text)
-        return re.sub(r"\s*<eo[hmtcr]>\s*$", "", text)
+# ---- questions with their answers
+
+
+def answers_in_list(record: Fields, question: str, answer: str) -> bool:
+    """Whether a list holds several answers to one question: a pair."""
+    answers = record.peek(answer)
+    return is_texts(answers) and len(answers) > 1 and _listed_question(record, question, answers) is None
+
+
+def _listed_question(record: Fields, question: str, answers: Sequence[Any]) -> str | None:
+    """The key whose list of questions goes with a list of answers, turn by turn."""
+    if is_texts(record.peek(question)):
+        return question
+    listed = (key for key in QUESTIONS if is_texts(record.peek(key)) and len(record.peek(key)) == len(answers))
+    return next(listed, None)
 
 
 @dataclass(frozen=True)
@@ -189,39 +105,184 @@ class QuestionFormat:
     """A question and its answer under two keys.
 
     Attributes:
-        extra: further text of the question, on a line of its own (Alpaca's `input`); the first that is present.
-        without: keys that make the record another format's.
+        question, answer: names of SPELLINGS.
+        without: names whose keys make the record another format's.
     """
 
     question: str
     answer: str
-    extra: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
 
-    def recognises(self, record: Record) -> bool:
-        if any(name in record for name in self.without) or is_judged(record):
-            return False
-        return self.question in record and self.answer in record
+    def recognises(self, record: Fields) -> tuple[str, ...]:
+        keys = self.keys(record)
+        return () if keys is None or is_judged(record) or answers_in_list(record, *keys) else keys
 
-    def parse(self, record: Record) -> Conversation:
-        if isinstance(record[self.question], list) or isinstance(record[self.answer], list):
-            return Conversation(tuple(self._message_lists(record)), read_tools(record))
-        messages = [*system_beside(record), *read_history(record)]
-        messages.append(Message("user", question_text(record, self.question, self.extra)))
-        messages.append(Message("assistant", read_text(record, self.answer), is_trained(record, self.answer)))
-        return Conversation(tuple(messages), read_tools(record))
+    def keys(self, record: Fields) -> tuple[str, str] | None:
+        """The record's own keys for the two."""
+        question, answer = (record.first_of(SPELLINGS[name]) for name in (self.question, self.answer))
+        if question is None or answer is None or any(record.first_of(SPELLINGS[name]) for name in self.without):
+            return None
+        return question, answer
 
-    def _message_lists(self, record: Record) -> list[Message]:
-        """Prompt and completion as message lists, as TRL has them: the completion is trained."""
-        prompt, answer = read_list(record, self.question), read_list(record, self.answer)
-        asked = with_system(record, [*read_history(record), *read_messages(prompt, self.question)], self.question)
-        return [*(replace(message, trained=False) for message in asked), *read_messages(answer, self.answer)]
+    def parse(self, record: Fields) -> Conversation:
+        question, answer = (record.first_of(SPELLINGS[name]) or name for name in (self.question, self.answer))
+        return read_question(record, question, answer)
 
 
-def question_text(record: Record, question: str, extra: tuple[str, ...]) -> str:
-    """The question and, on the next line, what it is about."""
-    asked = read_text(record, question)
-    for name in extra:
-        if further := optional_text(record, name):
-            return f"{asked}\n{further}" if asked else further
-    return asked
+QUESTION_FORMATS = {
+    "alpaca": QuestionFormat("instruction", "output"),
+    "instruction_response": QuestionFormat("instruction", "response", without=("output",)),
+    "input_target": QuestionFormat("input", "target", without=("instruction", "prompt", "question", "query")),
+    "input_output": QuestionFormat("input", "output", without=("instruction", "prompt", "question", "query")),
+    "prompt_completion": QuestionFormat("prompt", "completion"),
+    "prompt_response": QuestionFormat("prompt", "response", without=("completion", "instruction")),
+    "question_answer": QuestionFormat("question", "answer"),
+    "query_response": QuestionFormat("query", "response", without=("instruction", "prompt")),
+}
+"""Keys that go together."""
+
+
+def question_and_answer(record: Fields) -> tuple[str, str] | None:
+    """The record's keys for a question and its answer: two that go together, else any two."""
+    for entry in QUESTION_FORMATS.values():
+        if keys := entry.keys(record):
+            return keys
+    question, answer = record.first_of(QUESTIONS), record.first_of(ANSWERS)
+    return None if question is None or answer is None else (question, answer)
+
+
+@dataclass(frozen=True)
+class OtherQuestionFormat:
+    """Another combination of a key for a question and one for an answer: `question` and `output`, …"""
+
+    def recognises(self, record: Fields) -> tuple[str, ...]:
+        keys = question_and_answer(record)
+        if keys is None or is_judged(record) or answers_in_list(record, *keys):
+            return ()
+        return () if any(entry.keys(record) for entry in QUESTION_FORMATS.values()) else keys
+
+    def parse(self, record: Fields) -> Conversation:
+        return read_question(record, *(question_and_answer(record) or _missing_question(record)))
+
+
+def _missing_question(record: Fields) -> tuple[str, str]:
+    return record.first_of(QUESTIONS) or "question", record.first_of(ANSWERS) or "answer"
+
+
+def read_question(record: Fields, question: str, answer: str) -> Conversation:
+    """The conversation of a question and its answer, behind what stands beside them; lists under both are turns."""
+    for name in (question, answer):
+        if name not in record:
+            raise MalformedRecord("row.missing_field", field=name)
+    asked, answered = record.peek(question), record.peek(answer)
+    listed = _listed_question(record, question, answered) if is_texts(answered) else None
+    if listed is not None:
+        messages = behind_beginning(record, _turns_in_parallel(record, question, listed, answer), listed)
+    else:
+        if isinstance(answered, list) and not is_texts(answered):
+            reply = read_messages(record, answer)
+        else:
+            reply = [Message("assistant", answer_text(record, answer))]
+        if isinstance(asked, list) and not is_texts(asked):
+            # Prompt and completion as message lists, as TRL has them: the completion is trained.
+            before = untrained(behind_beginning(record, read_messages(record, question), question))
+        else:
+            before = behind_beginning(record, [Message("user", question_text(record, question))], question)
+        messages = [*before, *reply]
+    return Conversation(as_record_says(record, messages), read_tools(record))
+
+
+def _turns_in_parallel(record: Fields, lead: str, question: str, answer: str) -> list[Message]:
+    """Lists of questions and of answers, turn by turn; a text beside them (`lead` may be one) belongs to the first
+    turn."""
+    asked, answered = read_list(record, question), read_list(record, answer)
+    if len(asked) != len(answered):
+        raise MalformedRecord(
+            "row.turns_differ", question=question, questions=len(asked), answer=answer, answers=len(answered)
+        )
+    beside = [name for name in dict.fromkeys((lead, *FIRST, *ASKED, *ABOUT)) if name != question]
+    messages: list[Message] = []
+    for number, reply in enumerate(answered):
+        turn = {question: check_text(asked[number], f"{question}[{number}]")}
+        for name in beside:
+            value = record.peek(name)
+            if is_texts(value) and len(value) == len(asked):
+                turn[name] = check_text(record[name][number], f"{name}[{number}]")
+            elif number == 0 and isinstance(value, str):
+                turn[name] = record[name]
+        text = question_text(Fields(turn), lead if lead in turn else question)
+        messages += Message("user", text), Message("assistant", check_text(reply, f"{answer}[{number}]"))
+    return messages
+
+
+@dataclass(frozen=True)
+class InstancesFormat:
+    """One instruction and its `instances: [{input, output}, …]` (Self-Instruct): an example each."""
+
+    def recognises(self, record: Fields) -> tuple[str, ...]:
+        question = record.first_of((*FIRST, *ASKED, *PROMPTS))
+        return (question, "instances") if question and "instances" in record and not is_judged(record) else ()
+
+    def parse(self, record: Fields) -> tuple[Conversation, ...]:
+        question = record.first_of((*FIRST, *ASKED, *PROMPTS)) or "instruction"
+        asked, tools = question_text(record, question), read_tools(record)
+        conversations = []
+        for number, item in enumerate(read_list(record, "instances")):
+            instance = record.inner(item, f"instances[{number}]")
+            key = instance.first_of((*SPELLINGS["input"], *ASKED, *PROMPTS, *SPELLINGS["context"], *FIRST))
+            about = question_text(instance, key) if key and instance.peek(key) is not None else ""
+            answer = answer_text(instance, instance.first_of(ANSWERS) or "output")
+            messages = [
+                Message("user", "\n".join(text for text in (asked, about) if text)),
+                Message("assistant", answer, is_trained(instance)),
+            ]
+            messages = behind_beginning(record, messages, "instances")
+            conversations.append(Conversation(as_record_says(record, messages), tools))
+        return tuple(conversations)
+
+
+# ---- answers with a verdict
+
+
+@dataclass(frozen=True)
+class LabelledMessagesFormat:
+    """Messages with a verdict on their answer (`label`: true or false), as KTO takes them. A condemned one carries no
+    loss in SFT."""
+
+    def recognises(self, record: Fields) -> tuple[str, ...]:
+        keys = [key for key in MESSAGE_KEYS if key in record]
+        return (*keys, *_labels(record)) if len(keys) == 1 and not is_paired(record) and _labels(record) else ()
+
+    def parse(self, record: Fields) -> Conversation:
+        return _judged(record, MessagesFormat(record.first_of(MESSAGE_KEYS) or "messages").parse(record))
+
+
+@dataclass(frozen=True)
+class LabelledAnswerFormat:
+    """A question and an answer with a verdict."""
+
+    def recognises(self, record: Fields) -> tuple[str, ...]:
+        keys = question_and_answer(record)
+        if keys is None or is_paired(record) or answers_in_list(record, *keys) or record.first_of(MESSAGE_KEYS):
+            return ()
+        return (*keys, *_labels(record)) if _labels(record) else ()
+
+    def parse(self, record: Fields) -> Conversation:
+        return _judged(record, read_question(record, *(question_and_answer(record) or _missing_question(record))))
+
+
+def _labels(record: Fields) -> tuple[str, ...]:
+    """The keys under which a verdict stands."""
+    return tuple(name for name in LABELS if verdict({name: record.peek(name)}) is not None)
+
+
+def _judged(record: Fields, conversation: Conversation) -> Conversation:
+    wanted = verdict(record)
+    if wanted is None:
+        name = record.first_of(LABELS)
+        if name is None:
+            raise MalformedRecord("row.missing_field", field=LABELS[0])
+        raise MalformedRecord("row.wrong_type", field=name, expected="true or false", got=kind_of(record.peek(name)))
+    for name in _labels(record):
+        record.get(name)
+    return conversation if wanted else Conversation(tuple(untrained(conversation.messages)), conversation.tools)

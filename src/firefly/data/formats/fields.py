@@ -1,9 +1,11 @@
-"""Reading one field of a record: its type is checked, and what is wrong is said with the field's place."""
+"""Reading the fields of a record: each one's type is checked, what is wrong is said with the field's place, and what
+nobody asked for is known afterwards."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from firefly.data.schema import Message
@@ -19,12 +21,130 @@ class MalformedRecord(Exception):
         super().__init__(render(code, **values))
 
 
-def read_text(record: Record, name: str, place: str = "") -> str:
+class Fields(Mapping[str, Any]):
+    """An object of a record. What is taken from it with `[]` or `get` counts as read; `in` and `peek` only look.
+
+    Attributes:
+        place: where in the record the object stands, such as `messages[3]`; empty for the record itself.
+    """
+
+    __slots__ = ("_inner", "_read", "_unheeded", "_values", "place")
+
+    def __init__(self, values: Record, place: str = "") -> None:
+        self._values, self.place = values, place
+        self._read: set[str] = set()
+        self._inner: list[Fields] = []
+        self._unheeded: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._values[name]
+        self._read.add(name)
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        if name not in self._values:
+            return default
+        self._read.add(name)
+        return self._values[name]
+
+    def peek(self, name: str) -> Any:
+        """The value, or None, without having read it."""
+        return self._values.get(name)
+
+    def present(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if name in self._values]
+
+    def has_any(self, names: frozenset[str]) -> bool:
+        return not names.isdisjoint(self._values)
+
+    def first_of(self, names: Sequence[str]) -> str | None:
+        """The first of the names that has a value here; where all are null the first that is here."""
+        null = None
+        for name in names:
+            if name in self._values:
+                if self._values[name] is not None:
+                    return name
+                null = null or name
+        return null
+
+    def at(self, name: str) -> str:
+        """The place of a field."""
+        return f"{self.place}.{name}" if self.place else name
+
+    def inner(self, value: Any, place: str) -> Fields:
+        """An object inside this one, at `place` of the record.
+
+        Raises:
+            MalformedRecord: it is none.
+        """
+        if not isinstance(value, Mapping):
+            raise MalformedRecord("row.wrong_type", field=place, expected="object", got=kind_of(value))
+        found = Fields(value, place)
+        self._inner.append(found)
+        return found
+
+    def leave_unheeded(self, names: Sequence[str]) -> None:
+        """Remember keys that were understood and say what is not done."""
+        self._unheeded = (*self._unheeded, *names)
+
+    def unheeded(self) -> set[str]:
+        """The places of those keys."""
+        found = {self._shape(name) for name in self._unheeded}
+        return found.union(*(inner.unheeded() for inner in self._inner))
+
+    def _shape(self, name: str) -> str:
+        """The place of a field, the same for all items of a list."""
+        return NUMBER.sub(lambda match: "[]" if match[0][0] == "[" else "", self.at(name))
+
+    def unread(self) -> dict[str, list[str]]:
+        """The texts that nobody read, by the name of the outermost key that holds them: `note`, `messages[].note`."""
+        found: dict[str, list[str]] = {}
+        if len(self._read) < len(self._values):
+            for name in self._values:
+                if name not in self._read and (texts := texts_in(self._values[name])):
+                    found.setdefault(self._shape(name), []).extend(texts)
+        for inner in self._inner:
+            for place, texts in inner.unread().items():
+                found.setdefault(place, []).extend(texts)
+        return found
+
+
+NUMBER = re.compile(r"\[\d+\]|(?<=^chat\.turn)_\d+")
+
+
+def texts_in(value: Any) -> list[str]:
+    """Every text with a character in it, at any depth of a JSON value; not the names of its keys."""
+    if isinstance(value, str):
+        return [value] if value.strip() else []
+    if not isinstance(value, Mapping | list | tuple):
+        return []
+    texts, left = [], [value]
+    while left:  # no recursion: what nobody reads may be nested as deeply as it likes
+        item = left.pop()
+        if isinstance(item, str):
+            if item.strip():
+                texts.append(item)
+        elif isinstance(item, Mapping):
+            left.extend(item.values())
+        elif isinstance(item, list | tuple):
+            left.extend(item)
+    return texts
+
+
+def read_text(record: Fields, name: str) -> str:
     """A field that must be text, all of it characters."""
-    place = place or name
     if name not in record:
-        raise MalformedRecord("row.missing_field", field=place)
-    return check_text(record[name], place)
+        raise MalformedRecord("row.missing_field", field=record.at(name))
+    return check_text(record[name], record.at(name))
 
 
 def check_text(value: Any, place: str) -> str:
@@ -38,18 +158,22 @@ def check_text(value: Any, place: str) -> str:
     return value
 
 
-def optional_text(record: Record, name: str) -> str | None:
+def optional_text(record: Fields, name: str) -> str | None:
     """A field that may be absent or null; empty text says as little as none."""
     value = record.get(name)
-    return None if value is None or value == "" else check_text(value, name)
+    return None if value is None or value == "" else check_text(value, record.at(name))
 
 
-def read_list(record: Record, name: str, place: str = "") -> list[Any]:
-    """A field that must be a list with something in it."""
-    place = place or name
+def read_list(record: Fields, name: str) -> list[Any]:
+    """A field that must be a list with something in it; a table's cell may hold it as JSON text."""
+    place = record.at(name)
     if name not in record:
         raise MalformedRecord("row.missing_field", field=place)
     value = record[name]
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        value = parse_json(value, place)
+    if isinstance(value, Mapping):
+        value = _rows(value) or value
     if not isinstance(value, list):
         raise MalformedRecord("row.wrong_type", field=place, expected="list", got=kind_of(value))
     if not value:
@@ -57,116 +181,197 @@ def read_list(record: Record, name: str, place: str = "") -> list[Any]:
     return value
 
 
-def check_object(value: Any, place: str) -> Record:
-    if not isinstance(value, Mapping):
-        raise MalformedRecord("row.wrong_type", field=place, expected="object", got=kind_of(value))
-    return value
-
-
-def system_messages(value: Any, place: str = "system") -> list[Message]:
-    """A system prompt that is absent, null or empty is no system prompt."""
-    if value is None or value == "":
-        return []
-    return [Message("system", check_text(value, place))]
+def _rows(columns: Record) -> list[Record] | None:
+    """Objects that were stored as one object of equally long lists; None for an object that is no such thing."""
+    lists = list(columns.values())
+    if not lists or not all(isinstance(item, list) and len(item) == len(lists[0]) for item in lists):
+        return None
+    rows = zip(*lists, strict=True)
+    return [{name: cell for name, cell in zip(columns, row, strict=True) if cell is not None} for row in rows]
 
 
 SYSTEM = ("system", "system_prompt")
 
 
-def system_beside(record: Record) -> list[Message]:
+def system_messages(value: Any, place: str) -> list[Message]:
+    """A system prompt that is absent, null or empty is no system prompt."""
+    return [] if value is None or value == "" else [Message("system", check_text(value, place))]
+
+
+def system_beside(record: Fields) -> list[Message]:
     """The system prompt that stands beside a record's texts or messages, if any."""
-    name = next((name for name in SYSTEM if record.get(name)), SYSTEM[0])
-    return system_messages(record.get(name), name)
-
-
-def with_system(record: Record, messages: list[Message], place: str) -> list[Message]:
-    """`messages`, which stand under `place`, behind the system prompt beside them; two of them are refused."""
-    system = system_beside(record)
-    if system and messages and messages[0].role == "system":
-        raise MalformedRecord("row.two_systems", field=f"{place}[0]")
-    return [*system, *messages]
-
-
-def read_history(record: Record) -> list[Message]:
-    """`history`: earlier turns as [question, answer] pairs."""
-    earlier = record.get("history")
-    if earlier is None or earlier == "" or earlier == []:
-        return []
-    if not isinstance(earlier, list):
-        raise MalformedRecord("row.wrong_type", field="history", expected="list", got=kind_of(earlier))
-    messages = []
-    for number, pair in enumerate(earlier):
-        place = f"history[{number}]"
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise MalformedRecord("row.wrong_type", field=place, expected="[question, answer]", got=kind_of(pair))
-        messages.append(Message("user", check_text(pair[0], f"{place}[0]")))
-        messages.append(Message("assistant", check_text(pair[1], f"{place}[1]")))
-    return messages
+    for name in record.present(SYSTEM):
+        if record.peek(name):
+            return system_messages(record[name], record.at(name))
+    return []
 
 
 VERDICTS = {"true": True, "false": False}
+LABELS = ("label", "kto_tag")
 
 
 def verdict(record: Record) -> bool | None:
     """What `label` says of the record's answer: true or false, also as 1 and 0 or as text; None if it says neither."""
-    label = record.get("label")
+    look = record.peek if isinstance(record, Fields) else record.get
+    for name in LABELS:
+        said = _verdict(look(name))
+        if said is not None:
+            return said
+    return None
+
+
+def _verdict(label: Any) -> bool | None:
     if isinstance(label, str):
         return VERDICTS.get(label.strip().lower())
     return bool(label) if isinstance(label, (bool, int, float)) and label in (0, 1) else None
 
 
-def is_trained(item: Record, place: str) -> bool:
-    """`"loss": false`, or OpenAI's `"weight": 0`, leaves a reply untrained."""
-    flag = item.get("loss")
-    if flag is None:
-        weight = item.get("weight")
-        if weight is None:
-            return True
-        if weight not in (0, 1):
-            raise MalformedRecord("row.wrong_type", field=f"{place}.weight", expected="0 or 1", got=repr(weight))
-        return bool(weight)
-    if not isinstance(flag, bool):
-        raise MalformedRecord("row.wrong_type", field=f"{place}.loss", expected="true or false", got=kind_of(flag))
-    return flag
+FLAGS = ("loss", "train", "training", "output_with_loss")
+WEIGHTS = ("weight", "loss_weight", "loss_scale")
+PARTIAL = "train_detail"
+LOSS_KEYS = frozenset((*FLAGS, *WEIGHTS, PARTIAL))
 
 
-def read_tools(record: Record) -> tuple[Record, ...]:
-    """`tools`: a list of function schemas, or such a list as JSON text; each in OpenAI's wrapper afterwards."""
-    value = record.get("tools")
+def is_trained(item: Fields) -> bool:
+    """Whether a message is trained: `"loss": false`, `"train": false` or a weight of 0 leaves a reply out.
+
+    Raises:
+        MalformedRecord: a flag of another type, a weight between or beyond (which would be trained as 1 in silence),
+            two that disagree, or a part of the message that is left out.
+    """
+    if not item.has_any(LOSS_KEYS):
+        return True
+    said: dict[str, bool] = {}
+    for name in FLAGS:
+        if (flag := item.get(name)) is not None:
+            if not isinstance(flag, bool):
+                place = item.at(name)
+                raise MalformedRecord("row.wrong_type", field=place, expected="true or false", got=kind_of(flag))
+            said[name] = flag
+    for name in WEIGHTS:
+        if (weight := item.get(name)) is not None:
+            said[name] = _weight(weight, item.at(name))
+    if item.get(PARTIAL):
+        raise MalformedRecord("row.partial_loss", field=item.at(PARTIAL))
+    return _agreed(said, item)
+
+
+def is_record_trained(record: Fields) -> bool:
+    """The same beside a record's texts or messages. There a `loss` may be a measured number and `train` the name of a
+    split, so only what is true or false counts, or reads so in a table; and only numbers count as weights."""
+    if not record.has_any(LOSS_KEYS):
+        return True
+    said: dict[str, bool] = {}
+    for name in FLAGS:
+        flag = record.peek(name)
+        flag = VERDICTS.get(flag.strip().lower()) if isinstance(flag, str) else flag
+        if isinstance(flag, bool):
+            record.get(name)
+            said[name] = flag
+    for name in WEIGHTS:
+        weight = _number(record.peek(name))
+        if weight is not None:
+            record.get(name)
+            said[name] = _weight(weight, record.at(name))
+    return _agreed(said, record)
+
+
+def _weight(weight: Any, place: str) -> bool:
+    if not isinstance(weight, int | float) or weight not in (0, 1):
+        got = repr(weight) if isinstance(weight, int | float) else kind_of(weight)
+        raise MalformedRecord("row.partial_weight", field=place, got=got)
+    return bool(weight)
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, int | float):
+        return value
+    try:
+        return float(value) if isinstance(value, str) else None
+    except ValueError:
+        return None
+
+
+def _agreed(said: Mapping[str, bool], item: Fields) -> bool:
+    if len(set(said.values())) > 1:
+        raise MalformedRecord("row.losses_disagree", fields=", ".join(map(item.at, said)))
+    return all(said.values())
+
+
+def read_tools(record: Fields) -> tuple[Record, ...]:
+    """`tools` (OpenAI's older name: `functions`): a list of function schemas, or such a list as JSON text; each in
+    OpenAI's wrapper afterwards."""
+    key = "tools"
+    if not record.peek(key) and _are_schemas(record.peek("functions")):
+        key = "functions"
+    value = record.get(key)
     if isinstance(value, str):
-        value = parse_json(value, "tools") if value.strip() else None
+        value = parse_json(value, key) if value.strip() else None
     if value is None:
         return ()
     if not isinstance(value, list):
-        raise MalformedRecord("row.wrong_type", field="tools", expected="list", got=kind_of(value))
-    return tuple(_tool(item, f"tools[{number}]") for number, item in enumerate(value))
+        raise MalformedRecord("row.wrong_type", field=key, expected="list", got=kind_of(value))
+    return tuple(_tool(item, f"{key}[{number}]") for number, item in enumerate(value))
+
+
+def _are_schemas(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, Mapping) and "name" in item for item in value)
 
 
 def _tool(item: Any, place: str) -> Record:
     tool = parse_json(item, place) if isinstance(item, str) else item
     schema = check_object(tool, place)
-    function = schema.get("function", schema)
-    name = check_object(function, f"{place}.function").get("name")
-    check_text(name, f"{place}.name")
+    function = check_object(schema.get("function", schema), f"{place}.function")
+    check_text(function.get("name"), f"{place}.name")
     check_json(schema, place)
     return schema if "function" in schema else {"type": "function", "function": schema}
 
 
-def read_tool_call(value: Any, place: str) -> Record:
+def check_object(value: Any, place: str) -> Record:
+    """An object that is taken whole, whatever keys it has."""
+    if not isinstance(value, Mapping):
+        raise MalformedRecord("row.wrong_type", field=place, expected="object", got=kind_of(value))
+    return value
+
+
+def read_tool_calls(record: Fields, value: Any, place: str) -> tuple[Record, ...]:
+    """One call, or a list of them; as JSON text, too."""
+    if isinstance(value, str):
+        value = parse_json(value, place)
+    if isinstance(value, list):
+        return tuple(_tool_call(record, call, f"{place}[{number}]") for number, call in enumerate(value))
+    return (_tool_call(record, value, place),)
+
+
+def _tool_call(record: Fields, value: Any, place: str) -> Record:
     """One call: `{"name", "arguments"}` bare or under `function`; arguments as an object, or as JSON text of one."""
-    call = check_object(value, place)
-    function = check_object(call.get("function", call), f"{place}.function")
-    name = read_text(function, "name", f"{place}.name")
-    arguments = function.get("arguments", function.get("parameters", {}))
-    if isinstance(arguments, str):
-        arguments = parse_json(arguments, f"{place}.arguments") if arguments.strip() else {}
-    if arguments is None:
-        arguments = {}
-    check_json(check_object(arguments, f"{place}.arguments"), f"{place}.arguments")
-    read: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
-    if call.get("id") is not None:
-        read["id"] = check_text(call["id"], f"{place}.id")
+    call = record.inner(parse_json(value, place) if isinstance(value, str) else value, place)
+    function = call
+    if "function" in call:
+        function = call.inner(call["function"], f"{place}.function")
+    name = check_text(function["name"], f"{place}.name") if "name" in function else None
+    if name is None:
+        raise MalformedRecord("row.missing_field", field=f"{place}.name")
+    arguments = function.get("arguments" if function.peek("arguments") is not None else "parameters")
+    read: dict[str, Any] = {
+        "type": "function",
+        "function": {"name": name, "arguments": call_arguments(arguments, f"{place}.arguments")},
+    }
+    if call.peek("type") == "function":
+        call.get("type")
+    if (identifier := call.get("id")) is not None:
+        read["id"] = check_text(identifier, f"{place}.id")
     return read
+
+
+def call_arguments(value: Any, place: str) -> dict[str, Any]:
+    """The arguments of a call: an object, JSON text of one, or nothing."""
+    if isinstance(value, str):
+        value = parse_json(value, place) if value.strip() else {}
+    if value is None:
+        value = {}
+    check_json(check_object(value, place), place)
+    return dict(value)
 
 
 def parse_json(text: str, place: str) -> Any:
@@ -179,12 +384,19 @@ def parse_json(text: str, place: str) -> Any:
 
 def check_json(value: Any, place: str) -> None:
     """Everything in a nested value can be written as UTF-8 JSON, as templates do with it."""
+    json_text(value, place)
+
+
+def json_text(value: Any, place: str) -> str:
+    """A nested value as JSON text."""
     try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        text = json.dumps(value, ensure_ascii=False)
+        text.encode("utf-8")
     except UnicodeEncodeError:
         raise MalformedRecord("row.surrogate", field=place) from None
     except (TypeError, ValueError, RecursionError):
         raise MalformedRecord("row.wrong_type", field=place, expected="JSON", got=kind_of(value)) from None
+    return text
 
 
 def kind_of(value: Any) -> str:

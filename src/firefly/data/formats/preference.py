@@ -1,136 +1,224 @@
-"""Records of preferences: two answers to one prompt, the better one named `chosen`."""
+"""Records of preferences: two answers to one prompt, a better and a worse one."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from firefly.data.formats.chat import is_labelled, question_text, read_message, read_messages
+from firefly.data.formats.chat import SIDES, answers_in_list, is_paired, question_and_answer
 from firefly.data.formats.fields import (
+    Fields,
     MalformedRecord,
-    Record,
-    check_object,
     check_text,
-    is_trained,
-    kind_of,
-    read_history,
-    read_list,
+    is_record_trained,
     read_text,
     read_tools,
-    system_beside,
     verdict,
-    with_system,
 )
+from firefly.data.formats.messages import MESSAGE_KEYS, behind_beginning, read_message, read_messages, untrained
+from firefly.data.formats.texts import ASKED, FIRST, PROMPTS, SPELLINGS, answer_text, is_texts, question_text
 from firefly.data.schema import Conversation, Message, PreferencePair
 
 HUMAN_OR_ASSISTANT = re.compile(r"\n\n(Human|Assistant):[ ]?")
 
 
-def make_pair(prompt: Sequence[Message], chosen: Message, rejected: Message, tools: Any = ()) -> PreferencePair:
+def sides_of(record: Fields) -> tuple[str, str] | None:
+    """The keys of the better and the worse answer."""
+    both = [sides for sides in SIDES if all(record.peek(name) is not None for name in sides)]
+    if both:
+        return both[0]
+    # Where the better answer ends the conversation beside it (ms-swift).
+    worse = next((worse for _, worse in SIDES if record.peek(worse) is not None), None)
+    held = [key for key in MESSAGE_KEYS if record.peek(key) is not None]
+    alone = worse is not None and not any(better in record for better, _ in SIDES)
+    return (held[0], worse) if worse is not None and alone and len(held) == 1 else None
+
+
+def question_key(record: Fields) -> str | None:
+    """The key of the prompt: messages under `prompt`, else the text that leads those beside it."""
+    listed = next((key for key in PROMPTS if isinstance(record.peek(key), list)), None)
+    return listed or record.first_of((*FIRST, *ASKED, *PROMPTS, *SPELLINGS["input"]))
+
+
+def make_pair(
+    record: Fields, prompt: Sequence[Message], chosen: Message, rejected: Message, names: Sequence[str] = SIDES[0]
+) -> PreferencePair:
     """Only the two answers are compared; replies inside the prompt carry no loss."""
-    for answer, name in ((chosen, "chosen"), (rejected, "rejected")):
+    for answer, name in zip((chosen, rejected), names, strict=True):
         if answer.role != "assistant":
             raise MalformedRecord("row.role_order", field=name, expected="assistant", got=answer.role)
-    asked = tuple(replace(message, trained=False) for message in prompt)
+    if not is_record_trained(record):
+        chosen, rejected = untrained([chosen, rejected])
+    tools, asked = read_tools(record), untrained(prompt)
     return PreferencePair(Conversation((*asked, chosen), tools), Conversation((*asked, rejected), tools))
+
+
+def _answer(record: Fields, name: str) -> list[Message]:
+    """One side: a text, a message, or a list of messages."""
+    value = record.peek(name)
+    if isinstance(value, dict):
+        return [read_message(record.inner(record[name], name))]
+    if isinstance(value, list) and not is_texts(value):
+        return read_messages(record, name)
+    return [Message("assistant", answer_text(record, name))]
+
+
+def _prompt(record: Fields) -> list[Message]:
+    """The prompt beside the answers: messages, or the text of a question."""
+    # `messages` may be the better conversation once more (UltraFeedback), so a prompt beside it comes first.
+    key = record.first_of(MESSAGE_KEYS[1:]) or question_key(record) or record.first_of(MESSAGE_KEYS)
+    if key is None:
+        raise MalformedRecord("row.missing_field", field="prompt")
+    if key in MESSAGE_KEYS or isinstance(record.peek(key), list):
+        return behind_beginning(record, read_messages(record, key), key)
+    return behind_beginning(record, [Message("user", question_text(record, key))], key)
+
+
+def _read_pair(record: Fields, sides: tuple[str, str]) -> PreferencePair:
+    """Two answers behind the prompt beside them, or two whole conversations."""
+    chosen, rejected = (_answer(record, name) for name in sides)
+    whole = [name for name, side in zip(sides, (chosen, rejected), strict=True) if side[0].role != "assistant"]
+    if not whole:
+        prompt = _prompt(record)
+        chosen, rejected = [*prompt, *chosen], [*prompt, *rejected]
+    elif len(whole) == 1:  # the other side is the last reply alone
+        longer = chosen if sides[0] == whole[0] else rejected
+        prompt = longer[:-1]
+        chosen, rejected = (side if side is longer else [*prompt, *side] for side in (chosen, rejected))
+    if _said(chosen[:-1]) != _said(rejected[:-1]):
+        raise MalformedRecord("row.prompts_differ")
+    prompt = behind_beginning(record, chosen[:-1], whole[0]) if whole else chosen[:-1]
+    return make_pair(record, prompt, chosen[-1], rejected[-1], sides)
+
+
+def _said(messages: Sequence[Message]) -> list[tuple[Any, ...]]:
+    """What messages say, less the identifiers of their calls."""
+    return [
+        (item.role, item.content, item.reasoning, [call["function"] for call in item.tool_calls], item.name)
+        for item in messages
+    ]
 
 
 @dataclass(frozen=True)
 class MessagePairFormat:
     """`chosen` and `rejected` as message lists: whole conversations, or answers to `prompt` (text or messages)."""
 
-    def recognises(self, record: Record) -> bool:
-        return isinstance(record.get("chosen"), list) and "rejected" in record and "conversations" not in record
+    def recognises(self, record: Fields) -> tuple[str, ...]:
+        sides = sides_of(record)
+        if sides is None or not any(isinstance(record.peek(name), list) for name in sides):
+            return ()
+        return () if _is_behind_conversation(record) else sides
 
-    def parse(self, record: Record) -> PreferencePair:
-        chosen = read_messages(read_list(record, "chosen"), "chosen")
-        rejected = read_messages(read_list(record, "rejected"), "rejected")
-        place = "chosen"
-        if chosen[0].role == "assistant":
-            prompt, place = self._prompt(record), "prompt"
-            chosen, rejected = [*prompt, *chosen], [*prompt, *rejected]
-        if _texts(chosen[:-1]) != _texts(rejected[:-1]):
-            raise MalformedRecord("row.prompts_differ")
-        prompt = with_system(record, chosen[:-1], place)
-        return make_pair(prompt, chosen[-1], rejected[-1], read_tools(record))
-
-    @staticmethod
-    def _prompt(record: Record) -> list[Message]:
-        value = record.get("prompt")
-        if isinstance(value, list):
-            return read_messages(read_list(record, "prompt"), "prompt")
-        return [Message("user", read_text(record, "prompt"))]
+    def parse(self, record: Fields) -> PreferencePair:
+        return _read_pair(record, _sides(record))
 
 
-def _texts(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    return [(message.role, message.content) for message in messages]
+def _is_behind_conversation(record: Fields) -> bool:
+    return any(key in record for key in ("conversations", "conversation")) and sides_of(record) in SIDES
+
+
+def _sides(record: Fields) -> tuple[str, str]:
+    sides = sides_of(record)
+    if sides is None:
+        missing = next((name for name in SIDES[0] if name not in record), SIDES[0][0])
+        raise MalformedRecord("row.missing_field", field=missing)
+    return sides
 
 
 @dataclass(frozen=True)
 class TextPairFormat:
     """A prompt and two answers as text."""
 
-    prompts: tuple[str, ...]
-    chosen: str = "chosen"
-    rejected: str = "rejected"
+    def recognises(self, record: Fields) -> tuple[str, ...]:
+        sides, question = sides_of(record), question_key(record)
+        if sides is None or question is None or any(isinstance(record.peek(name), list) for name in sides):
+            return ()
+        return () if record.first_of(MESSAGE_KEYS) else (question, *sides)
 
-    def recognises(self, record: Record) -> bool:
-        return (
-            isinstance(record.get(self.chosen), str)
-            and self.rejected in record
-            and sum(name in record for name in self.prompts) == 1
-        )
-
-    def parse(self, record: Record) -> PreferencePair:
-        name = next((name for name in self.prompts if name in record), None)
-        if name is None:
-            raise MalformedRecord("row.missing_field", field=self.prompts[0])
-        if isinstance(record[name], list):
-            prompt = read_messages(read_list(record, name), name)
-        else:
-            prompt = [Message("user", question_text(record, name, ("input",)))]
-        prompt = [*read_history(record), *prompt]
-        chosen, rejected = (Message("assistant", read_text(record, key)) for key in (self.chosen, self.rejected))
-        return make_pair(with_system(record, prompt, name), chosen, rejected, read_tools(record))
+    def parse(self, record: Fields) -> PreferencePair:
+        return _read_pair(record, _sides(record))
 
 
 @dataclass(frozen=True)
-class ShareGptPairFormat:
-    """`conversations` up to the question; `chosen` and `rejected` as one message each."""
+class ResponsePairFormat:
+    """`response_j`, the better answer, and `response_k` to a question (StackExchange)."""
 
-    def recognises(self, record: Record) -> bool:
-        return "conversations" in record and "chosen" in record and "rejected" in record
+    def recognises(self, record: Fields) -> tuple[str, ...]:
+        question = question_key(record)
+        sides = ("response_j", "response_k")
+        if question is None or not all(name in record for name in sides) or is_paired(record):
+            return ()
+        return (question, *sides)
 
-    def parse(self, record: Record) -> PreferencePair:
-        prompt = read_messages(read_list(record, "conversations"), "conversations")
-        chosen, rejected = (self._answer(record[name], name) for name in ("chosen", "rejected"))
-        return make_pair(with_system(record, prompt, "conversations"), chosen, rejected, read_tools(record))
+    def parse(self, record: Fields) -> PreferencePair:
+        for name in ("response_j", "response_k"):
+            read_text(record, name)
+        return _read_pair(record, ("response_j", "response_k"))
 
-    @staticmethod
-    def _answer(value: Any, name: str) -> Message:
-        if isinstance(value, str):
-            return Message("assistant", check_text(value, name))
-        return read_message(check_object(value, name), name)
+
+@dataclass(frozen=True)
+class ConversationPairFormat:
+    """`conversations` up to the question; `chosen` and `rejected` as one message or text each."""
+
+    def recognises(self, record: Fields) -> tuple[str, ...]:
+        sides, held = sides_of(record), record.first_of(MESSAGE_KEYS)
+        if sides is None or held is None or sides not in SIDES:
+            return ()
+        if _is_behind_conversation(record) or not any(isinstance(record.peek(name), list) for name in sides):
+            return (held, *sides)
+        return ()
+
+    def parse(self, record: Fields) -> PreferencePair:
+        return _read_pair(record, _sides(record))
+
+
+@dataclass(frozen=True)
+class ListPairFormat:
+    """A question and both of its answers in one list, the better one first."""
+
+    def recognises(self, record: Fields) -> tuple[str, ...]:
+        keys = question_and_answer(record)
+        if keys is None or is_paired(record) or verdict(record) is not None:
+            return ()
+        return keys if answers_in_list(record, *keys) else ()
+
+    def parse(self, record: Fields) -> PreferencePair:
+        keys = question_and_answer(record)
+        if keys is None:
+            raise MalformedRecord("row.missing_field", field="output")
+        question, answer = keys
+        answers = record[answer]
+        if not is_texts(answers) or len(answers) != 2:
+            got = f"{len(answers)}" if isinstance(answers, list) else type(answers).__name__
+            raise MalformedRecord("row.wrong_type", field=answer, expected="[chosen, rejected]", got=got)
+        for number, text in enumerate(answers):
+            if not check_text(text, f"{answer}[{number}]").strip():
+                raise MalformedRecord("row.empty_field", field=f"{answer}[{number}]")
+        chosen, rejected = (Message("assistant", text) for text in answers)
+        if isinstance(record.peek(question), list):
+            prompt = read_messages(record, question)
+        else:
+            prompt = [Message("user", question_text(record, question))]
+        return make_pair(record, behind_beginning(record, prompt, question), chosen, rejected)
 
 
 @dataclass(frozen=True)
 class TranscriptPairFormat:
     """Two whole dialogues as text, `\\n\\nHuman: … \\n\\nAssistant: …`, that differ in their last answer (HH-RLHF)."""
 
-    def recognises(self, record: Record) -> bool:
-        return (
-            isinstance(record.get("chosen"), str)
-            and "rejected" in record
-            and not any(name in record for name in ("prompt", "question", "instruction", "query", "conversations"))
-        )
+    def recognises(self, record: Fields) -> tuple[str, ...]:
+        sides = sides_of(record)
+        if sides is None or not isinstance(record.peek(sides[0]), str):
+            return ()
+        return () if record.first_of(MESSAGE_KEYS) or question_key(record) else sides
 
-    def parse(self, record: Record) -> PreferencePair:
-        chosen, rejected = (read_transcript(read_text(record, name), name) for name in ("chosen", "rejected"))
-        if _texts(chosen[:-1]) != _texts(rejected[:-1]):
+    def parse(self, record: Fields) -> PreferencePair:
+        chosen, rejected = (read_transcript(read_text(record, name), name) for name in _sides(record))
+        if _said(chosen[:-1]) != _said(rejected[:-1]):
             raise MalformedRecord("row.prompts_differ")
-        return make_pair([*system_beside(record), *chosen[:-1]], chosen[-1], rejected[-1])
+        return make_pair(record, behind_beginning(record, chosen[:-1], "chosen"), chosen[-1], rejected[-1])
 
 
 def read_transcript(text: str, place: str) -> list[Message]:
@@ -142,34 +230,3 @@ def read_transcript(text: str, place: str) -> list[Message]:
         Message("user" if speaker == "Human" else "assistant", content.strip())
         for speaker, content in zip(pieces[::2], pieces[1::2], strict=True)
     ]
-
-
-@dataclass(frozen=True)
-class LabelledFormat:
-    """An answer with a verdict (`label`: true or false), as KTO takes them. A condemned one carries no loss in SFT."""
-
-    key: str
-    answer: str = ""
-
-    def recognises(self, record: Record) -> bool:
-        return self.key in record and is_labelled(record) and (not self.answer or self.answer in record)
-
-    def parse(self, record: Record) -> Conversation:
-        wanted = verdict(record)
-        if wanted is None:
-            got = kind_of(record["label"])
-            raise MalformedRecord("row.wrong_type", field="label", expected="true or false", got=got)
-        if self.answer:
-            messages = [*self._side(record, self.key, "user"), *self._side(record, self.answer, "assistant")]
-        else:
-            messages = read_messages(read_list(record, self.key), self.key)
-        messages = with_system(record, messages, self.key)
-        if wanted:
-            return Conversation(tuple(messages), read_tools(record))
-        return Conversation(tuple(replace(message, trained=False) for message in messages), read_tools(record))
-
-    @staticmethod
-    def _side(record: Record, name: str, role: Any) -> list[Message]:
-        if isinstance(record[name], list):
-            return read_messages(read_list(record, name), name)
-        return [Message(role, read_text(record, name), is_trained(record, name))]

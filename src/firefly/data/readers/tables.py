@@ -1,10 +1,11 @@
-"""Tables: CSV, TSV and Parquet. Every row has every column, so a cell without a value is left out of the record."""
+"""Tables: CSV, TSV and Parquet. Every row has every column, and every struct of a column every field: what has no value
+is left out of the record."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,9 +134,11 @@ def read_parquet(path: Path) -> Iterator[RawRecord]:
     name = str(path)
     try:
         with pq.ParquetFile(path, buffer_size=PAGE_BUFFER, pre_buffer=False, page_checksum_verification=True) as file:
-            _refuse_duplicates(Source(name, 1), file.schema_arrow.names)
+            schema = file.schema_arrow
+            _refuse_duplicates(Source(name, 1), schema.names)
+            plain = {field.name: change for field in schema if (change := _plain(field.type)) is not None}
             for number, row in enumerate(_parquet_rows(file), start=1):
-                yield _parquet_record(Source(name, number), row)
+                yield _parquet_record(Source(name, number), row, plain)
     except pa.ArrowException as error:
         raise OSError(str(error)) from error
 
@@ -161,7 +164,52 @@ def _single_row(batch: pa.RecordBatch, index: int) -> dict[str, Any] | str:
     return row
 
 
-def _parquet_record(source: Source, row: dict[str, Any] | str) -> RawRecord:
+def _parquet_record(source: Source, row: dict[str, Any] | str, plain: dict[str, Callable[[Any], Any]]) -> RawRecord:
     if isinstance(row, str):
         return RawRecord(source, problem=row)
-    return RawRecord(source, {name: value for name, value in row.items() if value is not None})
+    record = {}
+    for name, value in row.items():
+        if value is None:
+            continue
+        try:
+            record[name] = plain[name](value) if name in plain else value
+        except ValueError as error:
+            return RawRecord(source, problem=render("row.bad_cells", problem=f"{name}: {error}"))
+    return RawRecord(source, record)
+
+
+def _plain(kind: pa.DataType) -> Callable[[Any], Any] | None:
+    """How a value of a nested type becomes what JSON would hold; None for types without structs and maps inside.
+
+    Arrow gives every struct of a column the fields of all of them, null where a row had none: such a field is no key of
+    the row. A map holds the keys it was given, so a null in it is a null; and so is one in a list.
+    """
+    import pyarrow as pa
+    import pyarrow.types as types
+
+    if isinstance(kind, pa.BaseExtensionType):
+        return _plain(kind.storage_type)
+    if types.is_struct(kind):
+        fields = [(field.name, _plain(field.type) or _same) for field in kind]
+        return lambda value: {name: change(value[name]) for name, change in fields if value[name] is not None}
+    if types.is_map(kind):
+        change = _plain(kind.item_type) or _same
+        return lambda value: _from_map(value, change)
+    if isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType | pa.ListViewType | pa.LargeListViewType):
+        inner = _plain(kind.value_type)
+        if inner is not None:
+            return lambda value: [None if item is None else inner(item) for item in value]
+    return None
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _from_map(entries: list[tuple[Any, Any]], change: Callable[[Any], Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in entries:
+        if str(key) in found:
+            raise ValueError(f"the key {key!r} stands in the map twice")
+        found[str(key)] = None if value is None else change(value)
+    return found

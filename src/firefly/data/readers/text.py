@@ -3,12 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from firefly.data.readers.opening import open_text, stops_at_damage
 from firefly.data.schema import RawRecord, Source
 from firefly.messages import render
+
+SHORT_LINE, FEWEST_LINES, UNENDED_SHARE = 160, 12, 0.5
+"""A file is taken for hard-wrapped if it has that many lines, and that share of them is at most that many characters
+long and does not end a sentence. Lines are wrapped at 60 to 120 characters; documents that short are rare."""
+ENDS = tuple(".!?…。！？；;:：")
+CLOSING = "\"'”’»)]}」』）】》*_ \t\r"
+"""What may follow the end of a sentence on its line."""
+
+
+@dataclass
+class WrappedLines:
+    """Looks at the lines of a file for signs that they are parts of longer documents.
+
+    Attributes:
+        first: the first line that is short and ends within a sentence.
+    """
+
+    lines: int = 0
+    unended: int = 0
+    first: Source | None = None
+
+    def see(self, source: Source, line: str) -> None:
+        self.lines += 1
+        if len(line) <= SHORT_LINE and not line.rstrip(CLOSING).endswith(ENDS):
+            self.unended += 1
+            self.first = self.first or source
+
+    @property
+    def are_wrapped(self) -> bool:
+        return self.lines >= FEWEST_LINES and self.unended >= UNENDED_SHARE * self.lines
 
 
 @stops_at_damage
