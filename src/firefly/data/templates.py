@@ -238,6 +238,8 @@ class ChatTemplate:
             return _behind(prompt, reply.content + self.stop_tokens[0])
         if text.startswith(prompt):
             return Rendered(text, ((max(start, len(prompt)), end),))
+        if prompt.rstrip().endswith(END_OF_THOUGHT) and END_OF_THOUGHT in text[start:end]:
+            raise TemplateFailure(message("template.thought_closed"))
         return _behind(prompt, text[start:end])
 
     def _served_unmarked(self, conversation: Conversation, index: int, number: int) -> Rendered:
@@ -458,7 +460,7 @@ def _variables(tokenizer: Any) -> dict[str, Any]:
 
 def read_template(spec: TemplateSpec) -> str:
     """The text of a named template."""
-    return (TEMPLATE_FOLDER / spec.file).read_text(encoding="utf-8").removesuffix("\n")
+    return spec.preset + (TEMPLATE_FOLDER / spec.file).read_text(encoding="utf-8").removesuffix("\n")
 
 
 def _find_template(name: str, tokenizer: Any) -> tuple[str, tuple[str, ...], bool | None]:

@@ -526,6 +526,11 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "the chat template writes a reply that does not continue its own generation prompt",
         "对话模板写出的回复不是其生成提示的延续",
     ),
+    "template.thought_closed": (
+        "the chat template ends the thought in its generation prompt, and this reply thinks "
+        "(thinking: strip leaves the reasoning out)",
+        "对话模板在生成提示中已结束思考，而此回复含有思考过程（thinking: strip 可将其去除）",
+    ),
     "template.content_changed": (
         "the chat template changes the text of a reply",
         "对话模板改动了回复的文本",
