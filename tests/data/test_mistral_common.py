@@ -12,7 +12,7 @@ import pytest
 from firefly.data.families import find_family
 from firefly.data.formats import parse_record
 from firefly.data.schema import Conversation
-from firefly.data.templates import ChatTemplate, TemplateFailure, read_template
+from firefly.data.templates import ChatTemplate, read_template
 from firefly.errors import UsageError
 from firefly.reports.template_tools import render_request
 
@@ -117,3 +117,57 @@ def test_an_image_has_no_place_in_mistral_small():
     chat = [{"role": "user", "content": [{"type": "text", "text": "What is it?"}, image]}]
     with pytest.raises(UsageError, match="Only text is supported, not image_url"):
         render_request("mistral-small-3.2", {"messages": chat}, True)
+
+
+VERSIONS = {
+    "mistral-v3-tekken-common": "v3",
+    "mistral-v7-tekken-common": "v7",
+    "mistral-v11-common": "v11",
+    "mistral-small-3.2": "v11",
+    "mistral-v13-common": "v13",
+}
+ASK = {"role": "user", "content": "one"}
+UNNAMED = {
+    "one call": [ASK, calling(call("x")), {"role": "tool", "content": "3 hits"}],
+    "in the middle": [
+        ASK,
+        calling(call("x")),
+        {"role": "tool", "content": "3 hits"},
+        {"role": "assistant", "content": "3 of them."},
+        {"role": "user", "content": "two"},
+        calling(call("y")),
+        {"role": "tool", "content": '{"n": 2}'},
+    ],
+    "two at once, answered by name": [
+        ASK,
+        calling(call("x", name="look"), call("y", name="read")),
+        {"role": "tool", "name": "read", "content": "2 lines"},
+        {"role": "tool", "name": "look", "content": "3 hits"},
+    ],
+    "identifiers of another kind": [
+        ASK,
+        calling(call("x", "call_aBcDeFgHiJkLmNoPqRsTuVwX"), call("y", "1")),
+        {"role": "tool", "tool_call_id": "1", "content": "2 lines"},
+        {"role": "tool", "tool_call_id": "call_aBcDeFgHiJkLmNoPqRsTuVwX", "content": "3 hits"},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+@pytest.mark.parametrize("case", UNNAMED)
+def test_calls_without_their_identifiers_are_written_as_the_generator_writes_them(generate, name, case):
+    _, parsed = parse_record({"messages": [SYSTEM, *UNNAMED[case], {"role": "assistant", "content": "end"}]})
+    assert isinstance(parsed, Conversation)
+    chat = Conversation(parsed.messages[:-1])
+    template = bind(name)
+    request = template.adapt(chat).as_dicts()
+    for item in request:
+        for made in item.get("tool_calls", []):
+            made["function"] = {**made["function"], "arguments": json.dumps(made["function"]["arguments"])}
+    calls = {made["id"]: made for item in request for made in item.get("tool_calls", [])}
+    for item in request:
+        if item["role"] == "tool":
+            asked = json.loads(calls[item["tool_call_id"]]["function"]["arguments"])["q"]
+            assert asked == {"3 hits": "x", "2 lines": "y", '{"n": 2}': "y"}[item["content"]]
+    assert template.render_prompt(chat) == generate(VERSIONS[name], request)
+    assert template.render(parsed)[-1].text.startswith(generate(VERSIONS[name], request))

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from firefly.data.families import TEMPLATES, TemplateSpec, family_names, find_family
 from firefly.data.rendering import ReservedCharacter, render_chat
 from firefly.data.schema import Conversation, Message, Rendered
-from firefly.data.tool_calls import CALL_STYLES, PROBE_CALL, CallStyle
+from firefly.data.tool_calls import CallStyle, find_call_style
 from firefly.errors import UsageError
 from firefly.messages import render as message
 
@@ -84,19 +84,15 @@ class ChatTemplate:
 
     @cached_property
     def call_style(self) -> CallStyle | None:
-        """How the template wants tool calls, found out by trying; None if it does not write them at all.
+        """How the template wants tool calls, found out by trying; None if it does not write them at all."""
 
-        Templates differ in what they take: arguments as an object or as JSON text, no content beside a call or an
-        empty one, identifiers of nine characters or with the function's name in them.
-        """
-        for style in CALL_STYLES:
+        def attempt(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str | None:
             try:
-                text = self._render(style(PROBE_CALL), {}, prompt=False)[0]
+                return self._render(messages, {"tools": tools} if tools else {}, prompt=False)[0]
             except TemplateFailure:
-                continue
-            if all(word in text for word in ("firefly_call", "firefly_key", "firefly-value")) and '\\"' not in text:
-                return style
-        return None
+                return None
+
+        return find_call_style(attempt)
 
     @cached_property
     def folds_reasoning(self) -> bool:
@@ -112,12 +108,16 @@ class ChatTemplate:
     # ---- what training, chat and server ask for
 
     def adapt(self, conversation: Conversation) -> Conversation:
-        """The conversation as this template can take it: system prompt merged, reasoning left out, as configured.
+        """The conversation as this template can take it: system prompt merged, reasoning left out, as configured; tool
+        calls and results with the identifiers and names that it needs.
 
         Raises:
             TemplateFailure: the template has no place for a system prompt and `on_system` is error, or there is no user
                 turn to put it into.
         """
+        return self._completed(self._worded(conversation))
+
+    def _worded(self, conversation: Conversation) -> Conversation:
         if self.thinking == "strip":
             conversation = replace(conversation, messages=tuple(map(_without_reasoning, conversation.messages)))
         if any(item.reasoning for item in conversation.messages) and self.folds_reasoning:
@@ -129,6 +129,11 @@ class ChatTemplate:
             raise TemplateFailure(message("template.no_system", name=self.name))
         merged = replace(rest[0], content=f"{first.content}\n\n{rest[0].content}")
         return replace(conversation, messages=(merged, *rest[1:]))
+
+    def _completed(self, conversation: Conversation) -> Conversation:
+        if not any(item.tool_calls for item in conversation.messages) or self.call_style is None:
+            return conversation
+        return replace(conversation, messages=self.call_style.complete(conversation.messages))
 
     def render_prompt(self, conversation: Conversation) -> str:
         """The text up to and including the generation prompt, as `adapt` has it."""
@@ -167,7 +172,7 @@ class ChatTemplate:
         if any("tool_calls" in item for item in messages):
             if self.call_style is None:
                 raise TemplateFailure(message("template.no_tool_calls", name=self.name))
-            messages = self.call_style(messages)
+            messages = self.call_style.apply(messages)
         return self._render(messages, variables, prompt=prompt)
 
     def render_messages(
