@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 
-from firefly.data.families import find_family
+from firefly.data.families import TEMPLATES, find_family
 from firefly.data.formats import parse_record
 from firefly.data.schema import Conversation, Message
 from firefly.data.templates import ChatTemplate, TemplateFailure, read_template
@@ -57,6 +58,232 @@ def call(function: str, query: Any, identifier: str | None = None) -> dict[str, 
 def result(content: str, identifier: str | None = None, name: str | None = None) -> dict[str, Any]:
     given = {"tool_call_id": identifier, "name": name}
     return {"role": "tool", "content": content, **{key: value for key, value in given.items() if value}}
+
+
+# ---- every named template, complete or refused ----
+
+TOOLS = [tool("seekzz"), tool("readzz")]
+SEEK, FOUND, DONE = call("seekzz", "catzz"), result("hitzz"), said("endzz")
+READ = call("readzz", "dogzz")
+CONVERSATIONS: dict[str, dict[str, Any]] = {
+    "tools, never called": {"messages": [user("askzz"), DONE]},
+    "one call": {"messages": [user("askzz"), said("", SEEK), FOUND, DONE]},
+    "null content": {"messages": [user("askzz"), {**said("", SEEK), "content": None}, FOUND, DONE]},
+    "text beside the call": {"messages": [user("askzz"), said("firstzz", SEEK), FOUND, DONE]},
+    "white space beside the call": {"messages": [user("askzz"), said("\n\n", SEEK), FOUND, DONE]},
+    "two calls at once": {"messages": [user("askzz"), said("", SEEK, READ), FOUND, result("linezz"), DONE]},
+    "one call after another": {
+        "messages": [user("askzz"), said("", SEEK), FOUND, said("", READ), result("linezz"), DONE]
+    },
+    "a call at the end": {"messages": [user("askzz"), said("", SEEK)]},
+    "a later question": {"messages": [user("askzz"), said("", SEEK), FOUND, DONE, user("morezz"), said("", READ)]},
+    "a call that is not trained": {"messages": [user("askzz"), said("", SEEK, loss=False), FOUND, DONE]},
+    "a bare function": {"messages": [user("askzz"), said("", SEEK), FOUND, DONE], "tools": [{"name": "seekzz"}]},
+    "no tools": {"messages": [user("askzz"), said("", SEEK), FOUND, DONE], "tools": None},
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_tool_call_and_result_stands_in_the_text_or_the_row_is_refused_by_name(name):
+    for case, record in CONVERSATIONS.items():
+        conversation = chat({"tools": TOOLS, **record})
+        try:
+            texts = bind(name).render(conversation)
+        except TemplateFailure:
+            continue
+        words = [tool["function"]["name"] for tool in conversation.tools]
+        for item in conversation.messages:
+            words += [item.content.strip(), *(called["function"]["name"] for called in item.tool_calls)]
+            words += [called["function"]["arguments"]["query"] for called in item.tool_calls]
+        assert not [word for word in words if word not in texts[-1].text], (case, texts[-1])
+        spans = [text.text[start:end] for text in texts for start, end in text.spans]
+        replies = [item for item in conversation.messages if item.role == "assistant" and item.trained]
+        for span, reply in zip(spans, replies, strict=True):
+            queries = [called["function"]["arguments"]["query"] for called in reply.tool_calls]
+            assert not [word for word in (reply.content.strip(), *queries) if word not in span], (case, span)
+
+
+WITH_TOOLS = (
+    "qwen2.5 qwen3 qwen3-nothink qwen3-instruct-2507 qwen3.5 minicpm3 minicpm5 gpt-oss llama3.1 llama3.2 llama4 "
+    "mistral-nemo mistral-v2-common mistral-v3-common mistral-v3-tekken-common mistral-v7-common "
+    "mistral-v7-tekken-common mistral-v11-common mistral-v13-common mistral-small-3.2 glm4.6 seed-oss kimi-k2 "
+    "granite4.0 gemma4"
+).split()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_with_tools_keep_a_conversation_with_a_call_and_its_result_and_others_refuse_it(name):
+    conversation = chat({**CONVERSATIONS["one call"], "tools": TOOLS})
+    if name in WITH_TOOLS:
+        assert bind(name).render(conversation)
+    else:
+        with pytest.raises(TemplateFailure):
+            bind(name).render(conversation)
+
+
+# ---- what looks written and is not ----
+
+
+def report(shared, name: str) -> list[dict[str, Any]]:
+    lines = (shared / "reports" / "rows" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_tool_named_in_a_question_is_not_shown_by_a_template_without_tools(shared):
+    for record in report(shared, "tools_named_in_text"):
+        with pytest.raises(TemplateFailure, match="qwen does not show the functions in tools"):
+            bind("qwen").render(chat(record))
+        (kept,) = bind("qwen2.5").render(chat(record))
+        assert '"name": "search"' in kept.text
+        assert '"description": "Web search"' in kept.text
+
+
+def test_a_function_named_in_a_result_is_not_called_by_a_template_that_leaves_the_call_out(shared):
+    beside_text, beside_space, alone, unnamed = report(shared, "call_name_in_result")
+    for record in (beside_text, beside_space, unnamed):
+        with pytest.raises(TemplateFailure, match=r"deepseek-v3 does not write the calls of message 1 \(search\)"):
+            bind("deepseek-v3").render(chat(record))
+    first, second = bind("deepseek-v3").render(chat(alone))
+    for rendered in (first, second):
+        assert 'function<｜tool▁sep｜>search\n```json\n{"q": "cats"}\n```' in rendered.text
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}BODY{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CALLS = "{% for c in m.tool_calls or [] %}{{ c.function.name ~ c.function.arguments | tojson }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        (
+            "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}",
+            "does not write tool calls",
+        ),
+        (
+            "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}",
+            "calls of message 1",
+        ),
+        ("{% if m.content %}{{ m.content }}{% else %}" + CALLS + "{% endif %}", "calls of message 4"),
+        ("{% if m.tool_calls %}" + CALLS + "{% else %}{{ m.content }}{% endif %}", "let me look"),
+        ("{% if m.role != 'tool' %}{{ m.content }}{% endif %}" + CALLS, r"drops message 2 \(tool\)"),
+    ],
+    ids=["no arguments", "the first of two", "not beside text", "not the text", "no results"],
+)
+def test_a_part_that_another_text_names_counts_as_left_out(body, problem):
+    """Every word of calls and results stands in the question too."""
+    first = said("", call("look", "a"), call("read", "b"))
+    second = said("let me look", call("look", "b"))
+    turns = [first, result("found"), result("nothing"), second, result("found"), said("a")]
+    record = {"messages": [user("look read query a b found nothing let me look"), *turns]}
+    assert written(CHATML.replace("BODY", "{{ m.content }}" + CALLS)).render(chat(record))
+    with pytest.raises(TemplateFailure, match=problem):
+        written(CHATML.replace("BODY", body)).render(chat(record))
+
+
+def test_a_call_that_a_later_question_makes_a_template_forget_is_refused():
+    later = "messages[loop.index:] | selectattr('role', 'equalto', 'user') | list"
+    template = written(CHATML.replace("BODY", "{{ m.content }}{% if not (" + later + ") %}" + CALLS + "{% endif %}"))
+    turns = [user("look a query"), said("", call("look", "a")), result("found"), said("a")]
+    assert template.render(chat({"messages": turns}))
+    with pytest.raises(TemplateFailure, match="calls of message 1"):
+        template.render(chat({"messages": [*turns, user("more"), said("b")]}))
+
+
+@pytest.mark.parametrize("field", ["name", "description", "parameters"])
+def test_a_tool_has_to_be_shown_with_its_description_and_its_parameters(field):
+    shown = {"name": "{{ t.function.name }}", "description": "{{ t.function.description }}"}
+    shown["parameters"] = "{{ t.function.parameters | tojson }}"
+    text = "{% for t in tools or [] %}TOOL{% endfor %}" + CHATML.replace("BODY", "{{ m.content }}")
+    record = {"messages": [user("What does look do? Looks query up."), said("a")]}
+    record["tools"] = [tool("look", description="Looks query up.")]
+    assert written(text.replace("TOOL", "".join(shown.values()))).render(chat(record))
+    without = "".join(value for key, value in shown.items() if key != field)
+    with pytest.raises(TemplateFailure, match="does not show the functions in tools"):
+        written(text.replace("TOOL", without)).render(chat(record))
+
+
+def test_reasoning_and_system_prompts_that_another_text_repeats_count_as_left_out():
+    plain = written(CHATML.replace("BODY", "{{ m.content }}"))
+    thinking = Message("assistant", "1 + 1 = 2", reasoning="2")
+    with pytest.raises(TemplateFailure, match="reasoning"):
+        plain.render(Conversation((Message("user", "q"), thinking)))
+    early = "{% if m.role != 'system' or loop.length < 4 %}{{ m.content }}{% endif %}"
+    turns = (Message("system", "Be brief"), Message("user", "Be brief, please"), Message("assistant", "a"))
+    turns += (Message("user", "more"), Message("assistant", "b"))
+    with pytest.raises(TemplateFailure, match=r"drops message 0 \(system\)"):
+        written(CHATML.replace("BODY", early)).render(Conversation(turns))
+    assert plain.render(Conversation(turns))
+
+
+def test_a_prompt_is_proved_as_a_training_text_is():
+    record = {"messages": [user("search for cats")], "tools": [tool("search", description="search", parameters={})]}
+    with pytest.raises(TemplateFailure, match="tools"):
+        bind("qwen").render_prompt(chat(record))
+    assert '"search"' in bind("qwen2.5").render_prompt(chat(record))
+
+
+def test_plain_conversations_of_one_shape_are_proved_once(monkeypatch):
+    template = replace(bind("qwen2.5"))
+    rendered = []
+    honest = ChatTemplate._render
+    monkeypatch.setattr(ChatTemplate, "_render", lambda self, *a, **k: rendered.append(a) or honest(self, *a, **k))
+    counts = []
+    for number in range(4):
+        template.render(Conversation((Message("user", f"q{number}"), Message("assistant", f"a{number}"))))
+        counts.append(len(rendered))
+    assert counts[3] - counts[2] == counts[2] - counts[1] == 1
+
+
+# ---- odd tools and arguments ----
+
+ODD_TOOLS = [
+    json.dumps([tool("look")]),
+    [json.dumps(tool("look"))],
+    [{"name": "look"}],
+    [tool("look", description=None, parameters=None)],
+    [tool("look", description="", parameters={})],
+    [tool("look", parameters={"type": "object"})],
+    [tool("look", parameters={"type": "object", "properties": {}, "required": None})],
+    [tool("look", parameters={"type": "object", "properties": {"a": {}, "": None}, "required": ["a", 1]})],
+    [tool("look", parameters={"type": "object", "properties": ["a"]})],
+    [tool("look", parameters={"properties": {"a": {"type": ["string", "null"], "enum": [1, None], "items": {}}}})],
+]
+ODD_ARGUMENTS = {
+    "a": 1,
+    "b": 2.5,
+    "c": None,
+    "d": True,
+    "e": [1, "x", {"y": []}],
+    "f": {"g": {"h": "i"}},
+    "": "",
+    "中": "文",
+}
+
+
+@pytest.mark.parametrize("name", WITH_TOOLS)
+def test_odd_tools_are_shown_or_refused_and_never_end_in_a_traceback(name):
+    for tools in ODD_TOOLS:
+        try:
+            texts = bind(name).render(chat({"messages": [user("q"), said("a")], "tools": tools}))
+        except TemplateFailure:
+            continue
+        assert all("look" in rendered.text for rendered in texts)
+
+
+@pytest.mark.parametrize("name", WITH_TOOLS)
+def test_odd_arguments_and_results_are_written_or_refused_and_never_end_in_a_traceback(name):
+    results = ('{"n": 3}', "[1, 2]", "null", "3", "", "two\nlines")
+    for number, arguments in enumerate((ODD_ARGUMENTS, {}, None, "", json.dumps(ODD_ARGUMENTS), {"a": None})):
+        calling = said("", {"function": {"name": "look", "arguments": arguments}})
+        conversation = chat({"messages": [user("q"), calling, result(results[number]), said("a")]})
+        try:
+            texts = bind(name).render(conversation)
+        except TemplateFailure:
+            continue
+        assert all("look" in rendered.text for rendered in texts)
 
 
 # ---- identifiers and names ----
@@ -177,13 +404,6 @@ def test_a_result_without_a_name_takes_its_functions_where_the_text_needs_one():
     assert '[TOOL_RESULTS] [{"name": "f", "content": "x"}]' in rendered.text
     for name in ("qwen2.5", "kimi-k2", "mistral-v7-common"):  # which write none, or another word
         assert [item.name for item in completed(name, *turns)] == [None] * 4
-
-
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}BODY{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-CALLS = "{% for c in m.tool_calls or [] %}{{ c.function.name ~ c.function.arguments | tojson }}{% endfor %}"
 
 
 @pytest.mark.parametrize(

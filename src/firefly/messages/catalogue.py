@@ -502,6 +502,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "the chat template {name} does not write tool calls",
         "对话模板 {name} 不会写出函数调用",
     ),
+    "template.call_dropped": (
+        "the chat template {name} does not write the calls of message {number} ({functions})",
+        "对话模板 {name} 没有写出第 {number} 条消息中的函数调用（{functions}）",
+    ),
     "template.no_reasoning": (
         "the chat template {name} does not write the reasoning of a reply (thinking: strip leaves it out)",
         "对话模板 {name} 不会写出回复的思考过程（thinking: strip 可将其去除）",
