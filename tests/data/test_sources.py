@@ -148,6 +148,22 @@ def test_duplicates_overlap_and_empty_or_repeated_answers_are_findings(write, en
     assert report["eval"]["rows"] == 2
 
 
+def test_replies_that_are_encoded_behind_their_prompts_are_a_finding_with_their_number(write, qwen_tokenizer):
+    encoder = Encoder(qwen_tokenizer, bind_template("qwen", qwen_tokenizer))
+    several = {"conversation": [{"human": "q", "assistant": text} for text in ("\n\na", "b", "\nc")]}
+    path = write("j.jsonl", row("q", "plain"), row("q", "\n\na"), several, row("q", "\n" + "x " * 99))
+    split = load_split(DataConfig(train_file=path, max_seq_length=60, on_too_long="drop", max_lost_share=1.0), encoder)
+    ledger = split.train.ledger
+    assert ledger.counts["joined_to_prompt"] == 2
+    said = [finding for finding in ledger.findings if finding.cause == "joined_to_prompt"]
+    assert [(finding.line, finding.message.split()[0]) for finding in said] == [(2, "1"), (3, "2")]
+    assert (ledger.rows, ledger.kept, ledger.examples) == (4, 3, 5)
+    assert ledger.lost["too_long"] == 1
+    trained = [split.train[i].labels for i in range(5)]
+    texts = [qwen_tokenizer.decode(labels[labels != IGNORE]) for labels in trained]
+    assert texts == ["plain<|im_end|>", "\n\na<|im_end|>", "\n\na<|im_end|>", "b<|im_end|>", "\nc<|im_end|>"]
+
+
 def test_duplicates_are_found_across_files(write, encoder):
     first, second = write("a.jsonl", row("x"), row("y")), write("b.jsonl", row("y"))
     findings = load(encoder, [first, second]).train.ledger.findings

@@ -32,6 +32,7 @@ from firefly.data.ledger import (
     BLANK,
     CUT,
     EMPTY_ANSWER,
+    JOINED,
     MALFORMED,
     NO_TARGET,
     REFUSED,
@@ -281,19 +282,24 @@ class Preparation:
 
     def _finish(self, rows: list[_Row], encoded: Future[_Encoded]) -> list[KeptRow]:
         done = encoded.result()
-        tokens, documents = iter(self.encoder.label(done.texts, done.encodings)), iter(done.documents)
+        encoded_texts, documents = iter(self.encoder.label(done.texts, done.encodings)), iter(done.documents)
         kept = []
         for row in rows:
+            joined = 0
             if row.ready is not None:
                 examples: list[Any] = [row.ready]
             elif row.document is not None:
                 examples = [next(documents)]
             else:
-                examples = [next(tokens) for _ in row.texts]
+                texts = [next(encoded_texts) for _ in row.texts]
+                examples = [tokens for text in texts for tokens in text.examples]
+                joined = sum(text.joined for text in texts)
             if row.pair is not None or isinstance(row.ready, TokenPair):
                 fitted: list[Example] = self._fit_pair(row, examples)
             else:
                 fitted = self._fit(row.source, examples)
+            if fitted and joined:
+                self.ledger.note(row.source, JOINED, render("finding.joined_to_prompt", count=joined))
             if fitted:
                 parts = [text.text.encode() for text in row.texts] or [item.input_ids.tobytes() for item in examples]
                 kept.append(KeptRow(row.source, fitted, _hash(parts), row.answer))
