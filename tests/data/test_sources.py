@@ -156,7 +156,10 @@ def test_replies_that_are_encoded_behind_their_prompts_are_a_finding_with_their_
     ledger = split.train.ledger
     assert ledger.counts["joined_to_prompt"] == 2
     said = [finding for finding in ledger.findings if finding.cause == "joined_to_prompt"]
-    assert [(finding.line, finding.message.split()[0]) for finding in said] == [(2, "1"), (3, "2")]
+    assert [(finding.line, finding.message.split(" (")[0]) for finding in said] == [
+        (2, "replies encoded behind their prompts, as they are served: 1"),
+        (3, "replies encoded behind their prompts, as they are served: 2"),
+    ]
     assert (ledger.rows, ledger.kept, ledger.examples) == (4, 3, 5)
     assert ledger.lost["too_long"] == 1
     trained = [split.train[i].labels for i in range(5)]

@@ -321,6 +321,21 @@ def test_calls_without_identifiers_get_nine_characters_and_their_results_the_sam
     assert all(made in texts[-1].text for made in calls)
 
 
+@pytest.mark.parametrize("name", ["mistral-v2-common", *NINE[1:], "mistral-v13-common"])
+def test_sharegpts_calls_and_observations_without_identifiers_are_kept(shared, name):
+    (record,) = report(shared, "call_without_id")
+    conversation = chat(record)
+    text = bind(name).render(conversation)[-1].text
+    calls, results = identifiers(bind(name).adapt(conversation).messages)
+    assert calls == results
+    assert "None" not in text
+    assert "null" not in text
+    assert ('"name": "f"' in text.split("[TOOL_RESULTS]")[1]) == (name == "mistral-v2-common")
+    if name in NINE:
+        assert text.count(calls[0]) == 2
+        assert len(calls[0]) == 9
+
+
 @pytest.mark.parametrize("name", NINE)
 def test_identifiers_of_nine_characters_stay_and_others_are_mapped_alike_in_call_and_result(name):
     for given, kept in (("abcDEF123", True), ("call_aBcDeFgHiJkLmNoP", False), ("a", False), ("ünïcödé12", False)):

@@ -966,9 +966,9 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "chosen 与 rejected 相同：没有偏好可学",
     ),
     "finding.joined_to_prompt": (
-        "{count} replies whose first characters one tokenisation would join to the prompt (white space at the border, "
-        "as a rule) are encoded behind it, as they are served",
-        "{count} 条回复的开头若整体分词会与提示连成一个 token（多因交界处的空白），已按服务时的方式接在提示之后编码",
+        "replies encoded behind their prompts, as they are served: {count} (one tokenisation would join the two, as a "
+        "rule by the white space between them)",
+        "{count} 条回复已按服务时的方式接在提示之后编码（整体分词会把两者连成一个 token，多因其间的空白）",
     ),
     "finding.duplicate": ("the same as {place}", "与 {place} 相同"),
     "finding.repeated_answer": ("this answer stands in {count} rows", "此回答在 {count} 行中出现"),
