@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from pathlib import Path
@@ -165,6 +166,24 @@ def test_replies_that_are_encoded_behind_their_prompts_are_a_finding_with_their_
     trained = [split.train[i].labels for i in range(5)]
     texts = [qwen_tokenizer.decode(labels[labels != IGNORE]) for labels in trained]
     assert texts == ["plain<|im_end|>", "\n\na<|im_end|>", "\n\na<|im_end|>", "b<|im_end|>", "\nc<|im_end|>"]
+
+
+def test_identifiers_that_a_template_replaces_are_a_finding(write, chatml_tokenizer):
+    tokenizer = copy.deepcopy(chatml_tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["</s>"]})
+
+    def calling(identifier: str) -> dict[str, Any]:
+        call = {"id": identifier, "type": "function", "function": {"name": "f", "arguments": {}}}
+        result = {"role": "tool", "content": "x", "tool_call_id": identifier}
+        asked = [{"role": "user", "content": identifier}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        return {"messages": [*asked, result, {"role": "assistant", "content": "a"}]}
+
+    path = write("c.jsonl", calling("abcdefgh1"), calling("call_fromOpenAI0123"))
+    for name, lines in (("mistral-v11-common", [2]), ("qwen2.5", [])):
+        ledger = load(Encoder(tokenizer, bind_template(name, tokenizer)), path).train.ledger
+        assert ledger.kept == 2
+        said = [finding.line for finding in ledger.findings if finding.cause == "replaced_call_ids"]
+        assert said == lines
 
 
 def test_duplicates_are_found_across_files(write, encoder):

@@ -14,7 +14,7 @@ from firefly.messages import render
 # Causes that lose a row. Malformed rows are the data's fault and stop a run; the others are limited by a share.
 MALFORMED, REFUSED, NO_TARGET, TOO_LONG = "malformed", "refused", "no_target", "too_long"
 # Causes of findings that lose nothing by themselves.
-CUT, DUPLICATE, BLANK, EMPTY_ANSWER, REPEATED_ANSWER, IN_EVAL, SAME_ANSWERS, JOINED = (
+CUT, DUPLICATE, BLANK, EMPTY_ANSWER, REPEATED_ANSWER, IN_EVAL, SAME_ANSWERS, JOINED, REPLACED_IDS = (
     "cut",
     "duplicate",
     "blank_line",
@@ -23,6 +23,7 @@ CUT, DUPLICATE, BLANK, EMPTY_ANSWER, REPEATED_ANSWER, IN_EVAL, SAME_ANSWERS, JOI
     "in_eval_file",
     "same_answers",
     "joined_to_prompt",
+    "replaced_call_ids",
 )
 MOST_FINDINGS = 10_000
 """Findings of one cause that are kept with their place; further ones are counted."""

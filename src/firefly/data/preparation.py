@@ -36,6 +36,7 @@ from firefly.data.ledger import (
     MALFORMED,
     NO_TARGET,
     REFUSED,
+    REPLACED_IDS,
     SAME_ANSWERS,
     TOO_LONG,
     Ledger,
@@ -253,10 +254,14 @@ class Preparation:
     def _render(self, source: Source, parsed: Parsed) -> _Row:
         if isinstance(parsed, Conversation):
             chosen = select_targets(parsed, self.config.train_on)
-            return _Row(source, self.encoder.render(chosen), answer=self._answer(source, chosen))
+            texts = self.encoder.render(chosen)
+            self._note_identifiers(source, chosen)
+            return _Row(source, texts, answer=self._answer(source, chosen))
         if isinstance(parsed, PreferencePair):
             answer = self._answer(source, parsed.chosen)
-            return _Row(source, self.pairs.render(parsed), pair=parsed, answer=answer)
+            texts = self.pairs.render(parsed)
+            self._note_identifiers(source, parsed.chosen)
+            return _Row(source, texts, pair=parsed, answer=answer)
         if isinstance(parsed, Document):
             return _Row(source, [], document=self.encoder.protect_document(parsed.text))
         vocabulary = len(self.encoder.tokenizer)
@@ -268,6 +273,11 @@ class Preparation:
     def pairs(self) -> PairEncoder:
         """How preference pairs become tokens."""
         return PairEncoder(self.encoder)
+
+    def _note_identifiers(self, source: Source, conversation: Conversation) -> None:
+        if replaced := self.encoder.template.count_replaced_identifiers(conversation):
+            name = self.encoder.template.name
+            self.ledger.note(source, REPLACED_IDS, render("finding.replaced_call_ids", count=replaced, name=name))
 
     def _answer(self, source: Source, conversation: Conversation) -> int:
         """Hash of the last reply; an empty one is noted."""

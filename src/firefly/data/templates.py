@@ -143,6 +143,15 @@ class ChatTemplate:
             return conversation
         return replace(conversation, messages=self.call_style.complete(conversation.messages))
 
+    def count_replaced_identifiers(self, conversation: Conversation) -> int:
+        """How many of its calls' identifiers the template does not take as they are."""
+        given = [call.get("id") for item in conversation.messages for call in item.tool_calls]
+        if not any(given) or self.call_style is None:
+            return 0
+        completed = self.call_style.complete(conversation.messages)
+        written = [call.get("id") for item in completed for call in item.tool_calls]
+        return sum(bool(old) and old != new for old, new in zip(given, written, strict=True))
+
     def render_prompt(self, conversation: Conversation) -> str:
         """The text up to and including the generation prompt, as `adapt` has it."""
         worded = self._worded(conversation)

@@ -970,6 +970,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "rule by the white space between them)",
         "{count} 条回复已按服务时的方式接在提示之后编码（整体分词会把两者连成一个 token，多因其间的空白）",
     ),
+    "finding.replaced_call_ids": (
+        "identifiers of tool calls that the chat template {name} does not take, replaced in calls and results: {count}",
+        "对话模板 {name} 不接受的函数调用标识符，已在调用和结果中一致替换：{count} 个",
+    ),
     "finding.duplicate": ("the same as {place}", "与 {place} 相同"),
     "finding.repeated_answer": ("this answer stands in {count} rows", "此回答在 {count} 行中出现"),
     "finding.in_eval": ("the same as {place}, which is held out", "与评估数据 {place} 相同"),
