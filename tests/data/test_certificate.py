@@ -29,6 +29,17 @@ def test_our_templates_pass_every_check(chatml_tokenizer, name):
     assert json.loads(json.dumps(certificate.as_dict()))["hash"] == certificate.hash
 
 
+def test_a_template_whose_prompt_ends_in_a_space_passes_every_check(qwen_tokenizer):
+    """One tokenisation joins every reply to the space before it: `: Hello` is `:` and ` Hello`."""
+    tokenizer = copy.deepcopy(qwen_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    certificate = certify(bound(tokenizer, "auto"))
+    assert certificate.passed, certificate.checks
+
+
 def test_a_tokenizer_that_adds_tokens_of_its_own_fails(chatml_tokenizer, monkeypatch):
     encoder = bound(chatml_tokenizer, "qwen")
     prompt = Encoder.encode_prompt

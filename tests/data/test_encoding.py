@@ -75,7 +75,7 @@ def fresh(encoder) -> Encoder:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("contents", [CONTENTS[:4], CONTENTS[4:]])
+@pytest.mark.parametrize("contents", [CONTENTS[:4], (CONTENTS[5], CONTENTS[4], *CONTENTS[6:])])
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_ids_are_those_of_apply_chat_template(qwen_tokenizer, name, contents, system):
     tokenizer = copy.copy(qwen_tokenizer)
@@ -151,18 +151,14 @@ def test_multi_byte_characters_at_the_borders_of_a_span_fall_on_their_side(qwen_
 @given(st.text("ab <|é🎉\n", max_size=30), st.lists(st.integers(0, 30), max_size=6), st.booleans())
 def test_a_token_is_trained_if_its_first_character_lies_in_a_span(chatml_tokenizer, text, borders, aliased):
     encoder = Encoder(chatml_tokenizer, bind_template("qwen", chatml_tokenizer))
-    borders = sorted({border for border in borders if border <= len(text)})
-    spans = tuple(zip(borders[::2], borders[1::2], strict=False))
-    (tokens,) = encoder.encode_rendered([Rendered(text + BREAK * aliased, spans)])
     starts = [start for start, _ in encoder.tokenizer.backend_tokenizer.encode(text).offsets]
+    borders = sorted({border for border in borders if border <= len(text)})
+    # Where a span begins inside a token, the reply is encoded behind its prompt.
+    begins = [min((start for start in starts if start >= border), default=len(text)) for border in borders[::2]]
+    spans = tuple((start, max(start, end)) for start, end in zip(begins, borders[1::2], strict=False))
+    (tokens,) = encoder.encode_rendered([Rendered(text + BREAK * aliased, spans)])
     inside = [any(first <= start < end for first, end in spans) for start in starts]
     assert (tokens.labels != IGNORE).tolist() == inside
-
-
-def test_a_token_across_the_border_is_the_prompts(qwen_tokenizer):
-    # The price of official ids: Qwen joins a reply's first line breaks to the one before it.
-    encoder = Encoder(qwen_tokenizer, bind_template("qwen", qwen_tokenizer))
-    assert runs(encoder, encode(encoder, turns("q", "\n\na"))) == ["a<|im_end|>"]
 
 
 def test_the_stop_is_trained_in_every_turn(encoder):
@@ -185,6 +181,142 @@ def test_a_tokenizer_that_trims_its_offsets_trains_the_same_tokens(chatml_tokeni
             np.testing.assert_array_equal(tokens.input_ids, expected.input_ids)
             np.testing.assert_array_equal(tokens.labels, expected.labels)
     assert trimming.backend_tokenizer.post_processor is not None  # the tokenizer that is saved stays as it was
+
+
+# ---- the border between a prompt and its reply ----
+
+SPACED = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+MARKED = SPACED.replace(
+    "{{ m.role + ': ' + m.content + eos_token }}",
+    "{{ m.role + ': ' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}"
+    "{% else %}{{ m.content + eos_token }}{% endif %}",
+)
+
+
+def with_template(tokenizer: Any, text: str) -> Encoder:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = text
+    return Encoder(tokenizer, bind_template("auto", tokenizer))
+
+
+def metaspace(vocabulary: Any, scheme: str, legacy: bool = False) -> Any:
+    """The tiny SentencePiece tokenizer with a space in front of texts: as Llama 2 has it, or Gemma or T5."""
+    from tokenizers import normalizers, pre_tokenizers
+
+    tokenizer = copy.deepcopy(vocabulary)
+    if legacy:
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    else:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    return tokenizer
+
+
+@pytest.fixture(params=["byte-level", "qwen", "never", "first", "always", "legacy"])
+def bordered(request) -> tuple[Any, Any]:
+    """A tokenizer, and one that encodes what continues a text."""
+    name = request.param
+    if name in ("byte-level", "qwen"):
+        tokenizer = request.getfixturevalue({"byte-level": "chatml_tokenizer"}.get(name, "qwen_tokenizer"))
+        return tokenizer, tokenizer
+    vocabulary = request.getfixturevalue("sentencepiece_tokenizer")
+    return metaspace(vocabulary, name, legacy=name == "legacy"), metaspace(vocabulary, "never")
+
+
+def as_served(encoder: Encoder, continuing: Any, chat: tuple[Message, ...], reply: int) -> tuple[list[int], list[int]]:
+    """A prompt's ids, and those of the reply that a model would write behind it."""
+    written = continuing.encode(chat[reply].content, add_special_tokens=False)
+    return encoder.encode_prompt(chat[:reply]), [*written, encoder.template.stop_ids[0]]
+
+
+@pytest.mark.parametrize("template", [SPACED, MARKED])
+@pytest.mark.parametrize("typed", ["what is it?", "typed </s> <|im_end|>"])
+def test_a_reply_that_one_tokenisation_would_join_to_its_prompt_stands_behind_it_as_served(bordered, template, typed):
+    tokenizer, continuing = bordered
+    encoder = with_template(tokenizer, template)
+    for reply, is_joined in (("help", True), (" assistant", False), ("\nhelp", False), ("", False)):
+        chat = turns(typed, reply)
+        rendered = encoder.render(Conversation(chat))
+        (text,) = encoder.label(rendered, encoder.tokenize(rendered))
+        assert text.joined or not is_joined
+        (tokens,) = text.examples
+        prompt, written = as_served(encoder, continuing, chat, 1)
+        assert tokens.input_ids.tolist() == prompt + written
+        assert tokens.labels.tolist() == [IGNORE] * len(prompt) + written
+
+
+def test_official_ids_stay_where_nothing_is_joined(bordered):
+    tokenizer, _ = bordered
+    encoder = with_template(tokenizer, SPACED.replace("': '", "':'").replace("'assistant: '", "'assistant:'"))
+    for reply in ("language model", "help", "answer"):
+        (rendered,) = encoder.render(Conversation(turns("q", reply, "one two", reply)))
+        ids = encoder.encode_rendered([rendered])[0].input_ids.tolist()
+        assert ids == tokenizer.encode(rendered.text, add_special_tokens=False)
+        assert encoder.label([rendered], encoder.tokenize([rendered]))[0].joined == 0
+
+
+def test_only_the_last_reply_joined_is_one_example_and_an_earlier_one_makes_one_for_each(qwen_tokenizer):
+    encoder = Encoder(qwen_tokenizer, bind_template("qwen", qwen_tokenizer))
+    chat = turns("q", "a", "q", "\n\nb")
+    (tokens,) = encoder.encode_rendered(encoder.render(Conversation(chat)))
+    prompt, written = as_served(encoder, qwen_tokenizer, chat, 3)
+    assert tokens.input_ids.tolist() == [*prompt, *written, *qwen_tokenizer.encode("\n")]
+    assert runs(encoder, tokens) == ["a<|im_end|>", "\n\nb<|im_end|>"]
+
+    chat = turns("q", "\na", "q", "b", "q", " \nc", "thanks")
+    examples = encoder.encode_rendered(encoder.render(Conversation(chat)))
+    assert [runs(encoder, tokens) for tokens in examples] == [["\na<|im_end|>"], ["b<|im_end|>"], [" \nc<|im_end|>"]]
+    for tokens, reply in zip(examples, (1, 3, 5), strict=True):
+        prompt, written = as_served(encoder, qwen_tokenizer, chat, reply)
+        assert tokens.input_ids.tolist() == prompt + written
+
+    untrained = (chat[0], replace(chat[1], trained=False), *chat[2:])
+    (tokens,) = encoder.encode_rendered(encoder.render(Conversation(untrained)))
+    assert runs(encoder, tokens) == ["b<|im_end|>", " \nc<|im_end|>"]
+
+
+def test_a_character_that_a_normaliser_would_join_to_the_prompt_is_the_replys(qwen_tokenizer):
+    encoder = with_template(qwen_tokenizer, SPACED.replace("': '", "': e'").replace("'assistant: '", "'assistant: e'"))
+    chat = turns("q", "\u0301x")
+    prompt, written = as_served(encoder, qwen_tokenizer, chat, 1)
+    assert encode(encoder, chat).input_ids.tolist() == prompt + written
+
+
+def test_white_space_that_a_role_token_would_swallow_is_the_replys(chatml_tokenizer):
+    """Phi-3's role tokens take the white space behind them, as far as it goes."""
+    from tokenizers import AddedToken
+
+    tokenizer = copy.deepcopy(chatml_tokenizer)
+    roles = [AddedToken(f"<|{name}|>", rstrip=True, special=True) for name in ("user", "assistant", "end")]
+    tokenizer.add_special_tokens({"additional_special_tokens": roles})
+    encoder = with_template(
+        tokenizer,
+        "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}",
+    )
+    chat = turns("q", "\n a")
+    tokens = encode(encoder, chat)
+    prompt, written = as_served(encoder, chatml_tokenizer, chat, 1)
+    assert tokens.input_ids[: len(prompt) + len(written)].tolist() == prompt + written
+    assert runs(encoder, tokens) == ["\n a<|end|>"]
+
+
+def test_behind_its_first_added_token_a_reply_is_tokenised_as_in_one_text(sentencepiece_tokenizer):
+    tokenizer = metaspace(sentencepiece_tokenizer, "always")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[CALL]"]})
+    encoder = with_template(
+        tokenizer, SPACED.replace("m.content", "m.content + ('[CALL]help' if m.role == 'assistant' else '')")
+    )
+    (rendered,) = encoder.render(Conversation(turns("q", "help")))
+    (tokens,) = encoder.encode_rendered([rendered])
+    official = tokenizer.encode(rendered.text, add_special_tokens=False)
+    place = official.index(tokenizer.convert_tokens_to_ids("[CALL]"))
+    assert tokens.input_ids.tolist()[-len(official[place:]) :] == official[place:]
+    assert tokens.input_ids.tolist() != official
 
 
 # ---- typed special tokens stay text ----

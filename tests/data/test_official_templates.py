@@ -21,7 +21,7 @@ REQUIRED = (
     "qwen1.5 qwen2 qwen2.5 qwen3 qwen3-instruct-2507 llama3 llama3.1 llama3.2 llama3.3 mistral-v0.1 mistral-v0.2 "
     "mistral-v3-tekken-common mistral-v7-tekken-common mistral-nemo mixtral gemma gemma3 phi3 phi3.5 phi4 deepseek-llm "
     "deepseek-v2.5 deepseek-v3 deepseek-r1 glm4 smollm2 smollm3 yi yi-1.5 internlm2 granite3.3 olmo2 gpt-oss "
-    "minicpm tulu3"
+    "minicpm tulu3 mistral-small-3.2 yi-coder qwen3-nothink"
 ).split()
 
 
@@ -71,6 +71,30 @@ def test_spans_hold_each_reply_and_its_stop_and_nothing_of_the_prompt(shared):
                 case["family"],
                 span,
             )
+
+
+def test_qwen3_without_thinking_needs_no_variable_and_takes_one(shared):
+    cases = [case for case in reference_cases(shared) if case["family"] == "qwen3-nothink"]
+    assert len(cases) == 5
+    for case in cases:
+        assert case["extra"] == {"enable_thinking": False}
+        request = {"messages": case["messages"]}
+        assert render_request("qwen3-nothink", request, case["add_generation_prompt"])["text"] == case["rendered"]
+        thinking = render_request("qwen3-nothink", request | {"enable_thinking": True}, case["add_generation_prompt"])
+        assert thinking["text"] == render_request("qwen3", request, case["add_generation_prompt"])["text"]
+
+
+def test_a_thought_behind_a_prompt_that_has_ended_it_is_refused():
+    from firefly.data.schema import Conversation, Message
+
+    thought = Message("assistant", "a", reasoning="r")
+    for reply in (thought, Message("assistant", "<think>\nr\n</think>\n\na")):
+        chat = Conversation((Message("user", "q"), reply))
+        with pytest.raises(TemplateFailure, match="ends the thought"):
+            bind("qwen3-nothink").render(chat)
+        (stripped,) = bind("qwen3-nothink", thinking="strip").render(chat)
+        assert stripped.text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\na<|im_end|>\n")
+        assert [stripped.text[start:end] for start, end in stripped.spans] == ["a<|im_end|>"]
 
 
 SYSTEM = [{"role": "system", "content": "  Be brief.\n"}]

@@ -157,6 +157,24 @@ def test_an_empty_answer_names_its_side(tmp_path: Path) -> None:
     assert ledger.kept == 3
 
 
+def test_answers_that_one_tokenisation_would_join_to_their_prompt_share_it_as_served(
+    tmp_path: Path, qwen_tokenizer: Any
+) -> None:
+    encoder = Encoder(qwen_tokenizer, bind_template("qwen2.5", qwen_tokenizer))
+    path = tmp_path / "joined.jsonl"
+    record = row(("user", "q"), ("assistant", "\n\nsaid before"), ("user", "r"), chosen="\n\nyes", rejected=" \nno")
+    plain = row(("user", "q"), chosen="yes", rejected="\nno")
+    path.write_text("".join(json.dumps(item) + "\n" for item in (record, plain)), encoding="utf-8")
+    train = load_split(DataConfig(train_file=str(path)), encoder, "dpo").train
+    assert (len(train), train.ledger.counts["joined_to_prompt"]) == (2, 2)
+    for pair, item, answers in zip(train, (record, plain), (("\n\nyes", " \nno"), ("yes", "\nno")), strict=True):
+        prompt = encoder.encode_prompt([Message(turn["role"], turn["content"]) for turn in item["chosen"][:-1]])
+        assert pair.input_ids[: pair.prompt].tolist() == prompt
+        sides = np.split(pair.input_ids[pair.prompt :], [pair.chosen])
+        for ids, answer in zip(sides, answers, strict=True):
+            assert ids.tolist() == qwen_tokenizer.encode(answer + "<|im_end|>\n")
+
+
 def test_no_limit_at_all_keeps_long_prompts(tmp_path: Path) -> None:
     pair = loaded(tmp_path, row(("user", "long " * 150)), max_prompt_length=None, max_seq_length=4096).train[0]
     assert pair.prompt > 700

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from pathlib import Path
@@ -146,6 +147,43 @@ def test_duplicates_overlap_and_empty_or_repeated_answers_are_findings(write, en
     report = split.report()
     assert report["counts"] == {"empty_answer": 1, "duplicate": 1, "repeated_answer": 1, "in_eval_file": 1}
     assert report["eval"]["rows"] == 2
+
+
+def test_replies_that_are_encoded_behind_their_prompts_are_a_finding_with_their_number(write, qwen_tokenizer):
+    encoder = Encoder(qwen_tokenizer, bind_template("qwen", qwen_tokenizer))
+    several = {"conversation": [{"human": "q", "assistant": text} for text in ("\n\na", "b", "\nc")]}
+    path = write("j.jsonl", row("q", "plain"), row("q", "\n\na"), several, row("q", "\n" + "x " * 99))
+    split = load_split(DataConfig(train_file=path, max_seq_length=60, on_too_long="drop", max_lost_share=1.0), encoder)
+    ledger = split.train.ledger
+    assert ledger.counts["joined_to_prompt"] == 2
+    said = [finding for finding in ledger.findings if finding.cause == "joined_to_prompt"]
+    assert [(finding.line, finding.message.split(" (")[0]) for finding in said] == [
+        (2, "replies encoded behind their prompts, as they are served: 1"),
+        (3, "replies encoded behind their prompts, as they are served: 2"),
+    ]
+    assert (ledger.rows, ledger.kept, ledger.examples) == (4, 3, 5)
+    assert ledger.lost["too_long"] == 1
+    trained = [split.train[i].labels for i in range(5)]
+    texts = [qwen_tokenizer.decode(labels[labels != IGNORE]) for labels in trained]
+    assert texts == ["plain<|im_end|>", "\n\na<|im_end|>", "\n\na<|im_end|>", "b<|im_end|>", "\nc<|im_end|>"]
+
+
+def test_identifiers_that_a_template_replaces_are_a_finding(write, chatml_tokenizer):
+    tokenizer = copy.deepcopy(chatml_tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["</s>"]})
+
+    def calling(identifier: str) -> dict[str, Any]:
+        call = {"id": identifier, "type": "function", "function": {"name": "f", "arguments": {}}}
+        result = {"role": "tool", "content": "x", "tool_call_id": identifier}
+        asked = [{"role": "user", "content": identifier}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        return {"messages": [*asked, result, {"role": "assistant", "content": "a"}]}
+
+    path = write("c.jsonl", calling("abcdefgh1"), calling("call_fromOpenAI0123"))
+    for name, lines in (("mistral-v11-common", [2]), ("qwen2.5", [])):
+        ledger = load(Encoder(tokenizer, bind_template(name, tokenizer)), path).train.ledger
+        assert ledger.kept == 2
+        said = [finding.line for finding in ledger.findings if finding.cause == "replaced_call_ids"]
+        assert said == lines
 
 
 def test_duplicates_are_found_across_files(write, encoder):

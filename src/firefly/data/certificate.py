@@ -178,7 +178,8 @@ def _encode(encoder: Encoder, conversation: Conversation) -> list[Tokens]:
 
 
 def _check_ids(encoder: Encoder, conversations: Sequence[Conversation]) -> Check:
-    """Ids of every prompt, and of whole texts but for a stop token that the official text leaves out."""
+    """Ids of every prompt, and of whole texts but for a stop token that the official text leaves out, and for replies
+    that one tokenisation would join to their prompts."""
     name, compared = "ids_equal_apply_chat_template", 0
     by_piece = isinstance(encoder.tokenizer, SlowTokenizer)  # cuts before a reply, where one text has no cut
     if _dated_otherwise(encoder.template):
@@ -191,9 +192,10 @@ def _check_ids(encoder: Encoder, conversations: Sequence[Conversation]) -> Check
                 if official != encoder.encode_prompt(adapted.messages[:index]):
                     return Check(name, False, f"prompt {index} of conversation {number}")
                 compared += 1
-        encoded = _encode(encoder, conversation)
-        if len(encoded) == 1 and not by_piece:
-            ids, official = encoded[0].input_ids.tolist(), _official(encoder, adapted, prompt=False)
+        rendered = encoder.render(conversation)
+        encoded = encoder.label(rendered, encoder.tokenize(rendered))
+        if len(encoded) == 1 and not encoded[0].joined and not by_piece:
+            ids, official = encoded[0].examples[0].input_ids.tolist(), _official(encoder, adapted, prompt=False)
             stop = [encoder.template.stop_ids[0]]
             if ids != official and ids != [*official, *stop] and ids != _trimmed(official, len(ids)):
                 return Check(name, False, f"conversation {number}")

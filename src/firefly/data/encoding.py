@@ -1,5 +1,8 @@
 """Conversations to token ids: one tokenisation of the rendered text, labels by character span.
 
+One exception: a token that holds both the end of a prompt and the beginning of its trained reply is none that a served
+model could write. The reply is then encoded behind its prompt, as generation would continue it.
+
 Text that a person typed stays text: a typed `</s>` never becomes the end-of-sequence token. Rows in which no
 special-looking text was typed (nearly all) take the tokenizer as it is; the others take a copy of it whose special
 tokens are spelled with private-use characters, so that only the template's own are recognised.
@@ -9,7 +12,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -24,6 +28,19 @@ from firefly.messages import render as message
 
 # Another private-use character: it starts the second spelling of a special token.
 ALIAS = "\U000f5a20"
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedText:
+    """What a rendered text becomes.
+
+    Attributes:
+        examples: one; or one for each trained reply, where the reply of an earlier one is encoded behind its prompt.
+        joined: trained replies that one tokenisation would have joined to their prompts.
+    """
+
+    examples: tuple[Tokens, ...]
+    joined: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,8 +105,8 @@ class Encoder:
         return self.tokenizer.serve(rendered) if isinstance(self.tokenizer, SlowTokenizer) else rendered
 
     def encode_rendered(self, rendered: Sequence[Rendered]) -> list[Tokens]:
-        """Tokenise texts in one call. A token is a target if its first character lies in a trained span."""
-        return self.label(rendered, self.tokenize(rendered))
+        """Tokenise texts in one call: the examples of all of them, in order."""
+        return [tokens for text in self.label(rendered, self.tokenize(rendered)) for tokens in text.examples]
 
     def tokenize(self, rendered: Sequence[Rendered]) -> list[Any]:
         """The encodings of texts in which nothing special was typed, made in one call beside which other threads run;
@@ -103,18 +120,47 @@ class Encoder:
             result[i] = encoding
         return result
 
-    def label(self, rendered: Sequence[Rendered], encodings: Sequence[Any]) -> list[Tokens]:
-        """Ids and labels of tokenised texts."""
-        if isinstance(self.tokenizer, SlowTokenizer):
-            return list(encodings)
+    def label(self, rendered: Sequence[Rendered], encodings: Sequence[Any]) -> list[EncodedText]:
+        """Ids and labels of tokenised texts. A token is a target if its first character lies in a trained span."""
+        if isinstance(self.tokenizer, SlowTokenizer):  # which cuts before every reply
+            return [EncodedText((tokens,)) for tokens in encodings]
         return [
-            self._encode_aliased(item) if encoding is None else _label(encoding, item)
+            self._encode_aliased(item)
+            if encoding is None
+            else self._label(encoding, item, lambda: (self._plain_tokenizer, self._continuing_tokenizer))
             for item, encoding in zip(rendered, encodings, strict=True)
         ]
 
-    def _encode_aliased(self, rendered: Rendered) -> Tokens:
+    def _encode_aliased(self, rendered: Rendered) -> EncodedText:
         aliased = self._alias(rendered)
-        return _label(self._aliased_tokenizer.encode(aliased.text, add_special_tokens=False), aliased)
+        encoding = self._aliased_tokenizer.encode(aliased.text, add_special_tokens=False)
+        return self._label(encoding, aliased, lambda: (self._aliased_tokenizer, self._continuing_aliased_tokenizer))
+
+    @cached_property
+    def _continuing_tokenizer(self) -> Any:
+        return _without_prefix(self._plain_tokenizer)
+
+    @cached_property
+    def _continuing_aliased_tokenizer(self) -> Any:
+        return _without_prefix(self._aliased_tokenizer)
+
+    def _label(self, encoding: Any, rendered: Rendered, tokenizers: Callable[[], tuple[Any, Any]]) -> EncodedText:
+        """Labels for a tokenised text; with the tokenizer and the one for what continues a text, where it is joined."""
+        tokens, joined = _label(encoding, rendered)
+        if not joined:
+            return EncodedText((tokens,))
+        whole, continuing = tokenizers()
+        text, spans = rendered.text, rendered.spans
+        if joined == [len(spans) - 1]:
+            return EncodedText((_encode_behind(rendered, spans[-1][0], whole, continuing),), 1)
+        examples = []
+        for number, (start, end) in enumerate(spans):
+            reply = Rendered(text[:end], ((start, end),))
+            if number in joined:
+                examples.append(_encode_behind(reply, start, whole, continuing))
+            else:
+                examples.append(_label(whole.encode(reply.text, add_special_tokens=False), reply)[0])
+        return EncodedText(tuple(examples), len(joined))
 
     def encode_prompt(self, messages: Iterable[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Ids of the messages up to and with the generation prompt: what chat and server feed the model."""
@@ -250,26 +296,82 @@ def _respell(token: str) -> str:
     return "" if token == BREAK else ALIAS + token + ALIAS
 
 
-def _label(encoding: Any, rendered: Rendered) -> Tokens:
+def _label(encoding: Any, rendered: Rendered) -> tuple[Tokens, list[int]]:
+    """Ids and labels, and the numbers of the spans before which a token ends behind the span's beginning."""
     ids = np.array(encoding.ids, dtype=np.int32)
     labels = np.full(len(ids), IGNORE, dtype=np.int32)
-    for start, end in rendered.spans:
+    joined = []
+    for number, (start, end) in enumerate(rendered.spans):
         # Offsets never decrease, so a span is one run of tokens.
-        left = _first_token_from(encoding, start, len(ids))
-        right = len(ids) if end == len(rendered.text) else _first_token_from(encoding, end, len(ids))
+        left, crossed = _first_token_from(encoding, rendered.text, start, len(ids))
+        right = len(ids) if end == len(rendered.text) else _first_token_from(encoding, rendered.text, end, len(ids))[0]
         labels[left:right] = ids[left:right]
-    return Tokens(ids, labels)
+        if crossed:
+            joined.append(number)
+    return Tokens(ids, labels), joined
 
 
-def _first_token_from(encoding: Any, position: int, count: int) -> int:
-    """The first token that starts at or after a character.
+def _first_token_from(encoding: Any, text: str, position: int, count: int) -> tuple[int, bool]:
+    """The first token that starts at or after a character, and whether one before it ends behind that character.
 
     Asking the encoding for one place is much cheaper than having it list the offsets of every token.
     """
     token = encoding.char_to_token(position)
     if token is None:  # no token holds the character: the end of the text, or one that the normaliser dropped
         starts = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)[:, 0]
-        return int(np.searchsorted(starts, position))
+        return int(np.searchsorted(starts, position)), _composes(text[position - 1 : position + 1])
+    first = token
     while token < count and encoding.token_to_chars(token)[0] < position:
         token += 1
-    return token
+    return token, token > first
+
+
+def _composes(pair: str) -> bool:
+    """Whether a normaliser would make one character of two."""
+    return len(unicodedata.normalize("NFC", pair)) < len(pair)
+
+
+def _encode_behind(rendered: Rendered, cut: int, whole: Any, continuing: Any) -> Tokens:
+    """Ids and labels of a text whose parts before and behind `cut` are tokenised apart."""
+    text = rendered.text
+    # From its first added token on, a reply is tokenised as it would be in one text: a prefix may follow such a token.
+    border = cut + _first_added_token(text[cut:], whole)
+    parts = []
+    for start, end, tokenizer in ((0, cut, whole), (cut, border, continuing), (border, len(text), whole)):
+        spans = ((max(a, start) - start, min(b, end) - start) for a, b in rendered.spans if a < end and b > start)
+        part = Rendered(text[start:end], tuple(spans))
+        parts.append(_label(tokenizer.encode(part.text, add_special_tokens=False), part)[0])
+    ids, labels = (np.concatenate([getattr(part, name) for part in parts]) for name in ("input_ids", "labels"))
+    return Tokens(ids, labels)
+
+
+def _first_added_token(text: str, tokenizer: Any) -> int:
+    """Where the first token stands that is not part of the tokenizer's model; the end, if there is none."""
+    added = tokenizer.get_added_tokens_decoder()
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    places = (place for number, (place, _) in zip(encoding.ids, encoding.offsets, strict=True) if number in added)
+    return next(places, len(text))
+
+
+def _without_prefix(tokenizer: Any) -> Any:
+    """The tokenizer for a text that continues another one: it writes no space in front of it, and drops none."""
+    from tokenizers import Tokenizer
+
+    steps = {name: getattr(tokenizer, name) for name in ("normalizer", "pre_tokenizer")}
+    given = {name: None if step is None else json.loads(step.__getstate__()) for name, step in steps.items()}
+    continued = {name: _continued(step) for name, step in given.items()}
+    return (
+        tokenizer if continued == given else Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | continued))
+    )
+
+
+def _continued(step: Any) -> Any:
+    """A normaliser or pre-tokenizer, less what it does at the beginning of a text; None if nothing is left."""
+    if not isinstance(step, dict) or step["type"] == "Prepend":
+        return None
+    changed = {"prepend_scheme": "never", "add_prefix_space": False, "strip_left": False}
+    step = {**step, **{key: value for key, value in changed.items() if key in step}}
+    for steps in ("normalizers", "pretokenizers"):
+        if steps in step:
+            step[steps] = [inner for inner in map(_continued, step[steps]) if inner is not None]
+    return step

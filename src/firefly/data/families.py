@@ -20,6 +20,7 @@ class TemplateSpec:
         stable: a longer conversation's text continues a shorter one's. Where it does not (thinking of earlier turns is
             dropped, the last turn ends differently), each reply is trained in an example of its own.
         bos, eos: the tokens that the family's own tokenizer begins and ends a text with, for rendering without one.
+        preset: Jinja in front of the file's text: a variable that this name sets and the family leaves open.
     """
 
     file: str
@@ -28,6 +29,7 @@ class TemplateSpec:
     stable: bool = True
     bos: str | None = None
     eos: str | None = None
+    preset: str = ""
 
 
 TEMPLATES: dict[str, TemplateSpec] = {
@@ -36,6 +38,13 @@ TEMPLATES: dict[str, TemplateSpec] = {
     "qwen1.5": TemplateSpec("qwen1.5.jinja", ("<|im_end|>", "<|endoftext|>"), eos="<|im_end|>"),
     "qwen2.5": TemplateSpec("qwen2.5.jinja", ("<|im_end|>", "<|endoftext|>"), eos="<|im_end|>"),
     "qwen3": TemplateSpec("qwen3.jinja", ("<|im_end|>", "<|endoftext|>"), stable=False, eos="<|im_end|>"),
+    "qwen3-nothink": TemplateSpec(
+        "qwen3.jinja",
+        ("<|im_end|>", "<|endoftext|>"),
+        stable=False,
+        eos="<|im_end|>",
+        preset="{%- set enable_thinking = enable_thinking | default(false) -%}\n",
+    ),
     "qwen3-instruct-2507": TemplateSpec("qwen3-instruct-2507.jinja", ("<|im_end|>", "<|endoftext|>"), eos="<|im_end|>"),
     "smollm2": TemplateSpec("smollm2.jinja", ("<|im_end|>",), bos="<|im_start|>", eos="<|im_end|>"),
     "smollm3": TemplateSpec("smollm3.jinja", ("<|im_end|>",), eos="<|im_end|>"),
@@ -43,6 +52,7 @@ TEMPLATES: dict[str, TemplateSpec] = {
     "hermes3": TemplateSpec("hermes3.jinja", ("<|im_end|>",), bos="<|begin_of_text|>", eos="<|im_end|>"),
     "yi": TemplateSpec("chatml.jinja", ("<|im_end|>", "<|endoftext|>"), eos="<|im_end|>"),
     "yi-1.5": TemplateSpec("yi-1.5.jinja", ("<|im_end|>", "<|endoftext|>"), bos="<|startoftext|>", eos="<|im_end|>"),
+    "yi-coder": TemplateSpec("yi-coder.jinja", ("<|im_end|>",), bos="<|startoftext|>", eos="<|im_end|>"),
     "internlm": TemplateSpec("internlm.jinja", ("<eoa>", "</s>"), bos="<s>", eos="</s>"),
     "internlm2": TemplateSpec("internlm2.jinja", ("<|im_end|>", "</s>"), bos="<s>", eos="</s>"),
     "orion": TemplateSpec("orion.jinja", ("</s>",), bos="<s>", eos="</s>"),
@@ -78,6 +88,7 @@ TEMPLATES: dict[str, TemplateSpec] = {
     "mistral-nemo": TemplateSpec("mistral-nemo.jinja", ("</s>",), stable=False, bos="<s>", eos="</s>"),
     "mistral-large-2411": TemplateSpec("mistral-large-2411.jinja", ("</s>",), bos="<s>", eos="</s>"),
     "mistral-small-2501": TemplateSpec("mistral-small-2501.jinja", ("</s>",), bos="<s>", eos="</s>"),
+    "mistral-small-3.2": TemplateSpec("mistral-small-3.2.jinja", ("</s>",), stable=False, bos="<s>", eos="</s>"),
     "mistral-v1-common": TemplateSpec("mistral-v1-common.jinja", ("</s>",), bos="<s>", eos="</s>"),
     "mistral-v2-common": TemplateSpec("mistral-v2-common.jinja", ("</s>",), stable=False, bos="<s>", eos="</s>"),
     "mistral-v3-common": TemplateSpec("mistral-v3-common.jinja", ("</s>",), stable=False, bos="<s>", eos="</s>"),

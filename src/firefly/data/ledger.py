@@ -14,7 +14,20 @@ from firefly.messages import render
 # Causes that lose a row. Malformed rows are the data's fault and stop a run; the others are limited by a share.
 MALFORMED, REFUSED, NO_TARGET, TOO_LONG = "malformed", "refused", "no_target", "too_long"
 # Causes of findings that lose nothing by themselves.
-CUT, DUPLICATE, BLANK, EMPTY_ANSWER, REPEATED_ANSWER, IN_EVAL, SAME_ANSWERS, UNREAD_KEY, UNHEEDED_KEY, WRAPPED_TEXT = (
+(
+    CUT,
+    DUPLICATE,
+    BLANK,
+    EMPTY_ANSWER,
+    REPEATED_ANSWER,
+    IN_EVAL,
+    SAME_ANSWERS,
+    UNREAD_KEY,
+    UNHEEDED_KEY,
+    WRAPPED_TEXT,
+    JOINED,
+    REPLACED_IDS,
+) = (
     "cut",
     "duplicate",
     "blank_line",
@@ -25,6 +38,8 @@ CUT, DUPLICATE, BLANK, EMPTY_ANSWER, REPEATED_ANSWER, IN_EVAL, SAME_ANSWERS, UNR
     "unread_key",
     "unheeded_key",
     "wrapped_text",
+    "joined_to_prompt",
+    "replaced_call_ids",
 )
 MOST_FINDINGS = 10_000
 """Findings of one cause that are kept with their place; further ones are counted."""

@@ -32,9 +32,11 @@ from firefly.data.ledger import (
     BLANK,
     CUT,
     EMPTY_ANSWER,
+    JOINED,
     MALFORMED,
     NO_TARGET,
     REFUSED,
+    REPLACED_IDS,
     SAME_ANSWERS,
     TOO_LONG,
     UNHEEDED_KEY,
@@ -298,6 +300,8 @@ class Preparation:
             for conversation in chosen:
                 self._note_empty_replies(source, conversation)
             texts = [text for conversation in chosen for text in self.encoder.render(conversation)]
+            for conversation in chosen:
+                self._note_identifiers(source, conversation)
             return _Row(source, texts, answer=_answer(chosen[-1]))
         if isinstance(parsed, PreferencePair):
             self._note_empty_replies(source, replace(parsed.chosen, messages=parsed.chosen.messages[:-1]))
@@ -305,7 +309,9 @@ class Preparation:
                 last = getattr(parsed, side).messages[-1]
                 if _is_empty(last):
                     self.ledger.note(source, EMPTY_ANSWER, render("finding.empty_side", side=side))
-            return _Row(source, self.pairs.render(parsed), pair=parsed, answer=_answer(parsed.chosen))
+            texts = self.pairs.render(parsed)
+            self._note_identifiers(source, parsed.chosen)
+            return _Row(source, texts, pair=parsed, answer=_answer(parsed.chosen))
         if isinstance(parsed, Document):
             return _Row(source, [], document=self.encoder.protect_document(parsed.text))
         vocabulary = len(self.encoder.tokenizer)
@@ -317,6 +323,11 @@ class Preparation:
     def pairs(self) -> PairEncoder:
         """How preference pairs become tokens."""
         return PairEncoder(self.encoder)
+
+    def _note_identifiers(self, source: Source, conversation: Conversation) -> None:
+        if replaced := self.encoder.template.count_replaced_identifiers(conversation):
+            name = self.encoder.template.name
+            self.ledger.note(source, REPLACED_IDS, render("finding.replaced_call_ids", count=replaced, name=name))
 
     def _note_empty_replies(self, source: Source, conversation: Conversation) -> None:
         """Say which replies are empty, and what of them is trained."""
@@ -331,19 +342,24 @@ class Preparation:
 
     def _finish(self, rows: list[_Row], encoded: Future[_Encoded]) -> list[KeptRow]:
         done = encoded.result()
-        tokens, documents = iter(self.encoder.label(done.texts, done.encodings)), iter(done.documents)
+        encoded_texts, documents = iter(self.encoder.label(done.texts, done.encodings)), iter(done.documents)
         kept = []
         for row in rows:
+            joined = 0
             if row.ready is not None:
                 examples: list[Any] = [row.ready]
             elif row.document is not None:
                 examples = [next(documents)]
             else:
-                examples = [next(tokens) for _ in row.texts]
+                texts = [next(encoded_texts) for _ in row.texts]
+                examples = [tokens for text in texts for tokens in text.examples]
+                joined = sum(text.joined for text in texts)
             if row.pair is not None or isinstance(row.ready, TokenPair):
                 fitted: list[Example] = self._fit_pair(row, examples)
             else:
                 fitted = self._fit(row.source, examples)
+            if fitted and joined:
+                self.ledger.note(row.source, JOINED, render("finding.joined_to_prompt", count=joined))
             if fitted:
                 parts = [text.text.encode() for text in row.texts] or [item.input_ids.tobytes() for item in examples]
                 kept.append(KeptRow(row.source, fitted, _hash(parts), row.answer))

@@ -11,16 +11,17 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from firefly.data.families import TEMPLATES, TemplateSpec, family_names, find_family
+from firefly.data.proofs import Mark, is_plain, mark
 from firefly.data.rendering import ReservedCharacter, render_chat
 from firefly.data.schema import Conversation, Message, Rendered
-from firefly.data.tool_calls import CALL_STYLES, PROBE_CALL, CallStyle
+from firefly.data.tool_calls import CallStyle, find_call_style
 from firefly.errors import UsageError
 from firefly.messages import render as message
 
@@ -30,6 +31,8 @@ TEMPLATE_FOLDER = Path(__file__).parent / "chat_templates"
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 END_OF_THOUGHT = "</think>"
 OPENED_THOUGHTS = ("<think>\n", "<think>")
+MOST_SHAPES = 4096
+"""Shapes of plain conversations that a template keeps in mind as proved."""
 
 SystemRole = Literal["rendered", "refused", "dropped"]
 
@@ -84,19 +87,20 @@ class ChatTemplate:
 
     @cached_property
     def call_style(self) -> CallStyle | None:
-        """How the template wants tool calls, found out by trying; None if it does not write them at all.
+        """How the template wants tool calls, found out by trying; None if it does not write them at all."""
 
-        Templates differ in what they take: arguments as an object or as JSON text, no content beside a call or an
-        empty one, identifiers of nine characters or with the function's name in them.
-        """
-        for style in CALL_STYLES:
+        def attempt(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str | None:
             try:
-                text = self._render(style(PROBE_CALL), {}, prompt=False)[0]
+                return self._render(messages, {"tools": tools} if tools else {}, prompt=False)[0]
             except TemplateFailure:
-                continue
-            if all(word in text for word in ("firefly_call", "firefly_key", "firefly-value")) and '\\"' not in text:
-                return style
-        return None
+                return None
+
+        return find_call_style(attempt)
+
+    @cached_property
+    def _proved(self) -> set[Any]:
+        """Shapes of conversations of which the template is known to write everything."""
+        return set()
 
     @cached_property
     def folds_reasoning(self) -> bool:
@@ -112,12 +116,16 @@ class ChatTemplate:
     # ---- what training, chat and server ask for
 
     def adapt(self, conversation: Conversation) -> Conversation:
-        """The conversation as this template can take it: system prompt merged, reasoning left out, as configured.
+        """The conversation as this template can take it: system prompt merged, reasoning left out, as configured; tool
+        calls and results with the identifiers and names that it needs.
 
         Raises:
             TemplateFailure: the template has no place for a system prompt and `on_system` is error, or there is no user
                 turn to put it into.
         """
+        return self._completed(self._worded(conversation))
+
+    def _worded(self, conversation: Conversation) -> Conversation:
         if self.thinking == "strip":
             conversation = replace(conversation, messages=tuple(map(_without_reasoning, conversation.messages)))
         if any(item.reasoning for item in conversation.messages) and self.folds_reasoning:
@@ -130,12 +138,27 @@ class ChatTemplate:
         merged = replace(rest[0], content=f"{first.content}\n\n{rest[0].content}")
         return replace(conversation, messages=(merged, *rest[1:]))
 
+    def _completed(self, conversation: Conversation) -> Conversation:
+        if not any(item.tool_calls for item in conversation.messages) or self.call_style is None:
+            return conversation
+        return replace(conversation, messages=self.call_style.complete(conversation.messages))
+
+    def count_replaced_identifiers(self, conversation: Conversation) -> int:
+        """How many of its calls' identifiers the template does not take as they are."""
+        given = [call.get("id") for item in conversation.messages for call in item.tool_calls]
+        if not any(given) or self.call_style is None:
+            return 0
+        completed = self.call_style.complete(conversation.messages)
+        written = [call.get("id") for item in completed for call in item.tool_calls]
+        return sum(bool(old) and old != new for old, new in zip(given, written, strict=True))
+
     def render_prompt(self, conversation: Conversation) -> str:
         """The text up to and including the generation prompt, as `adapt` has it."""
-        conversation = self.adapt(conversation)
-        text = self.render_text(conversation, prompt=True)[0]
-        self._check_nothing_lost(conversation, text)
-        return text
+        worded = self._worded(conversation)
+        (shown,) = self._prompt(worded)
+        self._check_contents(worded, shown)
+        self._prove(worded, self._prompt)
+        return shown.rendered.text
 
     def render(self, conversation: Conversation) -> list[Rendered]:
         """Render for training: one text with all its trained spans.
@@ -147,16 +170,28 @@ class ChatTemplate:
             TemplateFailure: the template refuses the conversation, drops a part of it, or its trained spans cannot be
                 found.
         """
-        conversation = self.adapt(conversation)
+        worded = self._worded(conversation)
+        texts = self._training(worded)
+        for shown in texts:
+            self._check_contents(worded, shown)
+        self._prove(worded, self._training)
+        return [shown.rendered for shown in texts]
+
+    def _prompt(self, worded: Conversation) -> list[_Shown]:
+        completed = self._completed(worded)
+        text = self.render_text(completed, prompt=True)[0]
+        return [_Shown(Rendered(text, ()), len(completed.messages), "prompt")]
+
+    def _training(self, worded: Conversation) -> list[_Shown]:
+        conversation = self._completed(worded)
         replies = [i for i, item in enumerate(conversation.messages) if item.role == "assistant"]
         whole = self._stable_whole(conversation, replies)
         if whole is None:
             parts = self._parts(conversation, replies)
-            whole = None if self.stable else self._joined(conversation, parts)
+            whole = None if self.stable else self._joined(conversation, [shown.rendered for shown in parts])
             if whole is None:
                 return parts
-        self._check_nothing_lost(conversation, whole.text)
-        return [whole]
+        return [_Shown(whole, len(conversation.messages), "whole")]
 
     def render_text(
         self, conversation: Conversation, *, prompt: bool, upto: int | None = None
@@ -167,7 +202,7 @@ class ChatTemplate:
         if any("tool_calls" in item for item in messages):
             if self.call_style is None:
                 raise TemplateFailure(message("template.no_tool_calls", name=self.name))
-            messages = self.call_style(messages)
+            messages = self.call_style.apply(messages)
         return self._render(messages, variables, prompt=prompt)
 
     def render_messages(
@@ -194,17 +229,14 @@ class ChatTemplate:
                 return None
         return _select(whole, conversation, replies)
 
-    def _parts(self, conversation: Conversation, replies: list[int]) -> list[Rendered]:
+    def _parts(self, conversation: Conversation, replies: list[int]) -> list[_Shown]:
         """Each trained reply as it would be served: behind the prompt that asks for it."""
         served = self._served_marked if self.is_marked else self._served_unmarked
-        parts = []
-        for number, index in enumerate(replies, start=1):
-            if conversation.messages[index].trained:
-                part = served(conversation, index, number)
-                upto = replace(conversation, messages=conversation.messages[: index + 1])
-                self._check_nothing_lost(upto, part.text, served=True)
-                parts.append(part)
-        return parts
+        return [
+            _Shown(served(conversation, index, number), index + 1, "reply")
+            for number, index in enumerate(replies, start=1)
+            if conversation.messages[index].trained
+        ]
 
     def _joined(self, conversation: Conversation, parts: list[Rendered]) -> Rendered | None:
         """One text for all trained replies, if the whole conversation's text holds each just as it would be served."""
@@ -238,6 +270,8 @@ class ChatTemplate:
             return _behind(prompt, reply.content + self.stop_tokens[0])
         if text.startswith(prompt):
             return Rendered(text, ((max(start, len(prompt)), end),))
+        if prompt.rstrip().endswith(END_OF_THOUGHT) and END_OF_THOUGHT in text[start:end]:
+            raise TemplateFailure(message("template.thought_closed"))
         return _behind(prompt, text[start:end])
 
     def _served_unmarked(self, conversation: Conversation, index: int, number: int) -> Rendered:
@@ -290,31 +324,83 @@ class ChatTemplate:
         text = text[:end] + self.stop_tokens[0]
         return text, (start, len(text))
 
-    # ---- guards
+    # ---- guards: a template may drop what it has no place for; that would be trained, or asked, in silence
 
-    def _check_nothing_lost(self, conversation: Conversation, text: str, served: bool = False) -> None:
-        """A template may drop what it has no place for; that would be trained, or asked, in silence."""
-        for tool in conversation.tools:
-            if tool["function"]["name"] not in text:
-                raise TemplateFailure(message("template.no_tools", name=self.name))
-        last = len(conversation.messages) - 1
-        for number, item in enumerate(conversation.messages):
-            if item.role in ("user", "system", "tool"):
-                content = item.content.strip()
-                if content not in text and not (item.role == "tool" and _in_json(content, text)):
-                    raise TemplateFailure(message("template.dropped", name=self.name, role=item.role, number=number))
-            elif item.tool_calls or (item.reasoning and (self.stable or number == last)):
-                self._check_reply(item, text, number == last or not served)
+    def _check_contents(self, conversation: Conversation, shown: _Shown) -> None:
+        """What a template drops or changes because of its text."""
+        text = shown.rendered.text
+        for number, item in enumerate(conversation.messages[: shown.messages]):
+            said = item.content.strip()
+            stands = said in text or (item.role in ("tool", "assistant") and _in_json(said, text))
+            lost = []
+            if not stands and (item.role != "assistant" or item.tool_calls):
+                lost.append(Mark(said, "content", number))
+            if item.reasoning and item.reasoning.strip() not in text:
+                lost.append(Mark(item.reasoning, "reasoning", number))
+            for part in lost:
+                if self._is_due(part, conversation, shown):
+                    raise self._dropped(part, conversation)
 
-    def _check_reply(self, item: Message, text: str, entire: bool) -> None:
-        if entire and item.reasoning and item.trained and item.reasoning.strip() not in text:
-            raise TemplateFailure(message("template.no_reasoning", name=self.name))
-        for call in item.tool_calls:
-            if entire and call["function"]["name"] not in text:
-                raise TemplateFailure(message("template.no_tool_calls", name=self.name))
-        said = item.content.strip()
-        if entire and item.tool_calls and item.trained and said not in text and not _in_json(said, text):
-            raise TemplateFailure(message("template.no_text_beside_calls", name=self.name, text=said[:40]))
+    def _prove(self, conversation: Conversation, texts: Callable[[Conversation], list[_Shown]]) -> None:
+        """Render a copy in which everything is marked: what a template drops because of a conversation's shape.
+
+        Plain conversations of one shape are proved once.
+        """
+        shape = None
+        if is_plain(conversation):
+            turns = (
+                (
+                    item.role,
+                    item.trained,
+                    not item.content.strip(),
+                    bool(item.reasoning),
+                    END_OF_THOUGHT in item.content,
+                )
+                for item in conversation.messages
+            )
+            shape = (texts.__name__, *turns)
+            if shape in self._proved:
+                return
+        marked, marks = mark(conversation)
+        for shown in texts(marked):
+            text = shown.rendered.text.casefold()
+            for item in marks:
+                if item.text not in text and self._is_due(item, conversation, shown):
+                    raise self._dropped(item, conversation)
+        if shape is not None and len(self._proved) < MOST_SHAPES:
+            self._proved.add(shape)
+
+    def _is_due(self, item: Mark, conversation: Conversation, shown: _Shown) -> bool:
+        """Whether a text has to show a part of its conversation.
+
+        Of replies that stand in the prompt of another, official texts drop thoughts and what is said beside calls; of
+        those that are not trained, too.
+        """
+        if item.index is None:
+            return True
+        if item.index >= shown.messages:
+            return False
+        reply = conversation.messages[item.index]
+        if item.part == "call" or reply.role != "assistant":
+            return True
+        in_full = reply.trained and (shown.kind != "reply" or item.index == shown.messages - 1)
+        if item.part == "reasoning":
+            return in_full and (shown.kind != "prompt" or bool(self.stable))
+        return in_full and bool(reply.tool_calls)
+
+    def _dropped(self, item: Mark, conversation: Conversation) -> TemplateFailure:
+        if item.index is None:
+            return TemplateFailure(message("template.no_tools", name=self.name))
+        dropped = conversation.messages[item.index]
+        if item.part == "reasoning":
+            return TemplateFailure(message("template.no_reasoning", name=self.name))
+        if item.part == "call":
+            functions = ", ".join(call["function"]["name"] for call in dropped.tool_calls)
+            values = {"name": self.name, "functions": functions, "number": item.index}
+            return TemplateFailure(message("template.call_dropped", **values))
+        if dropped.role == "assistant":
+            return TemplateFailure(message("template.no_text_beside_calls", name=self.name, text=dropped.content[:40]))
+        return TemplateFailure(message("template.dropped", name=self.name, role=dropped.role, number=item.index))
 
     def _render(
         self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], *, prompt: bool
@@ -330,6 +416,16 @@ class ChatTemplate:
             raise TemplateFailure(message("row.too_deep")) from error
         except Exception as error:  # a template is a program from outside: whatever it raises is its refusal
             raise TemplateFailure(message("template.refused", name=self.name, problem=error)) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """A rendered text and how many of its conversation's messages it holds: all of them, those up to one reply that
+    is trained as it would be served, or a prompt."""
+
+    rendered: Rendered
+    messages: int
+    kind: Literal["whole", "reply", "prompt"]
 
 
 def _lost_thought(reply: Message, shown: str) -> bool:
@@ -458,7 +554,7 @@ def _variables(tokenizer: Any) -> dict[str, Any]:
 
 def read_template(spec: TemplateSpec) -> str:
     """The text of a named template."""
-    return (TEMPLATE_FOLDER / spec.file).read_text(encoding="utf-8").removesuffix("\n")
+    return spec.preset + (TEMPLATE_FOLDER / spec.file).read_text(encoding="utf-8").removesuffix("\n")
 
 
 def _find_template(name: str, tokenizer: Any) -> tuple[str, tuple[str, ...], bool | None]:

@@ -574,6 +574,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "the chat template {name} does not write tool calls",
         "对话模板 {name} 不会写出函数调用",
     ),
+    "template.call_dropped": (
+        "the chat template {name} does not write the calls of message {number} ({functions})",
+        "对话模板 {name} 没有写出第 {number} 条消息中的函数调用（{functions}）",
+    ),
     "template.no_reasoning": (
         "the chat template {name} does not write the reasoning of a reply (thinking: strip leaves it out)",
         "对话模板 {name} 不会写出回复的思考过程（thinking: strip 可将其去除）",
@@ -597,6 +601,11 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "template.no_prefix": (
         "the chat template writes a reply that does not continue its own generation prompt",
         "对话模板写出的回复不是其生成提示的延续",
+    ),
+    "template.thought_closed": (
+        "the chat template ends the thought in its generation prompt, and this reply thinks "
+        "(thinking: strip leaves the reasoning out)",
+        "对话模板在生成提示中已结束思考，而此回复含有思考过程（thinking: strip 可将其去除）",
     ),
     "template.content_changed": (
         "the chat template changes the text of a reply",
@@ -1088,6 +1097,15 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "finding.same_answers": (
         "chosen and rejected are the same: nothing to prefer",
         "chosen 与 rejected 相同：没有偏好可学",
+    ),
+    "finding.joined_to_prompt": (
+        "replies encoded behind their prompts, as they are served: {count} (one tokenisation would join the two, as a "
+        "rule by the white space between them)",
+        "{count} 条回复已按服务时的方式接在提示之后编码（整体分词会把两者连成一个 token，多因其间的空白）",
+    ),
+    "finding.replaced_call_ids": (
+        "identifiers of tool calls that the chat template {name} does not take, replaced in calls and results: {count}",
+        "对话模板 {name} 不接受的函数调用标识符，已在调用和结果中一致替换：{count} 个",
     ),
     "finding.duplicate": ("the same as {place}", "与 {place} 相同"),
     "finding.repeated_answer": ("this answer stands in {count} rows", "此回答在 {count} 行中出现"),
