@@ -40,12 +40,10 @@ from firefly.models.kernels.expert_linear import expert_factors
 from firefly.models.kernels.lora_linear import dense
 from firefly.models.loading import (
     eos_ids,
-    hub_options,
-    load_failure,
     load_model,
     load_tokenizer,
     mend_generation_config,
-    resolve_model,
+    pretrained,
 )
 from firefly.models.precision import Precision, pick_device
 from firefly.runs.folders import RESULT, first_line, free_space, is_write_failure, make_empty, move_into, unfinished
@@ -192,11 +190,7 @@ def base_type(model: ModelConfig) -> torch.dtype:
     """The number type of the base model's weights, as its config.json says."""
     from transformers import AutoConfig
 
-    place = resolve_model(model)
-    try:
-        config = AutoConfig.from_pretrained(place, **hub_options(model))
-    except Exception as error:
-        raise load_failure(error, place) from error
+    config = pretrained(AutoConfig, model)
     dtype: Any = config.get_text_config().dtype or config.dtype
     return dtype if dtype in TYPES.values() else torch.float32
 

@@ -97,7 +97,7 @@ class Engine:
         loaded.config.use_cache = True
         tokenizer = load_tokenizer(model, tokenizer_source(model, adapter))
         stops = eos_ids(loaded.generation_config)
-        trained = Path(adapter or model.name_or_path).expanduser()
+        trained = Path(adapter or resolve_model(model)).expanduser()
         template = bind_template(template_name, tokenizer, eos_ids=stops, **stored_choices(trained))
         encoder = Encoder(tokenizer, template, allows_special(trained))
         recheck(trained, encoder, force)

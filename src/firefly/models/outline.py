@@ -25,7 +25,7 @@ from firefly.models.adapters import adapter_settings, attach_adapter, transforme
 from firefly.models.attention import choose_layout
 from firefly.models.experts import expert_stacks
 from firefly.models.forwards import install_training_forwards
-from firefly.models.loading import as_quantised, hub_options, load_failure, nf4_config, resolve_model
+from firefly.models.loading import as_quantised, load_failure, nf4_config, pretrained
 from firefly.models.precision import Precision
 
 WITNESS_VOCABULARY, WITNESS_INNER = 512, 128
@@ -66,11 +66,7 @@ def read_config(model: ModelConfig) -> Any:
     """
     from transformers import AutoConfig
 
-    place = resolve_model(model)
-    try:
-        return AutoConfig.from_pretrained(place, **hub_options(model))
-    except Exception as error:
-        raise load_failure(error, place) from error
+    return pretrained(AutoConfig, model)
 
 
 def outline(config: Config, precision: Precision, rows: int = 0, new_tokens: Sequence[int] = ()) -> Outline:
