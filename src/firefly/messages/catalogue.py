@@ -772,6 +772,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "--memory {memory} without --device: a CUDA card is meant (--device cpu plans for a CPU).",
         "给出 --memory {memory} 而未给出 --device：按 CUDA 显卡规划（--device cpu 则按 CPU 规划）。",
     ),
+    "plan.known_shape": (
+        "the shapes of {name} are those that Firefly brings along: {reason}",
+        "使用 Firefly 自带的 {name} 的形状：{reason}",
+    ),
     "plan.no_tokenizer": (
         "the model has no tokenizer here, so lengths are not known: every example is taken to have {length} tokens "
         "(max_seq_length).",
