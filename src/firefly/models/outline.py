@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
@@ -186,16 +185,3 @@ def _follow(model: nn.Module, witness: nn.Module) -> None:
 def _place(name: str) -> str:
     """A module's path without the layer's number."""
     return re.sub(r"\d+", "#", name)
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """What transformers and bitsandbytes say of skeletons is for their developers."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

@@ -26,7 +26,7 @@ from firefly.models.flops import Products, necessary_flops
 from firefly.models.kernels import segment_attention
 from firefly.models.kernels.weight_cache import cache_sizes
 from firefly.models.known_shapes import known_shape
-from firefly.models.loading import load_tokenizer, resolve_model
+from firefly.models.loading import load_tokenizer, quiet_libraries, resolve_model
 from firefly.models.memory import (
     Activations,
     Forecast,
@@ -36,7 +36,7 @@ from firefly.models.memory import (
     kernels_kept,
     optimizer_bytes_of,
 )
-from firefly.models.outline import Outline, outline, quiet_libraries, read_config
+from firefly.models.outline import Outline, outline, read_config
 from firefly.models.precision import Precision
 from firefly.models.tokens import add_tokens
 from firefly.models.verdicts import known_crossover
