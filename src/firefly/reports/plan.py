@@ -195,7 +195,7 @@ def _tokenizer_of(config: Config, notes: list[str]) -> Any:
         try:
             return load_tokenizer(config.model, source)
         except UsageError as error:
-            if error.code not in ("model.unreadable", "model.not_found"):
+            if error.code not in ("model.unreadable", *NOT_TO_BE_HAD):
                 raise
     notes.append(render("plan.no_tokenizer", length=config.data.max_seq_length))
     return None
