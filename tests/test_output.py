@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import firefly
-from firefly.console import LIBRARIES_NOTES, hush_libraries
+from firefly.console import LIBRARIES_NOTES, LIBRARIES_WARNINGS, hush_libraries
 from firefly.models.loading import embedded_model
 from tiny import save_tiny_model, write_rows
 
@@ -90,6 +90,19 @@ def test_notes_are_kept_back_and_anything_else_passes(caplog: pytest.LogCaptureF
     logging.getLogger("DeepSpeed").warning("a gradient overflowed")
     logging.getLogger("transformers.modeling_utils").warning("weights were not initialised")
     assert caplog.messages == ["a gradient overflowed", "weights were not initialised"]
+
+
+def test_warnings_for_developers_are_kept_back_and_any_other_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "warnoptions", [])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hush_libraries()
+        for beginning in LIBRARIES_WARNINGS:
+            warnings.warn(f"{beginning} such", stacklevel=1)
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.warn("this will go", category, stacklevel=1)
+        warnings.warn("Found missing adapter keys", stacklevel=1)
+    assert [str(each.message) for each in caught] == ["Found missing adapter keys"]
 
 
 def test_who_looks_for_a_fault_sees_everything(monkeypatch: pytest.MonkeyPatch) -> None:

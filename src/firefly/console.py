@@ -98,6 +98,15 @@ LIBRARIES_NOTES = {
 kernel is for inference in 4 bit, which we dequantise for; kernels of a hub, which we load none of; the built-in model's
 GGUF file, which is converted once; fonts."""
 
+LIBRARIES_WARNINGS = (
+    "This DataLoader will create",
+    "Model has `tie_word_embeddings=True`",
+    "fan_in_fan_out is set to False",
+    "Detected call of `lr_scheduler.step()` before",
+)
+"""How warnings begin that are no user's concern: what peft says of tied weights our saving and merging see to, it sets
+GPT-2's layout right by itself, and a step that was skipped is a notice of ours."""
+
 
 def hush_libraries() -> None:
     """Silence libraries' notes to their own developers; what concerns the user passes through the catalogue.
@@ -109,7 +118,8 @@ def hush_libraries() -> None:
     if not sys.warnoptions:
         for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
             warnings.filterwarnings("ignore", category=category)
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        for beginning in LIBRARIES_WARNINGS:
+            warnings.filterwarnings("ignore", message=re.escape(beginning))
     for name, note in LIBRARIES_NOTES.items():
         logging.getLogger(name).addFilter(note)  # one and the same, however often
 
