@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from firefly import ranks
+from firefly.console import hush_libraries, print_error, print_json, stdout_console, tolerate_encodings
 from firefly.errors import FireflyError
 
 app = typer.Typer(
@@ -113,10 +114,8 @@ def check_command(
     if html:
         check.write_html(checked, Path(html).expanduser())
     if as_json:
-        print(check.as_json(checked))
+        print_json(check.as_json(checked))
     else:
-        from firefly.console import stdout_console
-
         check.show_check(checked, stdout_console())
     if checked.problem:
         raise VerificationError("check.failed", problem=checked.problem)
@@ -153,10 +152,8 @@ def plan_command(
     probed = probe_plan(plan, data) if probe else None
     advice = [] if plan.fits else advise(plan)
     if as_json:
-        print(plan_view.as_json(plan, advice, probed))
+        print_json(plan_view.as_json(plan, advice, probed))
     else:
-        from firefly.console import stdout_console
-
         plan_view.show_plan(plan, advice, probed, stdout_console())
     if not plan.fits:
         total, available = plan_view.gib(plan.forecast.total), plan_view.gib(plan.forecast.available)
@@ -178,7 +175,7 @@ def templates_list(as_json: JsonOption = False) -> None:
 
     described = describe_templates()
     if as_json:
-        print(json.dumps(described, ensure_ascii=False))
+        print_json(json.dumps(described, ensure_ascii=False))
         return
     for item in described:
         print(
@@ -212,7 +209,10 @@ def templates_render(
     if on_system not in ("merge", "error"):
         raise UsageError("merge.bad_choice", option="on_system", value=on_system, choices="merge, error")
     rendered = render_request(name, read_request(messages), add_generation_prompt, on_system)
-    print(json.dumps(rendered, ensure_ascii=False) if as_json else rendered["text"])
+    if as_json:
+        print_json(json.dumps(rendered, ensure_ascii=False))
+    else:
+        print(rendered["text"])
 
 
 @templates_app.command("verify")
@@ -234,7 +234,7 @@ def templates_verify(
     model = ModelConfig(name_or_path=model_name_or_path, hub=hub, trust_remote_code=trust_remote_code)
     certificate = verify_template(model, template_name, template_date or None)
     if as_json:
-        print(json.dumps(certificate.as_dict(), ensure_ascii=False))
+        print_json(json.dumps(certificate.as_dict(), ensure_ascii=False))
     else:
         for check in certificate.checks:
             print(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.detail}")
@@ -318,14 +318,13 @@ def runs_list(
     as_json: JsonOption = False,
 ) -> None:
     """The runs in some folders, newest first: state, steps, losses, duration."""
-    from firefly.console import stdout_console
     from firefly.reports import runs
     from firefly.runs.records import find_runs
 
     places = folders or runs.default_folders()
     records = find_runs(places)
     if as_json:
-        print(runs.list_as_json(records))
+        print_json(runs.list_as_json(records))
     else:
         runs.show_list(records, places, stdout_console())
 
@@ -335,13 +334,12 @@ def runs_show(
     run: Annotated[str, typer.Argument(help="The output_dir of a run.")], as_json: JsonOption = False
 ) -> None:
     """Everything of one run: configuration, choices, data, loss, results, checkpoints, notes, versions."""
-    from firefly.console import stdout_console
     from firefly.reports import runs
     from firefly.runs.records import open_run
 
     record = open_run(run)
     if as_json:
-        print(runs.show_as_json(record))
+        print_json(runs.show_as_json(record))
     else:
         runs.show_run(record, stdout_console())
 
@@ -353,22 +351,21 @@ def runs_diff(
     as_json: JsonOption = False,
 ) -> None:
     """Why two runs differ, what explains most first, and how far their losses agree."""
-    from firefly.console import stdout_console
     from firefly.reports import run_diff
     from firefly.runs.records import open_run
 
     found = run_diff.compare_runs(open_run(first), open_run(second))
     if as_json:
-        print(run_diff.as_json(found))
+        print_json(run_diff.as_json(found))
     else:
         run_diff.show_diff(found, stdout_console())
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code (DESIGN.md, "Errors")."""
-    from firefly.console import hush_libraries, print_error
     from firefly.messages import render
 
+    tolerate_encodings()
     hush_libraries()
     try:
         result = app(args=sys.argv[1:] if arguments is None else arguments, prog_name="firefly", standalone_mode=False)
@@ -388,6 +385,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             print_error(render("cli.not_permitted", path=error.filename or "–", problem=error.strerror or error))
+            return 2
+        if isinstance(error, UnicodeEncodeError):  # text that is printed or written never raises it, names of files do
+            print_error(render("cli.unencodable", name=error.object, encoding=error.encoding))
             return 2
         if _is_out_of_memory(error):
             problem = next(iter(str(error).splitlines()), type(error).__name__)

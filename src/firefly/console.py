@@ -5,7 +5,11 @@ Of many ranks the first one speaks.
 
 from __future__ import annotations
 
+import io
+import json
 import logging
+import os
+import re
 import sys
 import time
 import warnings
@@ -19,6 +23,26 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _notices: list[dict[str, str]] = []
+
+
+def tolerate_encodings() -> None:
+    """Let no character that the encoding of a console, a pipe or a file lacks end a command: it is replaced.
+
+    Handlers of errors that do not fail, stderr's own or one named in PYTHONIOENCODING, stay.
+    """
+    for stream in (sys.stdout, sys.stderr, sys.stdin):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            with suppress(io.UnsupportedOperation):  # of an input that somebody has begun to read
+                stream.reconfigure(errors="replace")
+
+
+def print_json(text: str) -> None:
+    """Print a JSON text on stdout, where its encoding lacks a character with escapes, which mean the same."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = re.sub(r"[^\x00-\x7f]", lambda found: json.dumps(found[0])[1:-1], text)
+    print(text)
 
 
 def notice(code: str, **values: object) -> None:
@@ -52,20 +76,52 @@ def stdout_console() -> Console:
     return Console(highlight=False, markup=False)
 
 
+class Note(logging.Filter):
+    """Keeps back what a logger says with one of these beginnings."""
+
+    def __init__(self, *beginnings: str) -> None:
+        super().__init__()
+        self.beginnings = beginnings
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(self.beginnings)
+
+
 LIBRARIES_NOTES = {
-    "DeepSpeed": "Setting accelerator to CPU",
-    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    "DeepSpeed": Note("Setting accelerator to", "Setting ds_accelerator to"),
+    "bitsandbytes.backends.cpu.ops": Note("Failed to load CPU gemm_4bit_forward"),
+    "transformers.integrations.hub_kernels": Note(""),
+    "transformers.quantizers.quantizer_gguf": Note(""),
+    "matplotlib.font_manager": Note(""),
 }
-"""What libraries log as they are imported and no user of ours has to act on, by their loggers: a machine without a card
-has none, and the missing kernel is for inference in 4 bit, which we dequantise for."""
+"""What libraries log and no user of ours has to act on, by their loggers: a machine without a card has none, a missing
+kernel is for inference in 4 bit, which we dequantise for; kernels of a hub, which we load none of; the built-in model's
+GGUF file, which is converted once; fonts."""
+
+LIBRARIES_WARNINGS = (
+    "This DataLoader will create",
+    "Model has `tie_word_embeddings=True`",
+    "fan_in_fan_out is set to False",
+    "Detected call of `lr_scheduler.step()` before",
+)
+"""How warnings begin that are no user's concern: what peft says of tied weights our saving and merging see to, it sets
+GPT-2's layout right by itself, and a step that was skipped is a notice of ours."""
 
 
 def hush_libraries() -> None:
-    """Silence libraries' notes to their own developers; what concerns the user passes through the catalogue."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="This DataLoader will create")
-    for name, beginning in LIBRARIES_NOTES.items():
-        logging.getLogger(name).addFilter(lambda record, said=beginning: not str(record.msg).startswith(said))
+    """Silence libraries' notes to their own developers; what concerns the user passes through the catalogue.
+
+    FIREFLY_DEBUG=1 in the environment leaves all as it is, and Python's own PYTHONWARNINGS its warnings.
+    """
+    if os.environ.get("FIREFLY_DEBUG", "") not in ("", "0"):
+        return
+    if not sys.warnoptions:
+        for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+            warnings.filterwarnings("ignore", category=category)
+        for beginning in LIBRARIES_WARNINGS:
+            warnings.filterwarnings("ignore", message=re.escape(beginning))
+    for name, note in LIBRARIES_NOTES.items():
+        logging.getLogger(name).addFilter(note)  # one and the same, however often
 
 
 OTHERS_WAIT = 3.0

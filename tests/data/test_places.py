@@ -10,12 +10,14 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import LocalEntryNotFoundError
 
+import firefly.hub
 from firefly.console import take_notices
 from firefly.data.readers import READERS
 from firefly.data.readers.places import find_files
 from firefly.errors import UsageError
+from firefly.hub import NoAnswer
 
 
 @pytest.fixture(autouse=True)
@@ -217,23 +219,30 @@ ULTRACHAT = [
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub with one dataset; `asked` records the downloads, `reachable` says whether its files can be listed."""
+    """A hub with one dataset; `asked` records the downloads, `reachable` says whether it can be asked: if not, there is
+    a copy in the library's cache."""
     state = SimpleNamespace(names=["data/train.jsonl"], asked=[], reachable=True)
 
     def snapshot_download(name, **options):
+        assert options.pop("local_files_only") is not state.reachable
         state.asked.append((name, options))
         chosen = [n for n in state.names if any(fnmatch.fnmatchcase(n, p) for p in options["allow_patterns"])]
         make(tmp_path / "cache", *chosen)
         return str(tmp_path / "cache")
 
-    def list_repo_files(name, *, repo_type, revision):
-        assert repo_type == "dataset"
+    def dataset_info(name, *, revision, timeout):
         if not state.reachable:
-            raise OfflineModeIsEnabled("offline")
-        return state.names
+            raise NoAnswer("no answer")
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=each) for each in state.names])
 
+    def copy_in_cache(*_):
+        return tmp_path / "cache" if not state.reachable else None
+
+    monkeypatch.setattr("firefly.hub._copy_or_place", copy_in_cache)
+    monkeypatch.setattr("firefly.hub._list_dataset", firefly.hub._list_dataset.__wrapped__)  # asked each time
+    monkeypatch.setattr("firefly.hub.ask_modelscope", lambda: None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(list_repo_files=list_repo_files))
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda _: SimpleNamespace(dataset_info=dataset_info))
     return state
 
 
@@ -265,7 +274,7 @@ def test_a_glob_after_the_id_fetches_those_files_and_no_others(tmp_path, hub):
     assert [options["allow_patterns"] for _, options in hub.asked] == [["data/train_sft-*"]] * 2
     assert names(found(f"HuggingFaceH4/ultrachat_200k:{ULTRACHAT[-1]}"), tmp_path) == [ULTRACHAT[-1]]
     assert len(found("HuggingFaceH4/ultrachat_200k:data/")) == 8
-    assert notices() == {}
+    assert list(notices()) == ["hub.copy"]
 
 
 def test_a_path_that_exists_comes_before_the_hub(tmp_path, monkeypatch, hub):

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from firefly.caches import cache_folder
 from firefly.config import DataConfig
 from firefly.data.blocks import Blocks
 from firefly.data.encoding import Encoder
@@ -273,11 +274,3 @@ def code_hash() -> str:
     for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()
-
-
-def cache_folder() -> Path:
-    """FIREFLY_CACHE, else firefly under XDG_CACHE_HOME or ~/.cache."""
-    if chosen := os.environ.get("FIREFLY_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "firefly"

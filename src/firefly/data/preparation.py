@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from firefly.caches import make_cache
 from firefly.config import DataConfig
 from firefly.console import notice
 from firefly.data.encoding import Encoder
@@ -72,7 +73,7 @@ def prepare(
     records: Iterator[RawRecord], file: str, config: DataConfig, encoder: Encoder, task: TaskName, folder: Path
 ) -> None:
     """Write examples.arrow, index.npy, rows.npy and ledger.json into `folder`, which appears whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_cache(folder.parent)
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         lines = task == "pretrain" and config.text_documents == "line" and file.lower().endswith(".txt")
@@ -105,7 +106,7 @@ def prepare_once(folder: Path, file: str, make: Callable[[], None]) -> None:
     Ranks and runs share their preparation so: by a lock file, not by a collective operation that would time out. Where
     the other process died, this one takes its place.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_cache(folder.parent)
 
     told = False
 

@@ -44,12 +44,10 @@ from firefly.models.kernels.expert_linear import expert_factors
 from firefly.models.kernels.lora_linear import dense
 from firefly.models.loading import (
     eos_ids,
-    hub_options,
-    load_failure,
     load_model,
     load_tokenizer,
     mend_generation_config,
-    resolve_model,
+    pretrained,
 )
 from firefly.models.precision import Precision, pick_device
 from firefly.models.saved_adapter import (
@@ -214,11 +212,7 @@ def base_type(model: ModelConfig) -> torch.dtype:
     """The number type of the base model's weights, as its config.json says."""
     from transformers import AutoConfig
 
-    place = resolve_model(model)
-    try:
-        config = AutoConfig.from_pretrained(place, **hub_options(model))
-    except Exception as error:
-        raise load_failure(error, place) from error
+    config = pretrained(AutoConfig, model)
     dtype: Any = config.get_text_config().dtype or config.dtype
     return dtype if dtype in TYPES.values() else torch.float32
 

@@ -30,6 +30,8 @@ def chat(engine: Engine, settings: GenerationSettings, system: str | None = None
         except KeyboardInterrupt:  # at the prompt it clears the line
             print()
             continue
+        if "\ufffd" in line:
+            print(render("chat.undecodable", encoding=getattr(sys.stdin, "encoding", None)), file=sys.stderr)
         if line == "/exit":
             return
         if line.startswith("/") and line.split()[0] in COMMANDS:

@@ -17,7 +17,7 @@ from firefly.data.encoding import Encoder
 from firefly.data.schema import Message
 from firefly.data.templates import bind_template
 from firefly.errors import UsageError
-from firefly.models.loading import eos_ids, load_model, load_tokenizer
+from firefly.models.loading import eos_ids, load_model, load_tokenizer, resolve_model
 from firefly.models.precision import pick_device, resolve_precision
 from firefly.models.saved_adapter import (
     base_of_adapter,
@@ -106,7 +106,7 @@ class Engine:
         loaded.config.use_cache = True
         tokenizer = load_tokenizer(model, tokenizer_source(model, adapter))
         stops = eos_ids(loaded.generation_config)
-        trained = saved.folder if saved else Path(model.name_or_path).expanduser()
+        trained = saved.folder if saved else Path(resolve_model(model))
         template = bind_template(template_name, tokenizer, eos_ids=stops, **stored_choices(trained))
         encoder = Encoder(tokenizer, template, allows_special(trained))
         recheck(trained, encoder, force)

@@ -25,6 +25,12 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "FIREFLY_CACHE).",
         "{path}：{problem}。请授予写入权限，或换一个目录（缓存目录可用 FIREFLY_CACHE 更改）。",
     ),
+    "cli.unencodable": (
+        "{name}: the encoding {encoding} has no such file name. Use a UTF-8 locale, set PYTHONUTF8=1, or give the file "
+        "or folder another name.",
+        "{name}：编码 {encoding} 无法表示这个文件名。请使用 UTF-8 区域设置、设置 PYTHONUTF8=1，"
+        "或改用其他文件名或目录名。",
+    ),
     "cli.disk_full": (
         "no space is left on the disk, or the quota is used up: {path}. Free some space and start again.",
         "磁盘已满或配额已用尽：{path}。请腾出空间后重新运行。",
@@ -311,6 +317,75 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "precision.replaced": (
         "{asked} was asked for; this hardware lacks it, so {used} is used.",
         "要求使用 {asked}；此硬件不支持，改用 {used}。",
+    ),
+    # hubs and caches
+    "cache.unusable": (
+        "the cache at {path} cannot be made or written: {problem}. Set {variable} to a folder that can.",
+        "无法创建或写入缓存 {path}：{problem}。请将 {variable} 设为可写的目录。",
+    ),
+    "hub.unreachable": (
+        "{key} = {name} is not a local path, and the hub {hub} could not be reached: {problem}\n"
+        "Set HF_ENDPOINT to a mirror that can be reached (such as https://hf-mirror.com), use ModelScope "
+        '("hub": "modelscope", pip install modelscope), or give a local folder or file that was downloaded elsewhere.',
+        "{key} = {name} 在本地不存在，也无法连接 hub {hub}：{problem}\n"
+        "请用 HF_ENDPOINT 指定可访问的镜像（例如 https://hf-mirror.com）、改用 ModelScope"
+        '（"hub": "modelscope"，pip install modelscope），或给出在别处下载好的本地目录或文件。',
+    ),
+    "hub.offline": (
+        "{key} = {name} is not a local path and not in the cache {path}, and HF_HUB_OFFLINE forbids to ask a hub. "
+        "Unset it, or give a local folder or file.",
+        "{key} = {name} 在本地不存在，也不在缓存 {path} 中，而 HF_HUB_OFFLINE 禁止访问 hub。"
+        "请取消该变量，或给出本地目录或文件。",
+    ),
+    "hub.copy": (
+        "the hub {hub} could not be reached ({problem}); of {name} the copy in the cache is used.",
+        "无法连接 hub {hub}（{problem}）；使用缓存中的 {name}。",
+    ),
+    "hub.incomplete": (
+        "model_name_or_path = {name}: the copy in the cache is not whole ({problem}), and the hub {hub} could not be "
+        "asked for the rest.\nSet HF_ENDPOINT to a mirror that can be reached (such as https://hf-mirror.com), use "
+        'ModelScope ("hub": "modelscope"), or give a local folder.',
+        "model_name_or_path = {name}：缓存中的副本不完整（{problem}），且无法向 hub {hub} 获取其余部分。\n"
+        '请用 HF_ENDPOINT 指定可访问的镜像（例如 https://hf-mirror.com）、改用 ModelScope（"hub": "modelscope"），'
+        "或给出本地目录。",
+    ),
+    "hub.no_answer": ("no answer within {seconds} s", "{seconds} 秒内没有应答"),
+    "hub.no_hub": (
+        "what answers there is no hub (a proxy's or a login page, or a wrong HF_ENDPOINT)",
+        "应答者不是 hub（可能是代理或登录页面，或 HF_ENDPOINT 有误）",
+    ),
+    "hub.bad_id": (
+        "{key} = {name} is not a local path, and no name that a hub could know. Check the path, or give an id "
+        "(org/name).",
+        "{key} = {name} 在本地不存在，也不是 hub 可用的名称。请检查路径，或给出 org/name 形式的名称。",
+    ),
+    "hub.missing": (
+        "{key} = {name} is not a local path, and the hub {hub} does not know it, or keeps it private (HTTP {status}).\n"
+        "Check the path or the name (org/name; the built-in model is smollm2-135m-instruct). For a private one log in: "
+        "hf auth login, or set HF_TOKEN.",
+        "{key} = {name} 在本地不存在，hub {hub} 上也没有，或者它是私有的（HTTP {status}）。\n"
+        "请检查路径或名称（org/name；内置模型为 smollm2-135m-instruct）。"
+        "私有仓库需先登录：hf auth login，或设置 HF_TOKEN。",
+    ),
+    "hub.refused": (
+        "{key} = {name}: the hub {hub} does not give it to you (HTTP {status}).\n"
+        "Accept its conditions at {hub}/{name}, and log in: hf auth login, or set HF_TOKEN.",
+        "{key} = {name}：hub {hub} 拒绝访问（HTTP {status}）。\n"
+        "请在 {hub}/{name} 同意其条款并登录：hf auth login，或设置 HF_TOKEN。",
+    ),
+    "hub.no_revision": (
+        "{key} = {name}: the hub {hub} has no revision {revision} of it.",
+        "{key} = {name}：hub {hub} 上没有它的版本 {revision}。",
+    ),
+    "hub.followed": (
+        "{path} is a folder of a hub's cache with {count} snapshot(s); {snapshot} is read.",
+        "{path} 是 hub 的缓存目录，含 {count} 个快照；读取 {snapshot}。",
+    ),
+    "hub.no_snapshot": (
+        "{path} is a folder of a hub's cache, and what is needed is not in it: {missing} (snapshots there: {there}). "
+        "Download it again, or copy it whole (cp -rL follows its links).",
+        "{path} 是 hub 的缓存目录，但缺少所需内容：{missing}（现有快照：{there}）。"
+        "请重新下载，或完整复制（cp -rL 会复制链接指向的文件）。",
     ),
     # model
     "model.no_folder": (
@@ -779,6 +854,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "plan.assumed_card": (
         "--memory {memory} without --device: a CUDA card is meant (--device cpu plans for a CPU).",
         "给出 --memory {memory} 而未给出 --device：按 CUDA 显卡规划（--device cpu 则按 CPU 规划）。",
+    ),
+    "plan.known_shape": (
+        "the shapes of {name} are those that Firefly brings along: {reason}",
+        "使用 Firefly 自带的 {name} 的形状：{reason}",
     ),
     "plan.no_tokenizer": (
         "the model has no tokenizer here, so lengths are not known: every example is taken to have {length} tokens "
@@ -1532,6 +1611,11 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "chat.save_failed": ("cannot write {path}: {problem}.", "无法写入 {path}：{problem}。"),
     "chat.save_usage": ("usage: /save FILE", "用法：/save 文件"),
     "chat.unknown": ("unknown command {command}; known: {known}", "未知命令 {command}；可用：{known}"),
+    "chat.undecodable": (
+        "this line has bytes that are not {encoding}; each was replaced. Set PYTHONIOENCODING to the encoding that the "
+        "input has.",
+        "这一行含有不属于 {encoding} 编码的字节，均已被替换。请将 PYTHONIOENCODING 设为输入实际使用的编码。",
+    ),
     "chat.stopped": ("[stopped]", "[已停止]"),
     "chat.refused": ("this cannot be sent: {problem}", "无法发送：{problem}"),
     "chat.bad_setting": ("--{option} = {value} is not valid: {expected}.", "--{option} = {value} 无效：{expected}。"),

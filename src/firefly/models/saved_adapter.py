@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from firefly.config import ModelConfig
 from firefly.console import notice
 from firefly.errors import UsageError
+from firefly.hub import snapshot_of
 from firefly.models.base_weights import differing_weights, identify_weights
 from firefly.models.kernels.expert_linear import install_expert_kernels
 from firefly.models.kernels.token_rows import install_token_rows
@@ -146,6 +147,8 @@ def adapter_folder(adapter: str) -> Path:
         UsageError: there is none, or more than one.
     """
     folder = Path(adapter).expanduser()
+    if folder.is_dir():
+        folder = snapshot_of(folder)
     if (folder / SETTINGS).is_file():
         return folder
     inside = sorted(path.parent for path in folder.glob(f"*/{SETTINGS}")) if folder.is_dir() else []
@@ -309,7 +312,7 @@ def load_adapter(base: Any, adapter: str | SavedAdapter, *, dropout: float | Non
     from peft import PeftModelForCausalLM, set_peft_model_state_dict
 
     saved = open_adapter(adapter) if isinstance(adapter, str) else adapter
-    if saved.folder != saved.given:
+    if saved.folder.parent == saved.given:
         notice("adapter.in_subfolder", path=saved.given, found=saved.folder.name)
     placed = _place(base, saved)
     settings = _settings_for(base, saved, placed)

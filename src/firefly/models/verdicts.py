@@ -19,7 +19,7 @@ import torch
 import transformers
 from torch import nn
 
-from firefly.data.dataset import cache_folder
+from firefly.caches import cache_folder, make_cache
 from firefly.models.attention import NAME, choose_layout
 from firefly.models.kernels.segment_attention import measure_crossover
 from firefly.models.memory import Activations, measure_activations
@@ -111,7 +111,7 @@ def _read(path: Path | None) -> dict[str, Any] | None:
 def _write(path: Path | None, verdict: dict[str, Any]) -> None:
     if path is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_cache(path.parent)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.write_text(json.dumps(verdict), encoding="utf-8")
     scratch.replace(path)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from firefly.data.dataset import cache_folder
+from firefly.caches import cache_folder, make_cache
 
 
 class Reference(Protocol):
@@ -99,7 +99,7 @@ def store(key: str, logps: Tensor, write: bool = True) -> np.ndarray:
     if not write:
         return values
     path = _path(key)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_cache(path.parent)
     scratch = path.with_suffix(f".{os.getpid()}.partial.npy")  # runs that are started at once may write the same
     np.save(scratch, values)
     scratch.rename(path)

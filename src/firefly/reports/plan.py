@@ -24,7 +24,8 @@ from firefly.models.dry_run import NoDryRun, counted_activations, dry_run
 from firefly.models.flops import Products, necessary_flops
 from firefly.models.kernels import segment_attention
 from firefly.models.kernels.weight_cache import cache_sizes
-from firefly.models.loading import load_tokenizer, resolve_model
+from firefly.models.known_shapes import known_shape
+from firefly.models.loading import load_tokenizer, quiet_libraries, resolve_model
 from firefly.models.memory import (
     Activations,
     Forecast,
@@ -34,7 +35,7 @@ from firefly.models.memory import (
     kernels_kept,
     optimizer_bytes_of,
 )
-from firefly.models.outline import Outline, outline, quiet_libraries
+from firefly.models.outline import Outline, outline, read_config
 from firefly.models.precision import Precision
 from firefly.models.saved_adapter import tokenizer_source
 from firefly.models.tokens import add_tokens
@@ -48,6 +49,10 @@ from firefly.training.preference import without_dropout
 EFFICIENCY, EFFICIENCY_16_BIT = {"cpu": 0.6, "cuda": 0.65}, {"cpu": 0.5}
 """The share of the rate of matrix products that a run reaches (docs/performance.md): on a CPU 0.57 to 0.66 in fp32 and
 0.42 to 0.55 where products in 16 bit are fast; on an H200 0.57 (small steps) to 0.74."""
+
+NOT_TO_BE_HAD = ("model.no_folder", "model.not_found", "model.fetch_failed", "model.no_modelscope", "model.hub_failed")
+NOT_TO_BE_HAD += ("hub.unreachable", "hub.offline", "hub.incomplete", "hub.missing", "hub.refused")
+"""What it is called that a model is not here and cannot be fetched."""
 
 TOKENIZER_FILES = ("token", "vocab", "merges", "spm", "spiece", ".model")
 """Parts of the names that files of a tokenizer have. Of some families transformers makes an empty one without any."""
@@ -152,6 +157,7 @@ def make_plan(
     machine = describe_machine(memory, device, bool(config.training.get("use_cpu")))
     notes = [machine.assumed] if machine.assumed else []
     data, rows, new = None, 0, []
+    config = _with_known_shape(config, notes)
     tokenizer = _tokenizer_of(config, notes)
     if tokenizer is not None:
         new = add_tokens(tokenizer, config.model.add_tokens)
@@ -167,6 +173,20 @@ def make_plan(
     return forecast(config, machine, work, rate, rows, tuple(new), tuple(notes)), data
 
 
+def _with_known_shape(config: Config, notes: list[str]) -> Config:
+    """Where the model's configuration cannot be had, and its shapes came along, those in its place, with a note."""
+    try:
+        read_config(config.model)
+    except UsageError as error:
+        shape = known_shape(config.model.name_or_path)
+        if shape is None or error.code not in NOT_TO_BE_HAD:
+            raise
+        reason = str(error).splitlines()[0]
+        notes.append(render("plan.known_shape", name=config.model.name_or_path, reason=reason))
+        return replace(config, model=replace(config.model, name_or_path=str(shape), hub="huggingface", revision=None))
+    return config
+
+
 def _tokenizer_of(config: Config, notes: list[str]) -> Any:
     """The model's tokenizer; None, and a note, where there is none."""
     source = tokenizer_source(config.model, config.adapter.name_or_path)
@@ -175,7 +195,7 @@ def _tokenizer_of(config: Config, notes: list[str]) -> Any:
         try:
             return load_tokenizer(config.model, source)
         except UsageError as error:
-            if error.code not in ("model.unreadable", "model.not_found"):
+            if error.code not in ("model.unreadable", *NOT_TO_BE_HAD):
                 raise
     notes.append(render("plan.no_tokenizer", length=config.data.max_seq_length))
     return None

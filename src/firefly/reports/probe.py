@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -115,7 +116,8 @@ def run_probe(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     path = folder / "probe.json"
     path.write_text(json.dumps(dict(job)), encoding="utf-8")
     command = [sys.executable, "-m", "firefly.reports.probed", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(command, capture_output=True, env=environment, encoding="utf-8", errors="replace")
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         raise UsageError("plan.probe_failed", exit_code=done.returncode, problem=_last_line(done.stderr))

@@ -127,7 +127,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        for line in info.read_text().splitlines():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or sys.platform
@@ -137,15 +137,15 @@ def git_commit(folder: Path) -> str | None:
     """The commit of the working tree that `folder` lies in, with a "+" if files differ from it; None outside git."""
     command = ["git", "-C", str(folder)]
     try:
-        head = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        head = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, timeout=10)
         if head.returncode:
             return None
         changed = subprocess.run(
-            [*command, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, timeout=10
+            [*command, "status", "--porcelain", "--untracked-files=no"], capture_output=True, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    return head.stdout.decode("ascii").strip() + ("+" if changed.stdout.strip() else "")
 
 
 def adapter_hash(place: str) -> str:

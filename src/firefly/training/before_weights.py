@@ -35,10 +35,13 @@ def make_output_dir(path: Path) -> None:
     if not ranks.is_first():
         return
     try:
+        str(path).encode()  # tokenizers write to no other name, and would say so after the training
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".firefly-write-test"
         probe.touch()
         probe.unlink()
+    except UnicodeEncodeError as error:
+        raise UsageError("cli.unencodable", name=path, encoding=error.encoding) from None
     except OSError as error:
         raise UsageError("config.output_dir", path=path, problem=error.strerror or error) from None
 

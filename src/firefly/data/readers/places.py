@@ -10,7 +10,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+from firefly import hub as hubs
 from firefly.console import notice
 from firefly.data.readers import READERS, known_suffix
 from firefly.errors import UsageError
@@ -45,6 +47,7 @@ def find_files(place: str, key: str, hub: str = "huggingface", revision: str | N
     """
     path = os.path.expanduser(place)
     if os.path.isdir(path):
+        path = str(hubs.snapshot_of(Path(path), revision)) if "datasets--" in path else path
         return [Path(path, name) for name in _choose(place, key, _list_folder(path, key))]
     if os.path.exists(path):
         return [Path(path)]
@@ -185,12 +188,14 @@ def _fetch(place: str, key: str, hub: str, revision: str | None) -> list[Path]:
     name, _, pattern = place.partition(":")
     pattern += "*" if pattern.endswith("/") else ""  # as the library does
     patterns = [pattern] if pattern else [f"*{suffix}" for suffix in (*READERS, *map(str.upper, READERS))]
-    listed = None if hub == "modelscope" else _list_huggingface(name, revision)
+    listed = None if hub == "modelscope" else _list_huggingface(place, key, name, revision)
     # Asked before the download: several splits may be many gigabytes, to be refused after all.
     chosen = None if listed is None else _select(place, key, listed, pattern)
     with _hub_errors(place, key, hub):
-        download = _modelscope if hub == "modelscope" else _huggingface
-        root = download(name, revision, patterns)
+        if hub == "modelscope":
+            root = _modelscope(place, key, name, revision, patterns)
+        else:
+            root = _huggingface(name, revision, patterns, local_files_only=listed is None)
     if chosen is None:
         fetched = _walk(root) if os.path.isdir(root) else []  # where nothing matched, the library makes no folder
         chosen = _select(place, key, fetched, pattern)
@@ -206,28 +211,28 @@ def _select(place: str, key: str, names: list[str], pattern: str) -> list[str]:
     return _known(place, key, matching)
 
 
-def _list_huggingface(name: str, revision: str | None) -> list[str] | None:
-    """Names of the files of a dataset; None where the hub does not say: then the download tells, or the cache."""
-    from huggingface_hub import HfApi
-
-    try:
-        names = HfApi().list_repo_files(name, repo_type="dataset", revision=revision)
-    except Exception:
-        return None
-    return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
+def _list_huggingface(place: str, key: str, name: str, revision: str | None) -> list[str] | None:
+    """Names of the files of a dataset; None where the hub cannot be asked, and a copy is in the cache."""
+    names = hubs.list_dataset(key, name, revision)
+    return names and [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
 
 
-def _huggingface(name: str, revision: str | None, patterns: list[str]) -> str:
+def _huggingface(name: str, revision: str | None, patterns: list[str], local_files_only: bool) -> str:
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
+    options: dict[str, Any] = {"revision": revision, "allow_patterns": patterns, "local_files_only": local_files_only}
+    return snapshot_download(name, repo_type="dataset", **options)
 
 
-def _modelscope(name: str, revision: str | None, patterns: list[str]) -> str:
+def _modelscope(place: str, key: str, name: str, revision: str | None, patterns: list[str]) -> str:
     try:  # by name: an optional package is not there for the type checker either
         download = importlib.import_module("modelscope").dataset_snapshot_download
     except ImportError:
         raise UsageError("model.no_modelscope") from None
+    try:
+        hubs.ask_modelscope()
+    except hubs.NoAnswer as error:
+        hubs.unreachable(key, place, hubs.modelscope(), error)
     options = {"revision": revision} if revision else {}
     return str(download(name, allow_file_pattern=patterns, **options))
 
