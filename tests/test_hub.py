@@ -202,6 +202,7 @@ def test_every_command_asks_once(
     (tmp_path / "config.json").write_text(json.dumps(settings))
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "target_modules": ["q"]}')
+    (tmp_path / "adapter" / "adapter_model.safetensors").touch()  # not read before the base is there
     assert main([*arguments, "--model_name_or_path", "org/name"]) == 2
     assert server.asked == ["HEAD /org/name/resolve/main/config.json", "GET /api/models/org/name"]
     error = capsys.readouterr().err
