@@ -93,10 +93,37 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# As above, for tests of one behaviour: not every test of all architectures runs on these.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "granite_hybrid": (
+        "GraniteMoeHybrid",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 48, "mamba_n_heads": 8}
+        | {"mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "position_embedding_type": "rope"}
+        | {"layer_types": ["attention"] * 3},
+    ),
+    "granite_dense": (
+        "GraniteMoeHybrid",
+        {"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 48, "mamba_n_heads": 8}
+        | {"mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "position_embedding_type": "rope"}
+        | {"layer_types": ["attention"] * 3, "router_aux_loss_coef": 0.01},
+    ),
+    "jamba": (
+        "Jamba",
+        {"num_experts": 4, "num_experts_per_tok": 2, "expert_layer_period": 2, "expert_layer_offset": 1}
+        | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "mamba_d_state": 8},
+    ),
+    "doge": ("Doge", {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 2}),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1, "moe_intermediate_size": 24},
+    ),
+}
+
+
 def tiny_config(name: str, **changes: Any) -> Any:
     import transformers
 
-    family, own = ARCHITECTURES[name]
+    family, own = (ARCHITECTURES | OTHERS)[name]
     config = {"Gemma3Text": "Gemma3TextConfig"}.get(family, f"{family}Config")
     values = {key: value for key, value in (SHAPE | own | changes).items() if value is not None}
     if name == "mixtral":
