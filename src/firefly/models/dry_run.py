@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from firefly.data.batching import PackedBatch
 from firefly.models.kernels import gated_mlp, segment_attention, token_nll
 from firefly.models.memory import Activations, Peak, measure_activations
+from firefly.models.reach import Unreached, find_unreached
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default} | {
     *(torch.ops.aten.mm.out, torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default)
@@ -66,7 +67,7 @@ def dry_run(
             stack.enter_context(_without_masks())
             if card:
                 stack.enter_context(_as_on_a_card())
-            trained = stack.enter_context(_without_numbers(model, fake, live))
+            trained = stack.enter_context(without_numbers(model, fake, live))
             stack.enter_context(_told_apart(model, trained, live))
             for _ in range(2 if accumulated else 1):
                 live.restart()
@@ -90,9 +91,23 @@ def counted_activations(
             stack.enter_context(_without_masks())
             if card:
                 stack.enter_context(_as_on_a_card())
-            stack.enter_context(_without_numbers(model, fake, LiveBytes()))
+            stack.enter_context(without_numbers(model, fake, LiveBytes()))
             stack.enter_context(fake)
             return measure_activations(model, layout, autocast, longest)
+    except Exception as error:
+        raise NoDryRun(str(error).partition("\n")[0]) from error
+
+
+def unreached_without_numbers(model: Any) -> Unreached:
+    """As `reach.find_unreached`, computing nothing.
+
+    Raises:
+        NoDryRun: the architecture cannot.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with _without_masks(), without_numbers(model, fake, LiveBytes()), fake:
+            return find_unreached(model)
     except Exception as error:
         raise NoDryRun(str(error).partition("\n")[0]) from error
 
@@ -186,7 +201,7 @@ class _Met:
 
 
 @contextmanager
-def _without_numbers(model: nn.Module, fake: FakeTensorMode, live: LiveBytes) -> Iterator[list[nn.Parameter]]:
+def without_numbers(model: nn.Module, fake: FakeTensorMode, live: LiveBytes) -> Iterator[list[nn.Parameter]]:
     """The model with parameters and buffers that have no numbers; yields those that are trained."""
     own: list[tuple[dict[str, Any], str, Any]] = []
     made: dict[int, nn.Parameter] = {}  # tied weights stay tied
