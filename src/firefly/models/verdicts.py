@@ -59,8 +59,7 @@ def known_crossover(model: Any, device: torch.device, compute: torch.dtype) -> i
     heads = getattr(config, "num_attention_heads", None)
     if device.type != "cpu" or compute != torch.bfloat16 or not heads:
         return 0
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    shape = heads, getattr(config, "num_key_value_heads", None) or heads, width
+    shape = heads, getattr(config, "num_key_value_heads", None) or heads, *_head_widths(config)
     machine = torch.backends.cpu.get_cpu_capability(), os.cpu_count(), torch.get_num_threads()
     path = _file("attention", [*shape, *machine, torch.__version__, code_hash()])
     found = _read(path)
@@ -68,6 +67,15 @@ def known_crossover(model: Any, device: torch.device, compute: torch.dtype) -> i
         found = {"tokens": measure_crossover(*shape)}
         _write(path, found)
     return int(found["tokens"])
+
+
+def _head_widths(config: Any) -> tuple[int, int]:
+    """Widths of a head's queries and of its values. Latent attention (DeepSeek-V2 and its kin) has two, and writes
+    the width of the rotary part alone as `head_dim`."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    parts = [getattr(config, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
+    latent = sum(parts) if all(isinstance(part, int) for part in parts) else None
+    return latent or width, getattr(config, "v_head_dim", None) or latent or width
 
 
 def _path(kind: str, model: Any, parts: list[Any]) -> Path | None:
