@@ -8,16 +8,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from firefly.data.batching import pack
 from firefly.data.schema import IGNORE, Tokens
 from firefly.models import attention
+from firefly.models.adapters import transformers_model
 from firefly.models.attention import NAME, choose_layout
+from firefly.models.checkpointing import Checkpointing, install_checkpointing
 from firefly.models.heads import install_target_head
 from firefly.models.kernels.segment_attention import attend
 from tiny import (
     ARCHITECTURES,
+    SHAPE,
     WINDOW,
     apart,
     assert_same,
@@ -31,7 +34,7 @@ from tiny import (
 SOLO = {  # and the words by which each is refused
     "bloom": "no attention interface",
     "gptj": "no attention interface",
-    "gpt_oss": "sinks",
+    "gpt_oss": "s_aux",
     "llama4": "chunked_attention",
     "phimoe_window": "differs",
 }
@@ -112,7 +115,7 @@ def test_packed_lora_gradients_are_the_sum_over_examples_alone(name: str, checkp
     model = with_our_lora(model)
     install_target_head(model.get_base_model())
     if checkpointing:
-        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        install_checkpointing(model.get_base_model(), Checkpointing(SHAPE["num_hidden_layers"]))
         model.train()
     examples = random_examples(*LENGTHS)
     model(**packed_inputs(examples))["loss"].backward()
@@ -172,6 +175,64 @@ def test_architectures_that_cannot_be_packed_run_solo_with_a_reason_and_their_ow
         expected.backward()
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     assert_same(gradients(model), gradients(own), 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("name", ["llama", "minicpm3", "deepseek_v3", "jetmoe"])
+def test_in_bf16_a_packed_step_is_as_near_to_fp32_as_each_example_alone(name: str, mode: str) -> None:
+    """Attention in bf16 takes other ways than in fp32, whose outputs have other layouts."""
+    examples = [example for example in random_examples(*LENGTHS) if example.num_targets]
+    exact, own, model = (tiny_model(name) for _ in range(3))
+    if mode == "lora":
+        exact, own, model = with_plain_lora(exact), with_plain_lora(own.bfloat16()), model.bfloat16()
+    assert choose_layout(model) == ("segments", "")
+    if mode == "lora":
+        model = with_our_lora(model)
+    install_target_head(transformers_model(model))
+    torch.stack([alone_loss(exact, example) for example in examples]).sum().backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "full"):
+        torch.stack([alone_loss(own, example) for example in examples]).sum().backward()
+        model(**packed_inputs(examples))["loss"].backward()
+    expected = gradients(exact)
+    ours, theirs = (distance(gradients(each), expected) for each in (model, own))
+    assert 1e-3 < theirs < 0.3
+    assert ours < 2 * theirs
+
+
+def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Of gradients, as a share of their length."""
+    assert found.keys() == expected.keys()
+    apart = sum((found[name].double() - value).square().sum() for name, value in expected.items())
+    return float((apart / sum(value.double().square().sum() for value in expected.values())) ** 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [(9,), (9, 20)], ids=["one segment", "two"])
+def test_attention_returns_what_models_may_take_views_of(lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+    (inputs,) = [packed_inputs(random_examples(*lengths))]
+    query, key, value = (torch.randn(1, 4, sum(lengths), width, dtype=dtype) for width in (16, 16, 8))
+    out, _ = attention.segment_attention(nn.Module(), query, key, value, None, segments=inputs["segments"])
+    assert out.shape == (1, sum(lengths), 4, 8)
+    assert out.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ({"s_aux": torch.zeros(4)}, "s_aux"),
+        ({"position_bias": torch.zeros(1, 4, 9, 9)}, "position_bias"),
+        ({"indices": torch.zeros(1, 9, 4)}, "indices"),
+        ({"attention_mask": torch.zeros(1, 1, 9, 9)}, "attention_mask"),
+        ({"is_causal": False}, "later tokens"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_attention_that_is_more_than_causal_is_never_done_without_it(given: dict[str, Any], word: str) -> None:
+    """An indexer chooses all tokens of a short example, so that a probe would find no difference."""
+    heads = torch.randn(3, 1, 4, 9, 8)
+    arguments = {"attention_mask": None, "segments": apart(0, 9)} | given
+    with pytest.raises(attention.UnsupportedAttention, match=word):
+        attention.segment_attention(nn.Module(), *heads, **arguments)
 
 
 def leaking(query: Tensor, key: Tensor, value: Tensor, segments: Any, *rest: Any) -> Tensor:

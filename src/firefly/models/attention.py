@@ -20,6 +20,8 @@ from firefly.models.precision import compute_type
 
 NAME = "firefly_segments"
 ISOLATABLE_LAYERS = {"full_attention", "sliding_attention"}
+WITHOUT_EFFECT = {"position_ids", "cache_position"}
+"""Tensors that models hand on to the attention function without meaning anything by it."""
 
 
 _windows_met: set[int | None] = set()
@@ -41,14 +43,26 @@ def segment_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     segments: tuple[Segment, ...] | None = None,
-    s_aux: Tensor | None = None,
-    **unused: Any,
+    is_causal: bool | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function for packed rows: query (1, heads, tokens, width) → (1, tokens, heads, width)."""
+    """transformers' attention function for packed rows: query (1, heads, tokens, width) → (1, tokens, heads, value
+    width), contiguous as its own functions return it: some models (JetMoE) take views of that."""
     if segments is None:
         raise UnsupportedAttention(f"{type(module).__name__} did not pass on segments")
-    if s_aux is not None or query.shape[0] != 1 or getattr(module, "is_causal", True) is False:
-        raise UnsupportedAttention(f"{type(module).__name__} uses sinks, rows or masks that segments do not have")
+    # Sinks, position biases, the keys that an indexer chose, a mask of the model's own: whatever else it is, it would
+    # be dropped here, and where it acts in long examples alone, as an indexer does, no probe would see that.
+    unread = sorted(name for name, x in others.items() if isinstance(x, Tensor) and name not in WITHOUT_EFFECT)
+    if attention_mask is not None:
+        unread.append("attention_mask")
+    if unread:
+        raise UnsupportedAttention(
+            f"{type(module).__name__} attends with {', '.join(unread)}, which segments do not have"
+        )
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if query.shape[0] != 1 or is_causal is False:
+        raise UnsupportedAttention(f"{type(module).__name__} attends in rows or to later tokens, as segments do not")
     if sliding_window is None and _is_sliding(module):
         sliding_window = getattr(module, "sliding_window")  # noqa: B009 — Qwen2-MoE passes none; its type is nn.Module
     _windows_met.add(sliding_window)
@@ -57,7 +71,7 @@ def segment_attention(
     # rotary positions of fp32 weights make fp32 of queries and keys, which no 16-bit way would take.
     query, key, value = (x.squeeze(0).to(compute_type(x)) for x in (query, key, value))
     out = attend(query, key, value, segments, scale, sliding_window, softcap, dropout)
-    return out.transpose(0, 1)[None], None
+    return out.transpose(0, 1).contiguous()[None], None
 
 
 def _is_sliding(module: nn.Module) -> bool:
