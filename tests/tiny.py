@@ -96,6 +96,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", {"n_inner": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "bloom": ("Bloom", {}),
     "gptj": ("GPTJ", {"rotary_dim": 8, "n_inner": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "roberta": ("Roberta", {"is_decoder": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
     "gpt_oss": ("GptOss", HALF_SLIDING | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
 from firefly.data.batching import pack
 from firefly.data.schema import IGNORE, Tokens
+from firefly.errors import UsageError
 from firefly.models import attention
 from firefly.models.adapters import transformers_model
 from firefly.models.attention import NAME, choose_layout
@@ -37,6 +39,7 @@ SOLO = {  # and the words by which each is refused
     "gpt_oss": "s_aux",
     "llama4": "chunked_attention",
     "phimoe_window": "differs",
+    "roberta": "differs",  # positions begin behind the padding's
 }
 WINDOWED = ("mistral_window", "qwen2_window", "gemma2", "gemma3", "phi3", "qwen2_moe_window")
 PACKABLE = [name for name in ARCHITECTURES if name not in SOLO]
@@ -233,6 +236,58 @@ def test_attention_that_is_more_than_causal_is_never_done_without_it(given: dict
     arguments = {"attention_mask": None, "segments": apart(0, 9)} | given
     with pytest.raises(attention.UnsupportedAttention, match=word):
         attention.segment_attention(nn.Module(), *heads, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("family", "shape", "code"),
+    [
+        ("Roberta", SHAPE, "model.encoder"),
+        ("Bert", SHAPE, "model.encoder"),
+        ("XLNet", {"vocab_size": 264, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}, "model.not_causal"),
+        ("XLM", SHAPE | {"emb_dim": 32}, "model.not_causal"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_whose_tokens_see_later_ones_is_refused_by_name(
+    family: str, shape: dict[str, Any], code: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**shape)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    with pytest.raises(UsageError) as caught:
+        choose_layout(model)
+    assert caught.value.code == code
+    assert config.model_type in str(caught.value)
+
+
+def test_a_causal_xlm_is_trained() -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.XLMConfig(**SHAPE, emb_dim=32, causal=True))
+    assert choose_layout(model)[0] == "solo"
+
+
+def test_a_layer_that_looks_ahead_by_one_token_is_found() -> None:
+    model = tiny_model("llama").bfloat16()
+    inner = model.model.layers[1].mlp
+    original = inner.forward
+    inner.forward = lambda x: original(x + 1e-3 * torch.roll(x, -1, dims=1))
+    with pytest.raises(UsageError) as caught:
+        choose_layout(model)
+    assert caught.value.code == "model.not_causal"
+
+
+def test_a_model_that_takes_more_than_tokens_is_refused_by_name() -> None:
+    model = tiny_model("llama")
+    original = type(model.model).forward
+
+    def needing_an_image(*args: Any, pixels: Any = None, **kwargs: Any) -> Any:
+        if pixels is None:
+            raise ValueError("pixels are missing")
+        return original(model.model, *args, **kwargs)
+
+    model.model.forward = needing_an_image
+    with pytest.raises(UsageError, match=r"llama.*pixels are missing"):
+        choose_layout(model)
 
 
 def leaking(query: Tensor, key: Tensor, value: Tensor, segments: Any, *rest: Any) -> Tensor:

@@ -319,6 +319,23 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "model_name_or_path = {name} 不是模型目录。请给出已存在的目录、hub 上的名称（org/name），"
         "或使用内置模型 smollm2-135m-instruct。",
     ),
+    "model.not_causal": (
+        "model_type {kind}: its tokens see the tokens behind them, so a loss on the next token would read its own "
+        "answer. It is no causal language model and is not trained.",
+        "model_type {kind}：其词元能看到后面的词元，预测下一个词元的损失会读到自己的答案。"
+        "它不是因果语言模型，不予训练。",
+    ),
+    "model.encoder": (
+        "model_type {kind}: an encoder, whose tokens see the tokens behind them, so that a loss on the next token "
+        'would read its own answer. To train it as a decoder, write "is_decoder": true into its config.json.',
+        "model_type {kind}：这是编码器，其词元能看到后面的词元，预测下一个词元的损失会读到自己的答案。"
+        '若要将其作为解码器训练，请在其 config.json 中写入 "is_decoder": true。',
+    ),
+    "model.not_text_alone": (
+        "model_type {kind}: the model cannot be computed from tokens alone ({problem}). "
+        "Only causal language models of text are trained.",
+        "model_type {kind}：该模型不能只由词元计算（{problem}）。只训练文本的因果语言模型。",
+    ),
     "model.no_modelscope": (
         "hub = modelscope needs a package: pip install modelscope.",
         "hub = modelscope 需要安装：pip install modelscope。",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from firefly.data.schema import Segment, segment_positions
+from firefly.errors import UsageError
 from firefly.models.kernels.segment_attention import attend
 from firefly.models.precision import compute_type
 
@@ -88,7 +89,11 @@ def choose_layout(model: PreTrainedModel) -> tuple[str, str]:
 
     `model` is the transformers model itself, adapters inside it or not. The choice rests on the architecture's
     declaration, its layer types and a probe (`isolation_fault`).
+
+    Raises:
+        UsageError: the architecture is no causal language model of text, in any layout.
     """
+    refuse_other_models(model)
     own = model.config._attn_implementation
     reason = _declared_fault(model)
     if reason is None:
@@ -99,6 +104,50 @@ def choose_layout(model: PreTrainedModel) -> tuple[str, str]:
         return "segments", ""
     model.set_attn_implementation(own if own and own != NAME else "sdpa")
     return "solo", reason
+
+
+def refuse_other_models(model: PreTrainedModel) -> None:
+    """See that `model` gives logits for tokens alone, and that none of them depends on a later token.
+
+    The second is asked of gradients: where nothing is seen they are exactly zero, however numbers are rounded and
+    whichever experts are chosen. An encoder would be trained to read the answer off the next place.
+
+    Raises:
+        UsageError: one of the two does not hold.
+    """
+    ids = _probe_ids(model)[1]
+    half = ids.shape[1] // 2
+    embedded: list[Tensor] = []
+
+    def note(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    was_training = model.training
+    model.eval()
+    watch = model.get_input_embeddings().register_forward_hook(note)
+    try:
+        with torch.enable_grad():
+            logits = model(input_ids=ids, use_cache=False).logits[:, :half].float()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UsageError("model.not_text_alone", kind=model.config.model_type, problem=problem[:300]) from error
+    finally:
+        watch.remove()
+        model.train(was_training)
+    try:
+        # Weighed unevenly, so that a norm behind it does not make the sum nearly the same whatever comes in.
+        weights = torch.linspace(-1, 2, logits.numel(), device=logits.device).view(logits.shape)
+        found = torch.autograd.grad((logits * weights).sum(), embedded, allow_unused=True)
+    except RuntimeError:  # computed by a kernel that has no gradient, or embedded by something else: it cannot be told
+        return
+    tokens = ids.shape[1]
+    rows = [each.float().reshape(tokens, -1) for each in found if each is not None and tokens in each.shape[:2]]
+    if any(bool(each[half:].abs().max() > 1e-6 * each.abs().max()) for each in rows):
+        encoder = getattr(model.config, "is_decoder", None) is False
+        raise UsageError("model.encoder" if encoder else "model.not_causal", kind=model.config.model_type)
 
 
 def _declared_fault(model: PreTrainedModel) -> str | None:
@@ -168,9 +217,9 @@ def short_row(model: PreTrainedModel) -> dict[str, Any]:
     """What the model is called with for a row of one short example, in the layout that it is set to."""
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.arange(12, device=model.device) * 7919 % vocabulary
-    inputs: dict[str, Any] = {"input_ids": ids[None], "position_ids": torch.arange(12, device=model.device)[None]}
+    inputs: dict[str, Any] = {"input_ids": ids[None]}
     if model.config._attn_implementation == NAME:
-        inputs["segments"] = (Segment(0, 12),)
+        inputs |= {"position_ids": torch.arange(12, device=model.device)[None], "segments": (Segment(0, 12),)}
     return inputs
 
 
@@ -209,14 +258,18 @@ def _probe_ids(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 
 def _hidden(model: PreTrainedModel, ids: Tensor, segments: tuple[Segment, ...] | None) -> Tensor:
-    """Last hidden states without dropout; positions restart at every segment."""
-    positions = torch.from_numpy(segment_positions(segments or (Segment(0, ids.shape[1]),)))[None].to(ids.device)
-    extra = {} if segments is None else {"segments": segments}
+    """Last hidden states without dropout; positions restart at every segment.
+
+    Without segments positions are the model's own affair, as in the solo layout: not everywhere do they begin at 0.
+    """
+    extra: dict[str, Any] = {}
+    if segments is not None:
+        positions = torch.from_numpy(segment_positions(segments))[None].to(ids.device)
+        extra = {"segments": segments, "position_ids": positions}
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            output = decoder(model)(input_ids=ids, position_ids=positions, use_cache=False, **extra)
-        return output.last_hidden_state
+            return decoder(model)(input_ids=ids, use_cache=False, **extra).last_hidden_state
     finally:
         model.train(was_training)

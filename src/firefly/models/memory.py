@@ -338,11 +338,10 @@ def _kept(
         return tensor
 
     ids = torch.arange(2 * length, device=place)
-    inputs: dict[str, Any] = {"input_ids": ids[None], "position_ids": ids[None] % length, "target_index": ids}
-    inputs |= {"targets": ids, "segments": (Segment(0, length), Segment(length, 2 * length))}
-    if layout == "solo":  # one example a row, so one of twice the length
-        inputs |= {"position_ids": ids[None]}
-        del inputs["segments"]
+    inputs: dict[str, Any] = {"input_ids": ids[None], "target_index": ids, "targets": ids}
+    if layout == "segments":  # else one example a row, so one of twice the length
+        segments = Segment(0, length), Segment(length, 2 * length)
+        inputs |= {"position_ids": ids[None] % length, "segments": segments}
     computing = torch.autocast(place.type, dtype=autocast, enabled=autocast is not None)
     with _counting_depth(layers, depth), _unchanged(model), computing, saved_tensors_hooks(note, lambda kept: kept):
         model(**inputs)

@@ -24,8 +24,8 @@ LARGEST = 1 << 31
 
 
 def is_supported(query: Tensor, value: Tensor) -> bool:
-    """Whether the kernel takes queries, (heads, tokens, width), and values, (key heads, tokens, value width), like these
-    (whichever are narrower are padded)."""
+    """Whether the kernel takes queries like these, (heads, tokens, width), beside values, (key heads, tokens, value
+    width); whichever are narrower are padded."""
     width = max(query.shape[-1], value.shape[-1])
     return (
         query.dtype in (torch.bfloat16, torch.float16)
