@@ -290,7 +290,7 @@ def test_logging_seldom_averages_and_changes_nothing(run: Run) -> None:
     assert_same(weights(seldom), weights(each), 0)
 
 
-@pytest.mark.parametrize("name", ["bloom", "gemma2", "qwen2_window", "mixtral"])
+@pytest.mark.parametrize("name", ["bloom", "gemma2", "qwen2_window", "mixtral", "granite_dense"])
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_other_architectures_train_to_the_loss_that_transformers_reads(
     name: str, mode: str, run: Run, place: Path, tmp_path: Path

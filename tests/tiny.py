@@ -101,10 +101,70 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+NO_ATTENTION = {"num_attention_heads": None, "num_key_value_heads": None, "intermediate_size": None}
+MAMBA_LAYERS = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+
+# As above, for tests of one behaviour: not every test of all architectures runs on these.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "granite_hybrid": (
+        "GraniteMoeHybrid",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 48, "mamba_n_heads": 8}
+        | {"mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "position_embedding_type": "rope"}
+        | {"layer_types": ["attention"] * 3},
+    ),
+    "granite_dense": (
+        "GraniteMoeHybrid",
+        {"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 48, "mamba_n_heads": 8}
+        | {"mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "position_embedding_type": "rope"}
+        | {"layer_types": ["attention"] * 3, "router_aux_loss_coef": 0.01},
+    ),
+    "jamba": (
+        "Jamba",
+        {"num_experts": 4, "num_experts_per_tok": 2, "expert_layer_period": 2, "expert_layer_offset": 1}
+        | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "mamba_d_state": 8},
+    ),
+    "mamba": ("Mamba", NO_ATTENTION | {"state_size": 8}),
+    "falcon_mamba": ("FalconMamba", NO_ATTENTION | {"state_size": 8}),
+    "mamba2": ("Mamba2", NO_ATTENTION | {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}),
+    "falcon_h1": ("FalconH1", MAMBA_LAYERS | {"mamba_d_ssm": 64}),
+    "nemotron_h": (
+        "NemotronH",
+        {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "head_dim": 8}
+        | {"layers_block_type": ["mamba", "attention", "mlp"]},
+    ),
+    "bamba": ("Bamba", MAMBA_LAYERS | {"attn_layer_indices": [1]}),
+    "granite_mamba": (
+        "GraniteMoeHybrid",
+        MAMBA_LAYERS
+        | {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 48}
+        | {"layer_types": ["mamba", "attention", "mamba"]},
+    ),
+    "zamba2": (
+        "Zamba2",
+        {"mamba_d_state": 8, "n_mamba_heads": 8, "mamba_headdim": 8, "mamba_ngroups": 1, "hybrid_layer_ids": [1]}
+        | {"layers_block_type": ["mamba", "hybrid", "mamba"]},
+    ),
+    "deepseek_v32": (
+        "DeepseekV32",
+        ARCHITECTURES["deepseek_v3"][1] | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8},
+    ),
+    "opt": (
+        "OPT",
+        {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0, "max_position_embeddings": 64}
+        | {"intermediate_size": None, "num_key_value_heads": None, "initializer_range": None},
+    ),
+    "doge": ("Doge", {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 2}),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1, "moe_intermediate_size": 24},
+    ),
+}
+
+
 def tiny_config(name: str, **changes: Any) -> Any:
     import transformers
 
-    family, own = ARCHITECTURES[name]
+    family, own = (ARCHITECTURES | OTHERS)[name]
     config = {"Gemma3Text": "Gemma3TextConfig"}.get(family, f"{family}Config")
     values = {key: value for key, value in (SHAPE | own | changes).items() if value is not None}
     if name == "mixtral":

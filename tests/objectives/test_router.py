@@ -136,6 +136,55 @@ def test_a_coefficient_of_zero_is_no_loss() -> None:
     assert router_settings(tiny_model("mixtral", router_aux_loss_coef=0.5)) == RouterSettings(4, 2, 0.5)
 
 
+DENSE: dict[str, dict[str, Any]] = {
+    # The dense members of families with experts, whose configurations keep a coefficient and a number of experts.
+    "granite_hybrid": {"num_local_experts": 0, "num_experts_per_tok": 0},
+    "jamba": {"num_experts": 1, "num_experts_per_tok": 1},
+    "doge": {"is_moe": False},
+    "qwen2_moe": {"decoder_sparse_step": 9},
+    "qwen3_moe": {"mlp_only_layers": [0, 1, 2]},
+    "ernie4_5_moe": {"moe_layer_start_index": 9},
+    "deepseek_v3": {"first_k_dense_replace": 9},
+    "llama4": {"moe_layers": []},
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_dense_member_of_a_family_with_experts_has_no_settings(name: str) -> None:
+    sparse = tiny_model(name, router_aux_loss_coef=COEF)
+    assert (router_settings(sparse) is None) == (name in ("deepseek_v3", "llama4"))  # which have no such loss
+    dense = tiny_model(name, router_aux_loss_coef=COEF, **DENSE[name])
+    assert router_settings(dense) is None
+    assert not decoder(dense)(input_ids=ROWS, use_cache=False, output_router_logits=True).router_logits
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "sparse"),
+    [
+        ("qwen3_moe", {"mlp_only_layers": [0, 2]}, 1),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, 1),
+        ("ernie4_5_moe", {}, 2),
+        ("jamba", {}, 1),
+        ("granite_hybrid", {}, 3),
+        ("doge", {}, 3),
+    ],
+)
+def test_where_some_layers_are_dense_the_loss_is_that_of_the_others(
+    name: str, changes: dict[str, Any], sparse: int
+) -> None:
+    model = tiny_model(name, router_aux_loss_coef=COEF, **changes).requires_grad_(True)
+    settings, logits = settings_of(model), logits_of(model, ROWS)
+    assert len(logits) == sparse
+    loss = router_loss(logits, settings, None, count_choices(logits, settings), ROWS.numel())
+    loss.backward()
+    found = gradients(model)
+    model.zero_grad()
+    expected = COEF * model(ROWS, output_router_logits=True).aux_loss
+    close(loss.detach(), expected)
+    expected.backward()
+    assert_same(found, gradients(model), 1e-5)
+
+
 def test_a_decoder_that_recorded_nothing_is_an_error() -> None:
     model = model_of("mixtral")
     with pytest.raises(RuntimeError, match="recorded no router logits"):

@@ -409,6 +409,15 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "lora_dropout does not apply to {count} stacks of experts: the way they compute leaves no place for it.",
         "lora_dropout 不作用于 {count} 组专家权重：其计算方式无法使用 dropout。",
     ),
+    "model.text_part": (
+        "of the {kind} checkpoint the text part {name} is trained and saved; its parts for images or sound are not in "
+        "the result.",
+        "对 {kind} 模型仅训练并保存其文本部分 {name}；结果中不含图像或音频部分。",
+    ),
+    "model.not_for_text": (
+        "{name} cannot be trained on text alone: {problem}",
+        "{name} 无法仅用文本训练：{problem}",
+    ),
     "model.experts_in_16_bit": (
         "qlora cannot quantise the experts of this model ({kinds}): {size} GiB would stay in 16 bit. "
         "Use train_mode lora, which holds the whole model in 16 bit.",
@@ -421,6 +430,37 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "adapter.no_layers": (
         "lora_target = {value} leaves no layer to adapt: all of them are trained whole, or belong to experts.",
         "lora_target = {value} 之下没有可添加适配器的层：它们都被完整训练，或属于专家。",
+    ),
+    "adapter.unreached": (
+        "text never reaches {names} ({count:,} parameters): they stay as they are, without adapters.",
+        "文本不会经过 {names}（{count:,} 个参数）：它们保持原样，不添加适配器。",
+    ),
+    "adapter.reach_unknown": (
+        "the model does not run on a short row of text, so what text reaches in it is not known and all of it is "
+        "trained: {problem}",
+        "模型无法在一小段文本上运行，因此无法得知文本会经过哪些部分，全部参与训练：{problem}",
+    ),
+    "adapter.only_unreached": (
+        "{key}: {value!r} means only {names}, which text never reaches, or whose weights the model uses without calling "
+        "the module: an adapter there would learn nothing. Take it out.",
+        "{key}：{value!r} 仅匹配 {names}；文本不会经过这些部分，或模型只取用其权重而不调用该模块，"
+        "在其上训练不起作用。请将其去掉。",
+    ),
+    "adapter.passed_by": (
+        "lora_target: {names} ({count} layers) get no adapter; the model uses their weights without calling them.",
+        "lora_target：{names}（{count} 层）不添加适配器；模型只取用其权重，并不调用这些层。",
+    ),
+    "adapter.refused_layers": (
+        "lora_target: {names} ({count} layers) get no adapter; peft refuses them in {architecture}.",
+        "lora_target：{names}（{count} 层）不添加适配器；peft 不支持在 {architecture} 中适配它们。",
+    ),
+    "adapter.target_refused": (
+        "lora_target = {value}: peft refuses {names} here. Take it out, or use all-linear. peft says: {problem}",
+        "lora_target = {value}：peft 在此不支持 {names}。请将其去掉，或使用 all-linear。peft 的说明：{problem}",
+    ),
+    "adapter.peft_refuses": (
+        "peft refuses this adapter (lora_target = {value}): {problem}",
+        "peft 不接受此适配器（lora_target = {value}）：{problem}",
     ),
     "adapter.bad_pattern": (
         "lora_target = {value!r} is not a valid regular expression: {problem}.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -23,40 +23,89 @@ from firefly.models.kernels.expert_linear import install_expert_kernels
 from firefly.models.kernels.lora_linear import install_lora_kernels
 from firefly.models.kernels.saved_modules import install_saved_modules
 from firefly.models.kernels.token_rows import install_token_rows
+from firefly.models.reach import Unreached, alike
 from firefly.models.tokens import grow_embeddings
+from firefly.models.verdicts import known_unreached
 
 ALL_LINEAR = "all-linear"
 
+REACHED = Unreached()
+"""Of a model whose every part text comes to."""
+
 
 def attach_adapter(
-    model: PreTrainedModel, config: AdapterConfig, new_tokens: Sequence[int] = (), given: Collection[str] = ()
+    model: PreTrainedModel,
+    config: AdapterConfig,
+    new_tokens: Sequence[int] = (),
+    given: Collection[str] = (),
+    unreached: Unreached | None = None,
+    tell: Callable[..., None] = notice,
 ) -> Any:
     """Return the model ready to train: itself with fp32 weights (full), or wrapped by peft with fp32 adapters.
+
+    What text never reaches stays as it is: it has no gradient, and no use for an adapter.
 
     Args:
         new_tokens: ids whose rows in embedding and head are new, and trained with an adapter too.
         given: keys that the user wrote down, to say which of them an adapter to start from overrules.
+        unreached: what text does not reach in the model; None: found by a short row.
+        tell: is given a message's code and values for what was left out.
 
     Raises:
-        UsageError: a name that matches no layer, or an adapter to start from that is none or does not fit.
+        UsageError: a name that matches no layer or one that cannot have an adapter, or an adapter to start from that is
+            none or does not fit.
     """
+    unreached = known_unreached(model) if unreached is None else unreached
+    _tell_unreached(model, unreached, tell)
     if config.mode == "full":
-        return model.requires_grad_(True)
+        model.requires_grad_(True)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in unreached.parameters)
+        return model
     if config.name_or_path:
-        return _continued(model, config, new_tokens, given)
+        wrapped = _continued(model, config, new_tokens, given)
+        for name, parameter in wrapped.get_base_model().named_parameters():
+            if parameter.requires_grad and unreached.has(name):
+                parameter.requires_grad_(False)
+        return wrapped
     from peft import get_peft_model
 
-    wrapped = get_peft_model(model, _settings(model, config, new_tokens), autocast_adapter_dtype=True)
+    settings = _settings(model, config, new_tokens, unreached, tell)
+    try:
+        wrapped = get_peft_model(model, settings, autocast_adapter_dtype=True)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UsageError("adapter.peft_refuses", value=config.target, problem=_one_line(error)) from error
     _refuse_zero_rows(wrapped)
     return _ready_to_train(wrapped, config.dropout)
 
 
-def _settings(model: PreTrainedModel, config: AdapterConfig, new_tokens: Sequence[int]) -> Any:
+def _tell_unreached(model: PreTrainedModel, unreached: Unreached, tell: Callable[..., None]) -> None:
+    count = sum(numbers_in(p) for name, p in model.named_parameters() if name in unreached.parameters)
+    if count:
+        tell("adapter.unreached", names=_listed(unreached.roots(model)), count=count)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" … ({len(names)})" if len(names) > 8 else "")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _settings(
+    model: PreTrainedModel,
+    config: AdapterConfig,
+    new_tokens: Sequence[int],
+    unreached: Unreached,
+    tell: Callable[..., None],
+) -> Any:
     """peft's configuration of a new adapter."""
     from peft import LoraConfig
 
-    saved = saved_modules(model, config.modules_to_save)
-    targets, parameters = target_layers(model, config.target, saved), target_parameters(model, config.target, saved)
+    saved = saved_modules(model, config.modules_to_save, unreached)
+    targets = target_layers(model, config.target, saved, unreached, tell)
+    parameters = target_parameters(model, config.target, saved, unreached)
     if parameters and config.use_dora:
         raise UsageError("adapter.dora_experts", names=", ".join(parameters[:4]))
     ends = [name for name, module in model.named_modules() if module in _ends(model)]
@@ -264,37 +313,94 @@ def transformers_model(model: Any) -> PreTrainedModel:
 # ---- which layers ----
 
 
-def target_layers(model: PreTrainedModel, request: str | Sequence[str], saved: Collection[str] = ()) -> list[str]:
-    """The layers that `lora_target` asks for, but those that are trained whole, in the shortest names that mean them.
+def target_layers(
+    model: PreTrainedModel,
+    request: str | Sequence[str],
+    saved: Collection[str] = (),
+    unreached: Unreached = REACHED,
+    tell: Callable[..., None] = notice,
+) -> list[str]:
+    """The layers that `lora_target` asks for, in the shortest names that mean them, but those that are trained whole.
+
+    "all-linear" leaves out what peft refuses, and `tell` is told so.
 
     Args:
         request: "all-linear", names (a list, or separated by commas), or one regular expression for whole paths.
 
     Raises:
-        UsageError: a name or the expression matches no layer that can have an adapter.
+        UsageError: a name or the expression matches no layer that can have an adapter, or one that peft refuses.
     """
-    chosen = _chosen_layers(model, request, saved)
+    chosen = _chosen_layers(model, request, saved, unreached)
+    refused = _refused_by_peft(chosen, model)
+    if refused and request != ALL_LINEAR:
+        names, problem = ", ".join(sorted({_last(name) for name in refused})), next(iter(refused.values()))
+        raise UsageError("adapter.target_refused", value=request, names=names, problem=problem)
+    if refused:
+        names = ", ".join(sorted({_last(name) for name in refused}))
+        tell("adapter.refused_layers", names=names, count=len(refused), architecture=type(model).__name__)
+        chosen -= refused.keys()
+    if request == ALL_LINEAR and (passed := _passed_by(model, saved, unreached)):
+        tell("adapter.passed_by", names=_listed(alike(passed)), count=len(passed))
     if not chosen:
         raise UsageError("adapter.no_layers", value=request)
     plain = chosen - _taken_for_experts(chosen, model)
     return _shortest(plain, [name for name, _ in model.named_modules()])
 
 
-def target_parameters(model: PreTrainedModel, request: str | Sequence[str], saved: Collection[str] = ()) -> list[str]:
+def target_parameters(
+    model: PreTrainedModel,
+    request: str | Sequence[str],
+    saved: Collection[str] = (),
+    unreached: Unreached = REACHED,
+) -> list[str]:
     """What peft adapts by the parameter's name: experts (of "all-linear"), and the weights of dense layers that it
     takes for experts."""
-    chosen = _chosen_layers(model, request, saved)
+    chosen = _chosen_layers(model, request, saved, unreached)
     beside = {f"{name}.weight" for name in _taken_for_experts(chosen, model)}
-    return sorted([*(expert_parameters(model) if request == ALL_LINEAR else ()), *shortened(beside, model)])
+    experts = expert_parameters(model, unreached.modules) if request == ALL_LINEAR else ()
+    return sorted([*experts, *shortened(beside, model)])
 
 
-def _chosen_layers(model: PreTrainedModel, request: str | Sequence[str], saved: Collection[str]) -> set[str]:
+def _chosen_layers(
+    model: PreTrainedModel, request: str | Sequence[str], saved: Collection[str], unreached: Unreached
+) -> set[str]:
     if request == ALL_LINEAR:
-        chosen = _all_linear(model)
+        chosen = {name for name in _all_linear(model) if not unreached.has(name)}
     else:
         layers = [name for name, module in model.named_modules() if _is_linear(module) or type(module) is nn.Embedding]
-        chosen = _matching(layers, request)
+        chosen = _matching(layers, request, unreached)
     return {name for name in chosen if not _inside(saved, name)}
+
+
+def _passed_by(model: PreTrainedModel, saved: Collection[str], unreached: Unreached) -> list[str]:
+    """Linear layers whose weights text reaches and that are never called, so that an adapter would be passed by."""
+    found = (name for name in _all_linear(model) if name in unreached.modules and not _inside(saved, name))
+    return sorted(name for name in found if f"{name}.weight" not in unreached.parameters)
+
+
+def _refused_by_peft(layers: Collection[str], model: PreTrainedModel) -> dict[str, str]:
+    """Of these layers those that peft adds no adapter to in a model of this kind, and what it says.
+
+    It is asked with a layer of the same name, alone in a model with this configuration: it tells by the name and by
+    the architecture (Mamba's kernels take the weights of `out_proj` and pass by its adapter).
+    """
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
+    refusals: dict[str, str] = {}
+    for name in sorted({_last(layer) for layer in layers} - _names_of_experts(model)):
+        alone: Any = nn.Module()
+        alone.config = model.config
+        alone.add_module(name, nn.Linear(1, 1))
+        try:
+            LoraModel(alone, LoraConfig(r=1, target_modules=[name]), "default")
+        except (ValueError, TypeError, NotImplementedError) as error:
+            refusals[name] = _one_line(error)
+    return {layer: refusals[_last(layer)] for layer in sorted(layers) if _last(layer) in refusals}
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 def lora_targets(model: PreTrainedModel) -> list[str]:
@@ -316,7 +422,7 @@ def _all_linear(model: PreTrainedModel) -> set[str]:
     return {name for name, module in linear.items() if module is not head and not _is_router(name, module, model)}
 
 
-def _matching(layers: Sequence[str], request: str | Sequence[str]) -> set[str]:
+def _matching(layers: Sequence[str], request: str | Sequence[str], unreached: Unreached) -> set[str]:
     if _is_pattern(request):
         try:
             found = {name for name in layers if re.fullmatch(str(request), name)}
@@ -324,14 +430,26 @@ def _matching(layers: Sequence[str], request: str | Sequence[str]) -> set[str]:
             raise UsageError("adapter.bad_pattern", value=request, problem=error) from None
         if not found:
             raise _no_layer("lora_target", str(request), layers)
-        return found
+        return _without_unreached(found, "lora_target", str(request), unreached)
     chosen: set[str] = set()
     for wanted in names_in(request):
         found = {name for name in layers if _names([wanted], name)}
         if not found:
             raise _no_layer("lora_target", wanted, layers)
-        chosen |= found
+        chosen |= _without_unreached(found, "lora_target", wanted, unreached)
     return chosen
+
+
+def _without_unreached(found: set[str], key: str, wanted: str, unreached: Unreached) -> set[str]:
+    """What a name of the user's means where text comes.
+
+    Raises:
+        UsageError: it means nothing else than modules whose output no text depends on.
+    """
+    kept = {name for name in found if not unreached.has(name)}
+    if not kept:
+        raise UsageError("adapter.only_unreached", key=key, value=wanted, names=", ".join(sorted(found)[:3]))
+    return kept
 
 
 def _is_pattern(request: str | Sequence[str]) -> bool:
@@ -339,11 +457,13 @@ def _is_pattern(request: str | Sequence[str]) -> bool:
     return isinstance(request, str) and re.search(r"[^\w.,\s-]", request) is not None
 
 
-def saved_modules(model: PreTrainedModel, request: str | Sequence[str] | None) -> list[str]:
+def saved_modules(
+    model: PreTrainedModel, request: str | Sequence[str] | None, unreached: Unreached = REACHED
+) -> list[str]:
     """The modules that `modules_to_save` asks for, in the shortest names that peft takes for exactly them.
 
     Raises:
-        UsageError: a name matches no module with weights of its own type, or one in 4 bits.
+        UsageError: a name matches no module with weights of its own type, one in 4 bits, or one that text never reaches.
     """
     modules = {
         name: module
@@ -355,6 +475,7 @@ def saved_modules(model: PreTrainedModel, request: str | Sequence[str] | None) -
         found = {name for name in modules if _names([wanted], name)}
         if not found:
             raise _no_layer("modules_to_save", wanted, list(modules))
+        found = _without_unreached(found, "modules_to_save", wanted, unreached)
         if any(not p.is_floating_point() for name in found for p in modules[name].parameters()):
             raise UsageError("adapter.save_quantised", name=wanted)
         chosen |= found

@@ -29,6 +29,20 @@ _windows_met: set[int | None] = set()
 """Sliding windows that reached the attention function since the set was last cleared (see `isolation_fault`)."""
 
 
+def refuse_textless(model: Any) -> None:
+    """Try a model that is made for more than text on a short row of text.
+
+    Raises:
+        UsageError: it does not run without an image, or has no decoder whose last hidden states can be had.
+    """
+    try:
+        with torch.no_grad():
+            decoder(model)(**short_row(model), use_cache=False).last_hidden_state  # noqa: B018
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UsageError("model.not_for_text", name=type(model).__name__, problem=problem) from error
+
+
 class UnsupportedAttention(RuntimeError):
     """The model asks for something that segment attention does not do; it must run in the solo layout."""
 
@@ -213,13 +227,15 @@ def decoder(model: PreTrainedModel) -> Any:
     raise UnsupportedAttention(f"{type(model).__name__} does not tell its decoder")
 
 
-def short_row(model: PreTrainedModel) -> dict[str, Any]:
+def short_row(model: PreTrainedModel, tokens: int = 12) -> dict[str, Any]:
     """What the model is called with for a row of one short example, in the layout that it is set to."""
     vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.arange(12, device=model.device) * 7919 % vocabulary
-    inputs: dict[str, Any] = {"input_ids": ids[None]}
-    if model.config._attn_implementation == NAME:
-        inputs |= {"position_ids": torch.arange(12, device=model.device)[None], "segments": (Segment(0, 12),)}
+    positions = torch.arange(tokens, device=model.device)
+    inputs: dict[str, Any] = {"input_ids": (positions * 7919 % vocabulary)[None]}
+    # Of a model for more than text the text part alone may be set to it.
+    parts = (part.config._attn_implementation for part in model.modules() if isinstance(part, PreTrainedModel))
+    if NAME in parts:
+        inputs |= {"position_ids": positions[None], "segments": (Segment(0, tokens),)}
     return inputs
 
 

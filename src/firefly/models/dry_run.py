@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from firefly.data.batching import PackedBatch
 from firefly.models.kernels import gated_mlp, segment_attention, token_nll
 from firefly.models.memory import Activations, Peak, measure_activations
+from firefly.models.reach import Unreached, find_unreached
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default} | {
     *(torch.ops.aten.mm.out, torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default)
@@ -93,6 +94,20 @@ def counted_activations(
             stack.enter_context(_without_numbers(model, fake, LiveBytes()))
             stack.enter_context(fake)
             return measure_activations(model, layout, autocast, longest)
+    except Exception as error:
+        raise NoDryRun(str(error).partition("\n")[0]) from error
+
+
+def unreached_without_numbers(model: Any) -> Unreached:
+    """As `reach.find_unreached`, computing nothing.
+
+    Raises:
+        NoDryRun: the architecture cannot.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with _without_masks(), _without_numbers(model, fake, LiveBytes()), fake:
+            return find_unreached(model)
     except Exception as error:
         raise NoDryRun(str(error).partition("\n")[0]) from error
 

@@ -6,7 +6,7 @@ neither peft's `target_modules` nor bitsandbytes sees.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,9 +27,13 @@ def expert_stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
                 yield path, module, name
 
 
-def expert_parameters(model: PreTrainedModel) -> list[str]:
-    """Names of the experts for `LoraConfig(target_parameters=…)`; empty for a dense model."""
-    return shortened({f"{path}.{name}" for path, _, name in expert_stacks(model)}, model)
+def expert_parameters(model: PreTrainedModel, without: Collection[str] = ()) -> list[str]:
+    """Names of the experts for `LoraConfig(target_parameters=…)`; empty for a dense model.
+
+    Args:
+        without: paths of modules whose experts are left out.
+    """
+    return shortened({f"{path}.{name}" for path, _, name in expert_stacks(model) if path not in without}, model)
 
 
 def shortened(chosen: Iterable[str], model: nn.Module) -> list[str]:

@@ -20,6 +20,7 @@ from firefly.console import notice
 from firefly.data.dataset import cache_folder
 from firefly.data.tokenizers import adapt_tokenizer
 from firefly.errors import UsageError
+from firefly.models.attention import refuse_textless
 from firefly.models.experts import quantise_experts, quantising_while_loading
 from firefly.models.kernels.lora_linear import install_frozen_forward
 from firefly.models.precision import Precision
@@ -166,6 +167,52 @@ def mend_generation_config(generation: Any) -> None:
             raise UsageError("model.bad_generation_config", problem=" ".join(str(error).split())) from error
 
 
+def read_config(model: ModelConfig) -> Any:
+    """The transformers configuration of a model, of which nothing else has to be there.
+
+    Raises:
+        UsageError: no such model, or a configuration that transformers cannot read.
+    """
+    from transformers import AutoConfig
+
+    place = resolve_model(model)
+    try:
+        return AutoConfig.from_pretrained(place, **hub_options(model))
+    except Exception as error:
+        raise load_failure(error, place) from error
+
+
+def model_class(described: Any) -> Any:
+    """What a model with this configuration is loaded by: AutoModelForCausalLM, or AutoModelForMultimodalLM for one of
+    text with images or sound that has no causal class. Its text can be trained and its other parts stay."""
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    return AutoModelForMultimodalLM if text_only_of(described) else AutoModelForCausalLM
+
+
+def text_only_of(described: Any) -> bool:
+    """Whether this is a model for more than text that has no class for text alone."""
+    causal, multimodal = _classes(described)
+    return causal is None and multimodal is not None and not described.is_encoder_decoder
+
+
+def text_part(described: Any) -> str | None:
+    """The class that is loaded, where it is the text part alone of a model for more than text."""
+    causal, multimodal = _classes(described)
+    return causal.__name__ if isinstance(causal, type) and multimodal not in (None, causal) else None
+
+
+def _classes(described: Any) -> tuple[Any, Any]:
+    """(class of a causal language model, class of a model of text with images or sound) of this configuration."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+    own = (getattr(described, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    found = [
+        mapping.get(type(described), None) for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
+    ]
+    return own or found[0], found[1]
+
+
 def load_model(config: ModelConfig, mode: str, precision: Precision, device: torch.device) -> Any:
     """Load a causal language model for training or inference.
 
@@ -174,12 +221,14 @@ def load_model(config: ModelConfig, mode: str, precision: Precision, device: tor
     Raises:
         UsageError: weights missing, unreadable or not safetensors; out of memory is left to the caller.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     if not sys.stderr.isatty():
         disable_progress_bar()  # a log file would be filled with its carriage returns
-    place = resolve_model(config)
+    place, described = resolve_model(config), read_config(config)
+    kind = model_class(described)
+    if mode == "full" and (part := text_part(described)):
+        notice("model.text_part", name=part, kind=described.model_type)
     options = hub_options(config) | {"use_safetensors": True, "low_cpu_mem_usage": True}
     options["dtype"] = torch.float32 if mode == "full" else precision.compute
     if mode == "qlora":
@@ -187,16 +236,20 @@ def load_model(config: ModelConfig, mode: str, precision: Precision, device: tor
         options["device_map"] = {"": str(device)}
     try:
         with quantising_while_loading() if mode == "qlora" else nullcontext():
-            model: Any = AutoModelForCausalLM.from_pretrained(place, **options)
+            model: Any = kind.from_pretrained(place, **options)
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:
         raise load_failure(error, place) from error
-    if mode != "qlora":
-        return model.to(device)
-    if device.type == "cpu":
-        _leave_the_file(model)
-    return quantise_experts(as_quantised(model, device.type), precision.compute)
+    if mode == "qlora":
+        if device.type == "cpu":
+            _leave_the_file(model)
+        model = quantise_experts(as_quantised(model, device.type), precision.compute)
+    else:
+        model = model.to(device)
+    if text_only_of(described):
+        refuse_textless(model)
+    return model
 
 
 def _leave_the_file(model: Any) -> None:

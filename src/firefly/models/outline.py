@@ -21,12 +21,16 @@ from torch import nn
 
 from firefly.config import AdapterConfig, Config, ModelConfig
 from firefly.errors import UsageError
+from firefly.messages import render
 from firefly.models.adapters import adapter_settings, attach_adapter, transformers_model
-from firefly.models.attention import choose_layout
+from firefly.models.attention import choose_layout, refuse_textless
+from firefly.models.dry_run import NoDryRun, unreached_without_numbers
 from firefly.models.experts import expert_stacks
 from firefly.models.forwards import install_training_forwards
-from firefly.models.loading import as_quantised, hub_options, load_failure, nf4_config, resolve_model
+from firefly.models.loading import as_quantised, load_failure, model_class, nf4_config, read_config
 from firefly.models.precision import Precision
+from firefly.models.reach import Unreached, unreached_like
+from firefly.models.verdicts import known_unreached
 
 WITNESS_VOCABULARY, WITNESS_INNER = 512, 128
 """Numbers of tokens, and the width of feed-forward blocks: no trial depends on them, and most of a model lies there."""
@@ -42,12 +46,14 @@ class Outline:
         model: on "meta", adapters attached, our forwards installed.
         layout, reason: see `attention.choose_layout`.
         head: see `heads.install_target_head`.
+        notes: what a run would say of layers that are left out.
     """
 
     model: Any
     layout: str
     reason: str
     head: str
+    notes: tuple[str, ...] = ()
 
     @property
     def architecture(self) -> str:
@@ -56,21 +62,6 @@ class Outline:
     @property
     def has_experts(self) -> bool:
         return any(True for _ in expert_stacks(self.model))
-
-
-def read_config(model: ModelConfig) -> Any:
-    """The transformers configuration of a model, of which nothing else has to be there.
-
-    Raises:
-        UsageError: no such model, or a configuration that transformers cannot read.
-    """
-    from transformers import AutoConfig
-
-    place = resolve_model(model)
-    try:
-        return AutoConfig.from_pretrained(place, **hub_options(model))
-    except Exception as error:
-        raise load_failure(error, place) from error
 
 
 def outline(config: Config, precision: Precision, rows: int = 0, new_tokens: Sequence[int] = ()) -> Outline:
@@ -90,28 +81,50 @@ def outline(config: Config, precision: Precision, rows: int = 0, new_tokens: Seq
     dtype = torch.float32 if config.adapter.mode == "full" else precision.compute
     with torch.device("meta"):
         model = _from_config(described, dtype, config.model)
+    witness = _witness(described, config.model)
+    refuse_textless(witness)
+    layout, reason = choose_layout(witness)
+    unreached, of_witness = _unreached(model, witness)
+    notes: list[str] = []
     if config.adapter.mode == "qlora":
         _put_into_nf4(model, precision.compute)
     with torch.device("meta"):
         if rows > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(rows, mean_resizing=False)
-        model = attach_adapter(model, _as_new(config.adapter), new_tokens, config.given)
-    witness = _witness(described, config.model)
-    layout, reason = choose_layout(witness)
+        model = attach_adapter(
+            model,
+            _as_new(config.adapter),
+            new_tokens,
+            config.given,
+            unreached,
+            lambda code, **values: notes.append(render(code, **values)),
+        )
     if config.adapter.mode != "full":
-        witness = attach_adapter(witness, AdapterConfig(mode="lora", rank=4, dropout=config.adapter.dropout))
+        small_adapter = AdapterConfig(mode="lora", rank=4, dropout=config.adapter.dropout)
+        witness = attach_adapter(witness, small_adapter, unreached=of_witness, tell=lambda *_, **__: None)
     head = install_training_forwards(witness)
     inner, small = transformers_model(model), transformers_model(witness)
     inner.set_attn_implementation(str(small.config._attn_implementation))
     _follow(inner, small)
-    return Outline(model, layout, reason, head)
+    return Outline(model, layout, reason, head, tuple(notes))
+
+
+def _unreached(model: Any, witness: Any) -> tuple[Unreached, Unreached]:
+    """What text does not reach in the skeleton, and in the witness.
+
+    The skeleton is asked first: the witness may lack layers of a kind. Where a forward pass looks at numbers, as a
+    router's choice of experts does, the witness tells for it.
+    """
+    of_witness = known_unreached(witness)
+    try:
+        return unreached_without_numbers(model), of_witness
+    except NoDryRun:
+        return unreached_like(model, witness, of_witness), of_witness
 
 
 def _from_config(described: Any, dtype: torch.dtype, model: ModelConfig) -> Any:
-    from transformers import AutoModelForCausalLM
-
     try:
-        made: Any = AutoModelForCausalLM.from_config(
+        made: Any = model_class(described).from_config(
             copy.deepcopy(described), dtype=dtype, trust_remote_code=model.trust_remote_code
         )
     except Exception as error:
@@ -159,7 +172,7 @@ def _witness(described: Any, model: ModelConfig) -> Any:
     kinds = list(dict.fromkeys(getattr(text, "layer_types", None) or ()))
     dense_first = getattr(text, "first_k_dense_replace", 0) or 0
     text.num_hidden_layers = max(2, len(kinds), dense_first + 1)
-    if kinds:
+    if kinds and "layer_types" in vars(text):  # Mamba's are all of one kind, told by a property
         text.layer_types = (kinds * text.num_hidden_layers)[: text.num_hidden_layers]
     text.vocab_size = min(text.vocab_size, WITNESS_VOCABULARY)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):

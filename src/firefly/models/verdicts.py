@@ -12,6 +12,7 @@ import json
 import os
 from dataclasses import asdict
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,15 @@ import torch
 import transformers
 from torch import nn
 
+from firefly.console import notice
 from firefly.data.dataset import cache_folder
 from firefly.models.attention import NAME, choose_layout
 from firefly.models.kernels.segment_attention import measure_crossover
 from firefly.models.memory import Activations, measure_activations
+from firefly.models.reach import Unreached, find_unreached
+
+KERNEL_PACKAGES = ("mamba_ssm", "causal_conv1d", "fla", "kernels")
+"""Where they are installed, some layers' weights are computed with by a kernel and the layers are not called."""
 
 
 def known_layout(model: Any) -> tuple[str, str]:
@@ -36,6 +42,21 @@ def known_layout(model: Any) -> tuple[str, str]:
     if found["layout"] == "segments":
         model.set_attn_implementation(NAME)
     return found["layout"], found["reason"]
+
+
+def known_unreached(model: Any) -> Unreached:
+    """As `reach.find_unreached`, found once; nothing of a model that cannot be run on a row of text alone."""
+    path = _path("reach", model, [name for name in KERNEL_PACKAGES if find_spec(name)])
+    found = _read(path)
+    if found is None:
+        try:
+            unreached = find_unreached(model)
+        except Exception as error:  # code that a model brings along may raise anything
+            notice("adapter.reach_unknown", problem=f"{type(error).__name__}: {error}".partition("\n")[0])
+            return Unreached()
+        found = {"modules": sorted(unreached.modules), "parameters": sorted(unreached.parameters)}
+        _write(path, found)
+    return Unreached(frozenset(found["modules"]), frozenset(found["parameters"]))
 
 
 def known_activations(model: Any, layout: str, autocast: torch.dtype | None, longest: int) -> Activations:

@@ -37,20 +37,48 @@ class RouterSettings:
 
 
 def router_settings(model: PreTrainedModel) -> RouterSettings | None:
-    """Settings of the model's load-balancing loss, None if it has none or weighs it with 0.
+    """Settings of the model's load-balancing loss, None if it has none, weighs it with 0 or has no experts.
 
-    Read from the model, not its configuration: Llama4's has a coefficient that no code uses.
+    Read from the model, not its configuration: Llama4's has a coefficient that no code uses, and so have those of the
+    dense members of families with experts (Granite 4.0 with `num_local_experts` 0, Qwen3-MoE whose every layer is in
+    `mlp_only_layers`, Doge without `is_moe`).
     """
     model_: Any = model
     coef = getattr(model_, "router_aux_loss_coef", None) or getattr(model_, "aux_loss_coef", None)
     experts, top_k = getattr(model_, "num_experts", None), getattr(model_, "num_experts_per_tok", None)
     if not coef or not isinstance(experts, int) or not isinstance(top_k, int):
         return None
-    return RouterSettings(experts, top_k, float(coef))
+    routers = recording_routers(model)
+    if routers is not None and not routers:
+        return None
+    # Doge counts choices per choice, the others per token.
+    per_choice = any(hasattr(router, "num_keys") for router in routers or ())
+    return RouterSettings(experts, top_k, float(coef) / (top_k if per_choice else 1))
+
+
+def recording_routers(model: nn.Module) -> list[nn.Module] | None:
+    """The modules whose logits transformers records as `router_logits`; None for a model that does not declare them.
+
+    A dense layer has none, and the forward pass of a model with none records an empty tuple.
+    """
+    declared = False
+    found: dict[int, nn.Module] = {}
+    for part in model.modules():
+        recorders = getattr(part, "_can_record_outputs", None) if isinstance(part, PreTrainedModel) else None
+        if not recorders or "router_logits" not in recorders:
+            continue
+        declared = True
+        each = recorders["router_logits"]
+        for recorder in each if isinstance(each, list | tuple) else [each]:
+            kind = getattr(recorder, "target_class", recorder)
+            if not isinstance(kind, type):
+                return None  # named by the end of its path
+            found |= {id(module): module for module in part.modules() if isinstance(module, kind)}
+    return list(found.values()) if declared else None
 
 
 def recorded_logits(output: Any, settings: RouterSettings) -> tuple[Tensor, ...]:
-    """Router logits (tokens, experts) of each sparse layer, from what the decoder returned.
+    """Router logits (tokens, experts) of each sparse layer, from what the decoder returned; dense layers have none.
 
     Raises:
         RuntimeError: the decoder recorded none; it was not called with `output_router_logits=True`.
@@ -58,7 +86,15 @@ def recorded_logits(output: Any, settings: RouterSettings) -> tuple[Tensor, ...]
     recorded = output.get("router_logits") if hasattr(output, "get") else None
     if not recorded:
         raise RuntimeError("the decoder recorded no router logits")
-    return tuple(logits.reshape(-1, settings.num_experts) for logits in recorded)
+    return tuple(_by_expert(logits, settings.num_experts) for logits in recorded)
+
+
+def _by_expert(logits: Tensor, experts: int) -> Tensor:
+    """(tokens, experts); with product keys (Doge) an expert's logit is the sum of those of its two keys."""
+    if logits.dim() == 3 and len(logits) == 2 and logits.shape[-1] ** 2 == experts:
+        first, second = logits
+        return (first.unsqueeze(-1) + second.unsqueeze(-2)).flatten(-2)
+    return logits.reshape(-1, experts)
 
 
 @torch.no_grad()

@@ -219,7 +219,7 @@ def forecast(
         choices=choices,
         parameters=count_parameters(skeleton.model),
         duration=sizing.duration(choices, rate, timed),
-        notes=notes,
+        notes=(*notes, *skeleton.notes),
         unknown=unknown,
     )
 
