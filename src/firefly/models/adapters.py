@@ -546,7 +546,22 @@ def _names_of_experts(model: PreTrainedModel) -> set[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D))  # bitsandbytes' Linear4bit is an nn.Linear
+    """Whether an adapter can stand beside a layer: rows of its inputs give rows of its outputs.
+
+    Some classes inherit of `nn.Linear` and compute otherwise (DeepSeek-V4's projection of each group of heads by a
+    matrix of its own): peft would add an adapter of the wrong shape.
+    """
+    if not isinstance(module, (nn.Linear, Conv1D)):  # bitsandbytes' Linear4bit is an nn.Linear
+        return False
+    weight = module.weight
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward or hasattr(weight, "quant_state"):
+        return True
+    try:
+        with torch.no_grad():
+            out = module(torch.zeros(2, module.in_features, dtype=weight.dtype, device=weight.device))
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return False
+    return isinstance(out, torch.Tensor) and out.shape == (2, module.out_features)
 
 
 def _is_router(name: str, module: nn.Module, model: PreTrainedModel) -> bool:
