@@ -312,6 +312,12 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "{asked} was asked for; this hardware lacks it, so {used} is used.",
         "要求使用 {asked}；此硬件不支持，改用 {used}。",
     ),
+    "precision.no_autocast": (
+        "model_type {kind}: its code does not run in {name} beside float32 weights, as full fine-tuning computes "
+        '({problem}). Write "bf16": false, or train an adapter.',
+        "model_type {kind}：其代码不能在 float32 权重旁以 {name} 计算，而全参数微调正是这样计算的（{problem}）。"
+        '请写 "bf16": false，或训练适配器。',
+    ),
     # model
     "model.no_folder": (
         "model_name_or_path = {name} is not a model folder. Give an existing folder, a hub id (org/name), "

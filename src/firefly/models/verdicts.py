@@ -22,6 +22,7 @@ from torch import nn
 
 from firefly.console import notice
 from firefly.data.dataset import cache_folder
+from firefly.errors import UsageError
 from firefly.models.attention import NAME, choose_layout
 from firefly.models.kernels.segment_attention import measure_crossover
 from firefly.models.memory import Activations, measure_activations
@@ -60,12 +61,24 @@ def known_unreached(model: Any) -> Unreached:
 
 
 def known_activations(model: Any, layout: str, autocast: torch.dtype | None, longest: int) -> Activations:
-    """As `memory.measure_activations`, measured once."""
+    """As `memory.measure_activations`, measured once.
+
+    Raises:
+        UsageError: the architecture's own code does not run under autocast (DBRX adds rows of two types).
+    """
     dropout = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
     path = _path("activations", model, [layout, str(autocast), longest, dropout])
     found = _read(path)
     if found is None:
-        measured = measure_activations(model, layout, autocast, longest)
+        try:
+            measured = measure_activations(model, layout, autocast, longest)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if autocast is None:
+                raise
+            kind, name = model.config.model_type, str(autocast).removeprefix("torch.")
+            raise UsageError("precision.no_autocast", kind=kind, name=name, problem=str(error)) from error
         _write(path, asdict(measured))
         return measured
     return Activations(**found)
