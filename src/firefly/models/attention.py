@@ -6,8 +6,8 @@ that, or fail the probe, run `solo`: one example per microbatch through the mode
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from firefly.models.precision import compute_type
 
 NAME = "firefly_segments"
 ISOLATABLE_LAYERS = {"full_attention", "sliding_attention"}
-WITHOUT_EFFECT = {"position_ids", "cache_position"}
+WITHOUT_EFFECT = {"position_ids", "cache_position", "logits_to_keep", "token_type_ids", "mm_token_type_ids"}
 """Tensors that models hand on to the attention function without meaning anything by it."""
 
 
@@ -107,7 +107,8 @@ def choose_layout(model: PreTrainedModel) -> tuple[str, str]:
     Raises:
         UsageError: the architecture is no causal language model of text, in any layout.
     """
-    refuse_other_models(model)
+    with evaluating(model):
+        refuse_other_models(model)
     own = model.config._attn_implementation
     reason = _declared_fault(model)
     if reason is None:
@@ -120,11 +121,23 @@ def choose_layout(model: PreTrainedModel) -> tuple[str, str]:
     return "solo", reason
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode for a while: without dropout."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def refuse_other_models(model: PreTrainedModel) -> None:
     """See that `model` gives logits for tokens alone, and that none of them depends on a later token.
 
-    The second is asked of gradients: where nothing is seen they are exactly zero, however numbers are rounded and
-    whichever experts are chosen. An encoder would be trained to read the answer off the next place.
+    An encoder would be trained to read the answer off the next place. Gradients are asked first: where nothing is seen
+    they are zero, however numbers are rounded and whichever experts are chosen. Where there are some, other later
+    tokens are tried, too.
 
     Raises:
         UsageError: one of the two does not hold.
@@ -137,8 +150,6 @@ def refuse_other_models(model: PreTrainedModel) -> None:
         embedded.append(output.detach().requires_grad_())
         return embedded[-1]
 
-    was_training = model.training
-    model.eval()
     watch = model.get_input_embeddings().register_forward_hook(note)
     try:
         with torch.enable_grad():
@@ -150,16 +161,20 @@ def refuse_other_models(model: PreTrainedModel) -> None:
         raise UsageError("model.not_text_alone", kind=model.config.model_type, problem=problem[:300]) from error
     finally:
         watch.remove()
-        model.train(was_training)
     try:
         # Weighed unevenly, so that a norm behind it does not make the sum nearly the same whatever comes in.
         weights = torch.linspace(-1, 2, logits.numel(), device=logits.device).view(logits.shape)
         found = torch.autograd.grad((logits * weights).sum(), embedded, allow_unused=True)
-    except RuntimeError:  # computed by a kernel that has no gradient, or embedded by something else: it cannot be told
+    except Exception:  # without a gradient, as of some kernels, or of Reformer in eval mode: it cannot be told
         return
     tokens = ids.shape[1]
     rows = [each.float().reshape(tokens, -1) for each in found if each is not None and tokens in each.shape[:2]]
-    if any(bool(each[half:].abs().max() > 1e-6 * each.abs().max()) for each in rows):
+    if not any(bool(each[half:].abs().max() > 1e-6 * each.abs().max()) for each in rows):
+        return
+    with torch.no_grad():
+        other = torch.cat([ids[:, :half], ids[:, half:].flip(1)], dim=1)
+        moved = (model(input_ids=other, use_cache=False).logits[:, :half].float() - logits.detach()).abs().max()
+    if moved > 1e-6 * logits.detach().abs().max():
         encoder = getattr(model.config, "is_decoder", None) is False
         raise UsageError("model.encoder" if encoder else "model.not_causal", kind=model.config.model_type)
 
@@ -282,10 +297,5 @@ def _hidden(model: PreTrainedModel, ids: Tensor, segments: tuple[Segment, ...] |
     if segments is not None:
         positions = torch.from_numpy(segment_positions(segments))[None].to(ids.device)
         extra = {"segments": segments, "position_ids": positions}
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return decoder(model)(input_ids=ids, use_cache=False, **extra).last_hidden_state
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad():
+        return decoder(model)(input_ids=ids, use_cache=False, **extra).last_hidden_state
