@@ -286,3 +286,29 @@ def test_a_head_that_carries_an_adapter_is_not_fused() -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     assert len(found) == 2
     assert_same(found, gradients(model), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite"])
+def test_a_model_that_computes_the_logits_of_all_positions_has_the_same_loss(name: str) -> None:
+    """ProphetNet, XLNet and others know no `logits_to_keep`."""
+    model = tiny_model(name)
+    own = copy.deepcopy(model)
+
+    class Older(type(model)):  # type: ignore[misc]
+        def forward(self, input_ids: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
+            assert "logits_to_keep" not in kwargs
+            return super().forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
+
+    model.__class__ = Older
+    choose_layout(model)
+    assert install_target_head(model) == "logits"
+    (example,) = random_examples(40)
+    inputs = pack([example]).model_inputs()
+    logps = model(**inputs, per_token=True)["logps"]
+    loss = model(**inputs)["loss"]
+    loss.backward()
+    expected = logits_loss(own, example)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(logps.sum(), -expected, rtol=1e-5, atol=0)
+    assert_same(gradients(model), gradients(own), 1e-5)

@@ -148,7 +148,7 @@ def refuse_other_models(model: PreTrainedModel) -> None:
 
     def note(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
+        return embedded[-1].clone()  # CTRL scales it in place
 
     watch = model.get_input_embeddings().register_forward_hook(note)
     try:
