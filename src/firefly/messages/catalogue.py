@@ -337,6 +337,12 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "model_type {kind}：这是编码器，其词元能看到后面的词元，预测下一个词元的损失会读到自己的答案。"
         '若要将其作为解码器训练，请在其 config.json 中写入 "is_decoder": true。',
     ),
+    "model.reversible": (
+        "model_type {kind}: its layers are reversible, with gradients that they compute outside of autograd's graph, "
+        "and attend by random hashes. Such a model is not trained.",
+        "model_type {kind}：其各层是可逆的，梯度在 autograd 的计算图之外求得，并按随机哈希计算注意力。"
+        "不训练这样的模型。",
+    ),
     "model.not_text_alone": (
         "model_type {kind}: the model cannot be computed from tokens alone ({problem}). "
         "Only causal language models of text are trained.",

@@ -142,6 +142,8 @@ def refuse_other_models(model: PreTrainedModel) -> None:
     Raises:
         UsageError: one of the two does not hold.
     """
+    if model.config.model_type == "reformer":  # what it hides from autograd's graph, no probe of the graph would find
+        raise UsageError("model.reversible", kind=model.config.model_type)
     ids = _probe_ids(model)[1]
     half = ids.shape[1] // 2
     embedded: list[Tensor] = []
@@ -165,7 +167,7 @@ def refuse_other_models(model: PreTrainedModel) -> None:
         # Weighed unevenly, so that a norm behind it does not make the sum nearly the same whatever comes in.
         weights = torch.linspace(-1, 2, logits.numel(), device=logits.device).view(logits.shape)
         found = torch.autograd.grad((logits * weights).sum(), embedded, allow_unused=True)
-    except Exception:  # without a gradient, as of some kernels, or of Reformer in eval mode: it cannot be told
+    except Exception:  # without a gradient, as of some kernels: it cannot be told
         return
     tokens = ids.shape[1]
     rows = [each.float().reshape(tokens, -1) for each in found if each is not None and tokens in each.shape[:2]]

@@ -309,7 +309,10 @@ def measure_activations(model: Any, layout: str, autocast: torch.dtype | None, l
         if of_tokens:  # else it is kept once, however many tokens there are
             per_token = tensor.untyped_storage().nbytes() / (2 * length)
             bytes_of[0 if inside else 1] += per_token * (seen / measured if of_tokens > 1 else 1)
-    entering = model.config.get_text_config().hidden_size * _hidden_type(model).itemsize
+    # BLT's configuration has widths for its parts alone; elsewhere embeddings may be narrower than what layers pass on.
+    embedding = model.get_input_embeddings().weight
+    width = getattr(model.config.get_text_config(), "hidden_size", None) or embedding.shape[-1]
+    entering = width * embedding.dtype.itemsize
     return Activations(len(layers), kept=bytes_of[0] / max(len(layers), 1), entering=entering, outside=bytes_of[1])
 
 
@@ -356,10 +359,6 @@ def _address(tensor: Tensor) -> tuple[int, int]:
 
 def _place(model: Any) -> torch.device:
     return next(model.parameters()).device
-
-
-def _hidden_type(model: Any) -> torch.dtype:
-    return model.get_input_embeddings().weight.dtype
 
 
 @contextmanager

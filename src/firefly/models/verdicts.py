@@ -91,7 +91,8 @@ def known_crossover(model: Any, device: torch.device, compute: torch.dtype) -> i
     """
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
-    if device.type != "cpu" or compute != torch.bfloat16 or not heads:
+    described = heads and (getattr(config, "head_dim", None) or getattr(config, "hidden_size", None))
+    if device.type != "cpu" or compute != torch.bfloat16 or not described:
         return 0
     shape = heads, getattr(config, "num_key_value_heads", None) or heads, *_head_widths(config)
     machine = torch.backends.cpu.get_cpu_capability(), os.cpu_count(), torch.get_num_threads()
