@@ -22,6 +22,7 @@ from firefly.config import load_config
 from firefly.errors import UsageError
 from firefly.runs.metrics import read_metrics
 from firefly.train import train
+from multimodal import save_multimodal_model
 from tiny import assert_same, save_tiny_model, write_rows
 
 HERE = Path(__file__).resolve().parent
@@ -95,6 +96,11 @@ CASES += [
         Case(f"{engine}-checkpointing", ENGINES[engine], {"gradient_checkpointing": True, "train_mode": "full"})
         for engine in ("ddp", "fsdp2", "zero3")
     ),
+    *(  # towers that text never reaches
+        Case(f"{engine}-towers-{mode}", ENGINES[engine], {"model": "gemma3", "train_mode": mode})
+        for engine in ("ddp", "fsdp2", "zero3")
+        for mode in ("full", "lora")
+    ),
     Case("ddp-evaluation", changes={"eval_ratio": 0.3}),
     Case("zero3-evaluation", ENGINES["zero3"], {"eval_ratio": 0.3, "train_mode": "full"}),
     Case("fsdp2-dpo-evaluation", ENGINES["fsdp2"], {"task_type": "dpo", "eval_ratio": 0.3}),
@@ -124,6 +130,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     for name in ("llama_tied", "bloom", "mixtral"):
         save_tiny_model(folder / name, name, **({"router_aux_loss_coef": 0.1} if name == "mixtral" else {}))
+    save_multimodal_model(folder / "gemma3", "gemma3")
     write_rows(folder / "train.jsonl", ROWS)
     write_uneven_pairs(folder / "pairs.jsonl")
     texts = [f"document {i} tells of " + "many things " * (i % 5) for i in range(36)]

@@ -48,6 +48,7 @@ from firefly.training.arguments import FUSED_ADAM, PAGED_ADAM, join_ranks
 from firefly.training.before_weights import (
     bind_encoder,
     check_best_metric,
+    check_positions,
     make_output_dir,
     on_its_first_day,
     prove_template,
@@ -98,6 +99,7 @@ def train_into(output_dir: Path, config: Config, engine: Engine, started: float)
     except UsageError:  # it names where all findings are
         write_json(output_dir / "data_report.json", data.report())
         raise
+    check_positions(config.model, data)
     check_best_metric(config, task, data)
     if device.type == "cpu" and ranks.started_alone():
         notice("engine.one_process")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -116,6 +116,20 @@ def test_a_module_to_save_is_that_of_the_decoder_alone() -> None:
     whole = [n for n, p in wrapped.named_parameters() if p.requires_grad and "modules_to_save" in n]
     assert len(whole) == 2
     assert all("language_model" in name for name in whole)
+
+
+def test_an_adapter_of_another_tool_is_continued_where_text_comes(tmp_path: Path) -> None:
+    settings = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(multimodal_model("gemma3"), settings).save_pretrained(tmp_path)
+    before = load_file(tmp_path / "adapter_model.safetensors")
+    assert any("vision_tower" in key for key in before)
+    config = AdapterConfig(mode="lora", rank=4, dropout=0.0, name_or_path=str(tmp_path))
+    wrapped = attach_adapter(multimodal_model("gemma3"), config)
+    trained = {n for n, p in wrapped.named_parameters() if p.requires_grad}
+    assert trained
+    assert not [name for name in trained if "language_model" not in name]
+    after = get_peft_model_state_dict(wrapped)
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
 # ---- what else is never reached ----

@@ -78,6 +78,16 @@ class Blocks:
         none = np.zeros(len(self), dtype=np.int64)
         return ExampleCounts(self.lengths, self.lengths - segments, self.lengths, none, none, self.sources)
 
+    def longest_text(self) -> tuple[int, int]:
+        """(tokens of the longest segment, the number of its block); (0, 0) without blocks."""
+        starts = [self._starts] if self.isolated else []
+        borders = np.unique(np.concatenate([self._first, self._last, *starts])) if len(self) else self._first
+        pieces = np.diff(borders)
+        if not len(pieces):
+            return 0, 0
+        longest = int(pieces.argmax())
+        return int(pieces[longest]), int(np.searchsorted(self._first, borders[longest], side="right")) - 1
+
     def place(self, index: int) -> Source:
         """File and line of the row that a block begins in."""
         return self.documents.place(self._document_at(int(self._first[index])))

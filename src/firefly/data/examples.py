@@ -143,6 +143,11 @@ class Examples:
         )
         return ExampleCounts(length, targets, length + prompt, prompt, chosen, self.sources)
 
+    def longest_text(self) -> tuple[int, int]:
+        """(tokens of the longest text, the number of its example); (0, 0) without examples."""
+        sides = self.counts.sides
+        return (int(sides.max()), int(sides.argmax())) if len(sides) else (0, 0)
+
     def place(self, index: int) -> Source:
         """File and line of an example's row."""
         return Source(self.files[int(self._file_of[index])].ledger.file, int(self.index["line"][index]))

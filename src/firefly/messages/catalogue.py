@@ -453,8 +453,8 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "模型无法在一小段文本上运行，因此无法得知文本会经过哪些部分，全部参与训练：{problem}",
     ),
     "adapter.only_unreached": (
-        "{key}: {value!r} means only {names}, which text never reaches, or whose weights the model uses without calling "
-        "the module: an adapter there would learn nothing. Take it out.",
+        "{key}: {value!r} means only {names}, which text never reaches, or whose weights the model uses without "
+        "calling the module: an adapter there would learn nothing. Take it out.",
         "{key}：{value!r} 仅匹配 {names}；文本不会经过这些部分，或模型只取用其权重而不调用该模块，"
         "在其上训练不起作用。请将其去掉。",
     ),
@@ -774,6 +774,21 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "plan.no_data": (
         "no train_file, so lengths are not known: every example is taken to have {length} tokens (max_seq_length).",
         "没有 train_file，长度未知：假定每个样本都有 {length} 个 token（max_seq_length）。",
+    ),
+    "data.beyond_positions": (
+        "{place} has {longest:,} tokens, and the model has {most:,} positions. Set max_seq_length to {most} or less "
+        "(on_too_long says what is done with longer rows), or take a model for longer texts.",
+        "{place} 有 {longest:,} 个词元，而模型只有 {most:,} 个位置。请将 max_seq_length 设为不超过 {most}"
+        "（on_too_long 决定如何处理更长的数据），或使用支持更长文本的模型。",
+    ),
+    "data.beyond_trained": (
+        "the longest text has {longest:,} tokens ({place}), more than the {trained:,} positions that the model is made "
+        "for: what it makes of those beyond is not known.",
+        "最长的文本有 {longest:,} 个词元（{place}），超过模型设计的 {trained:,} 个位置：超出部分的效果未知。",
+    ),
+    "plan.positions": (
+        "the model has {most:,} positions: rows longer than that are refused, whatever max_seq_length says.",
+        "模型只有 {most:,} 个位置：无论 max_seq_length 为何值，更长的数据都会被拒绝。",
     ),
     "plan.no_examples": (
         "train_file has no example to train; `firefly check` says what became of its rows.",

@@ -463,7 +463,7 @@ def saved_modules(
     """The modules that `modules_to_save` asks for, in the shortest names that peft takes for exactly them.
 
     Raises:
-        UsageError: a name matches no module with weights of its own type, one in 4 bits, or one that text never reaches.
+        UsageError: a name matches no module with weights of its own type, one in 4 bits, or nothing that text reaches.
     """
     modules = {
         name: module

@@ -67,7 +67,7 @@ def dry_run(
             stack.enter_context(_without_masks())
             if card:
                 stack.enter_context(_as_on_a_card())
-            trained = stack.enter_context(_without_numbers(model, fake, live))
+            trained = stack.enter_context(without_numbers(model, fake, live))
             stack.enter_context(_told_apart(model, trained, live))
             for _ in range(2 if accumulated else 1):
                 live.restart()
@@ -91,7 +91,7 @@ def counted_activations(
             stack.enter_context(_without_masks())
             if card:
                 stack.enter_context(_as_on_a_card())
-            stack.enter_context(_without_numbers(model, fake, LiveBytes()))
+            stack.enter_context(without_numbers(model, fake, LiveBytes()))
             stack.enter_context(fake)
             return measure_activations(model, layout, autocast, longest)
     except Exception as error:
@@ -106,7 +106,7 @@ def unreached_without_numbers(model: Any) -> Unreached:
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with _without_masks(), _without_numbers(model, fake, LiveBytes()), fake:
+        with _without_masks(), without_numbers(model, fake, LiveBytes()), fake:
             return find_unreached(model)
     except Exception as error:
         raise NoDryRun(str(error).partition("\n")[0]) from error
@@ -201,7 +201,7 @@ class _Met:
 
 
 @contextmanager
-def _without_numbers(model: nn.Module, fake: FakeTensorMode, live: LiveBytes) -> Iterator[list[nn.Parameter]]:
+def without_numbers(model: nn.Module, fake: FakeTensorMode, live: LiveBytes) -> Iterator[list[nn.Parameter]]:
     """The model with parameters and buffers that have no numbers; yields those that are trained."""
     own: list[tuple[dict[str, Any], str, Any]] = []
     made: dict[int, nn.Parameter] = {}  # tied weights stay tied

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
@@ -81,7 +81,7 @@ def outline(config: Config, precision: Precision, rows: int = 0, new_tokens: Seq
     dtype = torch.float32 if config.adapter.mode == "full" else precision.compute
     with torch.device("meta"):
         model = _from_config(described, dtype, config.model)
-    witness = _witness(described, config.model)
+    witness = make_witness(described, config.model)
     refuse_textless(witness)
     layout, reason = choose_layout(witness)
     unreached, of_witness = _unreached(model, witness)
@@ -162,7 +162,7 @@ def _as_new(adapter: AdapterConfig) -> AdapterConfig:
     )
 
 
-def _witness(described: Any, model: ModelConfig) -> Any:
+def make_witness(described: Any, model: ModelConfig) -> Any:
     """A small model of the same make with random weights, on the CPU, in fp32.
 
     A layer of each kind stands in it; widths that heads are cut from stay as they are.
@@ -171,7 +171,8 @@ def _witness(described: Any, model: ModelConfig) -> Any:
     text = small.get_text_config()
     kinds = list(dict.fromkeys(getattr(text, "layer_types", None) or ()))
     dense_first = getattr(text, "first_k_dense_replace", 0) or 0
-    text.num_hidden_layers = max(2, len(kinds), dense_first + 1)
+    with suppress(NotImplementedError):  # some count their layers otherwise, and keep all of them
+        text.num_hidden_layers = max(2, len(kinds), dense_first + 1)
     if kinds and "layer_types" in vars(text):  # Mamba's are all of one kind, told by a property
         text.layer_types = (kinds * text.num_hidden_layers)[: text.num_hidden_layers]
     text.vocab_size = min(text.vocab_size, WITNESS_VOCABULARY)

@@ -58,7 +58,7 @@ def alike(names: Collection[str]) -> list[str]:
 
 
 def find_unreached(model: Any) -> Unreached:
-    """Run `model` (of transformers, nothing attached yet) on a short row, forward only, and see what its logits hang on.
+    """Run `model` (of transformers, nothing attached yet) on a short row, forward, and see what its logits hang on.
 
     Raises:
         Exception: whatever a model raises that cannot be run on text alone, or on "meta" where it looks at numbers.

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from firefly.config import Config, DataConfig, load_config
+from firefly.config import Config, DataConfig, ModelConfig, load_config
 from firefly.console import notice
 from firefly.data.certificate import certify
 from firefly.data.dataset import Split, find_task, load_split
@@ -22,9 +22,10 @@ from firefly.data.templates import ChatTemplate, bind_template, plain_template
 from firefly.errors import UsageError
 from firefly.inference.engine import tokenizer_source
 from firefly.messages import render
-from firefly.models.loading import EMBEDDED, load_tokenizer
+from firefly.models.loading import EMBEDDED, load_tokenizer, read_config
 from firefly.models.tokens import add_tokens
 from firefly.runs.overview import token_runs
+from firefly.training.before_weights import check_positions
 
 PREVIEWED = 5
 
@@ -76,9 +77,20 @@ def check_data(config_file: str, overrides: Mapping[str, Any]) -> DataCheck:
     data = load_split(config.data, encoder, task, config.model.hub)
     try:
         data.check(config.data)
+        if has_config(model):
+            check_positions(model, data)
     except UsageError as error:
         return DataCheck(data, task, tokenizer, template, str(error))
     return DataCheck(data, task, tokenizer, template, None)
+
+
+def has_config(model: ModelConfig) -> bool:
+    """Whether the model's configuration is here: a folder with a tokenizer alone is enough to count tokens."""
+    try:
+        read_config(model)
+    except UsageError:
+        return False
+    return True
 
 
 def note_failed_checks(encoder: Encoder) -> None:

@@ -36,13 +36,14 @@ from firefly.models.memory import (
     optimizer_bytes_of,
 )
 from firefly.models.outline import Outline, outline, quiet_libraries
+from firefly.models.positions import positions_for
 from firefly.models.precision import Precision
 from firefly.models.tokens import add_tokens
 from firefly.models.verdicts import known_crossover
 from firefly.objectives.preference import PREFERENCE_LOSSES
 from firefly.reports.machine import Machine, describe_machine, matmul_rate, precision_on
 from firefly.reports.work import Work, assumed_work, work_of
-from firefly.training.before_weights import bind_encoder
+from firefly.training.before_weights import bind_encoder, check_positions
 from firefly.training.preference import without_dropout
 
 EFFICIENCY, EFFICIENCY_16_BIT = {"cpu": 0.6, "cuda": 0.65}, {"cpu": 0.5}
@@ -160,8 +161,11 @@ def make_plan(
             data = load_split(config.data, bind_encoder(config, tokenizer), config.task_type, config.model.hub)
             if not len(data.train):
                 raise UsageError("plan.no_examples")
+            check_positions(config.model, data)
         else:
             notes.append(render("plan.no_data", length=config.data.max_seq_length))
+    if data is None and (most := positions_for(config.model, config.data.max_seq_length).most) is not None:
+        notes.append(render("plan.positions", most=most))
     work = assumed_work(config) if data is None else work_of(data.train)
     rate = None if teraflops is None else teraflops * 1e12
     return forecast(config, machine, work, rate, rows, tuple(new), tuple(notes)), data

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from firefly import ranks
-from firefly.config import Config
+from firefly.config import Config, ModelConfig
 from firefly.console import notice
 from firefly.data.certificate import Certificate, certify
 from firefly.data.dataset import Split
 from firefly.data.encoding import Encoder
 from firefly.data.templates import bind_template, plain_template
 from firefly.errors import UsageError
+from firefly.models.positions import positions_for
 from firefly.runs.checkpoints import missing_files, newest_complete, stored_plan
 from firefly.training.tasks import TASKS, Task
 
@@ -70,6 +71,24 @@ def bind_encoder(config: Config, tokenizer: Any) -> Encoder:
         notice("template.merges_system", name=template.name)
     tokenizer.chat_template = template.text
     return Encoder(tokenizer, template, config.data.allow_special_in_content)
+
+
+def check_positions(model: ModelConfig, data: Split) -> None:
+    """Refuse texts that the model has no positions for, and say which are longer than it is made for.
+
+    Raises:
+        UsageError: a text to train on or to evaluate is longer than the model's table of positions.
+    """
+    kept = [examples for examples in (data.train, data.held_out) if examples is not None and len(examples)]
+    if not kept:
+        return
+    examples = max(kept, key=lambda each: each.longest_text()[0])
+    longest, index = examples.longest_text()
+    found, place = positions_for(model, longest), examples.place(index)
+    if found.most is not None and longest > found.most:
+        raise UsageError("data.beyond_positions", place=place, longest=longest, most=found.most)
+    if found.trained is not None and longest > found.trained:
+        notice("data.beyond_trained", place=place, longest=longest, trained=found.trained)
 
 
 def prove_template(encoder: Encoder) -> Certificate:
