@@ -151,23 +151,24 @@ def finish(reader: int, child: int, late: bool) -> Record:
     return json.loads(text) if text else {"error": "its process died"}
 
 
-def record_of(name: str) -> Record:
-    """Build the architecture and run its four cells."""
-    from tiny_architectures import ENCODERS, tiny_model
+def record_of(name: str, draws: tuple[int, int] = (DRAWS, MORE_DRAWS)) -> Record:
+    """Build the architecture and run its four cells, in bf16 over so many draws of rows, and at most so many."""
+    from tiny_architectures import ENCODERS, LEFT_OUT, save_tiny_model, tiny_model
 
+    if name in LEFT_OUT:
+        return {"not_built": LEFT_OUT[name]}
     with tempfile.TemporaryDirectory(prefix="architectures.") as scratch:
         os.environ["FIREFLY_CACHE"] = f"{scratch}/cache"
         folder = Path(scratch) / "base"
         try:
-            model = tiny_model(name)
-            model.save_pretrained(folder)
+            model = save_tiny_model(name, folder)
             record: Record = {"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
             del model
             plain_works(folder)
         except Exception as error:
             return {"not_built": short(error)}
         for mode in ("full", "lora"):
-            record |= cells_of(folder, mode, Path(scratch))
+            record |= cells_of(folder, mode, Path(scratch), draws)
         if name in ENCODERS:
             record["switch"] = ENCODERS[name]
             record["without_switch"] = refusal_of(tiny_model(name, **{ENCODERS[name]: False}))
@@ -194,7 +195,7 @@ def plain_works(folder: Path) -> None:
     Plain(folder, None, torch.float32).step(random_rows(0)[:2])
 
 
-def cells_of(folder: Path, mode: str, scratch: Path) -> Record:
+def cells_of(folder: Path, mode: str, scratch: Path, draws: tuple[int, int]) -> Record:
     """fp32 and bf16 of one mode."""
     import architecture_steps as steps
     import torch
@@ -222,13 +223,13 @@ def cells_of(folder: Path, mode: str, scratch: Path) -> Record:
         plain = steps.Plain(folder, adapted, torch.bfloat16)
         gaps: list[list[tuple[float, float]]] = []
         cell: Record = {}
-        for draws in (DRAWS, MORE_DRAWS):
-            for draw in range(len(gaps), draws):
+        for count in draws:
+            for draw in range(len(gaps), count):
                 rows = steps.random_rows(draw)
                 expected = exact.step(rows)
                 pair = [side.step(rows) for side in (rounded, plain)]
                 gaps.append([(steps.logp_gap(one, expected), steps.gradient_gap(one, expected)) for one in pair])
-            cell = {"layout": rounded.layout, "reason": rounded.reason, "draws": draws} | ratios(gaps)
+            cell = {"layout": rounded.layout, "reason": rounded.reason, "draws": count} | ratios(gaps)
             if max(cell["logps_ratio"], cell["gradient_ratio"]) <= ROUNDED:
                 break
         found[f"{mode}_bf16"] = cell
@@ -308,8 +309,99 @@ def words_of(record: Record) -> str:
     return ("WRONG  " if wrong else "") + "  ".join(parts) + f"  {record.get('reason', '')}"
 
 
+WORDS = {
+    "en": {
+        "head": "| model type | class | layout | full fp32 | full bf16 | LoRA fp32 | LoRA bf16 | notes |",
+        "right": "yes",
+        "wrong": "**no**",
+        "refused": "refused",
+        "switch": 'with `"{switch}": true` in its config.json; without it refused ({code})',
+        "refusal": "{cells} refused: `{code}`",
+        "error": "{cell}: {error}",
+        "not_built": "| model type | why it is not here |",
+        "summary": "{right} of {built} architectures are right in all four; {refused} are refused in some or all. "
+        "{not_built} more are not built small by transformers {transformers} itself, for the reasons below. "
+        "(torch {torch}, peft {peft}, {cpu}, commit {commit})",
+    },
+    "zh": {
+        "head": "| model_type | 类 | 布局 | 全参数 fp32 | 全参数 bf16 | LoRA fp32 | LoRA bf16 | 说明 |",
+        "right": "对",
+        "wrong": "**不对**",
+        "refused": "拒绝",
+        "switch": '须在 config.json 中写 `"{switch}": true`，否则拒绝（{code}）',
+        "refusal": "{cells} 拒绝：`{code}`",
+        "error": "{cell}：{error}",
+        "not_built": "| model_type | 为何不在表中 |",
+        "summary": "{built} 种架构中，{right} 种四项全对；{refused} 种在部分或全部项中被拒绝。"
+        "另有 {not_built} 种，transformers {transformers} 自身无法构建其小模型，原因见下。"
+        "（torch {torch}，peft {peft}，{cpu}，提交 {commit}）",
+    },
+}
+BEGIN, END = "<!-- written by benchmarks/architectures.py --table -->", "<!-- end -->"
+
+
 def write_tables(report: Record) -> None:
-    raise NotImplementedError
+    """Put the tables between the marks of both languages' pages."""
+    for language, page in DOCS.items():
+        text = page.read_text(encoding="utf-8")
+        before, rest = text.split(BEGIN)
+        behind = rest.split(END)[1]
+        page.write_text(f"{before}{BEGIN}\n\n{tables(report, WORDS[language])}\n{END}{behind}", encoding="utf-8")
+
+
+def tables(report: Record, words: dict[str, str]) -> str:
+    """A summary, the table of what was built, and the list of what was not."""
+    records = report["architectures"]
+    built = {name: record for name, record in records.items() if "not_built" not in record}
+    verdicts = {name: [verdict(record, *cell) for cell in CELLS] for name, record in built.items()}
+    commits = sorted({record["git_commit"][:7] for record in records.values()})
+    lines = [
+        words["summary"].format(
+            right=sum(set(each) == {"right"} for each in verdicts.values()),
+            refused=sum("refused" in each for each in verdicts.values()),
+            built=len(built),
+            not_built=len(records) - len(built),
+            commit=", ".join(commits),
+            cpu=report["hardware"]["cpu"],
+            **{name: report["versions"].get(name, "?") for name in ("transformers", "torch", "peft")},
+        ),
+        "",
+        words["head"],
+        "|" + "---|" * 8,
+    ]
+    for name, record in built.items():
+        cells = " | ".join(words[each] for each in verdicts[name])
+        notes = "; ".join(notes_of(record, words))
+        lines.append(f"| {name} | {record['class']} | {record.get('layout', '–')} | {cells} | {notes} |")
+    lines += ["", words["not_built"], "|---|---|"]
+    lines += [f"| {name} | {cut(record['not_built'])} |" for name, record in records.items() if name not in built]
+    return "\n".join(lines) + "\n"
+
+
+def notes_of(record: Record, words: dict[str, str]) -> list[str]:
+    """What stands behind an architecture's verdicts."""
+    notes = (
+        [words["switch"].format(switch=record["switch"], code=record["without_switch"])] if "switch" in record else []
+    )
+    if record.get("reason"):
+        notes.append(cut(record["reason"]))
+    refusals: dict[str, list[str]] = {}
+    for mode, kind in CELLS:
+        cell = record.get(f"{mode}_{kind}", {})
+        if "refused" in cell:
+            refusals.setdefault(cell["refused"], []).append(f"{mode} {kind}")
+        elif "error" in cell:
+            notes.append(words["error"].format(cell=f"{mode} {kind}", error=cut(cell["error"])))
+    for code, cells in refusals.items():
+        every = len(cells) == len(CELLS)
+        notes.append(words["refusal"].format(cells="" if every else ", ".join(cells), code=code).strip())
+    return notes
+
+
+def cut(text: str, length: int = 160) -> str:
+    """A text for a table's cell."""
+    text = text.replace("|", "\\|").replace("\n", " ")
+    return text if len(text) <= length else f"{text[:length]}…"
 
 
 if __name__ == "__main__":
