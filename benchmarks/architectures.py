@@ -245,7 +245,7 @@ def compared(found: Any, expected: Any) -> Record:
     import architecture_steps as steps
 
     share, name = steps.worst_gradient(found, expected)
-    return {"loss": steps.loss_gap(found, expected), "gradient": share, "tensor": name}
+    return {"loss": digits(steps.loss_gap(found, expected)), "gradient": digits(share), "tensor": name}
 
 
 def ratios(gaps: list[list[tuple[float, float]]]) -> Record:
@@ -253,8 +253,14 @@ def ratios(gaps: list[list[tuple[float, float]]]) -> Record:
     over: Record = {}
     for number, what in enumerate(("logps", "gradient")):
         ours, plain = ((sum(draw[side][number] ** 2 for draw in gaps) / len(gaps)) ** 0.5 for side in (0, 1))
-        over |= {f"{what}_ours": ours, f"{what}_plain": plain, f"{what}_ratio": ours / max(plain, UNIT)}
+        over |= {f"{what}_ours": digits(ours), f"{what}_plain": digits(plain)}
+        over[f"{what}_ratio"] = digits(ours / max(plain, UNIT))
     return over
+
+
+def digits(number: float) -> float:
+    """Three significant ones: more would be noise in a recorded result."""
+    return float(f"{number:.3g}")
 
 
 def short(error: Exception) -> str:
