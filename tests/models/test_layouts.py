@@ -290,6 +290,20 @@ def test_a_model_that_takes_more_than_tokens_is_refused_by_name() -> None:
         choose_layout(model)
 
 
+def test_a_model_whose_code_needs_fp32_says_so_in_16_bit() -> None:
+    """xLSTM's cells."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model("llama").to(dtype)
+        inner = model.model.layers[0].mlp
+        inner.forward = lambda x, own=inner.forward: own(x.float())
+        if dtype == torch.float32:
+            assert choose_layout(model)[0] == "segments"
+        else:
+            with pytest.raises(UsageError) as caught:
+                choose_layout(model)
+            assert caught.value.code == "precision.only_fp32"
+
+
 def leaking(query: Tensor, key: Tensor, value: Tensor, segments: Any, *rest: Any) -> Tensor:
     return attend(query, key, value, apart(0, query.shape[1]), *rest)
 

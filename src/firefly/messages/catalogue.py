@@ -312,6 +312,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "{asked} was asked for; this hardware lacks it, so {used} is used.",
         "要求使用 {asked}；此硬件不支持，改用 {used}。",
     ),
+    "precision.only_fp32": (
+        'model_type {kind}: its code does not run in {name} ({problem}). Write "bf16": false.',
+        'model_type {kind}：其代码不能以 {name} 计算（{problem}）。请写 "bf16": false。',
+    ),
     "precision.no_autocast": (
         "model_type {kind}: its code does not run in {name} beside float32 weights, as full fine-tuning computes "
         '({problem}). Write "bf16": false, or train an adapter.',

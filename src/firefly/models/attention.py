@@ -159,8 +159,11 @@ def refuse_other_models(model: PreTrainedModel) -> None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise UsageError("model.not_text_alone", kind=model.config.model_type, problem=problem[:300]) from error
+        problem, kind = " ".join(str(error).split())[:300], model.config.model_type
+        if model.dtype != torch.float32 and any(word in problem for word in ("dtype", "scalar type")):
+            name = str(model.dtype).removeprefix("torch.")
+            raise UsageError("precision.only_fp32", kind=kind, name=name, problem=problem) from error
+        raise UsageError("model.not_text_alone", kind=kind, problem=f"{type(error).__name__}: {problem}") from error
     finally:
         watch.remove()
     try:

@@ -91,8 +91,8 @@ def known_crossover(model: Any, device: torch.device, compute: torch.dtype) -> i
     """
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
-    described = heads and (getattr(config, "head_dim", None) or getattr(config, "hidden_size", None))
-    if device.type != "cpu" or compute != torch.bfloat16 or not described:
+    described = getattr(config, "head_dim", None) or getattr(config, "hidden_size", None)
+    if device.type != "cpu" or compute != torch.bfloat16 or not heads or not described:
         return 0
     shape = heads, getattr(config, "num_key_value_heads", None) or heads, *_head_widths(config)
     machine = torch.backends.cpu.get_cpu_capability(), os.cpu_count(), torch.get_num_threads()
@@ -108,8 +108,8 @@ def _head_widths(config: Any) -> tuple[int, int]:
     """Widths of a head's queries and of its values. Latent attention (DeepSeek-V2 and its kin) has two, and writes
     the width of the rotary part alone as `head_dim`."""
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    parts = [getattr(config, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
-    latent = sum(parts) if all(isinstance(part, int) for part in parts) else None
+    unrotated, rotated = (getattr(config, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim"))
+    latent = None if unrotated is None or rotated is None else unrotated + rotated
     return latent or width, getattr(config, "v_head_dim", None) or latent or width
 
 
