@@ -83,7 +83,13 @@ MULTIMODAL: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     ),
     "mllama": (  # whose text part has layers that attend to images
         "Mllama",
-        {"text_config": TEXT | {"cross_attention_layers": [1]}, "image_token_index": IMAGE},
+        {
+            "text_config": TEXT | {"cross_attention_layers": [1]},
+            "vision_config": VISION
+            | {"attention_heads": 2, "num_global_layers": 1, "intermediate_layers_indices": [0]}
+            | {"vision_output_dim": 32, "max_num_tiles": 2, "supported_aspect_ratios": [[1, 1]]},
+            "image_token_index": IMAGE,
+        },
         ["model.layers.1"],
     ),
     "phi4_multimodal": (

@@ -52,6 +52,7 @@ UNLIMITED: dict[str, dict[str, Any]] = {
     "bloom": SMALL | {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     "xglm": SMALL
     | {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48, "max_position_embeddings": MOST},
+    "rwkv": SMALL | {"hidden_size": 32, "num_hidden_layers": 2, "context_length": MOST},
     "mamba": SMALL | {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
 }
 
@@ -190,10 +191,9 @@ def test_documents_count_one_by_one_unless_they_are_joined(capsys: Any, files: d
 
 def test_a_plan_without_data_notes_the_positions(files: dict[str, Any]) -> None:
     given = {key: value for key, value in files.items() if key != "train_file"}
-    plan, _ = make_plan("", given, "8GB", "cpu", 1.0)
-    assert any("64 positions" in note for note in plan.notes)
-    plan, _ = make_plan("", given | {"max_seq_length": 64}, "8GB", "cpu", 1.0)
-    assert not any("positions" in note for note in plan.notes)
+    for length, noted in ((65, True), (64, False)):
+        plan, _ = make_plan("", given | {"max_seq_length": length}, "8GB", "cpu", 1.0)
+        assert any("64 positions" in note for note in plan.notes) == noted
 
 
 def test_a_folder_with_a_tokenizer_alone_is_enough_for_check(

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from firefly.config import ModelConfig
-from firefly.models.attention import UnsupportedAttention, decoder
+from firefly.models.attention import decoder
 from firefly.models.dry_run import LiveBytes, without_numbers
 from firefly.models.loading import read_config
 from firefly.models.outline import make_witness, quiet_libraries
@@ -84,10 +84,12 @@ def _most(witness: Any, longest: int, declared: list[int]) -> int | None:
         count = _last(lambda count: _runs_at(witness, count), longest)
         if not _runs(witness, torch.zeros(count + 1, dtype=torch.long), torch.arange(count + 1)):
             found.append(count)  # tables of sines may grow with a row, and not with its positions
-    if _has_shapes_for(witness, len(TOKENS)) and not _has_shapes_for(witness, longest):
-        count = _last(lambda count: _has_shapes_for(witness, count), longest)
-        if count in declared:  # where shapes end otherwise, a run without numbers went another way
-            found.append(count)
+    shortest = _operations(witness, len(TOKENS)) if declared else None
+    # A recurrent model that computes token by token has no shapes that end, and would take long.
+    if shortest is not None and shortest == _operations(witness, 2 * len(TOKENS)):
+        for count in (count for count in declared if count < longest):
+            if _operations(witness, count) is not None and _operations(witness, count + 1) is None:
+                found.append(count)
     return min(found, default=None)
 
 
@@ -121,18 +123,25 @@ def _run(witness: Any, ids: Tensor, positions: Tensor) -> None:
     body(input_ids=ids[None], use_cache=False, **({"position_ids": positions[None]} if named else {}))
 
 
-def _has_shapes_for(witness: Any, count: int) -> bool:
-    """Whether all arrays fit together for a text of `count` tokens; nothing is computed."""
+def _operations(witness: Any, count: int) -> int | None:
+    """How many operations a text of `count` tokens takes, nothing being computed; None where arrays do not fit together
+    or it cannot be told without numbers."""
+    made = 0
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal made
+            made += 1
+            return function(*args, **(kwargs or {}))
+
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with without_numbers(witness, fake, LiveBytes()), fake:
+        with without_numbers(witness, fake, LiveBytes()), fake, Counting():
             witness.eval()
             decoder(witness)(input_ids=torch.zeros(1, count, dtype=torch.long), use_cache=False)
-    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedAttention):
-        return True
     except (IndexError, RuntimeError):
-        return False
-    return True
+        return None
+    return made
 
 
 def _rows_of_a_table(witness: Any) -> int | None:

@@ -65,7 +65,8 @@ def find_unreached(model: Any) -> Unreached:
     """
     modules, parameters = _reached(model, short_row(model))
     holders = _holders(model)
-    layers = {name for name, module in model.named_modules() if module in set(decoder_layers(model))}
+    decoders = set(decoder_layers(model))
+    layers = {name for name, module in model.named_modules() if module in decoders}
     used = {path for name in modules for path in _upwards(name) if path in layers}
     missed = (name for name, p in model.named_parameters() if p.is_floating_point() and name not in parameters)
     if any(path in used for name in missed for path in _upwards(name)):
