@@ -391,9 +391,10 @@ def _refused_by_peft(layers: Collection[str], model: PreTrainedModel) -> dict[st
     for name in sorted({_last(layer) for layer in layers} - _names_of_experts(model)):
         alone: Any = nn.Module()
         alone.config = model.config
-        alone.add_module(name, nn.Linear(1, 1))
         try:
-            LoraModel(alone, LoraConfig(r=1, target_modules=[name]), "default")
+            with torch.random.fork_rng(devices=[]):  # the adapter that is trained begins with the numbers of the seed
+                alone.add_module(name, nn.Linear(1, 1))
+                LoraModel(alone, LoraConfig(r=1, target_modules=[name]), "default")
         except (ValueError, TypeError, NotImplementedError) as error:
             refusals[name] = _one_line(error)
     return {layer: refusals[_last(layer)] for layer in sorted(layers) if _last(layer) in refusals}
