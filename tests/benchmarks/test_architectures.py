@@ -31,16 +31,18 @@ CELLS = [(mode, kind) for mode in ("full", "lora") for kind in ("fp32", "bf16")]
 
 
 @pytest.fixture
-def record_of(monkeypatch: pytest.MonkeyPatch) -> Any:
+def record_of(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
     """The battery's record of an architecture, computed in this process."""
     import architecture_steps
     import architectures
 
-    monkeypatch.setattr(architecture_steps, "LENGTHS", (5, 33, 12, 21))  # fewer rows, in two microbatches
+    whole = request.node.get_closest_marker("slow") is not None
+    if not whole:
+        monkeypatch.setattr(architecture_steps, "LENGTHS", (5, 33, 12, 21))  # fewer rows, in two microbatches
 
     def compute(name: str) -> dict[str, Any]:
         monkeypatch.setenv("FIREFLY_CACHE", os.environ["FIREFLY_CACHE"])  # the battery sets one of its own
-        return architectures.record_of(name, draws=(1, architectures.MORE_DRAWS))
+        return architectures.record_of(name, draws=(architectures.DRAWS if whole else 1, architectures.MORE_DRAWS))
 
     return compute
 
