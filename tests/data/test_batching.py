@@ -96,7 +96,7 @@ def test_a_batch_moves_whole_and_becomes_the_models_arguments():
     inputs = batch.model_inputs()
     assert inputs["segments"] == batch.segments
     assert set(inputs) == {"input_ids", "position_ids", "segments", "target_index", "targets"}
-    assert set(inputs) - set(batch.model_inputs(solo=True)) == {"segments"}
+    assert set(inputs) - set(batch.model_inputs(solo=True)) == {"segments", "position_ids"}
 
 
 # ---- microbatches ----

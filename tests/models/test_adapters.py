@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from firefly.config import AdapterConfig
 from firefly.data.batching import pack
@@ -472,3 +472,29 @@ def test_an_adapter_file_of_another_tool_with_whole_embeddings_loads(tmp_path: P
     weights = load_file(folder / "adapter_model.safetensors")
     save_file({key: value.bfloat16() for key, value in weights.items()}, folder / "adapter_model.safetensors")
     assert load_adapter(tiny_model("llama"), str(folder)).config.vocab_size == VOCABULARY + 2
+
+
+class Grouped(nn.Linear):
+    """As DeepSeek-V4 projects each group of heads by a matrix of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = self.out_features // 16
+        parts = x.unflatten(-1, (groups, self.in_features)).unsqueeze(-2) @ self.weight.view(groups, 16, -1).mT
+        return parts.flatten(-3)
+
+
+class Spelled(nn.Linear):
+    """As Falcon writes a linear layer out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
+
+
+@pytest.mark.parametrize(("kind", "adapted"), [(Grouped, False), (Spelled, True)])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_layer_gets_an_adapter_if_rows_in_give_rows_out(kind: Any, adapted: bool, device: str) -> None:
+    model = tiny_model("llama").to(device)
+    attention = model.model.layers[0].self_attn
+    attention.o_proj = kind(16 if kind is Grouped else 32, 32, bias=False, device=device)
+    found = [name for name in lora_targets(model) if name.endswith("o_proj")]
+    assert found == (["o_proj"] if adapted else [f"model.layers.{number}.self_attn.o_proj" for number in (1, 2)])

@@ -141,4 +141,16 @@ def test_attention_is_measured_once_for_heads_of_a_shape(monkeypatch: pytest.Mon
     assert [verdicts.known_crossover(model, cpu, torch.bfloat16) for _ in range(3)] == [256, 256, 256]
     assert verdicts.known_crossover(tiny_model("qwen3"), cpu, torch.bfloat16) in (256, 512)
     assert verdicts.known_crossover(model, cpu, torch.float32) == 0
-    assert measured[0] == (model.config.num_attention_heads, model.config.num_key_value_heads, measured[0][2])
+    assert measured[0] == (model.config.num_attention_heads, model.config.num_key_value_heads, 8, 8)
+
+
+@pytest.mark.parametrize(("name", "widths"), [("minicpm3", (16, 8)), ("deepseek_v3", (16, 8)), ("qwen3", (8, 8))])
+def test_attention_is_measured_with_the_widths_that_the_model_has(
+    name: str, widths: tuple[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Latent attention writes the width of its rotary part as `head_dim`."""
+    measured: list[tuple[int, ...]] = []
+    monkeypatch.setenv("FIREFLY_CACHE", str(tmp_path))
+    monkeypatch.setattr(verdicts, "measure_crossover", lambda *shape: measured.append(shape) or 256)
+    verdicts.known_crossover(tiny_model(name), torch.device("cpu"), torch.bfloat16)
+    assert measured[0][2:] == widths

@@ -11,11 +11,13 @@ from firefly.data.batching import pack
 from firefly.data.pair_batching import pack_pairs
 from firefly.models import dry_run as dry
 from firefly.models.adapters import transformers_model
+from firefly.models.attention import choose_layout
 from firefly.models.checkpointing import Checkpointing, install_checkpointing
 from firefly.models.dry_run import LiveBytes, NoDryRun, counted_activations, dry_run
+from firefly.models.forwards import install_training_forwards
 from firefly.models.kernels import segment_attention
 from firefly.models.memory import measure_activations
-from tiny import prepared, random_examples, random_pairs
+from tiny import prepared, random_examples, random_pairs, tiny_model, with_our_lora
 
 
 def real_peak(model: Any, rows: list[Any], per_token: bool = False, solo: bool = False) -> int:
@@ -33,13 +35,26 @@ def real_peak(model: Any, rows: list[Any], per_token: bool = False, solo: bool =
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
-@pytest.mark.parametrize("name", ["llama_tied", "qwen3", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama_tied", "qwen3", "gemma2", "gpt_neox", "minicpm3"])
 def test_what_is_counted_without_computing_is_what_computing_takes(name: str, mode: str) -> None:
     model, layout, _ = prepared(name, mode)
     inner = transformers_model(model)
     rows = [pack(random_examples(70, 41))]
     counted = dry_run(inner, rows, solo=layout == "solo")
     assert counted.total == pytest.approx(real_peak(inner, rows, solo=layout == "solo"), rel=0.02)
+
+
+def test_values_narrower_than_queries_are_counted_as_wide_as_they_are() -> None:
+    """In bf16, where attention keeps its probabilities, with a segment of one block and one of several."""
+    model = tiny_model("minicpm3").bfloat16()
+    layout, _ = choose_layout(model)
+    model = with_our_lora(model)
+    install_training_forwards(model)
+    inner = transformers_model(model)
+    rows = [pack(random_examples(70, 300))]
+    counted = dry_run(inner, rows, solo=layout == "solo")
+    assert layout == "segments"
+    assert counted.total == pytest.approx(real_peak(inner, rows), rel=0.02)
 
 
 def test_pairs_and_their_log_probabilities_are_counted_too() -> None:

@@ -122,6 +122,21 @@ def test_autocast_over_fp32_weights_is_the_block_under_autocast():
     assert_same(ours, theirs, rel=0.05)
 
 
+@pytest.mark.parametrize("shape", [(6, 32), (2, 3, 32)], ids=str)
+def test_an_output_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
+    block = tiny().model.layers[0].mlp
+    own = copy.deepcopy(block)
+    assert install_gated_mlps(nn.ModuleList([block])) == 1
+    x = torch.linspace(-1, 1, 192).view(shape).sin()
+    found = []
+    for each in (block, own):
+        out = each(x)
+        out += x
+        out.square().sum().backward()
+        found.append({name: p.grad for name, p in each.named_parameters()})
+    assert_same(*found)
+
+
 def test_dropout_takes_the_layers_own_way():
     model = adapted(tiny(), lora_dropout=0.5)
     fused = copy.deepcopy(model)

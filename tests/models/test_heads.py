@@ -19,6 +19,7 @@ from firefly.models.kernels.token_nll import summed_nll, token_logps
 from tiny import ARCHITECTURES, VOCABULARY, assert_same, gradients, random_examples, tiny_model
 
 TRANSFORMS_LOGITS = ("gemma2", "granite", "cohere", "minicpm3")
+HAS_A_LARGER_HEAD = ("roberta",)
 
 
 def naive_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -146,7 +147,7 @@ def test_without_gradients_only_the_loss_is_computed() -> None:
     torch.testing.assert_close(loss, naive_nll(*inputs, targets).detach())
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in TRANSFORMS_LOGITS])
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in TRANSFORMS_LOGITS + HAS_A_LARGER_HEAD])
 def test_plain_heads_are_fused(name: str) -> None:
     model = tiny_model(name)
     choose_layout(model)
@@ -286,3 +287,29 @@ def test_a_head_that_carries_an_adapter_is_not_fused() -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     assert len(found) == 2
     assert_same(found, gradients(model), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite"])
+def test_a_model_that_computes_the_logits_of_all_positions_has_the_same_loss(name: str) -> None:
+    """ProphetNet, XLNet and others know no `logits_to_keep`."""
+    model = tiny_model(name)
+    own = copy.deepcopy(model)
+
+    class Older(type(model)):  # type: ignore[misc]
+        def forward(self, input_ids: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
+            assert "logits_to_keep" not in kwargs
+            return super().forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
+
+    model.__class__ = Older
+    choose_layout(model)
+    assert install_target_head(model) == "logits"
+    (example,) = random_examples(40)
+    inputs = pack([example]).model_inputs()
+    logps = model(**inputs, per_token=True)["logps"]
+    loss = model(**inputs)["loss"]
+    loss.backward()
+    expected = logits_loss(own, example)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(logps.sum(), -expected, rtol=1e-5, atol=0)
+    assert_same(gradients(model), gradients(own), 1e-5)

@@ -8,16 +8,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
 
 from firefly.data.batching import pack
 from firefly.data.schema import IGNORE, Tokens
+from firefly.errors import UsageError
 from firefly.models import attention
+from firefly.models.adapters import transformers_model
 from firefly.models.attention import NAME, choose_layout
+from firefly.models.checkpointing import Checkpointing, install_checkpointing
 from firefly.models.heads import install_target_head
 from firefly.models.kernels.segment_attention import attend
 from tiny import (
     ARCHITECTURES,
+    SHAPE,
     WINDOW,
     apart,
     assert_same,
@@ -31,9 +36,10 @@ from tiny import (
 SOLO = {  # and the words by which each is refused
     "bloom": "no attention interface",
     "gptj": "no attention interface",
-    "gpt_oss": "sinks",
+    "gpt_oss": "s_aux",
     "llama4": "chunked_attention",
     "phimoe_window": "differs",
+    "roberta": "differs",  # positions begin behind the padding's
 }
 WINDOWED = ("mistral_window", "qwen2_window", "gemma2", "gemma3", "phi3", "qwen2_moe_window")
 PACKABLE = [name for name in ARCHITECTURES if name not in SOLO]
@@ -112,7 +118,7 @@ def test_packed_lora_gradients_are_the_sum_over_examples_alone(name: str, checkp
     model = with_our_lora(model)
     install_target_head(model.get_base_model())
     if checkpointing:
-        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        install_checkpointing(model.get_base_model(), Checkpointing(SHAPE["num_hidden_layers"]))
         model.train()
     examples = random_examples(*LENGTHS)
     model(**packed_inputs(examples))["loss"].backward()
@@ -172,6 +178,130 @@ def test_architectures_that_cannot_be_packed_run_solo_with_a_reason_and_their_ow
         expected.backward()
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     assert_same(gradients(model), gradients(own), 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("name", ["llama", "minicpm3", "deepseek_v3", "jetmoe"])
+def test_in_bf16_a_packed_step_is_as_near_to_fp32_as_each_example_alone(name: str, mode: str) -> None:
+    """Attention in bf16 takes other ways than in fp32, whose outputs have other layouts."""
+    examples = [example for example in random_examples(*LENGTHS) if example.num_targets]
+    exact, own, model = (tiny_model(name) for _ in range(3))
+    if mode == "lora":
+        exact, own, model = with_plain_lora(exact), with_plain_lora(own.bfloat16()), model.bfloat16()
+    assert choose_layout(model) == ("segments", "")
+    if mode == "lora":
+        model = with_our_lora(model)
+    install_target_head(transformers_model(model))
+    torch.stack([alone_loss(exact, example) for example in examples]).sum().backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "full"):
+        torch.stack([alone_loss(own, example) for example in examples]).sum().backward()
+        model(**packed_inputs(examples))["loss"].backward()
+    expected = gradients(exact)
+    ours, theirs = (distance(gradients(each), expected) for each in (model, own))
+    assert 1e-3 < theirs < 0.3
+    assert ours < 2 * theirs
+
+
+def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Of gradients, as a share of their length."""
+    assert found.keys() == expected.keys()
+    apart = sum((found[name].double() - value).square().sum() for name, value in expected.items())
+    return float((apart / sum(value.double().square().sum() for value in expected.values())) ** 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [(9,), (9, 20)], ids=["one segment", "two"])
+def test_attention_returns_what_models_may_take_views_of(lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+    (inputs,) = [packed_inputs(random_examples(*lengths))]
+    query, key, value = (torch.randn(1, 4, sum(lengths), width, dtype=dtype) for width in (16, 16, 8))
+    out, _ = attention.segment_attention(nn.Module(), query, key, value, None, segments=inputs["segments"])
+    assert out.shape == (1, sum(lengths), 4, 8)
+    assert out.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ({"s_aux": torch.zeros(4)}, "s_aux"),
+        ({"position_bias": torch.zeros(1, 4, 9, 9)}, "position_bias"),
+        ({"indices": torch.zeros(1, 9, 4)}, "indices"),
+        ({"attention_mask": torch.zeros(1, 1, 9, 9)}, "attention_mask"),
+        ({"is_causal": False}, "later tokens"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_attention_that_is_more_than_causal_is_never_done_without_it(given: dict[str, Any], word: str) -> None:
+    """An indexer chooses all tokens of a short example, so that a probe would find no difference."""
+    heads = torch.randn(3, 1, 4, 9, 8)
+    arguments = {"attention_mask": None, "segments": apart(0, 9)} | given
+    with pytest.raises(attention.UnsupportedAttention, match=word):
+        attention.segment_attention(nn.Module(), *heads, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("family", "shape", "code"),
+    [
+        ("Roberta", SHAPE, "model.encoder"),
+        ("Bert", SHAPE, "model.encoder"),
+        ("XLNet", {"vocab_size": 264, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}, "model.not_causal"),
+        ("XLM", SHAPE | {"emb_dim": 32}, "model.not_causal"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_whose_tokens_see_later_ones_is_refused_by_name(
+    family: str, shape: dict[str, Any], code: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**shape)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    with pytest.raises(UsageError) as caught:
+        choose_layout(model)
+    assert caught.value.code == code
+    assert config.model_type in str(caught.value)
+
+
+def test_a_causal_xlm_is_trained() -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.XLMConfig(**SHAPE, emb_dim=32, causal=True))
+    assert choose_layout(model)[0] == "solo"
+
+
+def test_a_layer_that_looks_ahead_by_one_token_is_found() -> None:
+    model = tiny_model("llama").bfloat16()
+    inner = model.model.layers[1].mlp
+    original = inner.forward
+    inner.forward = lambda x: original(x + 1e-3 * torch.roll(x, -1, dims=1))
+    with pytest.raises(UsageError) as caught:
+        choose_layout(model)
+    assert caught.value.code == "model.not_causal"
+
+
+def test_a_model_that_takes_more_than_tokens_is_refused_by_name() -> None:
+    model = tiny_model("llama")
+    original = type(model.model).forward
+
+    def needing_an_image(*args: Any, pixels: Any = None, **kwargs: Any) -> Any:
+        if pixels is None:
+            raise ValueError("pixels are missing")
+        return original(model.model, *args, **kwargs)
+
+    model.model.forward = needing_an_image
+    with pytest.raises(UsageError, match=r"llama.*pixels are missing"):
+        choose_layout(model)
+
+
+def test_a_model_whose_code_needs_fp32_says_so_in_16_bit() -> None:
+    """xLSTM's cells."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model("llama").to(dtype)
+        inner = model.model.layers[0].mlp
+        inner.forward = lambda x, own=inner.forward: own(x.float())
+        if dtype == torch.float32:
+            assert choose_layout(model)[0] == "segments"
+        else:
+            with pytest.raises(UsageError) as caught:
+                choose_layout(model)
+            assert caught.value.code == "precision.only_fp32"
 
 
 def leaking(query: Tensor, key: Tensor, value: Tensor, segments: Any, *rest: Any) -> Tensor:

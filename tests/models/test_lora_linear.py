@@ -251,3 +251,19 @@ def test_parameters_are_counted_as_the_numbers_they_stand_for() -> None:
     whole = INNER * INNER + INNER + OUTER * INNER + OUTER
     assert count_parameters(model)[1] == whole
     assert count_parameters(wrap(model))[1] == whole + 4 * (INNER + OUTER)
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_an_output_may_be_changed_in_place(bias: bool, shape: tuple[int, ...]) -> None:
+    """Gemma3n adds to its projections' outputs, Llama4 to its shared experts'."""
+    ours, theirs = make_layer(bias, torch.float32, four_bit=False)
+    x = torch.randn(*shape, INNER)
+    found = []
+    for model in (ours, theirs):
+        out = model(x)
+        out *= 2
+        out += 1
+        out.square().sum().backward()
+        found.append(gradients(model))
+    assert_same(found[0], found[1], 1e-5)

@@ -48,7 +48,7 @@ def kept_by(model: Any, layout: str, *lengths: int) -> int:
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt_neox", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt_neox", "phi3", "minicpm3"])
 def test_what_is_measured_on_short_passes_is_what_a_longer_one_keeps_more(name: str, mode: str) -> None:
     model, layout, _ = prepared(name, mode)
     inner = transformers_model(model)

@@ -22,6 +22,8 @@ SEGMENTS = (
     *(Segment(END + 70, END + BLOCK), Segment(END + BLOCK, END + 2 * BLOCK + 5, END + 70, END + 71)),
 )
 KERNELS = ["_gemm", "_sdpa", "_plain"]
+WIDTHS = [(12, 8), (8, 12), (24, 16)]
+"""Of queries and of values: DeepSeek-V2 and V3, MiniCPM3 and LongCat have them narrower (192 and 128)."""
 
 
 def naive(
@@ -53,11 +55,16 @@ def naive(
 
 
 def random_heads(
-    heads: int, key_heads: int, tokens: int, width: int = 8, dtype: torch.dtype = torch.float32
+    heads: int,
+    key_heads: int,
+    tokens: int,
+    width: int = 8,
+    dtype: torch.dtype = torch.float32,
+    value_width: int | None = None,
 ) -> list[Tensor]:
     """Query, key, value as a model hands them over: views of (tokens, heads, width)."""
     generator = torch.Generator().manual_seed(tokens)
-    shapes = [(tokens, count, width) for count in (heads, key_heads, key_heads)]
+    shapes = [(tokens, heads, width), (tokens, key_heads, width), (tokens, key_heads, value_width or width)]
     made = [2 * torch.randn(shape, generator=generator) for shape in shapes]
     return [x.to(dtype).transpose(0, 1).requires_grad_() for x in made]
 
@@ -92,6 +99,22 @@ def test_a_kernel_gives_the_outputs_and_gradients_of_a_masked_softmax(
     found = outputs_and_gradients(attend, inputs, SEGMENTS, 0.3, window)
     expected = outputs_and_gradients(naive, inputs, SEGMENTS, 0.3, window)
     assert_matches(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize(("width", "value_width"), WIDTHS)
+def test_values_may_be_narrower_or_wider_than_queries(
+    width: int, value_width: int, key_heads: int, kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_kernel(monkeypatch, kernel)
+    scale, tolerance = width**-0.5 / 2, 1e-5 if dtype == torch.float32 else 3e-2
+    inputs = random_heads(4, key_heads, SEGMENTS[-1].end, width, dtype, value_width)
+    for window in (None, 40):
+        found = outputs_and_gradients(attend, inputs, SEGMENTS, scale, window)
+        assert found[0].shape == (4, SEGMENTS[-1].end, value_width)
+        assert_matches(found, outputs_and_gradients(naive, inputs, SEGMENTS, scale, window), tolerance)
 
 
 @pytest.mark.parametrize("window", [None, 5, 400])

@@ -13,6 +13,7 @@ from firefly.models.kernels import segment_attention, varlen_attention
 from firefly.models.kernels.segment_attention import attend
 from models.test_segment_attention import (
     SEGMENTS,
+    WIDTHS,
     assert_matches,
     naive,
     outputs_and_gradients,
@@ -37,6 +38,7 @@ def stand_in(
     """What torch documents of `varlen_attn`: (tokens, heads, width), the mask aligned to the last key."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert window_size[1] == 0
+    assert query.shape[2] == key.shape[2] == value.shape[2]  # flash attention knows one width
     assert enable_gqa == (query.shape[1] != key.shape[1])
     lengths = [(cu_seq_q.diff()).tolist(), (cu_seq_k.diff()).tolist()]
     assert [max_q, max_k] == [max(of_one) for of_one in lengths]
@@ -63,7 +65,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return stand_in(*args, **kwargs)
 
     monkeypatch.setattr(varlen_attention, "_kernel", lambda: counted)
-    monkeypatch.setattr(segment_attention, "is_supported", lambda query: True)
+    monkeypatch.setattr(segment_attention, "is_supported", lambda query, value: True)
     return calls
 
 
@@ -76,6 +78,18 @@ def test_one_call_gives_the_outputs_and_gradients_of_a_masked_softmax(
     found = outputs_and_gradients(attend, inputs, SEGMENTS, 0.3, window)
     assert len(kernel) == 1
     assert_matches(found, outputs_and_gradients(naive, inputs, SEGMENTS, 0.3, window), 1e-5)
+
+
+@pytest.mark.parametrize(("width", "value_width"), WIDTHS)
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2)])
+def test_one_call_takes_values_narrower_or_wider_than_queries(
+    width: int, value_width: int, heads: int, key_heads: int, kernel: list[int]
+) -> None:
+    inputs = random_heads(heads, key_heads, SEGMENTS[-1].end, width, value_width=value_width)
+    found = outputs_and_gradients(attend, inputs, SEGMENTS, 0.3, 40)
+    assert len(kernel) == 1
+    assert found[0].shape == (heads, SEGMENTS[-1].end, value_width)
+    assert_matches(found, outputs_and_gradients(naive, inputs, SEGMENTS, 0.3, 40), 1e-5)
 
 
 def test_segments_without_prefixes_gather_no_keys() -> None:
@@ -112,19 +126,24 @@ def test_what_the_kernel_lacks_never_reaches_it(softcap: float | None, dropout: 
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "capability", "expected"),
+    ("shape", "value_width", "dtype", "capability", "expected"),
     [
-        ((2, 5, 64), torch.bfloat16, (8, 0), True),
-        ((2, 5, 64), torch.float16, (9, 0), True),
-        ((2, 5, 64), torch.bfloat16, (7, 5), False),
-        ((2, 5, 64), torch.float32, (9, 0), False),
-        ((2, 5, 320), torch.bfloat16, (9, 0), False),
-        ((2, 5, 20), torch.bfloat16, (9, 0), False),
-        ((40, 1 << 19, 128), torch.bfloat16, (9, 0), False),
+        ((2, 5, 64), 64, torch.bfloat16, (8, 0), True),
+        ((2, 5, 64), 64, torch.float16, (9, 0), True),
+        ((2, 5, 64), 64, torch.bfloat16, (7, 5), False),
+        ((2, 5, 64), 64, torch.float32, (9, 0), False),
+        ((2, 5, 320), 320, torch.bfloat16, (9, 0), False),
+        ((2, 5, 20), 20, torch.bfloat16, (9, 0), False),
+        ((40, 1 << 19, 128), 128, torch.bfloat16, (9, 0), False),
+        ((2, 5, 192), 128, torch.bfloat16, (9, 0), True),
+        ((2, 5, 64), 320, torch.bfloat16, (9, 0), False),
+        ((2, 5, 20), 24, torch.bfloat16, (9, 0), True),
+        ((40, 1 << 19, 64), 128, torch.bfloat16, (9, 0), False),
     ],
 )
 def test_the_kernel_is_taken_for_16_bit_heads_from_sm80_on(
     shape: tuple[int, ...],
+    value_width: int,
     dtype: torch.dtype,
     capability: tuple[int, int],
     expected: bool,
@@ -134,11 +153,13 @@ def test_the_kernel_is_taken_for_16_bit_heads_from_sm80_on(
     found = varlen_attention.device_has_kernel.__wrapped__(torch.device("cuda", 0))
     monkeypatch.setattr(varlen_attention, "device_has_kernel", lambda device: found)
     query = torch.empty(shape, dtype=dtype, device="meta")
-    assert varlen_attention.is_supported(query) is expected
+    value = torch.empty((*shape[:2], value_width), dtype=dtype, device="meta")
+    assert varlen_attention.is_supported(query, value) is expected
 
 
 def test_a_cpu_has_no_such_kernel() -> None:
-    assert not varlen_attention.is_supported(torch.empty(2, 5, 64, dtype=torch.bfloat16))
+    query = torch.empty(2, 5, 64, dtype=torch.bfloat16)
+    assert not varlen_attention.is_supported(query, query)
     assert varlen_attention._kernel() is not None  # but torch has one to offer
 
 
@@ -153,7 +174,7 @@ def test_torch_takes_the_arguments_that_we_pass(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_measured_crossover_decides_between_products_and_sdpa() -> None:
-    longest = segment_attention.measure_crossover(2, 1, 8)
+    longest = segment_attention.measure_crossover(2, 1, 8, 4)
     assert longest in (0, 128, 256, 512, segment_attention.GEMM_LONGEST)
     before = segment_attention._crossover
     query = torch.empty(2, 200, 8, dtype=torch.bfloat16)

@@ -38,7 +38,18 @@ from tiny import (
 
 # Prompts of 1 and 40 tokens, answers of 1, shorter and longer ones first.
 PAIRS = random_pairs((7, 5, 9), (40, 30, 3), (1, 12, 12), (20, 1, 1), (3, 2, 60), (11, 70, 20))
-ARCHITECTURES = ["llama_tied", "qwen2_window", "qwen3", "gemma3", "phi3", "gemma2", "mixtral", "gpt_neox", "bloom"]
+ARCHITECTURES = [
+    "llama_tied",
+    "qwen2_window",
+    "qwen3",
+    "gemma3",
+    "phi3",
+    "gemma2",
+    "mixtral",
+    "gpt_neox",
+    "bloom",
+    "minicpm3",
+]
 
 
 def make_trainer(

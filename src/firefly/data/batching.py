@@ -121,14 +121,13 @@ class PackedBatch:
         return weights
 
     def model_inputs(self, solo: bool = False) -> dict[str, Any]:
-        """Keyword arguments of a model prepared by `models.heads` and, unless `solo`, `models.attention`."""
-        inputs = {
-            "input_ids": self.input_ids,
-            "position_ids": self.position_ids,
-            "target_index": self.target_index,
-            "targets": self.targets,
-        }
-        return inputs if solo else inputs | {"segments": self.segments}
+        """Keyword arguments of a model prepared by `models.heads` and, unless `solo`, `models.attention`.
+
+        A row alone has the positions that the model gives it itself: those of RoBERTa begin behind its padding's, and
+        architectures without positions take none.
+        """
+        inputs = {"input_ids": self.input_ids, "target_index": self.target_index, "targets": self.targets}
+        return inputs if solo else inputs | {"position_ids": self.position_ids, "segments": self.segments}
 
 
 def moved(batch: Any, device: torch.device) -> Any:

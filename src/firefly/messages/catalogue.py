@@ -318,6 +318,16 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "{asked} was asked for; this hardware lacks it, so {used} is used.",
         "要求使用 {asked}；此硬件不支持，改用 {used}。",
     ),
+    "precision.only_fp32": (
+        'model_type {kind}: its code does not run in {name} ({problem}). Write "bf16": false.',
+        'model_type {kind}：其代码不能以 {name} 计算（{problem}）。请写 "bf16": false。',
+    ),
+    "precision.no_autocast": (
+        "model_type {kind}: its code does not run in {name} beside float32 weights, as full fine-tuning computes "
+        '({problem}). Write "bf16": false, or train an adapter.',
+        "model_type {kind}：其代码不能在 float32 权重旁以 {name} 计算，而全参数微调正是这样计算的（{problem}）。"
+        '请写 "bf16": false，或训练适配器。',
+    ),
     # hubs and caches
     "cache.unusable": (
         "the cache at {path} cannot be made or written: {problem}. Set {variable} to a folder that can.",
@@ -393,6 +403,29 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "or smollm2-135m-instruct for the embedded model.",
         "model_name_or_path = {name} 不是模型目录。请给出已存在的目录、hub 上的名称（org/name），"
         "或使用内置模型 smollm2-135m-instruct。",
+    ),
+    "model.not_causal": (
+        "model_type {kind}: its tokens see the tokens behind them, so a loss on the next token would read its own "
+        "answer. It is no causal language model and is not trained.",
+        "model_type {kind}：其词元能看到后面的词元，预测下一个词元的损失会读到自己的答案。"
+        "它不是因果语言模型，不予训练。",
+    ),
+    "model.encoder": (
+        "model_type {kind}: an encoder, whose tokens see the tokens behind them, so that a loss on the next token "
+        'would read its own answer. To train it as a decoder, write "is_decoder": true into its config.json.',
+        "model_type {kind}：这是编码器，其词元能看到后面的词元，预测下一个词元的损失会读到自己的答案。"
+        '若要将其作为解码器训练，请在其 config.json 中写入 "is_decoder": true。',
+    ),
+    "model.reversible": (
+        "model_type {kind}: its layers are reversible, with gradients that they compute outside of autograd's graph, "
+        "and attend by random hashes. Such a model is not trained.",
+        "model_type {kind}：其各层是可逆的，梯度在 autograd 的计算图之外求得，并按随机哈希计算注意力。"
+        "不训练这样的模型。",
+    ),
+    "model.not_text_alone": (
+        "model_type {kind}: the model cannot be computed from tokens alone ({problem}). "
+        "Only causal language models of text are trained.",
+        "model_type {kind}：该模型不能只由词元计算（{problem}）。只训练文本的因果语言模型。",
     ),
     "model.no_modelscope": (
         "hub = modelscope needs a package: pip install modelscope.",

@@ -321,9 +321,10 @@ def _refused_by_peft(layers: Collection[str], model: PreTrainedModel) -> dict[st
     for name in sorted({_last(layer) for layer in layers} - _names_of_experts(model)):
         alone: Any = nn.Module()
         alone.config = model.config
-        alone.add_module(name, nn.Linear(1, 1))
         try:
-            LoraModel(alone, LoraConfig(r=1, target_modules=[name]), "default")
+            with torch.random.fork_rng(devices=[]):  # the adapter that is trained begins with the numbers of the seed
+                alone.add_module(name, nn.Linear(1, 1))
+                LoraModel(alone, LoraConfig(r=1, target_modules=[name]), "default")
         except (ValueError, TypeError, NotImplementedError) as error:
             refusals[name] = _one_line(error)
     return {layer: refusals[_last(layer)] for layer in sorted(layers) if _last(layer) in refusals}
@@ -465,7 +466,22 @@ def _names_of_experts(model: PreTrainedModel) -> set[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D))  # bitsandbytes' Linear4bit is an nn.Linear
+    """Whether an adapter can stand beside a layer: rows of its inputs give rows of its outputs.
+
+    Some classes inherit of `nn.Linear` and compute otherwise (DeepSeek-V4's projection of each group of heads by a
+    matrix of its own): peft would add an adapter of the wrong shape.
+    """
+    if not isinstance(module, (nn.Linear, Conv1D)):  # bitsandbytes' Linear4bit is an nn.Linear
+        return False
+    weight = module.weight
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward or hasattr(weight, "quant_state"):
+        return True
+    try:
+        with torch.no_grad():
+            out = module(torch.zeros(2, module.in_features, dtype=weight.dtype, device=weight.device))
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return False
+    return isinstance(out, torch.Tensor) and out.shape == (2, module.out_features)
 
 
 def _is_router(name: str, module: nn.Module, model: PreTrainedModel) -> bool:

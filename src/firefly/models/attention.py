@@ -6,8 +6,8 @@ that, or fail the probe, run `solo`: one example per microbatch through the mode
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from firefly.models.precision import compute_type
 
 NAME = "firefly_segments"
 ISOLATABLE_LAYERS = {"full_attention", "sliding_attention"}
+WITHOUT_EFFECT = {"position_ids", "cache_position", "logits_to_keep", "token_type_ids", "mm_token_type_ids"}
+"""Tensors that models hand on to the attention function without meaning anything by it."""
 
 
 _windows_met: set[int | None] = set()
@@ -56,14 +58,26 @@ def segment_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     segments: tuple[Segment, ...] | None = None,
-    s_aux: Tensor | None = None,
-    **unused: Any,
+    is_causal: bool | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function for packed rows: query (1, heads, tokens, width) → (1, tokens, heads, width)."""
+    """transformers' attention function for packed rows: query (1, heads, tokens, width) → (1, tokens, heads, value
+    width), contiguous as its own functions return it: some models (JetMoE) take views of that."""
     if segments is None:
         raise UnsupportedAttention(f"{type(module).__name__} did not pass on segments")
-    if s_aux is not None or query.shape[0] != 1 or getattr(module, "is_causal", True) is False:
-        raise UnsupportedAttention(f"{type(module).__name__} uses sinks, rows or masks that segments do not have")
+    # Sinks, position biases, the keys that an indexer chose, a mask of the model's own: whatever else it is, it would
+    # be dropped here, and where it acts in long examples alone, as an indexer does, no probe would see that.
+    unread = sorted(name for name, x in others.items() if isinstance(x, Tensor) and name not in WITHOUT_EFFECT)
+    if attention_mask is not None:
+        unread.append("attention_mask")
+    if unread:
+        raise UnsupportedAttention(
+            f"{type(module).__name__} attends with {', '.join(unread)}, which segments do not have"
+        )
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if query.shape[0] != 1 or is_causal is False:
+        raise UnsupportedAttention(f"{type(module).__name__} attends in rows or to later tokens, as segments do not")
     if sliding_window is None and _is_sliding(module):
         sliding_window = getattr(module, "sliding_window")  # noqa: B009 — Qwen2-MoE passes none; its type is nn.Module
     _windows_met.add(sliding_window)
@@ -72,7 +86,7 @@ def segment_attention(
     # rotary positions of fp32 weights make fp32 of queries and keys, which no 16-bit way would take.
     query, key, value = (x.squeeze(0).to(compute_type(x)) for x in (query, key, value))
     out = attend(query, key, value, segments, scale, sliding_window, softcap, dropout)
-    return out.transpose(0, 1)[None], None
+    return out.transpose(0, 1).contiguous()[None], None
 
 
 def _is_sliding(module: nn.Module) -> bool:
@@ -89,7 +103,12 @@ def choose_layout(model: PreTrainedModel) -> tuple[str, str]:
 
     `model` is the transformers model itself, adapters inside it or not. The choice rests on the architecture's
     declaration, its layer types and a probe (`isolation_fault`).
+
+    Raises:
+        UsageError: the architecture is no causal language model of text, in any layout.
     """
+    with evaluating(model):
+        refuse_other_models(model)
     own = model.config._attn_implementation
     reason = _declared_fault(model)
     if reason is None:
@@ -100,6 +119,69 @@ def choose_layout(model: PreTrainedModel) -> tuple[str, str]:
         return "segments", ""
     model.set_attn_implementation(own if own and own != NAME else "sdpa")
     return "solo", reason
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode for a while: without dropout."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def refuse_other_models(model: PreTrainedModel) -> None:
+    """See that `model` gives logits for tokens alone, and that none of them depends on a later token.
+
+    An encoder would be trained to read the answer off the next place. Gradients are asked first: where nothing is seen
+    they are zero, however numbers are rounded and whichever experts are chosen. Where there are some, other later
+    tokens are tried, too.
+
+    Raises:
+        UsageError: one of the two does not hold.
+    """
+    if model.config.model_type == "reformer":  # what it hides from autograd's graph, no probe of the graph would find
+        raise UsageError("model.reversible", kind=model.config.model_type)
+    ids = _probe_ids(model)[1]
+    half = ids.shape[1] // 2
+    embedded: list[Tensor] = []
+
+    def note(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1].clone()  # CTRL scales it in place
+
+    watch = model.get_input_embeddings().register_forward_hook(note)
+    try:
+        with torch.enable_grad():
+            logits = model(input_ids=ids, use_cache=False).logits[:, :half].float()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        problem, kind = " ".join(str(error).split())[:300], model.config.model_type
+        if model.dtype != torch.float32 and any(word in problem for word in ("dtype", "scalar type")):
+            name = str(model.dtype).removeprefix("torch.")
+            raise UsageError("precision.only_fp32", kind=kind, name=name, problem=problem) from error
+        raise UsageError("model.not_text_alone", kind=kind, problem=f"{type(error).__name__}: {problem}") from error
+    finally:
+        watch.remove()
+    try:
+        # Weighed unevenly, so that a norm behind it does not make the sum nearly the same whatever comes in.
+        weights = torch.linspace(-1, 2, logits.numel(), device=logits.device).view(logits.shape)
+        found = torch.autograd.grad((logits * weights).sum(), embedded, allow_unused=True)
+    except Exception:  # without a gradient, as of some kernels: it cannot be told
+        return
+    tokens = ids.shape[1]
+    rows = [each.float().reshape(tokens, -1) for each in found if each is not None and tokens in each.shape[:2]]
+    if not any(bool(each[half:].abs().max() > 1e-6 * each.abs().max()) for each in rows):
+        return
+    with torch.no_grad():
+        other = torch.cat([ids[:, :half], ids[:, half:].flip(1)], dim=1)
+        moved = (model(input_ids=other, use_cache=False).logits[:, :half].float() - logits.detach()).abs().max()
+    if moved > 1e-6 * logits.detach().abs().max():
+        encoder = getattr(model.config, "is_decoder", None) is False
+        raise UsageError("model.encoder" if encoder else "model.not_causal", kind=model.config.model_type)
 
 
 def _declared_fault(model: PreTrainedModel) -> str | None:
@@ -169,11 +251,11 @@ def short_row(model: PreTrainedModel, tokens: int = 12) -> dict[str, Any]:
     """What the model is called with for a row of one short example, in the layout that it is set to."""
     vocabulary = model.config.get_text_config().vocab_size
     positions = torch.arange(tokens, device=model.device)
-    inputs: dict[str, Any] = {"input_ids": (positions * 7919 % vocabulary)[None], "position_ids": positions[None]}
+    inputs: dict[str, Any] = {"input_ids": (positions * 7919 % vocabulary)[None]}
     # Of a model for more than text the text part alone may be set to it.
     parts = (part.config._attn_implementation for part in model.modules() if isinstance(part, PreTrainedModel))
     if NAME in parts:
-        inputs["segments"] = (Segment(0, tokens),)
+        inputs |= {"position_ids": positions[None], "segments": (Segment(0, tokens),)}
     return inputs
 
 
@@ -212,14 +294,13 @@ def _probe_ids(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 
 def _hidden(model: PreTrainedModel, ids: Tensor, segments: tuple[Segment, ...] | None) -> Tensor:
-    """Last hidden states without dropout; positions restart at every segment."""
-    positions = torch.from_numpy(segment_positions(segments or (Segment(0, ids.shape[1]),)))[None].to(ids.device)
-    extra = {} if segments is None else {"segments": segments}
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            output = decoder(model)(input_ids=ids, position_ids=positions, use_cache=False, **extra)
-        return output.last_hidden_state
-    finally:
-        model.train(was_training)
+    """Last hidden states without dropout; positions restart at every segment.
+
+    Without segments positions are the model's own affair, as in the solo layout: not everywhere do they begin at 0.
+    """
+    extra: dict[str, Any] = {}
+    if segments is not None:
+        positions = torch.from_numpy(segment_positions(segments))[None].to(ids.device)
+        extra = {"segments": segments, "position_ids": positions}
+    with evaluating(model), torch.no_grad():
+        return decoder(model)(input_ids=ids, use_cache=False, **extra).last_hidden_state

@@ -7,6 +7,7 @@ sharding see nothing new. `router_logits` come along where the model was asked f
 
 from __future__ import annotations
 
+import inspect
 from types import MethodType
 from typing import Any
 
@@ -24,7 +25,8 @@ def install_target_head(model: PreTrainedModel) -> str:
 
     The fused head is used only where the head is a plain linear layer, fed with the decoder's last hidden states, and
     the model passes its output on untouched (`_is_plain`): a soft cap, scale or bias around the head would be lost
-    otherwise. Every other model computes its own logits, at the target positions only (`logits_to_keep`).
+    otherwise. Every other model computes its own logits, at the target positions only (`logits_to_keep`) where its
+    architecture can leave the others out.
     """
     head = model.get_output_embeddings()
     if type(head) is nn.Linear and not _is_patched(head) and _is_plain(model, head):
@@ -120,7 +122,10 @@ def _forward_logits(
 ) -> Any:
     if target_index is None or targets is None:
         return type(self).forward(self, *args, **kwargs)
-    output = type(self).forward(self, *args, use_cache=False, logits_to_keep=target_index, **kwargs)
-    nll = F.cross_entropy(output.logits[0].float(), targets, reduction="none" if per_token else "sum")
+    keeps = "logits_to_keep" in inspect.signature(type(self).forward).parameters
+    asked = {"logits_to_keep": target_index} if keeps else {}
+    output = type(self).forward(self, *args, use_cache=False, **asked, **kwargs)
+    logits = output.logits[0] if keeps else output.logits[0].index_select(0, target_index)
+    nll = F.cross_entropy(logits.float(), targets, reduction="none" if per_token else "sum")
     router = getattr(output, "router_logits", None)
     return {"logps": -nll, "router_logits": router} if per_token else {"loss": nll, "router_logits": router}

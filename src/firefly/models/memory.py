@@ -309,7 +309,10 @@ def measure_activations(model: Any, layout: str, autocast: torch.dtype | None, l
         if of_tokens:  # else it is kept once, however many tokens there are
             per_token = tensor.untyped_storage().nbytes() / (2 * length)
             bytes_of[0 if inside else 1] += per_token * (seen / measured if of_tokens > 1 else 1)
-    entering = model.config.get_text_config().hidden_size * _hidden_type(model).itemsize
+    # BLT's configuration has widths for its parts alone; elsewhere embeddings may be narrower than what layers pass on.
+    embedding = model.get_input_embeddings().weight
+    width = getattr(model.config.get_text_config(), "hidden_size", None) or embedding.shape[-1]
+    entering = width * embedding.dtype.itemsize
     return Activations(len(layers), kept=bytes_of[0] / max(len(layers), 1), entering=entering, outside=bytes_of[1])
 
 
@@ -338,11 +341,10 @@ def _kept(
         return tensor
 
     ids = torch.arange(2 * length, device=place)
-    inputs: dict[str, Any] = {"input_ids": ids[None], "position_ids": ids[None] % length, "target_index": ids}
-    inputs |= {"targets": ids, "segments": (Segment(0, length), Segment(length, 2 * length))}
-    if layout == "solo":  # one example a row, so one of twice the length
-        inputs |= {"position_ids": ids[None]}
-        del inputs["segments"]
+    inputs: dict[str, Any] = {"input_ids": ids[None], "target_index": ids, "targets": ids}
+    if layout == "segments":  # else one example a row, so one of twice the length
+        segments = Segment(0, length), Segment(length, 2 * length)
+        inputs |= {"position_ids": ids[None] % length, "segments": segments}
     computing = torch.autocast(place.type, dtype=autocast, enabled=autocast is not None)
     with _counting_depth(layers, depth), _unchanged(model), computing, saved_tensors_hooks(note, lambda kept: kept):
         model(**inputs)
@@ -357,10 +359,6 @@ def _address(tensor: Tensor) -> tuple[int, int]:
 
 def _place(model: Any) -> torch.device:
     return next(model.parameters()).device
-
-
-def _hidden_type(model: Any) -> torch.dtype:
-    return model.get_input_embeddings().weight.dtype
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from torch import nn
 
 from firefly.caches import cache_folder, make_cache
 from firefly.console import notice
+from firefly.errors import UsageError
 from firefly.models.attention import NAME, choose_layout
 from firefly.models.kernels.segment_attention import measure_crossover
 from firefly.models.memory import Activations, measure_activations
@@ -60,12 +61,24 @@ def known_unreached(model: Any) -> Unreached:
 
 
 def known_activations(model: Any, layout: str, autocast: torch.dtype | None, longest: int) -> Activations:
-    """As `memory.measure_activations`, measured once."""
+    """As `memory.measure_activations`, measured once.
+
+    Raises:
+        UsageError: the architecture's own code does not run under autocast (DBRX adds rows of two types).
+    """
     dropout = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
     path = _path("activations", model, [layout, str(autocast), longest, dropout])
     found = _read(path)
     if found is None:
-        measured = measure_activations(model, layout, autocast, longest)
+        try:
+            measured = measure_activations(model, layout, autocast, longest)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if autocast is None:
+                raise
+            kind, name = model.config.model_type, str(autocast).removeprefix("torch.")
+            raise UsageError("precision.no_autocast", kind=kind, name=name, problem=str(error)) from error
         _write(path, asdict(measured))
         return measured
     return Activations(**found)
@@ -78,10 +91,10 @@ def known_crossover(model: Any, device: torch.device, compute: torch.dtype) -> i
     """
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
-    if device.type != "cpu" or compute != torch.bfloat16 or not heads:
+    described = getattr(config, "head_dim", None) or getattr(config, "hidden_size", None)
+    if device.type != "cpu" or compute != torch.bfloat16 or not heads or not described:
         return 0
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    shape = heads, getattr(config, "num_key_value_heads", None) or heads, width
+    shape = heads, getattr(config, "num_key_value_heads", None) or heads, *_head_widths(config)
     machine = torch.backends.cpu.get_cpu_capability(), os.cpu_count(), torch.get_num_threads()
     path = _file("attention", [*shape, *machine, torch.__version__, code_hash()])
     found = _read(path)
@@ -89,6 +102,15 @@ def known_crossover(model: Any, device: torch.device, compute: torch.dtype) -> i
         found = {"tokens": measure_crossover(*shape)}
         _write(path, found)
     return int(found["tokens"])
+
+
+def _head_widths(config: Any) -> tuple[int, int]:
+    """Widths of a head's queries and of its values. Latent attention (DeepSeek-V2 and its kin) has two, and writes
+    the width of the rotary part alone as `head_dim`."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    unrotated, rotated = (getattr(config, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim"))
+    latent = None if unrotated is None or rotated is None else unrotated + rotated
+    return latent or width, getattr(config, "v_head_dim", None) or latent or width
 
 
 def _path(kind: str, model: Any, parts: list[Any]) -> Path | None:

@@ -156,8 +156,10 @@ class GatedMLP(torch.autograd.Function):
         projections = [Projection(*parts[i : i + 5]) for i in range(0, 15, 5)]
         gate, up, down = layers = [_Layer(p, x.dtype) for p in projections]
         rows = x.reshape(-1, x.shape[-1])
-        shape = (len(rows), down.outputs)
+        shape = (*x.shape[:-1], down.outputs)
+        # As in LoraLinear: what is returned may be changed in place, which a view may not.
         out = rows.new_full((), torch.nan).expand(shape) if unread else rows.new_empty(shape)
+        flat = None if unread else out.view(-1, down.outputs)
         keep = grad_enabled and any(ctx.needs_input_grad)
         inner = [rows.new_empty(len(rows), gate.outputs) for _ in range(2)] if keep else [None, None]
         lows = [layer.empty_low(rows) if keep else None for layer in layers]
@@ -170,16 +172,15 @@ class GatedMLP(torch.autograd.Function):
             low = [_part(each, part) for each in lows]
             g = gate.forward(rows[part], part, _part(inner[0], part), low[0])
             u = up.forward(rows[part], part, _part(inner[1], part), low[1])
-            if not unread:
-                down.forward(gating.forward(g, u), part, out[part], low[2])
+            if flat is not None:
+                down.forward(gating.forward(g, u), part, flat[part], low[2])
             elif low[2] is not None:
                 down.lower(gating.forward(g, u), part, low[2])
         if keep:
             weights = [tensor for p in projections for tensor in p[:3]]
             ctx.save_for_backward(rows, *inner, *lows, *(layer.mask for layer in layers), *weights)
             ctx.gating, ctx.shape, ctx.constants = gating, x.shape, [p[3:] for p in projections]
-        # As in LoraLinear: what is returned may be changed in place.
-        return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]

@@ -114,13 +114,18 @@ class LoraLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         through, mask = drop_drawing(rows, dropped)
         w, a16, b16 = dense(weight, x.dtype), in_type(a, x.dtype), in_type(b, x.dtype)
-        out = rows @ w.T if bias is None else torch.addmm(bias.to(x.dtype), rows, w.T)
+        # What a custom function returns may be changed in place unless it is a view, as Gemma3n and Llama4 do with it.
+        out = x.new_empty(*x.shape[:-1], len(w))
+        flat = out.view(-1, len(w))
+        if bias is None:
+            torch.mm(rows, w.T, out=flat)
+        else:
+            torch.addmm(bias.to(x.dtype), rows, w.T, out=flat)
         low = scaled_product(through, a16.T, scale)
-        out.addmm_(low, b16.T)
+        flat.addmm_(low, b16.T)
         ctx.save_for_backward(rows, mask, weight, a16, b16, low)
         ctx.scale, ctx.dropped, ctx.shape, ctx.types = scale, dropped, x.shape, (a.dtype, b.dtype)
-        # A view that a custom function returns may not be changed in place, as Llama4 does with shared experts' output.
-        return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

@@ -46,13 +46,14 @@ def attend(
     `window` of them counted backwards: positions in a segment go on where its prefix ends.
 
     Args:
-        query: (heads, tokens, width); key, value: (key heads, tokens, width).
+        query: (heads, tokens, width); key: (key heads, tokens, width); value: (key heads, tokens, value width), which
+            latent attention (DeepSeek-V2, arXiv:2405.04434) makes narrower than queries.
         segments: one after another over all tokens; a prefix is the beginning of an earlier segment.
 
     Returns:
-        (heads, tokens, width).
+        (heads, tokens, value width).
     """
-    if not softcap and not dropout and is_supported(query):
+    if not softcap and not dropout and is_supported(query, value):
         return attend_varlen(query, key, value, segments, scale, window)
     sizes = [segment.end - segment.start for segment in segments]
     # Models hand over views of (tokens, heads, width). Cut and joined along that, neither pass moves numbers about.
@@ -93,14 +94,14 @@ def use_crossover(tokens: int) -> None:
     _crossover = tokens
 
 
-def measure_crossover(heads: int, key_heads: int, width: int) -> int:
+def measure_crossover(heads: int, key_heads: int, width: int, value_width: int) -> int:
     """The longest of a few lengths up to which products beat `sdpa` in bf16 on this CPU, forward and backward; 0: none.
 
     In fp32 nothing is measured: products win a fifth at most, and two runs that choose otherwise are no longer equal.
     """
     longest = 0
     for length in (128, 256, 512, GEMM_LONGEST):
-        shapes = [(count, length, width) for count in (heads, key_heads, key_heads)]
+        shapes = [(heads, length, width), (key_heads, length, width), (key_heads, length, value_width)]
         inputs = [torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
         products, fused = (_seconds(way, inputs, width**-0.5) for way in (_gemm, _sdpa))
         if products >= fused:
@@ -186,7 +187,7 @@ class _OneBlock(torch.autograd.Function):
         p = torch.softmax(torch.baddbmm(bias, folded, k.transpose(1, 2), alpha=scale), dim=-1)
         ctx.save_for_backward(folded, k, v, p)
         ctx.scale, ctx.low = scale, block.low
-        return torch.bmm(p, v).view(q.shape)
+        return torch.bmm(p, v).view(*q.shape[:2], v.shape[2])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -195,7 +196,7 @@ class _OneBlock(torch.autograd.Function):
         grad_p = torch.bmm(grads, v.transpose(1, 2))
         grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
         nothing = grad.new_empty(())
-        grad_q = torch.baddbmm(nothing, grad_scores, k, beta=0, alpha=ctx.scale).view(grad.shape)
+        grad_q = torch.baddbmm(nothing, grad_scores, k, beta=0, alpha=ctx.scale).view(*grad.shape[:2], k.shape[2])
         grad_k = torch.baddbmm(nothing, grad_scores.transpose(1, 2), folded, beta=0, alpha=ctx.scale)
         grad_v = torch.bmm(p.transpose(1, 2), grads)
         if ctx.low:  # keys before the window
@@ -208,9 +209,9 @@ class _GemmAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-        heads, length, width = q.shape
+        heads, length, _ = q.shape
         groups = heads // k.shape[0]
-        out = torch.empty_like(q)
+        out = q.new_empty(heads, length, v.shape[2])
         kept = []
         for block in _blocks(length, k.shape[1], window):
             rows, columns = slice(block.first, block.last), slice(block.low, block.high)
@@ -218,7 +219,7 @@ class _GemmAttention(torch.autograd.Function):
             bias = _bias(block, window, groups, q.dtype, q.device)
             scores = torch.baddbmm(bias, folded, k[:, columns].transpose(1, 2), alpha=scale)
             p = torch.softmax(scores, dim=-1)
-            out[:, rows] = torch.bmm(p, v[:, columns]).view(heads, block.last - block.first, width)
+            out[:, rows] = torch.bmm(p, v[:, columns]).view(heads, block.last - block.first, v.shape[2])
             kept.append(p)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.scale, ctx.window = scale, window

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from firefly.data.schema import Segment
@@ -22,14 +23,15 @@ LARGEST = 1 << 31
 """Offsets into queries and gradients are 32-bit numbers in the kernel's backward pass."""
 
 
-def is_supported(query: Tensor) -> bool:
-    """Whether the kernel takes queries like these, (heads, tokens, width)."""
-    width = query.shape[-1]
+def is_supported(query: Tensor, value: Tensor) -> bool:
+    """Whether the kernel takes queries like these, (heads, tokens, width), beside values, (key heads, tokens, value
+    width); whichever are narrower are padded."""
+    width = max(query.shape[-1], value.shape[-1])
     return (
         query.dtype in (torch.bfloat16, torch.float16)
         and width <= WIDEST_HEAD
         and width % 8 == 0
-        and query.numel() < LARGEST
+        and query.shape[0] * query.shape[1] * width < LARGEST
         and device_has_kernel(query.device)
     )
 
@@ -138,6 +140,10 @@ def attend_varlen(
     q, k, v = (x.transpose(0, 1) for x in (query, key, value))
     if layout.gathering is not None:
         k, v = (_Gather.apply(x, layout.gathering) for x in (k, v))
+    width = v.shape[-1]
+    # The kernel knows one width. Zeros behind queries and keys add nothing to a score, those behind values are cut off.
+    widest = max(q.shape[-1], width)
+    q, k, v = (F.pad(x, (0, widest - x.shape[-1])) if x.shape[-1] < widest else x for x in (q, k, v))
     reach = -1 if window is None or window >= layout.longest_keys else window - 1
     out = kernel(
         q,
@@ -151,4 +157,4 @@ def attend_varlen(
         window_size=(reach, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return out.transpose(0, 1)
+    return out[..., :width].transpose(0, 1)
