@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from firefly.config import ModelConfig, load_config
 from firefly.errors import UsageError, VerificationError
 from firefly.export import merge as merging
 from firefly.export.merge import merge, round_unbiased
-from firefly.export.verification import all_logits, compare, largest_gap, rounding_gap
+from firefly.export.verification import all_logits, compare, has_effect, largest_gap, rounding_gap
 from firefly.models.saved_adapter import load_adapter
 from firefly.train import train
 from tiny import save_tiny_model, tiny_model, write_rows
@@ -442,3 +443,38 @@ def test_rounding_is_measured_where_attention_has_one_way_only() -> None:
     model.set_attn_implementation = lambda name: (_ for _ in ()).throw(ValueError(name)) if name == "eager" else None
     assert error / 8 < rounding_gap(model, prompts) < 100 * error
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_rounding_is_not_taken_from_two_kinds_of_attention_that_mean_different_things() -> None:
+    model = tiny_model("llama")
+    prompts = [[5, 9, 20, 31, 7, 44], [3, 8]]
+    right = rounding_gap(model, prompts)
+    forward = type(model).forward
+
+    def other_where_eager(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        if self.config._attn_implementation == "eager":
+            output.logits = output.logits + 1
+        return output
+
+    model.forward = MethodType(other_where_eager, model)
+    assert rounding_gap(model, prompts) < 100 * right
+
+
+def test_an_adapter_has_an_effect_beside_any_rounding_of_routers() -> None:
+    before = [torch.tensor([[3.0, -1.0]])]
+    assert not has_effect(before, before, rounding=0.0)
+    assert not has_effect(before, [before[0] + 1e-5], rounding=2e-5)
+    assert has_effect(before, [before[0] + 1e-2], rounding=0.5)  # routers turned over make rounding look like this
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "bloom", "llama", "gpt2"])
+def test_16_bit_weights_are_multiplied_in_fp32(name: str) -> None:
+    model = tiny_model(name).bfloat16()
+    exact = all_logits(copy.deepcopy(model).double(), [[5, 9, 20, 31]])
+    assert (
+        largest_gap(all_logits(model, [[5, 9, 20, 31]]), exact)
+        < 1e-4
+        < largest_gap(all_logits(model, [[5, 9, 20, 31]], as_served=True), exact)
+    )
+    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())

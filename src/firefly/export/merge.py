@@ -34,6 +34,7 @@ from firefly.export.verification import (
     all_logits,
     compare,
     encode_prompts,
+    has_effect,
     largest_gap,
     rounding_gap,
     sample_update,
@@ -128,8 +129,8 @@ def merge(
     expected = all_logits(trained, prompts)
     rounding = rounding_gap(trained, prompts)
     tuned = [logits for ids, logits in zip(prompts, expected, strict=True) if ids in known]
-    if not brought and (effect := largest_gap(untrained, tuned)) <= rounding:
-        raise VerificationError("merge.no_effect", adapter=adapter, gap=effect)
+    if not brought and not has_effect(untrained, tuned, rounding):
+        raise VerificationError("merge.no_effect", adapter=adapter, gap=largest_gap(untrained, tuned))
     if weights != torch.float32:  # what a choice between two tokens may turn on where the model is served
         rounding = rounding_gap(trained, prompts, as_served=True)
     updates = sample_updates(trained)

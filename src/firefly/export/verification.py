@@ -9,7 +9,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firefly.data.encoding import Encoder
@@ -27,6 +26,9 @@ UPDATE_ERROR = 2e-3
 DEVIATIONS = 6
 SAMPLES = 1 << 16
 """Values of each adapted tensor that are looked at."""
+OTHER_FUNCTION, LEAST_EFFECT = 1e-3, 1e-4
+"""Shares of the largest logit: rounding in fp32 does less than the first, and no adapter that does less than the second
+is said to change nothing for it."""
 LARGEST_KL = 1e-3
 LEAST_AGREEMENT = 0.99
 
@@ -97,7 +99,8 @@ def all_logits(model: Any, prompts: Sequence[Sequence[int]], as_served: bool = F
 def rounding_gap(model: Any, prompts: Sequence[Sequence[int]], as_served: bool = False) -> float:
     """What rounding does to `all_logits` of the model: the largest gap between eager attention and sdpa.
 
-    For an architecture without two ways to compute attention: between the weights that it has and their neighbours.
+    For an architecture without two ways to compute attention, or with two that do not mean the same (they differ by
+    more than rounding in fp32 can): between the weights that it has and their neighbours.
     """
     inner: Any = transformers_model(model)
     before = inner.config._attn_implementation
@@ -111,11 +114,22 @@ def rounding_gap(model: Any, prompts: Sequence[Sequence[int]], as_served: bool =
     finally:
         inner.set_attn_implementation(before)
     gap = largest_gap(*found) if found else 0.0
-    if gap == 0:
+    other = model.dtype == torch.float32 and found and gap > OTHER_FUNCTION * largest_logit(found[0])
+    if gap == 0 or other:
         weights = all_logits(model, prompts, as_served)
         with neighbouring_weights(inner):
             gap = largest_gap(weights, all_logits(model, prompts, as_served))
     return gap
+
+
+def has_effect(untrained: Sequence[Tensor], trained: Sequence[Tensor], rounding: float) -> bool:
+    """Whether logits differ by more than rounding, which is never taken for more than a small part of a logit: where it
+    turns over a router's choice of experts, `rounding` is as large as what an adapter does."""
+    return largest_gap(untrained, trained) > min(rounding, LEAST_EFFECT * largest_logit(untrained))
+
+
+def largest_logit(logits: Sequence[Tensor]) -> float:
+    return max(one.abs().max().item() for one in logits)
 
 
 @contextmanager
@@ -148,35 +162,62 @@ def largest_gap(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
 
 @contextmanager
 def fp32_products(model: Any) -> Iterator[None]:
-    """Compute `model` in fp32 from the weights it holds, converting one layer's at a time."""
-    kinds = {nn.Linear: lambda self, x: F.linear(x.float(), self.weight.float(), _float(self.bias)), nn.Embedding: None}
-    if any(type(m).__name__ in ("Linear4bit", "Conv1D") for m in model.modules()) or has_bare_weights(model):
-        yield  # layers that convert for themselves, or that this would not reach
+    """Compute `model` in fp32 from the weights it holds, converting those of one module at a time.
+
+    Left as they are: models with 4-bit layers, which convert for themselves, and with stacks of experts; and those that
+    do not run so, as some read the weights of a module without calling it (Mamba).
+    """
+    if has_bare_weights(model) or any(type(m).__name__ == "Linear4bit" for m in model.modules()):
+        yield
         return
     patched = []
     for module in model.modules():
-        if type(module) in kinds and "forward" not in vars(module):
-            forward = kinds[type(module)]
-            module.forward = MethodType(forward or _float_embedding, module)
+        if _narrow(module) and "forward" not in vars(module):
+            module.forward = MethodType(_forward_in_fp32, module)
             patched.append(module)
     try:
+        if patched and not _runs(model):
+            for module in patched:
+                del module.forward
+            patched = []
         yield
     finally:
         for module in patched:
             del module.forward
 
 
+def _forward_in_fp32(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The module's own forward with its own weights widened; modules inside it see to theirs."""
+    narrow = _narrow(self)
+    for name, parameter in narrow.items():
+        self._parameters[name] = nn.Parameter(parameter.float(), requires_grad=False)
+    try:
+        return type(self).forward(self, *args, **kwargs)
+    finally:
+        self._parameters.update(narrow)
+
+
+def _narrow(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's own parameters of less than 32 bits."""
+    own = module.named_parameters(recurse=False)
+    return {name: p for name, p in own if p.is_floating_point() and p.dtype.itemsize < 4}
+
+
+def _runs(model: Any) -> bool:
+    """Whether the model takes a row of tokens."""
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[1, 2]], device=model.device), use_cache=False)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return False
+    return True
+
+
 def has_bare_weights(model: Any) -> bool:
     """Whether the model multiplies with 3-D weights of its own (mixture-of-experts layers)."""
     return any(parameter.dim() == 3 for parameter in model.parameters())
-
-
-def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float()
-
-
-def _float_embedding(self: nn.Embedding, ids: Tensor) -> Tensor:
-    return type(self).forward(self, ids).float()
 
 
 def compare(
