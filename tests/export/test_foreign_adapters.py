@@ -84,6 +84,9 @@ KINDS = {
     "pickled, grown": Kind(ATTENTION | {"modules_to_save": ENDS}, rows=270, saving={"safe_serialization": False}),
     "named": Kind(ATTENTION, adapter_name="persona"),
     "named, grown": Kind(ATTENTION | {"modules_to_save": ENDS}, rows=270, adapter_name="persona"),
+    "experts by bare names": Kind(
+        {"target_modules": ["q_proj", "up_proj", "gate_proj", "down_proj"]}, base="qwen3_moe"
+    ),
     "experts": Kind({"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}, base="qwen3_moe"),
 }
 
@@ -190,3 +193,38 @@ def test_training_on_has_the_gradients_of_peft(name: str, tmp_path: Path) -> Non
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("base", ["qwen2", "gpt2"])
+def test_trained_biases_compute_beside_16_bit_weights_from_fp32_masters(base: str, tmp_path: Path) -> None:
+    targets = ["c_attn"] if base == "gpt2" else ["q_proj", "v_proj"]
+    made(tmp_path, Kind({"target_modules": targets, "bias": "all"}, base=base))
+    ids = torch.tensor([IDS])
+
+    def gradients(dtype: torch.dtype) -> dict[str, Tensor]:
+        model = attach_adapter(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype),
+            AdapterConfig(mode="lora", dropout=0.0, name_or_path=str(tmp_path / "adapter")),
+        ).eval()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if name.endswith("bias") and p.grad is not None}
+
+    exact, found = gradients(torch.float32), gradients(torch.bfloat16)
+    assert len(exact) == len(found) >= 9
+    for name, value in exact.items():
+        assert found[name].dtype == torch.float32
+        scale = max(value.norm().item(), 1e-3)  # a key's bias moves no softmax: its gradient is rounding alone
+        assert (found[name] - value).norm() < 0.1 * scale
+
+
+@pytest.mark.parametrize("base", ["gpt_neox", "bloom", "gpt2", "mixtral"])
+def test_models_with_layer_norms_and_experts_merge_in_16_bits(base: str, tmp_path: Path) -> None:
+    targets = {"gpt_neox": "query_key_value", "bloom": "query_key_value", "gpt2": "c_attn", "mixtral": "q_proj"}
+    made(tmp_path, Kind({"target_modules": [targets[base]]}, base=base))
+    merged = merge(
+        ModelConfig(name_or_path=str(tmp_path / "base")),
+        str(tmp_path / "adapter"),
+        str(tmp_path / "merged"),
+        dtype="bfloat16",
+    )
+    assert AutoModelForCausalLM.from_pretrained(merged).dtype == torch.bfloat16

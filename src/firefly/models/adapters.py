@@ -19,7 +19,7 @@ from firefly.errors import UsageError
 from firefly.models.experts import expert_parameters, shortened
 from firefly.models.kernels.expert_linear import install_expert_kernels
 from firefly.models.kernels.lora_linear import install_lora_kernels
-from firefly.models.kernels.saved_modules import install_saved_modules
+from firefly.models.kernels.saved_modules import install_saved_modules, install_trained_biases
 from firefly.models.kernels.token_rows import install_token_rows
 from firefly.models.reach import Unreached, alike
 from firefly.models.saved_adapter import load_adapter, open_adapter
@@ -168,6 +168,7 @@ def install_forwards(wrapped: Any) -> list[str]:
     install_lora_kernels(wrapped)
     left_to_peft = install_expert_kernels(wrapped)
     install_saved_modules(wrapped)
+    install_trained_biases(wrapped)
     install_token_rows(wrapped)
     return left_to_peft
 

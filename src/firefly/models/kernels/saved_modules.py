@@ -1,4 +1,4 @@
-"""Modules that are trained whole beside an adapter: fp32 masters that compute in the frozen model's type."""
+"""What is trained whole beside an adapter, modules and biases: fp32 masters that compute in the frozen model's type."""
 
 from __future__ import annotations
 
@@ -33,3 +33,38 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         name: p.to(original[name].dtype) for name, p in module.named_parameters() if name in original
     }
     return functional_call(module, weights, args, kwargs)
+
+
+def install_trained_biases(model: nn.Module) -> int:
+    """Let biases that an adapter trains (`bias: all`) compute in the type of the frozen weights beside them; return how
+    many modules have some.
+
+    bitsandbytes' 4-bit layers convert their bias for themselves.
+    """
+    count = 0
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        frozen = {p.dtype for p in own.values() if not p.requires_grad and p.is_floating_point()}
+        trained = {name for name, p in own.items() if p.requires_grad and frozen and p.dtype not in frozen}
+        if trained and "forward" not in vars(module):
+            module.forward = MethodType(_forward_in_frozen_type, module)  # type: ignore[assignment]
+            count += 1
+    return count
+
+
+def _forward_in_frozen_type(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    own = dict(self.named_parameters(recurse=False))
+    dtype = next(p.dtype for p in own.values() if not p.requires_grad and p.is_floating_point())
+    cast = {name: p.to(dtype) for name, p in own.items() if p.requires_grad}
+    return functional_call(_AsClass(self), {f"inner.{name}": p for name, p in cast.items()}, args, kwargs)
+
+
+class _AsClass(nn.Module):
+    """Calls a module's own forward, whatever its instance was given."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.inner).forward(self.inner, *args, **kwargs)
