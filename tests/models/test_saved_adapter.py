@@ -275,12 +275,33 @@ def test_other_methods_are_refused_by_name_wherever_they_are_given(
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("start", ["pissa_niter_16", "pissa_niter_4", "corda", "loftq", "lora_ga", "something_new"])
+@pytest.mark.parametrize("start", ["pissa_niter_16", "pissa_niter_4", "corda", "loftq", "lora_ga"])
 def test_a_start_whose_base_cannot_be_had_again_is_refused(start: str, tmp_path: Path) -> None:
     saved_adapter(tmp_path / "adapter")
     with_settings(tmp_path / "adapter", init_lora_weights=start)
     with pytest.raises(UsageError, match=f"init_lora_weights = '{start}'.*Convert it"):
         open_adapter(str(tmp_path / "adapter"))
+
+
+def test_a_start_that_nobody_knows_is_refused_and_a_number_is_none(tmp_path: Path) -> None:
+    trained = saved_adapter(tmp_path / "adapter")
+    with_settings(tmp_path / "adapter", init_lora_weights="something_new")
+    with pytest.raises(UsageError, match="'something_new', which is not known here"):
+        open_adapter(str(tmp_path / "adapter"))
+    for plain in (1, "Gaussian", "EVA"):
+        with_settings(tmp_path / "adapter", init_lora_weights=plain)
+        served = load_adapter(tiny_model("llama"), str(tmp_path / "adapter"))
+        torch.testing.assert_close(logits(served), logits(trained))
+
+
+def test_an_exact_start_is_refused_on_4_bit_weights_and_says_what_to_do(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "base")
+    saved_adapter(
+        tmp_path / "adapter", AutoModelForCausalLM.from_pretrained(tmp_path / "base"), init_lora_weights="pissa"
+    )
+    settings = run_settings(tmp_path, adapter_name_or_path=str(tmp_path / "adapter"), train_mode="qlora")
+    with pytest.raises(UsageError, match="cannot be done in 4 bits"):
+        train(load_config(settings))
 
 
 @pytest.mark.parametrize(
@@ -331,6 +352,18 @@ def test_damaged_files_are_told_apart(tmp_path: Path) -> None:
         (tmp_path / "adapter/adapter_config.json").write_text(text)
         with pytest.raises(UsageError):
             open_adapter(str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize(("change", "said"), [(lambda x: x * float("nan"), "not finite"), (None, "hold no tensor")])
+def test_weights_that_are_no_numbers_or_not_there_are_told(
+    change: Callable[[Tensor], Tensor] | None, said: str, tmp_path: Path
+) -> None:
+    saved_adapter(tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: change(value) for name, value in tensors.items()} if change else {}, file)
+    with pytest.raises(UsageError, match=said):
+        load_adapter(tiny_model("llama"), str(tmp_path / "adapter"))
 
 
 class Harm:

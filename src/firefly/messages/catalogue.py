@@ -588,14 +588,58 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     ),
     "adapter.start": (
         "the adapter {path} began with init_lora_weights = {start!r}, which changed the base model's weights in a way "
-        "that its files do not hold, so its own weights mean nothing without that changed base. Convert it with the "
-        "tool that trained it: peft's save_pretrained(…, path_initial_model_for_weight_conversion=…), or "
-        "LLaMA-Factory's pissa_convert: true, whose pissa_converted folder is a plain LoRA adapter.",
+        "that its files do not hold, so its own weights mean nothing without that changed base. Convert it to a plain "
+        "LoRA adapter with the tool that trained it: peft's save_pretrained(…, "
+        "path_initial_model_for_weight_conversion=…); LLaMA-Factory's pissa_convert: true; of loftq, give the "
+        "quantised base it was saved with and set init_lora_weights to true in adapter_config.json.",
         "适配器 {path} 的初始化方式是 init_lora_weights = {start!r}：它修改了基座模型的权重，"
-        "而适配器文件中没有这一修改，因此离开修改后的基座，其权重没有意义。请用训练它的工具转换：peft 的 "
-        "save_pretrained(…, path_initial_model_for_weight_conversion=…)，或 LLaMA-Factory 的 pissa_convert: true"
-        "（其 pissa_converted 目录是普通的 LoRA 适配器）。",
+        "而适配器文件中没有这一修改，因此离开修改后的基座，其权重没有意义。"
+        "请用训练它的工具转换为普通的 LoRA 适配器：peft 的 "
+        "save_pretrained(…, path_initial_model_for_weight_conversion=…)；LLaMA-Factory 的 pissa_convert: true；"
+        "若为 loftq，请使用随其保存的量化基座，并在 adapter_config.json 中将 init_lora_weights 设为 true。",
     ),
+    "adapter.start_unknown": (
+        "the adapter {path} began with init_lora_weights = {start!r}, which is not known here: it may have changed the "
+        "base model. If it did not, set init_lora_weights to true in its adapter_config.json.",
+        "适配器 {path} 的初始化方式 init_lora_weights = {start!r} 未知：它可能修改了基座模型。"
+        "如果没有，请在其 adapter_config.json 中将 init_lora_weights 设为 true。",
+    ),
+    "adapter.start_in_4_bit": (
+        "the adapter {path} began with init_lora_weights = {start!r}, which takes a part out of the base's weights; "
+        "that cannot be done in 4 bits. Load the base in 16 bits (train_mode lora; chat without --load_in_4bit), or "
+        "merge it.",
+        "适配器 {path} 的初始化方式 init_lora_weights = {start!r} 会从基座权重中取走一部分，无法在 4 比特下进行。"
+        "请以 16 位加载基座（train_mode lora；对话时不用 --load_in_4bit），或先合并。",
+    ),
+    "adapter.not_finite": (
+        "the adapter's weights {path} hold numbers that are not finite, in {name} for one. Its training diverged, or "
+        "the file is damaged: take an earlier checkpoint.",
+        "适配器权重 {path} 中有非有限的数值（例如 {name}）。训练已发散或文件损坏：请使用更早的 checkpoint。",
+    ),
+    "adapter.no_tensors": (
+        "the adapter's weights {path} hold no tensor. Save the adapter again.",
+        "适配器权重 {path} 中没有张量。请重新保存适配器。",
+    ),
+    "adapter.lacks_tensor": ("its file has no tensor for {name}", "其文件中没有 {name} 的张量"),
+    "adapter.no_counterpart": (
+        "{count} weights have no counterpart, such as {name}",
+        "有 {count} 个权重没有对应项，例如 {name}",
+    ),
+    "adapter.no_parameter": ("it has no parameter for {name}", "模型中没有与 {name} 对应的参数"),
+    "adapter.shared_place": (
+        "two of the adapter's layers would share one place, {name} among them",
+        "适配器的两个层会落在同一位置，其中之一是 {name}",
+    ),
+    "adapter.no_place": (
+        "it has no layer {name}, nor one whose path ends so",
+        "模型中没有层 {name}，也没有路径以此结尾的层",
+    ),
+    "adapter.many_places": ("{name} may be any of {found}", "{name} 可能是 {found} 中的任何一个"),
+    "adapter.layers_without_tensors": (
+        "{count} layers that its settings name have no tensors, such as {name}",
+        "其设置中指定的 {count} 个层没有张量，例如 {name}",
+    ),
+    "adapter.two_vocabularies": ("its vocabulary has two sizes ({sizes})", "其词表有两种大小（{sizes}）"),
     "adapter.in_subfolder": (
         "{path} holds one adapter, in its folder {found}: that one is used.",
         "{path} 中只有一个适配器，位于子目录 {found}：使用该适配器。",

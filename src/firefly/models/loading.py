@@ -12,6 +12,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +143,17 @@ def quiet_libraries() -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    of_skeletons = getLogger(
+        "torch._subclasses.fake_tensor"
+    )  # tells of each thing that needs numbers, with a traceback
+    before = of_skeletons.disabled
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    of_skeletons.disabled = True
     try:
         yield
     finally:
+        of_skeletons.disabled = before
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()

@@ -25,6 +25,7 @@ from firefly.config import ModelConfig
 from firefly.console import notice
 from firefly.errors import UsageError
 from firefly.hub import snapshot_of
+from firefly.messages import render
 from firefly.models.base_weights import differing_weights, identify_weights
 from firefly.models.kernels.expert_linear import install_expert_kernels
 from firefly.models.kernels.token_rows import install_token_rows
@@ -36,9 +37,10 @@ SETTINGS, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapte
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 """`init_lora_weights` that shape A and B alone. Once trained, the tensors hold all there is to know."""
 EXACT_STARTS = ("pissa", "olora")
-"""Starts that take a part out of the base's weights, by a decomposition that gives the same part again. All others that
-change the base (`pissa_niter_…` draws random numbers, `corda` and `lora_ga` look at data, `loftq` quantises) cannot be
-repeated from the adapter's files."""
+"""Starts that take a part out of the base's weights, by a decomposition that gives the same part again."""
+CHANGING_STARTS = ("pissa_niter", "corda", "lora_ga", "loftq")
+"""Starts that change the base's weights and cannot be repeated from the adapter's files: by random numbers, by looking
+at data, or by quantising."""
 
 SAME_FORWARD = {"use_dora", "velora_config"}
 """Of peft's variants, those that are computed here: DoRA, and VeLoRA, which is LoRA with a backward pass of its own."""
@@ -94,7 +96,11 @@ class SavedAdapter:
                 continue  # peft's copy of what a module trained whole was before
             if name in found and not torch.equal(found[name], value):
                 raise UsageError("adapter.two_tensors", path=self.weights, name=name)
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise UsageError("adapter.not_finite", path=self.weights, name=name)
             found[name] = value
+        if not found:
+            raise UsageError("adapter.no_tensors", path=self.weights)
         return found
 
     def holds_vocabulary(self, base: Any) -> bool:
@@ -200,8 +206,14 @@ def open_adapter(adapter: str) -> SavedAdapter:
 
 
 def _refuse_start(adapter: str, start: Any) -> None:
-    if isinstance(start, str) and start.lower() not in (*PLAIN_STARTS, *EXACT_STARTS, "true", "false"):
-        raise UsageError("adapter.start", path=adapter, start=start)
+    if not isinstance(start, str) or start.lower() in (*PLAIN_STARTS, "true", "false") or _is_exact(start):
+        return
+    known = start.lower().startswith(CHANGING_STARTS)
+    raise UsageError("adapter.start" if known else "adapter.start_unknown", path=adapter, start=start)
+
+
+def _is_exact(start: Any) -> bool:
+    return isinstance(start, str) and start.lower() in EXACT_STARTS
 
 
 def _refuse_variants(adapter: str, settings: Any, written: Mapping[str, Any]) -> None:
@@ -329,13 +341,13 @@ def load_adapter(base: Any, adapter: str | SavedAdapter, *, dropout: float | Non
         state = {f"{OUR_PREFIX}{name}": value for name, value in placed.named().items()}
         result = set_peft_model_state_dict(wrapped, state)
     except KeyError as error:  # peft's word for a module trained whole without its tensors
-        raise _mismatch(saved, base, f"its file has no tensor for {error}") from error
+        raise _mismatch(saved, base, render("adapter.lacks_tensor", name=error)) from error
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise _mismatch(saved, base, str(error)) from error
     lost = [*result.unexpected_keys, *_without_tensor(wrapped, set(result.missing_keys))]
     if lost:
         first = min(lost).removeprefix(OUR_PREFIX)
-        raise _mismatch(saved, base, f"{len(lost)} weights have no counterpart, such as {first}")
+        raise _mismatch(saved, base, render("adapter.no_counterpart", count=len(lost), name=first))
     if dropout is None:
         wrapped.eval()
     install_expert_kernels(wrapped)  # peft's own forward cannot read experts in 4 bit
@@ -412,12 +424,12 @@ def _place(base: Any, saved: SavedAdapter) -> _Placed:
         leaf = name.rpartition(".")[2]
         parameter = getattr(modules[target], leaf, None)
         if not isinstance(parameter, Tensor):
-            raise _mismatch(saved, base, f"it has no parameter for {name}")
+            raise _mismatch(saved, base, render("adapter.no_parameter", name=name))
         whole[f"{target}.{leaf}"] = tensors[name]
     placed = _Placed(factors, whole, experts, {target: path for path, target in places.items()})
     if len(placed.source) != len(places):
         twice = next(path for path, target in places.items() if placed.source[target] != path)
-        raise _mismatch(saved, base, f"two of its layers would share one place, {twice} among them")
+        raise _mismatch(saved, base, render("adapter.shared_place", name=twice))
     if placed.renamed:
         target, path = min(placed.renamed.items())
         notice("adapter.renamed", path=saved.folder, count=len(placed.renamed), saved=path, found=target)
@@ -478,10 +490,10 @@ def _find_places(
             if candidates:
                 break
         if not candidates:
-            raise _mismatch(saved, base, f"it has no layer {members[0]}, nor one whose path ends so")
+            raise _mismatch(saved, base, render("adapter.no_place", name=members[0]))
         if len(candidates) > 1:
             named = ", ".join(candidate[members[0]] for candidate in candidates[:3])
-            raise _mismatch(saved, base, f"{members[0]} may be any of {named}")
+            raise _mismatch(saved, base, render("adapter.many_places", name=members[0], found=named))
         found |= candidates[0]
     return found
 
@@ -510,8 +522,10 @@ def _settings_for(base: Any, saved: SavedAdapter, placed: _Placed) -> Any:
     from peft.tuners.tuners_utils import check_target_module_exists
 
     settings = copy.deepcopy(saved.settings)
-    if settings.init_lora_weights not in (True, False) and str(settings.init_lora_weights).lower() not in EXACT_STARTS:
+    if not _is_exact(settings.init_lora_weights):
         settings.init_lora_weights = True
+    elif any(getattr(parameter, "quant_state", None) is not None for parameter in base.parameters()):
+        raise UsageError("adapter.start_in_4_bit", path=saved.folder, start=settings.init_lora_weights)
     settings.velora_config = None
     if placed.renamed:
         settings.rank_pattern = _pattern_for(settings.rank_pattern, placed)
@@ -525,10 +539,14 @@ def _settings_for(base: Any, saved: SavedAdapter, placed: _Placed) -> Any:
     elsewhere = {name for name in without if tuple(name.split(".")[: _stack_length(name.split("."))]) not in stacks}
     if without - elsewhere:
         missing = sorted(without - elsewhere)
-        problem = f"{len(missing)} layers that its settings name have no tensors, such as {missing[0]}"
-        raise _mismatch(saved, base, problem)
-    owners = [str(name).rpartition(".")[0] for name in settings.target_parameters or ()]
-    parameters = {path for path in placed.adapted if any(f".{path}".endswith(f".{owner}") for owner in owners)}
+        raise _mismatch(saved, base, render("adapter.layers_without_tensors", count=len(missing), name=missing[0]))
+    # What `target_parameters` names is adapted without being a target module: stacks of experts, for one.
+    ends = tuple(f".{name}" for name in settings.target_parameters or ())
+    parameters = {
+        path
+        for path in placed.adapted
+        if any(f".{path}.{leaf}".endswith(ends) for leaf, _ in base.get_submodule(path).named_parameters(recurse=False))
+    }
     if asked == placed.adapted - parameters:
         return settings
     if elsewhere:
@@ -569,7 +587,7 @@ def _fit_rows(base: Any, saved: SavedAdapter, placed: _Placed) -> None:
         return
     if len(set(asked.values())) > 1:
         described = ", ".join(f"{name}: {count}" for name, count in sorted(asked.items()))
-        raise _mismatch(saved, base, f"its vocabulary has two sizes ({described})")
+        raise _mismatch(saved, base, render("adapter.two_vocabularies", sizes=described))
     rows, before = next(iter(asked.values())), present[next(iter(asked))]
     held = [_holds_rows(name, placed) for name in ends]
     if rows > before and not (any(held) if is_tied(base) else all(held)):
