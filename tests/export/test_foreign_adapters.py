@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from firefly.config import AdapterConfig, ModelConfig
 from firefly.export.merge import merge
+from firefly.models.adapter_loading import load_adapter
 from firefly.models.adapters import attach_adapter
-from firefly.models.saved_adapter import load_adapter
 from tiny import VOCABULARY, save_tiny_model
 
 IDS = [5, 9, 20, 31, 7, 44, 6, 100, 250]

@@ -19,7 +19,7 @@ from firefly.errors import UsageError, VerificationError
 from firefly.export import merge as merging
 from firefly.export.merge import merge, round_unbiased
 from firefly.export.verification import all_logits, compare, has_effect, largest_gap, rounding_gap
-from firefly.models.saved_adapter import load_adapter
+from firefly.models.adapter_loading import load_adapter
 from firefly.train import train
 from tiny import save_tiny_model, tiny_model, write_rows
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from firefly.config import AdapterConfig
 from firefly.data.batching import pack
 from firefly.errors import UsageError
+from firefly.models.adapter_loading import load_adapter
 from firefly.models.adapters import attach_adapter, lora_targets, saved_modules, target_layers
 from firefly.models.attention import choose_layout
 from firefly.models.heads import install_target_head
-from firefly.models.saved_adapter import load_adapter
 from firefly.models.tokens import add_tokens, fit_embeddings
 from tiny import VOCABULARY, assert_same, gradients, padded_loss, random_examples, tiny_model, tiny_tokenizer
 

@@ -18,6 +18,7 @@ from firefly.data.batching import pack
 from firefly.errors import UsageError
 from firefly.export.merge import load_base, merge_layers
 from firefly.models import loading
+from firefly.models.adapter_loading import load_adapter
 from firefly.models.adapters import attach_adapter, count_parameters
 from firefly.models.attention import choose_layout
 from firefly.models.experts import dequantise_experts, expert_parameters, expert_stacks, quantise_experts
@@ -26,7 +27,6 @@ from firefly.models.kernels import expert_linear
 from firefly.models.kernels.expert_linear import QuantisedExperts, expert_factors
 from firefly.models.loading import load_model
 from firefly.models.precision import Precision
-from firefly.models.saved_adapter import load_adapter
 from tiny import (
     assert_same,
     gradients,

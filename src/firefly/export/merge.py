@@ -40,6 +40,7 @@ from firefly.export.verification import (
     sample_update,
     wrong_updates,
 )
+from firefly.models.adapter_loading import load_adapter
 from firefly.models.experts import dequantise_experts
 from firefly.models.kernels.expert_linear import expert_factors
 from firefly.models.kernels.lora_linear import dense
@@ -56,7 +57,6 @@ from firefly.models.saved_adapter import (
     SavedAdapter,
     base_of_adapter,
     check_base,
-    load_adapter,
     open_adapter,
     tokenizer_source,
     trained_in_4_bits,

@@ -17,13 +17,13 @@ from firefly.data.encoding import Encoder
 from firefly.data.schema import Message
 from firefly.data.templates import bind_template
 from firefly.errors import UsageError
+from firefly.models.adapter_loading import load_adapter
 from firefly.models.loading import eos_ids, load_model, load_tokenizer, resolve_model
 from firefly.models.precision import pick_device, resolve_precision
 from firefly.models.saved_adapter import (
     base_of_adapter,
     check_base,
     is_adapter,
-    load_adapter,
     open_adapter,
     tokenizer_source,
 )

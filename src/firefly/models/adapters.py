@@ -16,13 +16,14 @@ from transformers.pytorch_utils import Conv1D
 from firefly.config import AdapterConfig, names_in
 from firefly.console import notice
 from firefly.errors import UsageError
+from firefly.models.adapter_loading import load_adapter
 from firefly.models.experts import expert_parameters, shortened
 from firefly.models.kernels.expert_linear import install_expert_kernels
 from firefly.models.kernels.lora_linear import install_lora_kernels
 from firefly.models.kernels.saved_modules import install_saved_modules, install_trained_biases
 from firefly.models.kernels.token_rows import install_token_rows
 from firefly.models.reach import Unreached, alike
-from firefly.models.saved_adapter import load_adapter, open_adapter
+from firefly.models.saved_adapter import open_adapter
 from firefly.models.tokens import is_tied, vocabulary_ends
 from firefly.models.verdicts import known_unreached
 
