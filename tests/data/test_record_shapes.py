@@ -543,6 +543,41 @@ def test_chatglm3s_first_tool_rows_hold_call_and_answer_in_one():
     assert (user.content, last.content, found.unread) == ("q", "Five.", {})
 
 
+@pytest.mark.parametrize("key", ["arguments", "args", "kwargs", "input", "params", "parameters"])
+@pytest.mark.parametrize("value", [{"a": 2}, '{"a": 2}'])
+@pytest.mark.parametrize("besides", [{}, {"arguments": {}}, {"arguments": None}, {"arguments": ""}])
+def test_the_arguments_of_a_call_are_read_under_any_of_their_names(key, value, besides):
+    bare = {**besides, "name": "add", key: value}
+    for call in (bare, {"function": bare}, {"function": {**besides, "name": "add"}, key: value}):
+        reply = {"role": "assistant", "content": "", "tool_calls": [call]}
+        assert parse_record({"messages": [QUESTION, reply]})[1].messages[1].tool_calls == (CALL,)
+
+
+@pytest.mark.parametrize("value", ["w", 0, False, {"a": 2}, [1]])
+def test_what_a_call_says_under_any_other_key_is_refused_by_name_and_not_left_out(value):
+    for call, place in (
+        ({"name": "add", "payload": value}, r"tool_calls\[0\].payload"),
+        ({"name": "add", "arguments": {"a": 2}, "payload": value}, r"tool_calls\[0\].payload"),
+        ({"function": {"name": "add", "payload": value}}, r"tool_calls\[0\].function.payload"),
+        ({"function": {"name": "add"}, "payload": value}, r"tool_calls\[0\].payload"),
+    ):
+        reply = {"role": "assistant", "content": "", "tool_calls": [call]}
+        with pytest.raises(MalformedRecord, match=place):
+            parse_record({"messages": [QUESTION, reply]})
+    whole = {"id": "c", "index": 0, "type": "function", "function": {"name": "add", "arguments": {"a": 2}, "x": None}}
+    reply = {"role": "assistant", "content": "", "tool_calls": [whole]}
+    assert read_record({"messages": [QUESTION, reply]}).unread == {}
+
+
+def test_a_call_that_says_two_things_is_refused_by_name():
+    for call in (
+        {"name": "add", "arguments": {"a": 2}, "args": {"a": 3}},
+        {"name": "sub", "function": {"name": "add", "arguments": {"a": 2}}},
+    ):
+        with pytest.raises(MalformedRecord, match="disagree"):
+            parse_record({"messages": [QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]})
+
+
 def test_parts_of_reasoning_text_and_calls_are_the_parts_of_a_reply():
     parts = [
         {"type": "reasoning", "value": "t"},
@@ -602,6 +637,12 @@ def test_a_moss_call_that_cannot_be_told_from_its_results_is_malformed_by_name(c
         ({"weight": 0}, False),
         ({"loss_weight": 0.0}, False),
         ({"loss_scale": 0}, False),
+        *(
+            ({key: no}, False)
+            for key in ("loss_mask", "step_loss_mask", "trainable", "train_on_turn")
+            for no in (0, False)
+        ),
+        *(({key: 1}, True) for key in ("loss_mask", "step_loss_mask", "trainable", "train_on_turn")),
         ({"train": None, "weight": None}, True),
         ({"train": True, "loss_weight": 1.0}, True),
     ],
@@ -624,6 +665,9 @@ def test_a_reply_is_left_out_however_the_record_says_so(flag, trained):
         ({"weight": "heavy"}, "weight must be 0 or 1, not text"),
         ({"loss_scale": float("nan")}, "loss_scale must be 0 or 1, not nan"),
         ({"train": "no"}, "train must be true or false, not text"),
+        ({"loss_mask": [0, 1]}, "loss_mask must be true or false, not list"),
+        ({"trainable": 2}, "trainable must be true or false, not number"),
+        ({"train_on_turn": 1, "loss": False}, "disagree"),
         ({"train": True, "weight": 0}, r"messages\[1\].train, messages\[1\].weight disagree"),
         ({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}, "train_detail leaves out a part"),
     ],
@@ -640,6 +684,8 @@ def test_beside_a_record_a_measured_loss_is_no_flag_and_a_weight_is_one():
         assert not parse_record({**record, "weight": "0"})[1].messages[1].trained
         with pytest.raises(MalformedRecord, match=r"weight must be 0 or 1, not 0\.5"):
             parse_record({**record, "weight": 0.5})
+        with pytest.raises(MalformedRecord, match="loss_mask must be true or false, not list"):
+            parse_record({**record, "loss_mask": [0, 1]})
 
 
 @pytest.mark.parametrize(

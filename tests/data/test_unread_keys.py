@@ -50,8 +50,8 @@ def test_a_key_without_a_reader_is_one_finding_with_its_name_and_how_many_rows_h
         (1, "text under the key kind is not read: 2 characters in 2 row(s), this one the first"),
     ]
     assert (ledger.kept, ledger.counts["unread_key"]) == (4, 4)
-    line = "not read: text under explanation (1 row(s)), messages[].note (1 row(s)), nested (1 row(s)), kind (2 row(s))"
-    assert line in ledger.summary()
+    keys = "explanation (1 row(s)), messages[].note (1 row(s)), nested (1 row(s)), kind (2 row(s))"
+    assert f"not read: what stands under {keys}" in ledger.summary()
     assert Ledger.from_dict(json.loads(json.dumps(ledger.as_dict()))) == ledger
 
 
@@ -63,6 +63,23 @@ def test_the_summary_of_several_files_adds_their_rows_up_and_stays_one_line(tmp_
     (line,) = [line for line in split.train.ledger.summary().splitlines() if "not read" in line]
     assert "key00 (2 row(s)), " in line
     assert line.endswith("key07 (2 row(s)), … and 3 more")
+
+
+def test_a_number_under_a_key_of_a_message_that_nobody_reads_is_a_finding_with_its_name(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [USER, REPLY], "score": 3},
+        {"messages": [USER, {**REPLY, "keep": False, "empty": [], "none": None}]},
+        {"messages": [{**USER, "keep": True}, {**REPLY, "meta": {"mask": [0, 1]}}]},
+    ]
+    ledger = load(tmp_path / "rows.jsonl", *rows).ledger
+    form = "the number, true or false under the key messages[].{} is not read, in {} row(s), this one the first"
+    assert {(item.line, item.message) for item in ledger.findings if item.cause == "unread_key"} == {
+        (2, form.format("keep", 2)),
+        (3, form.format("meta", 1)),
+    }
+    assert "not read: what stands under messages[].keep (2 row(s)), messages[].meta (1 row(s))" in ledger.summary()
+    pair = {"conversations": [USER], "chosen": {**REPLY, "rank": 1}, "rejected": {**REPLY, "content": "b"}}
+    assert read_record(pair, "dpo").unread == {"chosen.rank": 0}
 
 
 def test_a_text_that_stands_in_the_conversation_anyway_is_not_left_out() -> None:
@@ -96,7 +113,7 @@ def test_a_loss_asked_for_where_none_is_trained_is_a_finding(tmp_path: Path) -> 
         ({"messages": [{**USER, "name": "Ann"}, REPLY]}, "messages[].name"),
         ({"messages": [{**USER, "value": "v"}, REPLY]}, "messages[].value"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q", "cite": "c"}]}, REPLY]}, "cite"),
-        ({"messages": [USER, {**REPLY, "tool_calls": [{"function": {"name": "f", "why": "w"}}]}]}, "function.why"),
+        ({"messages": [USER, {**REPLY, "tool_calls": [{"name": "f", "type": "t"}]}]}, "tool_calls[].type"),
         ({"conversation": [{"human": "q", "assistant": "a", "gloss": "g"}]}, "conversation[].gloss"),
         ({"conversations": [{"from": "human", "value": "q", "lang": "en"}, {"from": "gpt", "value": "a"}]}, "lang"),
         ({"chat": {"turn_1": {"Human": "q", "MOSS": "a", "Remark": "r"}}}, "chat.turn.Remark"),

@@ -82,7 +82,8 @@ class Ledger:
     """Findings by cause, those beyond MOST_FINDINGS included."""
     findings: list[Finding] = field(default_factory=list)
     unread_keys: Counter[str] = field(default_factory=Counter)
-    """Rows that hold text under a key that their format does not read, the key with most text first."""
+    """Rows that hold text (or a message's number) under a key that their format does not read, the key with
+    most text first."""
 
     def lose(self, source: Source, cause: str, message: str) -> None:
         """Account for a row that will not be trained."""

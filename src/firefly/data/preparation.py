@@ -227,9 +227,13 @@ class Preparation:
         """Findings that take the whole file to know."""
         for key, found in sorted(self.unread.items(), key=lambda item: -item[1].characters):
             shown = key if key.isprintable() else repr(key)[1:-1]  # a key may hold anything
-            counts = {"rows": found.rows, "characters": f"{found.characters:,}"}
             self.ledger.unread_keys[shown] += found.rows
-            self.ledger.note(found.source, UNREAD_KEY, render("finding.unread_key", key=shown, **counts))
+            if found.characters:
+                counts = {"rows": found.rows, "characters": f"{found.characters:,}"}
+                message = render("finding.unread_key", key=shown, **counts)
+            else:
+                message = render("finding.unread_numbers", key=shown, rows=found.rows)
+            self.ledger.note(found.source, UNREAD_KEY, message)
         for key, found in self.unheeded.items():
             self.ledger.note(found.source, UNHEEDED_KEY, render("finding.unheeded_key", key=key, rows=found.rows))
         if self.lines is not None and self.lines.first is not None and self.lines.are_wrapped:

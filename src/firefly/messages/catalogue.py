@@ -900,7 +900,7 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "{file} is being prepared by process {pid} on {host}; waiting for it.",
         "{file} 正由主机 {host} 上的进程 {pid} 预处理，等待其完成。",
     ),
-    "data.unread_keys": ("not read: text under {keys}", "未读取的文本所在的键：{keys}"),
+    "data.unread_keys": ("not read: what stands under {keys}", "未读取其内容的键：{keys}"),
     "data.unread_key": ("{key} ({rows} row(s))", "{key}（{rows} 行）"),
     "data.more_rows": ("… and {count} more", "……另有 {count} 行"),
     "data.summary": (
@@ -1199,6 +1199,14 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "{fields} disagree on whether it is trained",
         "{fields} 对是否训练的说法互相矛盾",
     ),
+    "row.unknown_call_key": (
+        "{field} is no part of a tool call that is read: a call has name, id and its arguments (under one of {known})",
+        "{field} 不是可读取的工具调用字段：一次调用包含 name、id 和参数（位于 {known} 之一）",
+    ),
+    "row.calls_disagree": (
+        "{fields} disagree on what is called",
+        "{fields} 对所调用内容的说法互相矛盾",
+    ),
     "row.turns_differ": (
         "{question} has {questions} turn(s) and {answer} {answers}; they must be as many",
         "{question} 有 {questions} 轮，{answer} 有 {answers} 轮；两者必须相等",
@@ -1249,6 +1257,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "finding.unread_key": (
         "text under the key {key} is not read: {characters} characters in {rows} row(s), this one the first",
         "键 {key} 下的文本没有被读取：共 {rows} 行、{characters} 个字符，此行为首行",
+    ),
+    "finding.unread_numbers": (
+        "the number, true or false under the key {key} is not read, in {rows} row(s), this one the first",
+        "键 {key} 下的数字或真假值没有被读取：共 {rows} 行，此行为首行",
     ),
     "finding.unheeded_key": (
         "{key} asks for a loss on messages that are no replies, in {rows} row(s), this one the first: "

@@ -69,7 +69,7 @@ class ReadRecord:
     Attributes:
         format: a name of FORMATS.
         unread: the characters of text under each key that the format does not read (`note`, `messages[].note`), less
-            what stands in the conversation anyway.
+            what stands in the conversation anyway; 0 for a key of a message with numbers or flags alone.
         unheeded: keys that ask for a loss on messages that are no replies, which are never trained.
     """
 
@@ -320,6 +320,9 @@ def _left_out(unread: Mapping[str, Sequence[str]], parsed: Parsed) -> dict[str, 
     said = {text for one in conversations for item in one.messages for text in (item.content, item.reasoning)}
     left_out = {}
     for key, texts in unread.items():
+        if not texts:  # numbers
+            left_out[key] = 0
+            continue
         left = [text for text in texts if text not in said]
         if len(left) < len(texts) and ROLES.keys() >= set(left):  # the roles of messages that are there
             continue

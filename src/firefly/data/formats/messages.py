@@ -11,13 +11,13 @@ from firefly.data.formats.fields import (
     WEIGHTS,
     Fields,
     MalformedRecord,
-    call_arguments,
     check_text,
     is_record_trained,
     is_trained,
     json_text,
     kind_of,
     optional_text,
+    read_arguments,
     read_list,
     read_text,
     read_tool_calls,
@@ -68,7 +68,7 @@ def read_messages(record: Fields, name: str) -> list[Message]:
         return [Message(roles[n % 2], check_text(item, f"{place}[{n}]")) for n, item in enumerate(items)]
     messages: list[Message] = []
     for number, item in enumerate(items):
-        part = record.inner(item, f"{place}[{number}]")
+        part = record.inner(item, f"{place}[{number}]", is_message=True)
         if _is_turn(part):
             messages += _read_turn(part, first=not messages)
         elif _is_observed_call(part):
@@ -105,11 +105,7 @@ def _add_observed_call(messages: list[Message], item: Fields) -> None:
     """The call becomes the reply's before it, which says what the model thought of, or a reply of its own."""
     item.get(item.first_of(ROLE_KEYS) or ROLE_KEYS[0])
     name = read_text(item, "name")
-    arguments = item.get("parameters" if "parameters" in item else "arguments")
-    call = {
-        "type": "function",
-        "function": {"name": name, "arguments": call_arguments(arguments, item.at("parameters"))},
-    }
+    call = {"type": "function", "function": {"name": name, "arguments": read_arguments(item)}}
     before = messages[-1] if messages else None
     if before is not None and before.role == "assistant" and not before.tool_calls:
         messages[-1] = replace(before, tool_calls=(call,), trained=before.trained and is_trained(item))

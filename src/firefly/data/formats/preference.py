@@ -59,7 +59,7 @@ def _answer(record: Fields, name: str) -> list[Message]:
     """One side: a text, a message, or a list of messages."""
     value = record.peek(name)
     if isinstance(value, dict):
-        return [read_message(record.inner(record[name], name))]
+        return [read_message(record.inner(record[name], name, is_message=True))]
     if isinstance(value, list) and not is_texts(value):
         return read_messages(record, name)
     return [Message("assistant", answer_text(record, name))]
