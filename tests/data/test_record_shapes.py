@@ -684,6 +684,8 @@ def test_beside_a_record_a_measured_loss_is_no_flag_and_a_weight_is_one():
         assert not parse_record({**record, "weight": "0"})[1].messages[1].trained
         with pytest.raises(MalformedRecord, match=r"weight must be 0 or 1, not 0\.5"):
             parse_record({**record, "weight": 0.5})
+        assert not parse_record({**record, "loss_mask": "0"})[1].messages[1].trained
+        assert parse_record({**record, "train": "0"})[1].messages[1].trained  # the number of a split
         with pytest.raises(MalformedRecord, match="loss_mask must be true or false, not list"):
             parse_record({**record, "loss_mask": [0, 1]})
 

@@ -92,6 +92,19 @@ def test_a_text_that_stands_in_the_conversation_anyway_is_not_left_out() -> None
     assert read_record({"messages": [USER, REPLY], "prompt": "q"}).unread == {}
 
 
+def test_a_row_that_its_label_condemns_is_lost_for_that_reason(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion,label\nq,a,1\nq,b,0\nq,c,1\n", encoding="utf-8")
+    ledger = load_split(DataConfig(train_file=str(path), max_lost_share=1.0), encoder(), "sft").train.ledger
+    assert (ledger.formats["labelled_answer"], ledger.kept, ledger.lost["no_target"]) == (3, 2, 1)
+    (lost,) = [item.message for item in ledger.findings if item.cause == "no_target"]
+    assert lost.startswith("nothing in it is trained: label condemns its answer")
+    rows = [{"messages": [USER, REPLY], "kto_tag": "false"}, {"messages": [USER, {**REPLY, "loss": False}], "label": 1}]
+    ledger = load(tmp_path / "rows.jsonl", *rows).ledger
+    said = [item.message.partition(":")[2][:8] for item in ledger.findings if item.cause == "no_target"]
+    assert said == [" kto_tag", ""]
+
+
 def test_a_loss_asked_for_where_none_is_trained_is_a_finding(tmp_path: Path) -> None:
     rows = [
         {"messages": [{**USER, "train": False, "loss_weight": 0.0}, {**REPLY, "train": True}]},

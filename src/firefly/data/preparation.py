@@ -28,7 +28,7 @@ from firefly.config import DataConfig
 from firefly.console import notice
 from firefly.data.encoding import Encoder
 from firefly.data.examples import INDEX, ROWS, SCHEMA, index_entry, record_batch
-from firefly.data.formats import MalformedRecord, Parsed, TaskName, read_record
+from firefly.data.formats import MalformedRecord, Parsed, ReadRecord, TaskName, read_record
 from firefly.data.ledger import (
     BLANK,
     CUT,
@@ -182,6 +182,7 @@ class _Row:
     document: str | None = None
     pair: PreferencePair | None = None
     answer: int = 0
+    condemned: str | None = None
 
     @property
     def characters(self) -> int:
@@ -270,14 +271,16 @@ class Preparation:
         try:
             if record.problem is not None:
                 raise _Problem(record.problem)
-            parsed = self._parse(record)
+            read = self._parse(record)
+            parsed = read.parsed
             if isinstance(parsed, Document) and not parsed.text.strip():  # what a blank line is in a text file
                 self.ledger.rows -= 1
                 self.ledger.note(record.source, BLANK, render("finding.blank_document"))
                 return None
             if self.lines is not None and isinstance(parsed, Document):
                 self.lines.see(record.source, parsed.text)
-            return self._render(record.source, parsed)
+            row = self._render(record.source, parsed)
+            return replace(row, condemned=read.condemned) if read.condemned else row
         except RecursionError:
             self.ledger.lose(record.source, MALFORMED, render("row.too_deep"))
         except MalformedRecord as error:
@@ -286,7 +289,7 @@ class Preparation:
             self.ledger.lose(record.source, REFUSED, str(error))
         return None
 
-    def _parse(self, record: RawRecord) -> Parsed:
+    def _parse(self, record: RawRecord) -> ReadRecord:
         read = read_record(record.value, self.task, self.config.data_format)
         self.ledger.formats[read.format] += 1
         for key, characters in read.unread.items():
@@ -295,7 +298,7 @@ class Preparation:
             found.characters += characters
         for key in sorted(read.unheeded):
             self.unheeded.setdefault(key, _KeyCount(record.source)).rows += 1
-        return read.parsed
+        return read
 
     def _render(self, source: Source, parsed: Parsed) -> _Row:
         if isinstance(parsed, Conversation):
@@ -362,7 +365,7 @@ class Preparation:
             if row.pair is not None or isinstance(row.ready, TokenPair):
                 fitted: list[Example] = self._fit_pair(row, examples)
             else:
-                fitted = self._fit(row.source, examples)
+                fitted = self._fit(row, examples)
             if fitted and joined:
                 self.ledger.note(row.source, JOINED, render("finding.joined_to_prompt", count=joined))
             if fitted:
@@ -370,7 +373,7 @@ class Preparation:
                 kept.append(KeptRow(row.source, fitted, _hash(parts), row.answer))
         return kept
 
-    def _fit(self, source: Source, examples: Sequence[Tokens]) -> list[Example]:
+    def _fit(self, row: _Row, examples: Sequence[Tokens]) -> list[Example]:
         """Fit a row's examples to the length limit, and write the row's fate on the ledger."""
         if self.task == "pretrain":  # a document is cut into blocks, not to a length
             fitted: list[Tokens | None] = list(examples)
@@ -379,9 +382,12 @@ class Preparation:
         kept = [tokens for tokens in fitted if tokens is not None and (tokens.num_targets or self._is_text(tokens))]
         whole_or_not = self.config.on_too_long in ("drop", "error")
         if not kept or (whole_or_not and any(tokens is None for tokens in fitted)):
-            self._lose(source, examples)
+            if row.condemned:
+                self.ledger.lose(row.source, NO_TARGET, render("row.condemned", field=row.condemned))
+            else:
+                self._lose(row.source, examples)
             return []
-        self._account(source, examples, kept, examples=len(kept))
+        self._account(row.source, examples, kept, examples=len(kept))
         return [*kept]
 
     def _is_text(self, tokens: Tokens) -> bool:

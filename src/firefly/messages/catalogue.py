@@ -892,9 +892,9 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     ),
     "data.lost_share": (
         "{lost} of {total} rows ({share}) of {file} would not be trained; max_lost_share allows {allowed}.{rows}\n"
-        "Raise max_seq_length, correct the rows, or raise max_lost_share.",
+        "Correct or leave out these rows, raise max_seq_length where they are too long, or raise max_lost_share.",
         "{file} 的 {total} 行中有 {lost} 行（{share}）不会被训练；max_lost_share 允许 {allowed}。{rows}\n"
-        "请调大 max_seq_length、改正这些行，或调大 max_lost_share。",
+        "请改正或去掉这些行，过长时调大 max_seq_length，或调大 max_lost_share。",
     ),
     "data.waiting": (
         "{file} is being prepared by process {pid} on {host}; waiting for it.",
@@ -1155,6 +1155,14 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "row.no_target": (
         "nothing in it is trained (no reply, or none that is selected)",
         "没有可训练的内容（没有回复，或没有被选中的回复）",
+    ),
+    "row.condemned": (
+        "nothing in it is trained: {field} condemns its answer, and SFT trains no condemned one",
+        "没有可训练的内容：{field} 否定了其回答，而 SFT 不训练被否定的回答",
+    ),
+    "row.verdicts_disagree": (
+        "{fields} disagree on whether the answer is a good one",
+        "{fields} 对回答好坏的说法互相矛盾",
     ),
     "row.too_long": (
         "{tokens} tokens; no reply begins within max_seq_length {limit}",

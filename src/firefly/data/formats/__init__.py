@@ -22,7 +22,7 @@ from firefly.data.formats.chat import (
     MessagesFormat,
     OtherQuestionFormat,
 )
-from firefly.data.formats.fields import Fields, MalformedRecord, Record, kind_of, read_text, verdict
+from firefly.data.formats.fields import Fields, MalformedRecord, Record, kind_of, read_text, verdict, verdicts
 from firefly.data.formats.messages import ROLE_KEYS, ROLES
 from firefly.data.formats.moss import MossFormat
 from firefly.data.formats.preference import (
@@ -70,6 +70,7 @@ class ReadRecord:
         format: a name of FORMATS.
         unread: the characters of text under each key that the format does not read (`note`, `messages[].note`), less
             what stands in the conversation anyway; 0 for a key of a message with numbers or flags alone.
+        condemned: the key that condemns the record's answer (`label`), which is not trained then.
         unheeded: keys that ask for a loss on messages that are no replies, which are never trained.
     """
 
@@ -77,6 +78,7 @@ class ReadRecord:
     parsed: Parsed
     unread: Mapping[str, int]
     unheeded: Set[str]
+    condemned: str | None = None
 
 
 @dataclass(frozen=True)
@@ -302,7 +304,9 @@ def read_record(value: Any, task: TaskName | None = None, data_format: str = "au
     except MalformedRecord as error:
         problem = str(error)
     else:
-        return ReadRecord(name, parsed, _left_out(fields.unread(), parsed), fields.unheeded())
+        said = verdicts(value) if name in ("labelled_messages", "labelled_answer") else {}
+        condemned = next((key for key, wanted in said.items() if not wanted), None)
+        return ReadRecord(name, parsed, _left_out(fields.unread(), parsed), fields.unheeded(), condemned)
     if keys:
         raise MalformedRecord("row.taken_as", problem=problem, format=name, keys=", ".join(map(repr, keys)))
     raise MalformedRecord("row.forced_as", problem=problem, format=name)

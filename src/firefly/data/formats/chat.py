@@ -16,6 +16,7 @@ from firefly.data.formats.fields import (
     read_list,
     read_tools,
     verdict,
+    verdicts,
 )
 from firefly.data.formats.messages import MESSAGE_KEYS, as_record_says, behind_beginning, read_messages, untrained
 from firefly.data.formats.texts import (
@@ -273,7 +274,7 @@ class LabelledAnswerFormat:
 
 def _labels(record: Fields) -> tuple[str, ...]:
     """The keys under which a verdict stands."""
-    return tuple(name for name in LABELS if verdict({name: record.peek(name)}) is not None)
+    return tuple(verdicts(record))
 
 
 def _judged(record: Fields, conversation: Conversation) -> Conversation:
@@ -283,6 +284,9 @@ def _judged(record: Fields, conversation: Conversation) -> Conversation:
         if name is None:
             raise MalformedRecord("row.missing_field", field=LABELS[0])
         raise MalformedRecord("row.wrong_type", field=name, expected="true or false", got=kind_of(record.peek(name)))
-    for name in _labels(record):
+    said = verdicts(record)
+    for name in said:
         record.get(name)
+    if len(set(said.values())) > 1:
+        raise MalformedRecord("row.verdicts_disagree", fields=", ".join(said))
     return conversation if wanted else Conversation(tuple(untrained(conversation.messages)), conversation.tools)

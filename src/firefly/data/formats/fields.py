@@ -227,18 +227,22 @@ def system_beside(record: Fields) -> list[Message]:
     return []
 
 
-VERDICTS = {"true": True, "false": False}
+YES_OR_NO = {"true": True, "false": False}
+VERDICTS = {**YES_OR_NO, "1": True, "0": False, "1.0": True, "0.0": False}
+"""True and false as a table's cells have them."""
 LABELS = ("label", "kto_tag")
 
 
 def verdict(record: Record) -> bool | None:
     """What `label` says of the record's answer: true or false, also as 1 and 0 or as text; None if it says neither."""
+    return next(iter(verdicts(record).values()), None)
+
+
+def verdicts(record: Record) -> dict[str, bool]:
+    """The same, by the key that says it."""
     look = record.peek if isinstance(record, Fields) else record.get
-    for name in LABELS:
-        said = _verdict(look(name))
-        if said is not None:
-            return said
-    return None
+    said = {name: _verdict(look(name)) for name in LABELS}
+    return {name: wanted for name, wanted in said.items() if wanted is not None}
 
 
 def _verdict(label: Any) -> bool | None:
@@ -284,7 +288,9 @@ def is_record_trained(record: Fields) -> bool:
     said: dict[str, bool] = {}
     for name in FLAGS:
         flag = record.peek(name)
-        flag = VERDICTS.get(flag.strip().lower()) if isinstance(flag, str) else flag
+        if isinstance(flag, str):
+            words = VERDICTS if name in MASKS else YES_OR_NO
+            flag = words.get(flag.strip().lower(), flag)
         if isinstance(flag, bool) or (name in MASKS and flag is not None):
             record.get(name)
             said[name] = _flag(flag, name, record.at(name))
