@@ -105,6 +105,26 @@ def test_a_row_that_its_label_condemns_is_lost_for_that_reason(tmp_path: Path) -
     assert said == [" kto_tag", ""]
 
 
+def test_what_nobody_answers_at_the_end_is_one_finding_of_the_row(tmp_path: Path) -> None:
+    tool = {"role": "tool", "content": "r"}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    rows = [
+        {"messages": [USER, REPLY, USER, REPLY]},
+        {"messages": [USER, REPLY, USER]},
+        {"messages": [USER, call, tool, tool]},
+        {"messages": [USER]},
+        {"data": ["q", "a", "q2"]},
+    ]
+    ledger = load(tmp_path / "rows.jsonl", *rows).ledger
+    form = "behind the last reply {} message(s) ({}) have no answer: they are not trained"
+    assert [(item.line, item.message) for item in ledger.findings if item.cause == "unanswered_end"] == [
+        (2, form.format(1, "user")),
+        (3, form.format(2, "tool")),
+        (5, form.format(1, "user")),
+    ]
+    assert (ledger.kept, ledger.counts["unanswered_end"], ledger.lost["no_target"]) == (4, 3, 1)
+
+
 def test_a_loss_asked_for_where_none_is_trained_is_a_finding(tmp_path: Path) -> None:
     rows = [
         {"messages": [{**USER, "train": False, "loss_weight": 0.0}, {**REPLY, "train": True}]},

@@ -27,6 +27,7 @@ MALFORMED, REFUSED, NO_TARGET, TOO_LONG = "malformed", "refused", "no_target", "
     WRAPPED_TEXT,
     JOINED,
     REPLACED_IDS,
+    UNANSWERED_END,
 ) = (
     "cut",
     "duplicate",
@@ -40,6 +41,7 @@ MALFORMED, REFUSED, NO_TARGET, TOO_LONG = "malformed", "refused", "no_target", "
     "wrapped_text",
     "joined_to_prompt",
     "replaced_call_ids",
+    "unanswered_end",
 )
 MOST_FINDINGS = 10_000
 """Findings of one cause that are kept with their place; further ones are counted."""

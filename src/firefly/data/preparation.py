@@ -40,6 +40,7 @@ from firefly.data.ledger import (
     REPLACED_IDS,
     SAME_ANSWERS,
     TOO_LONG,
+    UNANSWERED_END,
     UNHEEDED_KEY,
     UNREAD_KEY,
     WRAPPED_TEXT,
@@ -310,6 +311,7 @@ class Preparation:
             texts = [text for conversation in chosen for text in self.encoder.render(conversation)]
             for conversation in chosen:
                 self._note_identifiers(source, conversation)
+            self._note_unanswered_end(source, chosen)
             return _Row(source, texts, answer=_answer(chosen[-1]))
         if isinstance(parsed, PreferencePair):
             self._note_empty_replies(source, replace(parsed.chosen, messages=parsed.chosen.messages[:-1]))
@@ -336,6 +338,14 @@ class Preparation:
         if replaced := self.encoder.template.count_replaced_identifiers(conversation):
             name = self.encoder.template.name
             self.ledger.note(source, REPLACED_IDS, render("finding.replaced_call_ids", count=replaced, name=name))
+
+    def _note_unanswered_end(self, source: Source, conversations: Sequence[Conversation]) -> None:
+        """Say what stands behind the last reply, which no template's text needs to hold; once a row."""
+        behind = [message for conversation in conversations for message in _behind_last_reply(conversation)]
+        if behind:
+            roles = ", ".join(dict.fromkeys(message.role for message in behind))
+            message = render("finding.unanswered_end", count=len(behind), roles=roles)
+            self.ledger.note(source, UNANSWERED_END, message)
 
     def _note_empty_replies(self, source: Source, conversation: Conversation) -> None:
         """Say which replies are empty, and what of them is trained."""
@@ -513,6 +523,12 @@ def _hash(parts: Sequence[bytes]) -> int:
 def _is_empty(message: Message) -> bool:
     """Whether a reply neither says nor calls anything."""
     return message.role == "assistant" and not message.tool_calls and not message.content.strip()
+
+
+def _behind_last_reply(conversation: Conversation) -> tuple[Message, ...]:
+    """Messages that nobody answers; none where there is no reply at all."""
+    last = max((i for i, item in enumerate(conversation.messages) if item.role == "assistant"), default=None)
+    return () if last is None else conversation.messages[last + 1 :]
 
 
 def _answer(conversation: Conversation) -> int:

@@ -1281,6 +1281,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "{lines} 行中有 {count} 行很短且不在句末结束，而每行都被当作一篇文档：若它们属于较长的文档，"
         "请将每篇文档写在一行内，或将 text_documents 设为 file",
     ),
+    "finding.unanswered_end": (
+        "behind the last reply {count} message(s) ({roles}) have no answer: they are not trained",
+        "最后一条回复之后还有 {count} 条消息（{roles}）没有回答：不参与训练",
+    ),
     "finding.same_answers": (
         "chosen and rejected are the same: nothing to prefer",
         "chosen 与 rejected 相同：没有偏好可学",
