@@ -578,6 +578,50 @@ def test_a_call_that_says_two_things_is_refused_by_name():
             parse_record({"messages": [QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]})
 
 
+def test_roles_identifiers_and_tools_are_known_in_their_other_spellings():
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    record = {
+        "messages": [
+            {"role": "System", "content": "s"},
+            {"role": "Human", "content": "q"},
+            {"role": "Assistant", "content": "", "tool_calls": [{"id": 7, "name": "add", "arguments": {"a": 2}}]},
+            {"role": "Tool-Response", "content": "2", "tool_call_id": 7},
+        ],
+        "tools": tool,
+    }
+    for tools in (tool, tool["function"], json.dumps(tool), [tool]):
+        found = parse_record({**record, "tools": tools})[1]
+        assert found.tools == (tool,)
+        assert [item.role for item in found.messages] == ["system", "user", "assistant", "tool"]
+        assert (found.messages[2].tool_calls, found.messages[3].tool_call_id) == (({**CALL, "id": "7"},), "7")
+    parts = {**record, "functions": tool["function"], "tools": None}
+    assert parse_record(parts)[1].tools == (tool,)
+    for spelled in ("Function-Call", "TOOL_CALL", "function_call"):
+        call = {"from": spelled, "value": json.dumps({"name": "add", "arguments": {"a": 2}})}
+        found = parse_record({"conversations": [{"from": "human", "value": "q"}, call]})[1]
+        assert found.messages[1].tool_calls == (CALL,)
+    for spelled in ("ai", "AI", "bing", "chatbot", "Bard", "ChatGPT"):
+        assert turns(parse_record({"conversations": [QUESTION, {"from": spelled, "value": "a"}]})[1]) == ASKED
+    for identifier in (True, 1.5, [1]):
+        record["messages"][3]["tool_call_id"] = identifier
+        with pytest.raises(MalformedRecord, match=r"messages\[3\].tool_call_id must be text"):
+            parse_record(record)
+
+
+def test_one_system_prompt_that_stands_in_two_places_is_one():
+    system, answer = {"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}
+    for record in (
+        {"system": "s", "messages": [system, QUESTION, answer]},
+        {"system_prompt": "s\n", "conversations": [system, QUESTION, answer]},
+        {"system": "s", "conversation": [{"system": "s", "human": "q", "assistant": "a"}]},
+        {"system": "s", "prompt": [system, QUESTION], "completion": [answer]},
+    ):
+        found = read_record(record, "sft")
+        assert (turns(found.parsed), found.unread) == ([("system", "s"), *ASKED], {})
+    pair = {"system": "s", "chosen": [system, QUESTION, GOOD], "rejected": [system, QUESTION, BAD]}
+    assert turns(parse_record(pair, "dpo")[1].chosen) == [("system", "s"), ("user", "q"), ("assistant", "good")]
+
+
 def test_parts_of_reasoning_text_and_calls_are_the_parts_of_a_reply():
     parts = [
         {"type": "reasoning", "value": "t"},

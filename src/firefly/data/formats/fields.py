@@ -332,7 +332,7 @@ def _agreed(said: Mapping[str, bool], item: Fields) -> bool:
 
 
 def read_tools(record: Fields) -> tuple[Record, ...]:
-    """`tools` (OpenAI's older name: `functions`): a list of function schemas, or such a list as JSON text; each in
+    """`tools` (OpenAI's older name: `functions`): function schemas in a list, or one alone, or so as JSON text; each in
     OpenAI's wrapper afterwards."""
     key = "tools"
     if not record.peek(key) and _are_schemas(record.peek("functions")):
@@ -342,12 +342,16 @@ def read_tools(record: Fields) -> tuple[Record, ...]:
         value = parse_json(value, key) if value.strip() else None
     if value is None:
         return ()
+    if isinstance(value, Mapping):  # one alone
+        return (_tool(value, key),)
     if not isinstance(value, list):
         raise MalformedRecord("row.wrong_type", field=key, expected="list", got=kind_of(value))
     return tuple(_tool(item, f"{key}[{number}]") for number, item in enumerate(value))
 
 
 def _are_schemas(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return "name" in value
     return isinstance(value, list) and all(isinstance(item, Mapping) and "name" in item for item in value)
 
 
@@ -406,9 +410,17 @@ def _tool_call(record: Fields, value: Any, place: str) -> Record:
     read: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
     if call.peek("type") == "function":
         call.get("type")
-    if (identifier := call.get("id")) is not None:
-        read["id"] = check_text(identifier, f"{place}.id")
+    if (identifier := read_call_id(call, "id")) is not None:
+        read["id"] = identifier
     return read
+
+
+def read_call_id(item: Fields, name: str) -> str | None:
+    """The identifier of a call, which may be a number."""
+    identifier = item.get(name)
+    if type(identifier) is int and abs(identifier) < 2**63:
+        return str(identifier)
+    return None if identifier is None else check_text(identifier, item.at(name))
 
 
 def read_arguments(*held: Fields) -> dict[str, Any]:
