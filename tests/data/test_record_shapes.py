@@ -622,6 +622,81 @@ def test_one_system_prompt_that_stands_in_two_places_is_one():
     assert turns(parse_record(pair, "dpo")[1].chosen) == [("system", "s"), ("user", "q"), ("assistant", "good")]
 
 
+REPLY = {"role": "assistant", "content": "a"}
+LONG = [{"from": "human", "value": "Solve this. q\n"}, {"from": "gpt", "value": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "form", "unread"),
+    [
+        ({"problem": "q", "solution": "a", "messages": [QUESTION, REPLY]}, "messages", {}),  # NuminaMath-CoT
+        (
+            {"problem": "q", "solution": "s!", "answer": "4", "generations": ["g"], "messages": [QUESTION, REPLY]},
+            "messages",
+            {"solution": 2, "answer": 1, "generations": 1},  # OpenR1-Math
+        ),
+        ({"instruction": "q", "response": "a", "conversations": [QUESTION, REPLY]}, "sharegpt", {}),  # Magpie
+        ({"instruction": "other", "output": "a", "messages": [QUESTION, REPLY]}, "messages", {"instruction": 5}),
+        ({"prompt": "q", "completion": "a", "messages": json.dumps([QUESTION, REPLY])}, "messages", {}),
+        ({"question": "q", "answer": "a", "conversation": [QUESTION, REPLY]}, "firefly", {}),
+        ({"question": "q", "answers": ["a", "b"], "messages": [QUESTION, REPLY]}, "messages", {"answers": 1}),
+    ],
+)
+def test_messages_are_taken_before_the_question_and_answer_that_they_say_again(record, form, unread):
+    for task in ("sft", None):
+        found = read_record(record, task)
+        assert (found.format, turns(found.parsed), found.unread) == (form, ASKED, unread)
+
+
+def test_messages_beside_a_question_of_another_matter_are_two_formats():
+    read_record({"instruction": "q", "output": "a", "messages": [QUESTION, REPLY]})  # of the same keys
+    with pytest.raises(MalformedRecord, match="several formats: messages, alpaca"):
+        parse_record({"instruction": "Write.", "output": "I wrote.", "messages": [QUESTION, REPLY]})
+    found = read_record({"problem": "q", "solution": "no", "conversations": LONG})
+    assert (turns(found.parsed)[0], found.unread) == (("user", "Solve this. q\n"), {"problem": 1, "solution": 2})
+
+
+@pytest.mark.parametrize(
+    ("answers", "unread"),
+    [
+        ({"text": ["a", "a", "b!"], "answer_start": [1, 1, 5]}, {"answers.text": 2}),
+        ({"text": ["a"], "answer_start": [1]}, {}),
+        ({"text": "a", "answer_start": 1}, {}),
+        ([{"text": "a", "answer_start": 1}, {"text": "b", "answer_start": 5}], {"answers[].text": 1}),
+    ],
+)
+def test_the_first_span_of_a_context_is_its_answer(answers, unread):
+    found = read_record({"id": "x1", "question": "q", "context": "c", "answers": answers}, "sft")
+    assert turns(found.parsed) == [("user", "q\nc"), ("assistant", "a")]
+    assert found.unread == {"id": 2, **unread}
+    with pytest.raises(MalformedRecord, match=r"answers.text is empty"):
+        parse_record({"question": "q", "context": "c", "answers": {"text": [], "answer_start": []}})
+
+
+def test_keys_in_capitals_are_known_where_no_format_has_them_so():
+    found = read_record({"Question": "q", "Complex_CoT": "why", "Response": "a"}, "sft")
+    assert (turns(found.parsed), found.unread) == (ASKED, {"Complex_CoT": 3})
+    for record in (
+        {"Instruction": "q", "Input": "", "Output": "a"},
+        {"instruction": "q", "OUTPUT": "a"},
+        {"Prompt": "q", "Completion": "a"},
+        {"User": "q", "Answer": "a"},
+        {"Messages": [QUESTION, REPLY]},
+    ):
+        assert turns(parse_record(record, "sft")[1]) == ASKED
+    assert turns(parse_record({"Instruction": "q", "Output": "a"}, "sft", "alpaca")[1]) == ASKED
+    for label, trained in ((1, True), ("0", False)):
+        reply = parse_record({"Prompt": "q", "Completion": "a", "Label": label}, "sft")[1].messages[1]
+        assert reply.trained is trained
+    pair = parse_record({"Prompt": "q", "Chosen": "good", "Rejected": "bad"}, "dpo")[1]
+    assert turns(pair.rejected) == [("user", "q"), ("assistant", "bad")]
+    # Exact keys are the record's own, and those in capitals beside them are others.
+    found = read_record({"instruction": "q", "output": "a", "Input": "x", "Output": "y"})
+    assert (turns(found.parsed), found.unread) == (ASKED, {"Input": 1, "Output": 1})
+    with pytest.raises(MalformedRecord, match="no known format has the keys 'Title'"):
+        parse_record({"Title": "q"})
+
+
 def test_parts_of_reasoning_text_and_calls_are_the_parts_of_a_reply():
     parts = [
         {"type": "reasoning", "value": "t"},

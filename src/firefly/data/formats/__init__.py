@@ -15,15 +15,27 @@ import numpy as np
 
 from firefly.data.formats.chat import (
     QUESTION_FORMATS,
+    SIDES,
     AlternatingFormat,
     InstancesFormat,
     LabelledAnswerFormat,
     LabelledMessagesFormat,
     MessagesFormat,
     OtherQuestionFormat,
+    is_restated,
 )
-from firefly.data.formats.fields import Fields, MalformedRecord, Record, kind_of, read_text, verdict, verdicts
-from firefly.data.formats.messages import ROLE_KEYS, ROLES
+from firefly.data.formats.fields import (
+    LABELS,
+    SYSTEM,
+    Fields,
+    MalformedRecord,
+    Record,
+    kind_of,
+    read_text,
+    verdict,
+    verdicts,
+)
+from firefly.data.formats.messages import ROLE_KEYS, ROLES, TEXT_KEYS
 from firefly.data.formats.moss import MossFormat
 from firefly.data.formats.preference import (
     ConversationPairFormat,
@@ -33,7 +45,7 @@ from firefly.data.formats.preference import (
     TextPairFormat,
     TranscriptPairFormat,
 )
-from firefly.data.formats.texts import is_texts
+from firefly.data.formats.texts import SPELLINGS, is_texts
 from firefly.data.schema import IGNORE, Conversation, Document, PreferencePair, TokenPair, Tokens
 
 __all__ = [
@@ -180,23 +192,44 @@ def detect_format(value: Any, task: TaskName | None = None) -> str:
     Raises:
         MalformedRecord: not an object, no known format, or two at once.
     """
-    return _detected_format(_structured(value), task)[0]
+    return _detected_format(_structured(value), task)[1]
 
 
-def _detected_format(value: Record, task: TaskName | None) -> tuple[str, tuple[str, ...]]:
-    """The format, and the keys that make it."""
+def _detected_format(value: Record, task: TaskName | None) -> tuple[Record, str, tuple[str, ...]]:
+    """The record as its format knows it, the format, and the keys that make it."""
     # What a format recognises is the keys and the kinds of their values, so records of one shape are asked about once.
-    shape = (task, verdict(value), *((key, _kind(item)) for key, item in value.items()))
+    restated = is_restated(Fields(value))
+    shape = (task, verdict(value), restated, *((key, _kind(item)) for key, item in value.items()))
     found = _detected.get(shape)
     if found is None:
         found = _detect(value, task)
         if len(_detected) < MOST_SHAPES:
             _detected[shape] = found
-    return found
+    return _detected_format(_in_small_letters(value), task) if found == IN_CAPITALS else (value, *found)
 
 
 MOST_SHAPES = 4096
+IN_CAPITALS: tuple[str, tuple[str, ...]] = ("", ())
+"""Of no format but for the capitals in its keys."""
 _detected: dict[tuple[Any, ...], tuple[str, tuple[str, ...]]] = {}
+KNOWN_KEYS = frozenset(
+    (
+        *(key for spellings in SPELLINGS.values() for key in spellings),
+        *(key for sides in SIDES for key in sides),
+        *(*TEXT_KEYS, *SYSTEM, *LABELS, "history", "tools", "functions", "chat", "instances", "text"),
+        *("response_j", "response_k", "input_ids", "labels", "prompt_ids", "chosen_ids", "rejected_ids"),
+    )
+)
+
+
+def _in_small_letters(value: Record) -> Record:
+    """The record with keys such as `Question` as formats know them; other keys stay as they are."""
+    renamed: dict[str, Any] = {}
+    for key, item in value.items():
+        small = key.lower()
+        known = key not in KNOWN_KEYS and small in KNOWN_KEYS and small not in value and small not in renamed
+        renamed[small if known else key] = item
+    return renamed
 
 
 def _kind(item: Any) -> Any:
@@ -212,6 +245,8 @@ def _detect(value: Record, task: TaskName | None) -> tuple[str, tuple[str, ...]]
     fitting = _fitting(there) or _fitting(value)
     if task is not None:
         fitting = {name: keys for name, keys in fitting.items() if FORMATS[name].task == task} or fitting
+    if not fitting and _fitting(_in_small_letters(value)) and _in_small_letters(value).keys() != value.keys():
+        return IN_CAPITALS
     if not fitting:
         # repr: a key may hold anything, also what no terminal or file takes.
         keys = ", ".join(map(repr, sorted(value)[:8])) or "–"
@@ -291,7 +326,13 @@ def read_record(value: Any, task: TaskName | None = None, data_format: str = "au
             why); a record for another task.
     """
     value = _structured(value)
-    name, keys = _detected_format(value, task) if data_format == "auto" else (data_format, ())
+    if data_format == "auto":
+        value, name, keys = _detected_format(value, task)
+    else:
+        name, keys = data_format, ()
+        small = _in_small_letters(value)
+        if not FORMATS[name].format.recognises(Fields(value)) and FORMATS[name].format.recognises(Fields(small)):
+            value = small
     entry = FORMATS[name]
     if task is not None and entry.task != task:
         raise MalformedRecord("row.other_task", format=name, task=entry.task, wanted=task)

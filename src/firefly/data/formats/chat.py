@@ -13,8 +13,10 @@ from firefly.data.formats.fields import (
     check_text,
     is_trained,
     kind_of,
+    parse_json,
     read_list,
     read_tools,
+    texts_in,
     verdict,
     verdicts,
 )
@@ -28,11 +30,13 @@ from firefly.data.formats.texts import (
     QUESTIONS,
     SPELLINGS,
     answer_text,
+    are_spans,
     is_texts,
     question_text,
 )
 from firefly.data.schema import Conversation, Message
 
+QUESTION_OR_ANSWER = frozenset((*QUESTIONS, *ANSWERS))
 SIDES = (
     ("chosen", "rejected"),
     ("chosen_messages", "rejected_messages"),
@@ -53,6 +57,27 @@ def is_paired(record: Fields) -> bool:
 def is_judged(record: Fields) -> bool:
     """Whether answers are compared or labelled (KTO): a labelled one may be no good answer to train."""
     return is_paired(record) or verdict(record) is not None
+
+
+def is_restated(record: Fields) -> bool:
+    """Whether messages say what stands as question or answer beside them (NuminaMath, OpenR1-Math, Magpie): then they
+    are the conversation."""
+    key = record.first_of(MESSAGE_KEYS)
+    if key is None or not record.has_any(QUESTION_OR_ANSWER):
+        return False
+    held = record.peek(key)
+    if isinstance(held, str):
+        try:
+            held = parse_json(held, key)
+        except MalformedRecord:
+            return False
+    said = [text.strip() for text in texts_in(held)]
+    asked, answered = (
+        [value.strip() for value in map(record.peek, record.present(keys)) if isinstance(value, str) and value.strip()]
+        for keys in (QUESTIONS, ANSWERS)
+    )
+    # A question may stand inside its message; an answer such as "4" stands inside too much.
+    return any(text in message for text in asked for message in said) or any(text in said for text in answered)
 
 
 @dataclass(frozen=True)
@@ -116,7 +141,9 @@ class QuestionFormat:
 
     def recognises(self, record: Fields) -> tuple[str, ...]:
         keys = self.keys(record)
-        return () if keys is None or is_judged(record) or answers_in_list(record, *keys) else keys
+        if keys is None or is_judged(record) or answers_in_list(record, *keys) or is_restated(record):
+            return ()
+        return keys
 
     def keys(self, record: Fields) -> tuple[str, str] | None:
         """The record's own keys for the two."""
@@ -158,7 +185,7 @@ class OtherQuestionFormat:
 
     def recognises(self, record: Fields) -> tuple[str, ...]:
         keys = question_and_answer(record)
-        if keys is None or is_judged(record) or answers_in_list(record, *keys):
+        if keys is None or is_judged(record) or answers_in_list(record, *keys) or is_restated(record):
             return ()
         return () if any(entry.keys(record) for entry in QUESTION_FORMATS.values()) else keys
 
@@ -180,7 +207,7 @@ def read_question(record: Fields, question: str, answer: str) -> Conversation:
     if listed is not None:
         messages = behind_beginning(record, _turns_in_parallel(record, question, listed, answer), listed)
     else:
-        if isinstance(answered, list) and not is_texts(answered):
+        if isinstance(answered, list) and not is_texts(answered) and not are_spans(answered):
             reply = read_messages(record, answer)
         else:
             reply = [Message("assistant", answer_text(record, answer))]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from firefly.data.formats.chat import SIDES, answers_in_list, is_paired, question_and_answer
+from firefly.data.formats.chat import SIDES, answers_in_list, is_paired, is_restated, question_and_answer
 from firefly.data.formats.fields import (
     Fields,
     MalformedRecord,
@@ -182,7 +182,7 @@ class ListPairFormat:
         keys = question_and_answer(record)
         if keys is None or is_paired(record) or verdict(record) is not None:
             return ()
-        return keys if answers_in_list(record, *keys) else ()
+        return keys if answers_in_list(record, *keys) and not is_restated(record) else ()
 
     def parse(self, record: Fields) -> PreferencePair:
         keys = question_and_answer(record)
