@@ -697,6 +697,42 @@ def test_keys_in_capitals_are_known_where_no_format_has_them_so():
         parse_record({"Title": "q"})
 
 
+@pytest.mark.parametrize(
+    ("beside", "texts"),
+    [
+        ({}, ["good", "bad"]),
+        ({"scores": [9, 2.5]}, ["good", "bad"]),
+        ({"scores": [2.5, 9]}, ["bad", "good"]),
+        ({"ratings": ["3", "4.5"]}, ["bad", "good"]),
+        ({"rewards": [-2.0, -1.0]}, ["bad", "good"]),
+        ({"ranks": [1, 2]}, ["good", "bad"]),
+        ({"ranks": [2, 1], "scores": [0, 1]}, ["bad", "good"]),
+        ({"score": 7}, ["good", "bad"]),
+    ],
+)
+def test_two_answers_in_a_list_are_ordered_by_the_numbers_beside_them(beside, texts):
+    pair = parse_record({"question": "q", "responses": texts, **beside}, "dpo")[1]
+    assert turns(pair.chosen) == [("user", "q"), ("assistant", "good")]
+    assert turns(pair.rejected) == [("user", "q"), ("assistant", "bad")]
+
+
+@pytest.mark.parametrize(
+    ("beside", "said"),
+    [
+        ({"scores": [1, 1.0]}, r"scores must be two different numbers, not \[1, 1.0\]"),
+        ({"scores": [1, 2, 3]}, "scores must be two"),
+        ({"ranks": [1, None]}, "ranks must be two"),
+        ({"ratings": ["5", "N/A"]}, "ratings must be two"),
+        ({"scores": [1, float("nan")]}, "scores must be two"),
+        ({"scores": [10**400, 10**400]}, "scores must be two"),
+        ({"scores": [1, 2], "ranks": [1, 2]}, "scores, ranks disagree"),
+    ],
+)
+def test_numbers_that_prefer_neither_answer_are_refused_by_name(beside, said):
+    with pytest.raises(MalformedRecord, match=said):
+        parse_record({"question": "q", "responses": ["a", "b"], **beside}, "dpo")
+
+
 def test_parts_of_reasoning_text_and_calls_are_the_parts_of_a_reply():
     parts = [
         {"type": "reasoning", "value": "t"},

@@ -125,6 +125,29 @@ def test_what_nobody_answers_at_the_end_is_one_finding_of_the_row(tmp_path: Path
     assert (ledger.kept, ledger.counts["unanswered_end"], ledger.lost["no_target"]) == (4, 3, 1)
 
 
+def test_numbers_that_prefer_the_rejected_answer_are_a_finding_with_its_count(tmp_path: Path) -> None:
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    rows = [
+        {**pair, "score_chosen": 2, "score_rejected": 1},
+        {**pair, "score_chosen": 1, "score_rejected": 2},
+        {**pair, "score_chosen": 0.5, "score_rejected": 9},
+        {**pair, "chosen_score": "1", "rejected_score": "1.5"},
+        {**pair, "chosen_rating": 4, "rejected_rating": 5},
+        {**pair, "chosen_rank": 2, "rejected_rank": 1},
+        {**pair, "chosen_rank": 1, "rejected_rank": 2},
+        {**pair, "chosen_score": None, "rejected_score": 1},
+    ]
+    ledger = load(tmp_path / "rows.jsonl", *rows, task="dpo", max_prompt_length=None).ledger
+    form = "{} and {} prefer the rejected answer, in {} row(s), this one the first: chosen is taken for the better one"
+    assert [(item.line, item.message) for item in ledger.findings if item.cause == "outscored"] == [
+        (2, form.format("score_chosen", "score_rejected", 2)),
+        (4, form.format("chosen_score", "rejected_score", 1)),
+        (5, form.format("chosen_rating", "rejected_rating", 1)),
+        (6, form.format("chosen_rank", "rejected_rank", 1)),
+    ]
+    assert ledger.kept == 8
+
+
 def test_a_loss_asked_for_where_none_is_trained_is_a_finding(tmp_path: Path) -> None:
     rows = [
         {"messages": [{**USER, "train": False, "loss_weight": 0.0}, {**REPLY, "train": True}]},

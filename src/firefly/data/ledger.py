@@ -28,6 +28,7 @@ MALFORMED, REFUSED, NO_TARGET, TOO_LONG = "malformed", "refused", "no_target", "
     JOINED,
     REPLACED_IDS,
     UNANSWERED_END,
+    OUTSCORED,
 ) = (
     "cut",
     "duplicate",
@@ -42,6 +43,7 @@ MALFORMED, REFUSED, NO_TARGET, TOO_LONG = "malformed", "refused", "no_target", "
     "joined_to_prompt",
     "replaced_call_ids",
     "unanswered_end",
+    "outscored",
 )
 MOST_FINDINGS = 10_000
 """Findings of one cause that are kept with their place; further ones are counted."""

@@ -36,6 +36,7 @@ from firefly.data.ledger import (
     JOINED,
     MALFORMED,
     NO_TARGET,
+    OUTSCORED,
     REFUSED,
     REPLACED_IDS,
     SAME_ANSWERS,
@@ -210,6 +211,7 @@ class Preparation:
     lines: WrappedLines | None = None
     unread: dict[str, _KeyCount] = field(default_factory=dict)
     unheeded: dict[str, _KeyCount] = field(default_factory=dict)
+    outscored: dict[tuple[str, str], _KeyCount] = field(default_factory=dict)
 
     def run(self, records: Iterator[RawRecord]) -> Iterator[list[KeptRow]]:
         """Yield the kept rows, chunk by chunk, in file order."""
@@ -238,6 +240,9 @@ class Preparation:
             self.ledger.note(found.source, UNREAD_KEY, message)
         for key, found in self.unheeded.items():
             self.ledger.note(found.source, UNHEEDED_KEY, render("finding.unheeded_key", key=key, rows=found.rows))
+        for (chosen, rejected), found in self.outscored.items():
+            message = render("finding.outscored", chosen=chosen, rejected=rejected, rows=found.rows)
+            self.ledger.note(found.source, OUTSCORED, message)
         if self.lines is not None and self.lines.first is not None and self.lines.are_wrapped:
             message = render("finding.wrapped_text", count=self.lines.unended, lines=self.lines.lines)
             self.ledger.note(self.lines.first, WRAPPED_TEXT, message)
@@ -297,6 +302,8 @@ class Preparation:
             found = self.unread.setdefault(key, _KeyCount(record.source))
             found.rows += 1
             found.characters += characters
+        if read.outscored:
+            self.outscored.setdefault(read.outscored, _KeyCount(record.source)).rows += 1
         for key in sorted(read.unheeded):
             self.unheeded.setdefault(key, _KeyCount(record.source)).rows += 1
         return read

@@ -1285,6 +1285,11 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "behind the last reply {count} message(s) ({roles}) have no answer: they are not trained",
         "最后一条回复之后还有 {count} 条消息（{roles}）没有回答：不参与训练",
     ),
+    "finding.outscored": (
+        "{chosen} and {rejected} prefer the rejected answer, in {rows} row(s), this one the first: chosen is taken for "
+        "the better one",
+        "{chosen} 与 {rejected} 的数值更偏好 rejected 回答，共 {rows} 行，此行为首行：仍以 chosen 为较好的回答",
+    ),
     "finding.same_answers": (
         "chosen and rejected are the same: nothing to prefer",
         "chosen 与 rejected 相同：没有偏好可学",

@@ -44,6 +44,7 @@ from firefly.data.formats.preference import (
     ResponsePairFormat,
     TextPairFormat,
     TranscriptPairFormat,
+    outscored,
 )
 from firefly.data.formats.texts import SPELLINGS, is_texts
 from firefly.data.schema import IGNORE, Conversation, Document, PreferencePair, TokenPair, Tokens
@@ -84,6 +85,7 @@ class ReadRecord:
             what stands in the conversation anyway; 0 for a key of a message with numbers or flags alone.
         condemned: the key that condemns the record's answer (`label`), which is not trained then.
         unheeded: keys that ask for a loss on messages that are no replies, which are never trained.
+        outscored: of a pair: the keys of two numbers that prefer the rejected answer.
     """
 
     format: str
@@ -91,6 +93,7 @@ class ReadRecord:
     unread: Mapping[str, int]
     unheeded: Set[str]
     condemned: str | None = None
+    outscored: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -347,7 +350,8 @@ def read_record(value: Any, task: TaskName | None = None, data_format: str = "au
     else:
         said = verdicts(value) if name in ("labelled_messages", "labelled_answer") else {}
         condemned = next((key for key, wanted in said.items() if not wanted), None)
-        return ReadRecord(name, parsed, _left_out(fields.unread(), parsed), fields.unheeded(), condemned)
+        better = outscored(fields) if entry.task == "dpo" else None
+        return ReadRecord(name, parsed, _left_out(fields.unread(), parsed), fields.unheeded(), condemned, better)
     if keys:
         raise MalformedRecord("row.taken_as", problem=problem, format=name, keys=", ".join(map(repr, keys)))
     raise MalformedRecord("row.forced_as", problem=problem, format=name)

@@ -295,7 +295,7 @@ def is_record_trained(record: Fields) -> bool:
             record.get(name)
             said[name] = _flag(flag, name, record.at(name))
     for name in WEIGHTS:
-        weight = _number(record.peek(name))
+        weight = number_in(record.peek(name))
         if weight is not None:
             record.get(name)
             said[name] = _weight(weight, record.at(name))
@@ -316,7 +316,8 @@ def _weight(weight: Any, place: str) -> bool:
     return bool(weight)
 
 
-def _number(value: Any) -> float | None:
+def number_in(value: Any) -> float | None:
+    """A number, also as a table's text; None for anything else."""
     if isinstance(value, int | float):
         return value
     try:

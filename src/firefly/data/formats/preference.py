@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from firefly.data.formats.fields import (
     MalformedRecord,
     check_text,
     is_record_trained,
+    json_text,
+    number_in,
     read_text,
     read_tools,
     verdict,
@@ -176,7 +179,7 @@ class ConversationPairFormat:
 
 @dataclass(frozen=True)
 class ListPairFormat:
-    """A question and both of its answers in one list, the better one first."""
+    """A question and both of its answers in one list, the better one first or as numbers beside them say."""
 
     def recognises(self, record: Fields) -> tuple[str, ...]:
         keys = question_and_answer(record)
@@ -196,12 +199,57 @@ class ListPairFormat:
         for number, text in enumerate(answers):
             if not check_text(text, f"{answer}[{number}]").strip():
                 raise MalformedRecord("row.empty_field", field=f"{answer}[{number}]")
-        chosen, rejected = (Message("assistant", text) for text in answers)
+        better = _better_of_two(record)
+        chosen, rejected = (Message("assistant", answers[number]) for number in (better, 1 - better))
         if isinstance(record.peek(question), list):
             prompt = read_messages(record, question)
         else:
             prompt = [Message("user", question_text(record, question))]
         return make_pair(record, behind_beginning(record, prompt, question), chosen, rejected)
+
+
+SCORES = ("scores", "score", "ratings", "rating", "rewards", "reward")
+RANKS = ("ranks", "rank", "ranking", "rankings")
+MEASURES = (*SCORES, *RANKS)
+SIDES_MEASURED = [
+    (form.format(measure, "chosen"), form.format(measure, "rejected"), measure in SCORES)
+    for measure in MEASURES
+    for form in ("{0}_{1}", "{1}_{0}", "{0}-{1}", "{1}-{0}")
+]
+"""How records call the numbers of chosen and rejected, and whether the higher one is better."""
+
+
+def _better_of_two(record: Fields) -> int:
+    """Which of two answers numbers beside them prefer: the higher score, the lower rank; the first, without numbers.
+
+    Raises:
+        MalformedRecord: numbers that prefer neither or contradict each other, or no two numbers.
+    """
+    preferred: dict[str, int] = {}
+    for name in record.present(MEASURES):
+        if not isinstance(record.peek(name), list):  # of something else
+            continue
+        found = [number_in(value) for value in record[name]]
+        numbers = [
+            number for number in found if isinstance(number, int) or (number is not None and math.isfinite(number))
+        ]
+        if len(found) != 2 or len(numbers) != 2 or numbers[0] == numbers[1]:
+            got = json_text(record[name], name)
+            raise MalformedRecord("row.wrong_type", field=name, expected="two different numbers", got=got)
+        preferred[name] = int((numbers[1] > numbers[0]) == (name in SCORES))
+    if len(set(preferred.values())) > 1:
+        raise MalformedRecord("row.verdicts_disagree", fields=", ".join(preferred))
+    return next(iter(preferred.values()), 0)
+
+
+def outscored(record: Fields) -> tuple[str, str] | None:
+    """The keys of two numbers that prefer the rejected answer (`score_chosen`, `score_rejected`), if any do."""
+    for chosen, rejected, higher in SIDES_MEASURED:
+        numbers = [number_in(record.peek(name)) for name in (chosen, rejected)]
+        better, worse = numbers if higher else numbers[::-1]
+        if better is not None and worse is not None and better < worse:
+            return chosen, rejected
+    return None
 
 
 @dataclass(frozen=True)
