@@ -708,6 +708,9 @@ def test_keys_in_capitals_are_known_where_no_format_has_them_so():
         ({"ranks": [1, 2]}, ["good", "bad"]),
         ({"ranks": [2, 1], "scores": [0, 1]}, ["bad", "good"]),
         ({"score": 7}, ["good", "bad"]),
+        ({"labels": [0, 1]}, ["bad", "good"]),
+        ({"response_scores": [1, 2]}, ["bad", "good"]),
+        ({"responses_ranks": [2, 1]}, ["bad", "good"]),
     ],
 )
 def test_two_answers_in_a_list_are_ordered_by_the_numbers_beside_them(beside, texts):

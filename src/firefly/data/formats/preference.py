@@ -199,7 +199,7 @@ class ListPairFormat:
         for number, text in enumerate(answers):
             if not check_text(text, f"{answer}[{number}]").strip():
                 raise MalformedRecord("row.empty_field", field=f"{answer}[{number}]")
-        better = _better_of_two(record)
+        better = _better_of_two(record, answer)
         chosen, rejected = (Message("assistant", answers[number]) for number in (better, 1 - better))
         if isinstance(record.peek(question), list):
             prompt = read_messages(record, question)
@@ -211,6 +211,7 @@ class ListPairFormat:
 SCORES = ("scores", "score", "ratings", "rating", "rewards", "reward")
 RANKS = ("ranks", "rank", "ranking", "rankings")
 MEASURES = (*SCORES, *RANKS)
+LABELS_OF_TWO = ("labels", "label")
 SIDES_MEASURED = [
     (form.format(measure, "chosen"), form.format(measure, "rejected"), measure in SCORES)
     for measure in MEASURES
@@ -219,14 +220,16 @@ SIDES_MEASURED = [
 """How records call the numbers of chosen and rejected, and whether the higher one is better."""
 
 
-def _better_of_two(record: Fields) -> int:
+def _better_of_two(record: Fields, answer: str) -> int:
     """Which of two answers numbers beside them prefer: the higher score, the lower rank; the first, without numbers.
 
     Raises:
         MalformedRecord: numbers that prefer neither or contradict each other, or no two numbers.
     """
     preferred: dict[str, int] = {}
-    for name in record.present(MEASURES):
+    own = {f"{of}_{measure}": measure for of in (answer, answer.removesuffix("s")) for measure in MEASURES}
+    named = {measure: measure for measure in (*MEASURES, *LABELS_OF_TWO)} | own
+    for name, measure in named.items():
         if not isinstance(record.peek(name), list):  # of something else
             continue
         found = [number_in(value) for value in record[name]]
@@ -236,7 +239,7 @@ def _better_of_two(record: Fields) -> int:
         if len(found) != 2 or len(numbers) != 2 or numbers[0] == numbers[1]:
             got = json_text(record[name], name)
             raise MalformedRecord("row.wrong_type", field=name, expected="two different numbers", got=got)
-        preferred[name] = int((numbers[1] > numbers[0]) == (name in SCORES))
+        preferred[name] = int((numbers[1] > numbers[0]) == (measure not in RANKS))
     if len(set(preferred.values())) > 1:
         raise MalformedRecord("row.verdicts_disagree", fields=", ".join(preferred))
     return next(iter(preferred.values()), 0)
