@@ -382,7 +382,7 @@ class Preparation:
             if row.pair is not None or isinstance(row.ready, TokenPair):
                 fitted: list[Example] = self._fit_pair(row, examples)
             else:
-                fitted = self._fit(row, examples)
+                fitted = self._fit(row.source, examples, row.condemned)
             if fitted and joined:
                 self.ledger.note(row.source, JOINED, render("finding.joined_to_prompt", count=joined))
             if fitted:
@@ -390,8 +390,9 @@ class Preparation:
                 kept.append(KeptRow(row.source, fitted, _hash(parts), row.answer))
         return kept
 
-    def _fit(self, row: _Row, examples: Sequence[Tokens]) -> list[Example]:
-        """Fit a row's examples to the length limit, and write the row's fate on the ledger."""
+    def _fit(self, source: Source, examples: Sequence[Tokens], condemned: str | None = None) -> list[Example]:
+        """Fit a row's examples to the length limit, and write the row's fate on the ledger; `condemned` is the key that
+        leaves nothing of it to train, if one does."""
         if self.task == "pretrain":  # a document is cut into blocks, not to a length
             fitted: list[Tokens | None] = list(examples)
         else:
@@ -399,12 +400,12 @@ class Preparation:
         kept = [tokens for tokens in fitted if tokens is not None and (tokens.num_targets or self._is_text(tokens))]
         whole_or_not = self.config.on_too_long in ("drop", "error")
         if not kept or (whole_or_not and any(tokens is None for tokens in fitted)):
-            if row.condemned:
-                self.ledger.lose(row.source, NO_TARGET, render("row.condemned", field=row.condemned))
+            if condemned:
+                self.ledger.lose(source, NO_TARGET, render("row.condemned", field=condemned))
             else:
-                self._lose(row.source, examples)
+                self._lose(source, examples)
             return []
-        self._account(row.source, examples, kept, examples=len(kept))
+        self._account(source, examples, kept, examples=len(kept))
         return [*kept]
 
     def _is_text(self, tokens: Tokens) -> bool:
