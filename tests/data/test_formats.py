@@ -134,7 +134,11 @@ def test_a_system_prompt_is_known_under_two_names(record, key):
 
 
 @pytest.mark.parametrize(
-    ("label", "trained"), [(True, True), (1, True), ("True", True), (False, False), (0, False), ("false", False)]
+    ("label", "trained"),
+    [
+        *((label, True) for label in (True, 1, "True", "TRUE", "1", " 1.0")),
+        *((label, False) for label in (False, 0, "false", "0", "0.0")),
+    ],
 )
 @pytest.mark.parametrize("key", ["label", "kto_tag"])
 @pytest.mark.parametrize(
@@ -153,7 +157,14 @@ def test_a_condemned_answer_is_not_trained_however_its_label_is_written(record, 
     assert parsed.messages[-1].trained is trained
 
 
-@pytest.mark.parametrize("label", [3, "maths", None, 0.5])
+def test_verdicts_that_contradict_each_other_are_refused_by_name():
+    for record in ({"prompt": "q", "completion": "a"}, {"messages": [QUESTION, ANSWER]}):
+        assert "label, kto_tag disagree" in malformed(record | {"label": 1, "kto_tag": "false"})
+        assert parse_record(record | {"label": "0", "kto_tag": False})[1].messages[-1].trained is False
+        assert parse_record(record | {"label": "maths", "kto_tag": "0"})[1].messages[-1].trained is False
+
+
+@pytest.mark.parametrize("label", [3, "maths", "2", None, 0.5])
 def test_a_label_that_is_no_verdict_is_none(label):
     parse_record({"prompt": "q", "completion": "a", "label": 1})  # of the same shape
     name, parsed = parse_record({"prompt": "q", "completion": "a", "label": label})

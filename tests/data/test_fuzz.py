@@ -22,7 +22,8 @@ KEYS = (
     "history system tools tool_calls function name arguments reasoning_content chosen rejected prompt completion "
     "question answer query response response_j response_k text label loss weight input_ids labels turn_1 Human MOSS "
     "instances context observation parameters chosen_messages rejected_messages rejected_response std_answer train "
-    "loss_weight type name Commands"
+    "loss_weight type name Commands args params loss_mask trainable label kto_tag scores ranks score_chosen "
+    "score_rejected answers answer_start problem solution Question Answer Messages id tool_call_id"
 ).split()
 ROLES = "system user assistant tool human gpt function_call observation developer".split()
 texts = st.text(max_size=12) | st.sampled_from(

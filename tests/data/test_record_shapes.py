@@ -543,6 +543,199 @@ def test_chatglm3s_first_tool_rows_hold_call_and_answer_in_one():
     assert (user.content, last.content, found.unread) == ("q", "Five.", {})
 
 
+@pytest.mark.parametrize("key", ["arguments", "args", "kwargs", "input", "params", "parameters"])
+@pytest.mark.parametrize("value", [{"a": 2}, '{"a": 2}'])
+@pytest.mark.parametrize("besides", [{}, {"arguments": {}}, {"arguments": None}, {"arguments": ""}])
+def test_the_arguments_of_a_call_are_read_under_any_of_their_names(key, value, besides):
+    bare = {**besides, "name": "add", key: value}
+    for call in (bare, {"function": bare}, {"function": {**besides, "name": "add"}, key: value}):
+        reply = {"role": "assistant", "content": "", "tool_calls": [call]}
+        assert parse_record({"messages": [QUESTION, reply]})[1].messages[1].tool_calls == (CALL,)
+
+
+@pytest.mark.parametrize("value", ["w", 0, False, {"a": 2}, [1]])
+def test_what_a_call_says_under_any_other_key_is_refused_by_name_and_not_left_out(value):
+    for call, place in (
+        ({"name": "add", "payload": value}, r"tool_calls\[0\].payload"),
+        ({"name": "add", "arguments": {"a": 2}, "payload": value}, r"tool_calls\[0\].payload"),
+        ({"function": {"name": "add", "payload": value}}, r"tool_calls\[0\].function.payload"),
+        ({"function": {"name": "add"}, "payload": value}, r"tool_calls\[0\].payload"),
+    ):
+        reply = {"role": "assistant", "content": "", "tool_calls": [call]}
+        with pytest.raises(MalformedRecord, match=place):
+            parse_record({"messages": [QUESTION, reply]})
+    whole = {"id": "c", "index": 0, "type": "function", "function": {"name": "add", "arguments": {"a": 2}, "x": None}}
+    reply = {"role": "assistant", "content": "", "tool_calls": [whole]}
+    assert read_record({"messages": [QUESTION, reply]}).unread == {}
+
+
+def test_a_call_that_says_two_things_is_refused_by_name():
+    for call in (
+        {"name": "add", "arguments": {"a": 2}, "args": {"a": 3}},
+        {"name": "sub", "function": {"name": "add", "arguments": {"a": 2}}},
+    ):
+        with pytest.raises(MalformedRecord, match="disagree"):
+            parse_record({"messages": [QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]})
+
+
+def test_roles_identifiers_and_tools_are_known_in_their_other_spellings():
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    record = {
+        "messages": [
+            {"role": "System", "content": "s"},
+            {"role": "Human", "content": "q"},
+            {"role": "Assistant", "content": "", "tool_calls": [{"id": 7, "name": "add", "arguments": {"a": 2}}]},
+            {"role": "Tool-Response", "content": "2", "tool_call_id": 7},
+        ],
+        "tools": tool,
+    }
+    for tools in (tool, tool["function"], json.dumps(tool), [tool]):
+        found = parse_record({**record, "tools": tools})[1]
+        assert found.tools == (tool,)
+        assert [item.role for item in found.messages] == ["system", "user", "assistant", "tool"]
+        assert (found.messages[2].tool_calls, found.messages[3].tool_call_id) == (({**CALL, "id": "7"},), "7")
+    parts = {**record, "functions": tool["function"], "tools": None}
+    assert parse_record(parts)[1].tools == (tool,)
+    for spelled in ("Function-Call", "TOOL_CALL", "function_call"):
+        call = {"from": spelled, "value": json.dumps({"name": "add", "arguments": {"a": 2}})}
+        found = parse_record({"conversations": [{"from": "human", "value": "q"}, call]})[1]
+        assert found.messages[1].tool_calls == (CALL,)
+    for spelled in ("ai", "AI", "bing", "chatbot", "Bard", "ChatGPT"):
+        assert turns(parse_record({"conversations": [QUESTION, {"from": spelled, "value": "a"}]})[1]) == ASKED
+    for identifier in (True, 1.5, [1]):
+        record["messages"][3]["tool_call_id"] = identifier
+        with pytest.raises(MalformedRecord, match=r"messages\[3\].tool_call_id must be text"):
+            parse_record(record)
+
+
+def test_one_system_prompt_that_stands_in_two_places_is_one():
+    system, answer = {"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}
+    for record in (
+        {"system": "s", "messages": [system, QUESTION, answer]},
+        {"system_prompt": "s\n", "conversations": [system, QUESTION, answer]},
+        {"system": "s", "conversation": [{"system": "s", "human": "q", "assistant": "a"}]},
+        {"system": "s", "prompt": [system, QUESTION], "completion": [answer]},
+    ):
+        found = read_record(record, "sft")
+        assert (turns(found.parsed), found.unread) == ([("system", "s"), *ASKED], {})
+    pair = {"system": "s", "chosen": [system, QUESTION, GOOD], "rejected": [system, QUESTION, BAD]}
+    assert turns(parse_record(pair, "dpo")[1].chosen) == [("system", "s"), ("user", "q"), ("assistant", "good")]
+
+
+REPLY = {"role": "assistant", "content": "a"}
+LONG = [{"from": "human", "value": "Solve this. q\n"}, {"from": "gpt", "value": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "form", "unread"),
+    [
+        ({"problem": "q", "solution": "a", "messages": [QUESTION, REPLY]}, "messages", {}),  # NuminaMath-CoT
+        (
+            {"problem": "q", "solution": "s!", "answer": "4", "generations": ["g"], "messages": [QUESTION, REPLY]},
+            "messages",
+            {"solution": 2, "answer": 1, "generations": 1},  # OpenR1-Math
+        ),
+        ({"instruction": "q", "response": "a", "conversations": [QUESTION, REPLY]}, "sharegpt", {}),  # Magpie
+        ({"instruction": "other", "output": "a", "messages": [QUESTION, REPLY]}, "messages", {"instruction": 5}),
+        ({"prompt": "q", "completion": "a", "messages": json.dumps([QUESTION, REPLY])}, "messages", {}),
+        ({"question": "q", "answer": "a", "conversation": [QUESTION, REPLY]}, "firefly", {}),
+        ({"question": "q", "answers": ["a", "b"], "messages": [QUESTION, REPLY]}, "messages", {"answers": 1}),
+    ],
+)
+def test_messages_are_taken_before_the_question_and_answer_that_they_say_again(record, form, unread):
+    for task in ("sft", None):
+        found = read_record(record, task)
+        assert (found.format, turns(found.parsed), found.unread) == (form, ASKED, unread)
+
+
+def test_messages_beside_a_question_of_another_matter_are_two_formats():
+    read_record({"instruction": "q", "output": "a", "messages": [QUESTION, REPLY]})  # of the same keys
+    with pytest.raises(MalformedRecord, match="several formats: messages, alpaca"):
+        parse_record({"instruction": "Write.", "output": "I wrote.", "messages": [QUESTION, REPLY]})
+    found = read_record({"problem": "q", "solution": "no", "conversations": LONG})
+    assert (turns(found.parsed)[0], found.unread) == (("user", "Solve this. q\n"), {"problem": 1, "solution": 2})
+
+
+@pytest.mark.parametrize(
+    ("answers", "unread"),
+    [
+        ({"text": ["a", "a", "b!"], "answer_start": [1, 1, 5]}, {"answers.text": 2}),
+        ({"text": ["a"], "answer_start": [1]}, {}),
+        ({"text": "a", "answer_start": 1}, {}),
+        ([{"text": "a", "answer_start": 1}, {"text": "b", "answer_start": 5}], {"answers[].text": 1}),
+    ],
+)
+def test_the_first_span_of_a_context_is_its_answer(answers, unread):
+    found = read_record({"id": "x1", "question": "q", "context": "c", "answers": answers}, "sft")
+    assert turns(found.parsed) == [("user", "q\nc"), ("assistant", "a")]
+    assert found.unread == {"id": 2, **unread}
+    with pytest.raises(MalformedRecord, match=r"answers.text is empty"):
+        parse_record({"question": "q", "context": "c", "answers": {"text": [], "answer_start": []}})
+
+
+def test_keys_in_capitals_are_known_where_no_format_has_them_so():
+    found = read_record({"Question": "q", "Complex_CoT": "why", "Response": "a"}, "sft")
+    assert (turns(found.parsed), found.unread) == (ASKED, {"Complex_CoT": 3})
+    for record in (
+        {"Instruction": "q", "Input": "", "Output": "a"},
+        {"instruction": "q", "OUTPUT": "a"},
+        {"Prompt": "q", "Completion": "a"},
+        {"User": "q", "Answer": "a"},
+        {"Messages": [QUESTION, REPLY]},
+    ):
+        assert turns(parse_record(record, "sft")[1]) == ASKED
+    assert turns(parse_record({"Instruction": "q", "Output": "a"}, "sft", "alpaca")[1]) == ASKED
+    for label, trained in ((1, True), ("0", False)):
+        reply = parse_record({"Prompt": "q", "Completion": "a", "Label": label}, "sft")[1].messages[1]
+        assert reply.trained is trained
+    pair = parse_record({"Prompt": "q", "Chosen": "good", "Rejected": "bad"}, "dpo")[1]
+    assert turns(pair.rejected) == [("user", "q"), ("assistant", "bad")]
+    # Exact keys are the record's own, and those in capitals beside them are others.
+    found = read_record({"instruction": "q", "output": "a", "Input": "x", "Output": "y"})
+    assert (turns(found.parsed), found.unread) == (ASKED, {"Input": 1, "Output": 1})
+    with pytest.raises(MalformedRecord, match="no known format has the keys 'Title'"):
+        parse_record({"Title": "q"})
+
+
+@pytest.mark.parametrize(
+    ("beside", "texts"),
+    [
+        ({}, ["good", "bad"]),
+        ({"scores": [9, 2.5]}, ["good", "bad"]),
+        ({"scores": [2.5, 9]}, ["bad", "good"]),
+        ({"ratings": ["3", "4.5"]}, ["bad", "good"]),
+        ({"rewards": [-2.0, -1.0]}, ["bad", "good"]),
+        ({"ranks": [1, 2]}, ["good", "bad"]),
+        ({"ranks": [2, 1], "scores": [0, 1]}, ["bad", "good"]),
+        ({"score": 7}, ["good", "bad"]),
+        ({"labels": [0, 1]}, ["bad", "good"]),
+        ({"response_scores": [1, 2]}, ["bad", "good"]),
+        ({"responses_ranks": [2, 1]}, ["bad", "good"]),
+    ],
+)
+def test_two_answers_in_a_list_are_ordered_by_the_numbers_beside_them(beside, texts):
+    pair = parse_record({"question": "q", "responses": texts, **beside}, "dpo")[1]
+    assert turns(pair.chosen) == [("user", "q"), ("assistant", "good")]
+    assert turns(pair.rejected) == [("user", "q"), ("assistant", "bad")]
+
+
+@pytest.mark.parametrize(
+    ("beside", "said"),
+    [
+        ({"scores": [1, 1.0]}, r"scores must be two different numbers, not \[1, 1.0\]"),
+        ({"scores": [1, 2, 3]}, "scores must be two"),
+        ({"ranks": [1, None]}, "ranks must be two"),
+        ({"ratings": ["5", "N/A"]}, "ratings must be two"),
+        ({"scores": [1, float("nan")]}, "scores must be two"),
+        ({"scores": [10**400, 10**400]}, "scores must be two"),
+        ({"scores": [1, 2], "ranks": [1, 2]}, "scores, ranks disagree"),
+    ],
+)
+def test_numbers_that_prefer_neither_answer_are_refused_by_name(beside, said):
+    with pytest.raises(MalformedRecord, match=said):
+        parse_record({"question": "q", "responses": ["a", "b"], **beside}, "dpo")
+
+
 def test_parts_of_reasoning_text_and_calls_are_the_parts_of_a_reply():
     parts = [
         {"type": "reasoning", "value": "t"},
@@ -602,6 +795,12 @@ def test_a_moss_call_that_cannot_be_told_from_its_results_is_malformed_by_name(c
         ({"weight": 0}, False),
         ({"loss_weight": 0.0}, False),
         ({"loss_scale": 0}, False),
+        *(
+            ({key: no}, False)
+            for key in ("loss_mask", "step_loss_mask", "trainable", "train_on_turn")
+            for no in (0, False)
+        ),
+        *(({key: 1}, True) for key in ("loss_mask", "step_loss_mask", "trainable", "train_on_turn")),
         ({"train": None, "weight": None}, True),
         ({"train": True, "loss_weight": 1.0}, True),
     ],
@@ -624,6 +823,9 @@ def test_a_reply_is_left_out_however_the_record_says_so(flag, trained):
         ({"weight": "heavy"}, "weight must be 0 or 1, not text"),
         ({"loss_scale": float("nan")}, "loss_scale must be 0 or 1, not nan"),
         ({"train": "no"}, "train must be true or false, not text"),
+        ({"loss_mask": [0, 1]}, "loss_mask must be true or false, not list"),
+        ({"trainable": 2}, "trainable must be true or false, not number"),
+        ({"train_on_turn": 1, "loss": False}, "disagree"),
         ({"train": True, "weight": 0}, r"messages\[1\].train, messages\[1\].weight disagree"),
         ({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}, "train_detail leaves out a part"),
     ],
@@ -640,6 +842,10 @@ def test_beside_a_record_a_measured_loss_is_no_flag_and_a_weight_is_one():
         assert not parse_record({**record, "weight": "0"})[1].messages[1].trained
         with pytest.raises(MalformedRecord, match=r"weight must be 0 or 1, not 0\.5"):
             parse_record({**record, "weight": 0.5})
+        assert not parse_record({**record, "loss_mask": "0"})[1].messages[1].trained
+        assert parse_record({**record, "train": "0"})[1].messages[1].trained  # the number of a split
+        with pytest.raises(MalformedRecord, match="loss_mask must be true or false, not list"):
+            parse_record({**record, "loss_mask": [0, 1]})
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,8 @@ def test_a_key_without_a_reader_is_one_finding_with_its_name_and_how_many_rows_h
         (1, "text under the key kind is not read: 2 characters in 2 row(s), this one the first"),
     ]
     assert (ledger.kept, ledger.counts["unread_key"]) == (4, 4)
-    line = "not read: text under explanation (1 row(s)), messages[].note (1 row(s)), nested (1 row(s)), kind (2 row(s))"
-    assert line in ledger.summary()
+    keys = "explanation (1 row(s)), messages[].note (1 row(s)), nested (1 row(s)), kind (2 row(s))"
+    assert f"not read: what stands under {keys}" in ledger.summary()
     assert Ledger.from_dict(json.loads(json.dumps(ledger.as_dict()))) == ledger
 
 
@@ -65,6 +65,23 @@ def test_the_summary_of_several_files_adds_their_rows_up_and_stays_one_line(tmp_
     assert line.endswith("key07 (2 row(s)), … and 3 more")
 
 
+def test_a_number_under_a_key_of_a_message_that_nobody_reads_is_a_finding_with_its_name(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [USER, REPLY], "score": 3},
+        {"messages": [USER, {**REPLY, "keep": False, "empty": [], "none": None}]},
+        {"messages": [{**USER, "keep": True}, {**REPLY, "meta": {"mask": [0, 1]}}]},
+    ]
+    ledger = load(tmp_path / "rows.jsonl", *rows).ledger
+    form = "the number, true or false under the key messages[].{} is not read, in {} row(s), this one the first"
+    assert {(item.line, item.message) for item in ledger.findings if item.cause == "unread_key"} == {
+        (2, form.format("keep", 2)),
+        (3, form.format("meta", 1)),
+    }
+    assert "not read: what stands under messages[].keep (2 row(s)), messages[].meta (1 row(s))" in ledger.summary()
+    pair = {"conversations": [USER], "chosen": {**REPLY, "rank": 1}, "rejected": {**REPLY, "content": "b"}}
+    assert read_record(pair, "dpo").unread == {"chosen.rank": 0}
+
+
 def test_a_text_that_stands_in_the_conversation_anyway_is_not_left_out() -> None:
     pair = {"chosen": [USER, REPLY], "rejected": [USER, {**REPLY, "content": "b"}]}
     assert read_record({**pair, "prompt": "q", "messages": [USER, REPLY]}, "dpo").unread == {}
@@ -73,6 +90,62 @@ def test_a_text_that_stands_in_the_conversation_anyway_is_not_left_out() -> None
         "messages": 14,  # with the names of its roles
     }
     assert read_record({"messages": [USER, REPLY], "prompt": "q"}).unread == {}
+
+
+def test_a_row_that_its_label_condemns_is_lost_for_that_reason(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion,label\nq,a,1\nq,b,0\nq,c,1\n", encoding="utf-8")
+    ledger = load_split(DataConfig(train_file=str(path), max_lost_share=1.0), encoder(), "sft").train.ledger
+    assert (ledger.formats["labelled_answer"], ledger.kept, ledger.lost["no_target"]) == (3, 2, 1)
+    (lost,) = [item.message for item in ledger.findings if item.cause == "no_target"]
+    assert lost.startswith("nothing in it is trained: label condemns its answer")
+    rows = [{"messages": [USER, REPLY], "kto_tag": "false"}, {"messages": [USER, {**REPLY, "loss": False}], "label": 1}]
+    ledger = load(tmp_path / "rows.jsonl", *rows).ledger
+    said = [item.message.partition(":")[2][:8] for item in ledger.findings if item.cause == "no_target"]
+    assert said == [" kto_tag", ""]
+
+
+def test_what_nobody_answers_at_the_end_is_one_finding_of_the_row(tmp_path: Path) -> None:
+    tool = {"role": "tool", "content": "r"}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    rows = [
+        {"messages": [USER, REPLY, USER, REPLY]},
+        {"messages": [USER, REPLY, USER]},
+        {"messages": [USER, call, tool, tool]},
+        {"messages": [USER]},
+        {"data": ["q", "a", "q2"]},
+    ]
+    ledger = load(tmp_path / "rows.jsonl", *rows).ledger
+    form = "behind the last reply {} message(s) ({}) have no answer: they are not trained"
+    assert [(item.line, item.message) for item in ledger.findings if item.cause == "unanswered_end"] == [
+        (2, form.format(1, "user")),
+        (3, form.format(2, "tool")),
+        (5, form.format(1, "user")),
+    ]
+    assert (ledger.kept, ledger.counts["unanswered_end"], ledger.lost["no_target"]) == (4, 3, 1)
+
+
+def test_numbers_that_prefer_the_rejected_answer_are_a_finding_with_its_count(tmp_path: Path) -> None:
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    rows = [
+        {**pair, "score_chosen": 2, "score_rejected": 1},
+        {**pair, "score_chosen": 1, "score_rejected": 2},
+        {**pair, "score_chosen": 0.5, "score_rejected": 9},
+        {**pair, "chosen_score": "1", "rejected_score": "1.5"},
+        {**pair, "chosen_rating": 4, "rejected_rating": 5},
+        {**pair, "chosen_rank": 2, "rejected_rank": 1},
+        {**pair, "chosen_rank": 1, "rejected_rank": 2},
+        {**pair, "chosen_score": None, "rejected_score": 1},
+    ]
+    ledger = load(tmp_path / "rows.jsonl", *rows, task="dpo", max_prompt_length=None).ledger
+    form = "{} and {} prefer the rejected answer, in {} row(s), this one the first: chosen is taken for the better one"
+    assert [(item.line, item.message) for item in ledger.findings if item.cause == "outscored"] == [
+        (2, form.format("score_chosen", "score_rejected", 2)),
+        (4, form.format("chosen_score", "rejected_score", 1)),
+        (5, form.format("chosen_rating", "rejected_rating", 1)),
+        (6, form.format("chosen_rank", "rejected_rank", 1)),
+    ]
+    assert ledger.kept == 8
 
 
 def test_a_loss_asked_for_where_none_is_trained_is_a_finding(tmp_path: Path) -> None:
@@ -96,7 +169,7 @@ def test_a_loss_asked_for_where_none_is_trained_is_a_finding(tmp_path: Path) -> 
         ({"messages": [{**USER, "name": "Ann"}, REPLY]}, "messages[].name"),
         ({"messages": [{**USER, "value": "v"}, REPLY]}, "messages[].value"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q", "cite": "c"}]}, REPLY]}, "cite"),
-        ({"messages": [USER, {**REPLY, "tool_calls": [{"function": {"name": "f", "why": "w"}}]}]}, "function.why"),
+        ({"messages": [USER, {**REPLY, "tool_calls": [{"name": "f", "type": "t"}]}]}, "tool_calls[].type"),
         ({"conversation": [{"human": "q", "assistant": "a", "gloss": "g"}]}, "conversation[].gloss"),
         ({"conversations": [{"from": "human", "value": "q", "lang": "en"}, {"from": "gpt", "value": "a"}]}, "lang"),
         ({"chat": {"turn_1": {"Human": "q", "MOSS": "a", "Remark": "r"}}}, "chat.turn.Remark"),

@@ -27,6 +27,8 @@ MALFORMED, REFUSED, NO_TARGET, TOO_LONG = "malformed", "refused", "no_target", "
     WRAPPED_TEXT,
     JOINED,
     REPLACED_IDS,
+    UNANSWERED_END,
+    OUTSCORED,
 ) = (
     "cut",
     "duplicate",
@@ -40,6 +42,8 @@ MALFORMED, REFUSED, NO_TARGET, TOO_LONG = "malformed", "refused", "no_target", "
     "wrapped_text",
     "joined_to_prompt",
     "replaced_call_ids",
+    "unanswered_end",
+    "outscored",
 )
 MOST_FINDINGS = 10_000
 """Findings of one cause that are kept with their place; further ones are counted."""
@@ -82,7 +86,8 @@ class Ledger:
     """Findings by cause, those beyond MOST_FINDINGS included."""
     findings: list[Finding] = field(default_factory=list)
     unread_keys: Counter[str] = field(default_factory=Counter)
-    """Rows that hold text under a key that their format does not read, the key with most text first."""
+    """Rows that hold text (or a message's number) under a key that their format does not read, the key with
+    most text first."""
 
     def lose(self, source: Source, cause: str, message: str) -> None:
         """Account for a row that will not be trained."""

@@ -28,7 +28,7 @@ from firefly.config import DataConfig
 from firefly.console import notice
 from firefly.data.encoding import Encoder
 from firefly.data.examples import INDEX, ROWS, SCHEMA, index_entry, record_batch
-from firefly.data.formats import MalformedRecord, Parsed, TaskName, read_record
+from firefly.data.formats import MalformedRecord, Parsed, ReadRecord, TaskName, read_record
 from firefly.data.ledger import (
     BLANK,
     CUT,
@@ -36,10 +36,12 @@ from firefly.data.ledger import (
     JOINED,
     MALFORMED,
     NO_TARGET,
+    OUTSCORED,
     REFUSED,
     REPLACED_IDS,
     SAME_ANSWERS,
     TOO_LONG,
+    UNANSWERED_END,
     UNHEEDED_KEY,
     UNREAD_KEY,
     WRAPPED_TEXT,
@@ -182,6 +184,7 @@ class _Row:
     document: str | None = None
     pair: PreferencePair | None = None
     answer: int = 0
+    condemned: str | None = None
 
     @property
     def characters(self) -> int:
@@ -208,6 +211,7 @@ class Preparation:
     lines: WrappedLines | None = None
     unread: dict[str, _KeyCount] = field(default_factory=dict)
     unheeded: dict[str, _KeyCount] = field(default_factory=dict)
+    outscored: dict[tuple[str, str], _KeyCount] = field(default_factory=dict)
 
     def run(self, records: Iterator[RawRecord]) -> Iterator[list[KeptRow]]:
         """Yield the kept rows, chunk by chunk, in file order."""
@@ -227,11 +231,18 @@ class Preparation:
         """Findings that take the whole file to know."""
         for key, found in sorted(self.unread.items(), key=lambda item: -item[1].characters):
             shown = key if key.isprintable() else repr(key)[1:-1]  # a key may hold anything
-            counts = {"rows": found.rows, "characters": f"{found.characters:,}"}
             self.ledger.unread_keys[shown] += found.rows
-            self.ledger.note(found.source, UNREAD_KEY, render("finding.unread_key", key=shown, **counts))
+            if found.characters:
+                counts = {"rows": found.rows, "characters": f"{found.characters:,}"}
+                message = render("finding.unread_key", key=shown, **counts)
+            else:
+                message = render("finding.unread_numbers", key=shown, rows=found.rows)
+            self.ledger.note(found.source, UNREAD_KEY, message)
         for key, found in self.unheeded.items():
             self.ledger.note(found.source, UNHEEDED_KEY, render("finding.unheeded_key", key=key, rows=found.rows))
+        for (chosen, rejected), found in self.outscored.items():
+            message = render("finding.outscored", chosen=chosen, rejected=rejected, rows=found.rows)
+            self.ledger.note(found.source, OUTSCORED, message)
         if self.lines is not None and self.lines.first is not None and self.lines.are_wrapped:
             message = render("finding.wrapped_text", count=self.lines.unended, lines=self.lines.lines)
             self.ledger.note(self.lines.first, WRAPPED_TEXT, message)
@@ -266,14 +277,16 @@ class Preparation:
         try:
             if record.problem is not None:
                 raise _Problem(record.problem)
-            parsed = self._parse(record)
+            read = self._parse(record)
+            parsed = read.parsed
             if isinstance(parsed, Document) and not parsed.text.strip():  # what a blank line is in a text file
                 self.ledger.rows -= 1
                 self.ledger.note(record.source, BLANK, render("finding.blank_document"))
                 return None
             if self.lines is not None and isinstance(parsed, Document):
                 self.lines.see(record.source, parsed.text)
-            return self._render(record.source, parsed)
+            row = self._render(record.source, parsed)
+            return replace(row, condemned=read.condemned) if read.condemned else row
         except RecursionError:
             self.ledger.lose(record.source, MALFORMED, render("row.too_deep"))
         except MalformedRecord as error:
@@ -282,16 +295,18 @@ class Preparation:
             self.ledger.lose(record.source, REFUSED, str(error))
         return None
 
-    def _parse(self, record: RawRecord) -> Parsed:
+    def _parse(self, record: RawRecord) -> ReadRecord:
         read = read_record(record.value, self.task, self.config.data_format)
         self.ledger.formats[read.format] += 1
         for key, characters in read.unread.items():
             found = self.unread.setdefault(key, _KeyCount(record.source))
             found.rows += 1
             found.characters += characters
+        if read.outscored:
+            self.outscored.setdefault(read.outscored, _KeyCount(record.source)).rows += 1
         for key in sorted(read.unheeded):
             self.unheeded.setdefault(key, _KeyCount(record.source)).rows += 1
-        return read.parsed
+        return read
 
     def _render(self, source: Source, parsed: Parsed) -> _Row:
         if isinstance(parsed, Conversation):
@@ -303,6 +318,7 @@ class Preparation:
             texts = [text for conversation in chosen for text in self.encoder.render(conversation)]
             for conversation in chosen:
                 self._note_identifiers(source, conversation)
+            self._note_unanswered_end(source, chosen)
             return _Row(source, texts, answer=_answer(chosen[-1]))
         if isinstance(parsed, PreferencePair):
             self._note_empty_replies(source, replace(parsed.chosen, messages=parsed.chosen.messages[:-1]))
@@ -329,6 +345,14 @@ class Preparation:
         if replaced := self.encoder.template.count_replaced_identifiers(conversation):
             name = self.encoder.template.name
             self.ledger.note(source, REPLACED_IDS, render("finding.replaced_call_ids", count=replaced, name=name))
+
+    def _note_unanswered_end(self, source: Source, conversations: Sequence[Conversation]) -> None:
+        """Say what stands behind the last reply, which no template's text needs to hold; once a row."""
+        behind = [message for conversation in conversations for message in _behind_last_reply(conversation)]
+        if behind:
+            roles = ", ".join(dict.fromkeys(message.role for message in behind))
+            message = render("finding.unanswered_end", count=len(behind), roles=roles)
+            self.ledger.note(source, UNANSWERED_END, message)
 
     def _note_empty_replies(self, source: Source, conversation: Conversation) -> None:
         """Say which replies are empty, and what of them is trained."""
@@ -358,7 +382,7 @@ class Preparation:
             if row.pair is not None or isinstance(row.ready, TokenPair):
                 fitted: list[Example] = self._fit_pair(row, examples)
             else:
-                fitted = self._fit(row.source, examples)
+                fitted = self._fit(row.source, examples, row.condemned)
             if fitted and joined:
                 self.ledger.note(row.source, JOINED, render("finding.joined_to_prompt", count=joined))
             if fitted:
@@ -366,8 +390,9 @@ class Preparation:
                 kept.append(KeptRow(row.source, fitted, _hash(parts), row.answer))
         return kept
 
-    def _fit(self, source: Source, examples: Sequence[Tokens]) -> list[Example]:
-        """Fit a row's examples to the length limit, and write the row's fate on the ledger."""
+    def _fit(self, source: Source, examples: Sequence[Tokens], condemned: str | None = None) -> list[Example]:
+        """Fit a row's examples to the length limit, and write the row's fate on the ledger; `condemned` is the key that
+        leaves nothing of it to train, if one does."""
         if self.task == "pretrain":  # a document is cut into blocks, not to a length
             fitted: list[Tokens | None] = list(examples)
         else:
@@ -375,7 +400,10 @@ class Preparation:
         kept = [tokens for tokens in fitted if tokens is not None and (tokens.num_targets or self._is_text(tokens))]
         whole_or_not = self.config.on_too_long in ("drop", "error")
         if not kept or (whole_or_not and any(tokens is None for tokens in fitted)):
-            self._lose(source, examples)
+            if condemned:
+                self.ledger.lose(source, NO_TARGET, render("row.condemned", field=condemned))
+            else:
+                self._lose(source, examples)
             return []
         self._account(source, examples, kept, examples=len(kept))
         return [*kept]
@@ -503,6 +531,12 @@ def _hash(parts: Sequence[bytes]) -> int:
 def _is_empty(message: Message) -> bool:
     """Whether a reply neither says nor calls anything."""
     return message.role == "assistant" and not message.tool_calls and not message.content.strip()
+
+
+def _behind_last_reply(conversation: Conversation) -> tuple[Message, ...]:
+    """Messages that nobody answers; none where there is no reply at all."""
+    last = max((i for i, item in enumerate(conversation.messages) if item.role == "assistant"), default=None)
+    return () if last is None else conversation.messages[last + 1 :]
 
 
 def _answer(conversation: Conversation) -> int:

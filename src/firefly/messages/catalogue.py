@@ -936,15 +936,15 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     ),
     "data.lost_share": (
         "{lost} of {total} rows ({share}) of {file} would not be trained; max_lost_share allows {allowed}.{rows}\n"
-        "Raise max_seq_length, correct the rows, or raise max_lost_share.",
+        "Correct or leave out these rows, raise max_seq_length where they are too long, or raise max_lost_share.",
         "{file} 的 {total} 行中有 {lost} 行（{share}）不会被训练；max_lost_share 允许 {allowed}。{rows}\n"
-        "请调大 max_seq_length、改正这些行，或调大 max_lost_share。",
+        "请改正或去掉这些行，过长时调大 max_seq_length，或调大 max_lost_share。",
     ),
     "data.waiting": (
         "{file} is being prepared by process {pid} on {host}; waiting for it.",
         "{file} 正由主机 {host} 上的进程 {pid} 预处理，等待其完成。",
     ),
-    "data.unread_keys": ("not read: text under {keys}", "未读取的文本所在的键：{keys}"),
+    "data.unread_keys": ("not read: what stands under {keys}", "未读取其内容的键：{keys}"),
     "data.unread_key": ("{key} ({rows} row(s))", "{key}（{rows} 行）"),
     "data.more_rows": ("… and {count} more", "……另有 {count} 行"),
     "data.summary": (
@@ -1200,6 +1200,14 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "nothing in it is trained (no reply, or none that is selected)",
         "没有可训练的内容（没有回复，或没有被选中的回复）",
     ),
+    "row.condemned": (
+        "nothing in it is trained: {field} condemns its answer, and SFT trains no condemned one",
+        "没有可训练的内容：{field} 否定了其回答，而 SFT 不训练被否定的回答",
+    ),
+    "row.verdicts_disagree": (
+        "{fields} disagree on whether the answer is a good one",
+        "{fields} 对回答好坏的说法互相矛盾",
+    ),
     "row.too_long": (
         "{tokens} tokens; no reply begins within max_seq_length {limit}",
         "共 {tokens} 个 token；在 max_seq_length {limit} 之内没有任何回复",
@@ -1242,6 +1250,14 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "row.losses_disagree": (
         "{fields} disagree on whether it is trained",
         "{fields} 对是否训练的说法互相矛盾",
+    ),
+    "row.unknown_call_key": (
+        "{field} is no part of a tool call that is read: a call has name, id and its arguments (under one of {known})",
+        "{field} 不是可读取的工具调用字段：一次调用包含 name、id 和参数（位于 {known} 之一）",
+    ),
+    "row.calls_disagree": (
+        "{fields} disagree on what is called",
+        "{fields} 对所调用内容的说法互相矛盾",
     ),
     "row.turns_differ": (
         "{question} has {questions} turn(s) and {answer} {answers}; they must be as many",
@@ -1294,6 +1310,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "text under the key {key} is not read: {characters} characters in {rows} row(s), this one the first",
         "键 {key} 下的文本没有被读取：共 {rows} 行、{characters} 个字符，此行为首行",
     ),
+    "finding.unread_numbers": (
+        "the number, true or false under the key {key} is not read, in {rows} row(s), this one the first",
+        "键 {key} 下的数字或真假值没有被读取：共 {rows} 行，此行为首行",
+    ),
     "finding.unheeded_key": (
         "{key} asks for a loss on messages that are no replies, in {rows} row(s), this one the first: "
         "they stay context",
@@ -1304,6 +1324,15 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "they are parts of longer documents, write each document on one line, or set text_documents to file",
         "{lines} 行中有 {count} 行很短且不在句末结束，而每行都被当作一篇文档：若它们属于较长的文档，"
         "请将每篇文档写在一行内，或将 text_documents 设为 file",
+    ),
+    "finding.unanswered_end": (
+        "behind the last reply {count} message(s) ({roles}) have no answer: they are not trained",
+        "最后一条回复之后还有 {count} 条消息（{roles}）没有回答：不参与训练",
+    ),
+    "finding.outscored": (
+        "{chosen} and {rejected} prefer the rejected answer, in {rows} row(s), this one the first: chosen is taken for "
+        "the better one",
+        "{chosen} 与 {rejected} 的数值更偏好 rejected 回答，共 {rows} 行，此行为首行：仍以 chosen 为较好的回答",
     ),
     "finding.same_answers": (
         "chosen and rejected are the same: nothing to prefer",

@@ -15,15 +15,27 @@ import numpy as np
 
 from firefly.data.formats.chat import (
     QUESTION_FORMATS,
+    SIDES,
     AlternatingFormat,
     InstancesFormat,
     LabelledAnswerFormat,
     LabelledMessagesFormat,
     MessagesFormat,
     OtherQuestionFormat,
+    is_restated,
 )
-from firefly.data.formats.fields import Fields, MalformedRecord, Record, kind_of, read_text, verdict
-from firefly.data.formats.messages import ROLE_KEYS, ROLES
+from firefly.data.formats.fields import (
+    LABELS,
+    SYSTEM,
+    Fields,
+    MalformedRecord,
+    Record,
+    kind_of,
+    read_text,
+    verdict,
+    verdicts,
+)
+from firefly.data.formats.messages import ROLE_KEYS, ROLES, TEXT_KEYS
 from firefly.data.formats.moss import MossFormat
 from firefly.data.formats.preference import (
     ConversationPairFormat,
@@ -32,8 +44,9 @@ from firefly.data.formats.preference import (
     ResponsePairFormat,
     TextPairFormat,
     TranscriptPairFormat,
+    outscored,
 )
-from firefly.data.formats.texts import is_texts
+from firefly.data.formats.texts import SPELLINGS, is_texts
 from firefly.data.schema import IGNORE, Conversation, Document, PreferencePair, TokenPair, Tokens
 
 __all__ = [
@@ -69,14 +82,18 @@ class ReadRecord:
     Attributes:
         format: a name of FORMATS.
         unread: the characters of text under each key that the format does not read (`note`, `messages[].note`), less
-            what stands in the conversation anyway.
+            what stands in the conversation anyway; 0 for a key of a message with numbers or flags alone.
+        condemned: the key that condemns the record's answer (`label`), which is not trained then.
         unheeded: keys that ask for a loss on messages that are no replies, which are never trained.
+        outscored: of a pair: the keys of two numbers that prefer the rejected answer.
     """
 
     format: str
     parsed: Parsed
     unread: Mapping[str, int]
     unheeded: Set[str]
+    condemned: str | None = None
+    outscored: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -178,23 +195,44 @@ def detect_format(value: Any, task: TaskName | None = None) -> str:
     Raises:
         MalformedRecord: not an object, no known format, or two at once.
     """
-    return _detected_format(_structured(value), task)[0]
+    return _detected_format(_structured(value), task)[1]
 
 
-def _detected_format(value: Record, task: TaskName | None) -> tuple[str, tuple[str, ...]]:
-    """The format, and the keys that make it."""
+def _detected_format(value: Record, task: TaskName | None) -> tuple[Record, str, tuple[str, ...]]:
+    """The record as its format knows it, the format, and the keys that make it."""
     # What a format recognises is the keys and the kinds of their values, so records of one shape are asked about once.
-    shape = (task, verdict(value), *((key, _kind(item)) for key, item in value.items()))
+    restated = is_restated(Fields(value))
+    shape = (task, verdict(value), restated, *((key, _kind(item)) for key, item in value.items()))
     found = _detected.get(shape)
     if found is None:
         found = _detect(value, task)
         if len(_detected) < MOST_SHAPES:
             _detected[shape] = found
-    return found
+    return _detected_format(_in_small_letters(value), task) if found == IN_CAPITALS else (value, *found)
 
 
 MOST_SHAPES = 4096
+IN_CAPITALS: tuple[str, tuple[str, ...]] = ("", ())
+"""Of no format but for the capitals in its keys."""
 _detected: dict[tuple[Any, ...], tuple[str, tuple[str, ...]]] = {}
+KNOWN_KEYS = frozenset(
+    (
+        *(key for spellings in SPELLINGS.values() for key in spellings),
+        *(key for sides in SIDES for key in sides),
+        *(*TEXT_KEYS, *SYSTEM, *LABELS, "history", "tools", "functions", "chat", "instances", "text"),
+        *("response_j", "response_k", "input_ids", "labels", "prompt_ids", "chosen_ids", "rejected_ids"),
+    )
+)
+
+
+def _in_small_letters(value: Record) -> Record:
+    """The record with keys such as `Question` as formats know them; other keys stay as they are."""
+    renamed: dict[str, Any] = {}
+    for key, item in value.items():
+        small = key.lower()
+        known = key not in KNOWN_KEYS and small in KNOWN_KEYS and small not in value and small not in renamed
+        renamed[small if known else key] = item
+    return renamed
 
 
 def _kind(item: Any) -> Any:
@@ -210,6 +248,8 @@ def _detect(value: Record, task: TaskName | None) -> tuple[str, tuple[str, ...]]
     fitting = _fitting(there) or _fitting(value)
     if task is not None:
         fitting = {name: keys for name, keys in fitting.items() if FORMATS[name].task == task} or fitting
+    if not fitting and _fitting(_in_small_letters(value)) and _in_small_letters(value).keys() != value.keys():
+        return IN_CAPITALS
     if not fitting:
         # repr: a key may hold anything, also what no terminal or file takes.
         keys = ", ".join(map(repr, sorted(value)[:8])) or "–"
@@ -289,7 +329,13 @@ def read_record(value: Any, task: TaskName | None = None, data_format: str = "au
             why); a record for another task.
     """
     value = _structured(value)
-    name, keys = _detected_format(value, task) if data_format == "auto" else (data_format, ())
+    if data_format == "auto":
+        value, name, keys = _detected_format(value, task)
+    else:
+        name, keys = data_format, ()
+        small = _in_small_letters(value)
+        if not FORMATS[name].format.recognises(Fields(value)) and FORMATS[name].format.recognises(Fields(small)):
+            value = small
     entry = FORMATS[name]
     if task is not None and entry.task != task:
         raise MalformedRecord("row.other_task", format=name, task=entry.task, wanted=task)
@@ -302,7 +348,10 @@ def read_record(value: Any, task: TaskName | None = None, data_format: str = "au
     except MalformedRecord as error:
         problem = str(error)
     else:
-        return ReadRecord(name, parsed, _left_out(fields.unread(), parsed), fields.unheeded())
+        said = verdicts(value) if name in ("labelled_messages", "labelled_answer") else {}
+        condemned = next((key for key, wanted in said.items() if not wanted), None)
+        better = outscored(fields) if entry.task == "dpo" else None
+        return ReadRecord(name, parsed, _left_out(fields.unread(), parsed), fields.unheeded(), condemned, better)
     if keys:
         raise MalformedRecord("row.taken_as", problem=problem, format=name, keys=", ".join(map(repr, keys)))
     raise MalformedRecord("row.forced_as", problem=problem, format=name)
@@ -320,6 +369,9 @@ def _left_out(unread: Mapping[str, Sequence[str]], parsed: Parsed) -> dict[str, 
     said = {text for one in conversations for item in one.messages for text in (item.content, item.reasoning)}
     left_out = {}
     for key, texts in unread.items():
+        if not texts:  # numbers
+            left_out[key] = 0
+            continue
         left = [text for text in texts if text not in said]
         if len(left) < len(texts) and ROLES.keys() >= set(left):  # the roles of messages that are there
             continue

@@ -13,9 +13,12 @@ from firefly.data.formats.fields import (
     check_text,
     is_trained,
     kind_of,
+    parse_json,
     read_list,
     read_tools,
+    texts_in,
     verdict,
+    verdicts,
 )
 from firefly.data.formats.messages import MESSAGE_KEYS, as_record_says, behind_beginning, read_messages, untrained
 from firefly.data.formats.texts import (
@@ -27,11 +30,13 @@ from firefly.data.formats.texts import (
     QUESTIONS,
     SPELLINGS,
     answer_text,
+    are_spans,
     is_texts,
     question_text,
 )
 from firefly.data.schema import Conversation, Message
 
+QUESTION_OR_ANSWER = frozenset((*QUESTIONS, *ANSWERS))
 SIDES = (
     ("chosen", "rejected"),
     ("chosen_messages", "rejected_messages"),
@@ -52,6 +57,27 @@ def is_paired(record: Fields) -> bool:
 def is_judged(record: Fields) -> bool:
     """Whether answers are compared or labelled (KTO): a labelled one may be no good answer to train."""
     return is_paired(record) or verdict(record) is not None
+
+
+def is_restated(record: Fields) -> bool:
+    """Whether messages say what stands as question or answer beside them (NuminaMath, OpenR1-Math, Magpie): then they
+    are the conversation."""
+    key = record.first_of(MESSAGE_KEYS)
+    if key is None or not record.has_any(QUESTION_OR_ANSWER):
+        return False
+    held = record.peek(key)
+    if isinstance(held, str):
+        try:
+            held = parse_json(held, key)
+        except MalformedRecord:
+            return False
+    said = [text.strip() for text in texts_in(held)]
+    asked, answered = (
+        [value.strip() for value in map(record.peek, record.present(keys)) if isinstance(value, str) and value.strip()]
+        for keys in (QUESTIONS, ANSWERS)
+    )
+    # A question may stand inside its message; an answer such as "4" stands inside too much.
+    return any(text in message for text in asked for message in said) or any(text in said for text in answered)
 
 
 @dataclass(frozen=True)
@@ -115,7 +141,9 @@ class QuestionFormat:
 
     def recognises(self, record: Fields) -> tuple[str, ...]:
         keys = self.keys(record)
-        return () if keys is None or is_judged(record) or answers_in_list(record, *keys) else keys
+        if keys is None or is_judged(record) or answers_in_list(record, *keys) or is_restated(record):
+            return ()
+        return keys
 
     def keys(self, record: Fields) -> tuple[str, str] | None:
         """The record's own keys for the two."""
@@ -157,7 +185,7 @@ class OtherQuestionFormat:
 
     def recognises(self, record: Fields) -> tuple[str, ...]:
         keys = question_and_answer(record)
-        if keys is None or is_judged(record) or answers_in_list(record, *keys):
+        if keys is None or is_judged(record) or answers_in_list(record, *keys) or is_restated(record):
             return ()
         return () if any(entry.keys(record) for entry in QUESTION_FORMATS.values()) else keys
 
@@ -179,7 +207,7 @@ def read_question(record: Fields, question: str, answer: str) -> Conversation:
     if listed is not None:
         messages = behind_beginning(record, _turns_in_parallel(record, question, listed, answer), listed)
     else:
-        if isinstance(answered, list) and not is_texts(answered):
+        if isinstance(answered, list) and not is_texts(answered) and not are_spans(answered):
             reply = read_messages(record, answer)
         else:
             reply = [Message("assistant", answer_text(record, answer))]
@@ -273,7 +301,7 @@ class LabelledAnswerFormat:
 
 def _labels(record: Fields) -> tuple[str, ...]:
     """The keys under which a verdict stands."""
-    return tuple(name for name in LABELS if verdict({name: record.peek(name)}) is not None)
+    return tuple(verdicts(record))
 
 
 def _judged(record: Fields, conversation: Conversation) -> Conversation:
@@ -283,6 +311,9 @@ def _judged(record: Fields, conversation: Conversation) -> Conversation:
         if name is None:
             raise MalformedRecord("row.missing_field", field=LABELS[0])
         raise MalformedRecord("row.wrong_type", field=name, expected="true or false", got=kind_of(record.peek(name)))
-    for name in _labels(record):
+    said = verdicts(record)
+    for name in said:
         record.get(name)
+    if len(set(said.values())) > 1:
+        raise MalformedRecord("row.verdicts_disagree", fields=", ".join(said))
     return conversation if wanted else Conversation(tuple(untrained(conversation.messages)), conversation.tools)

@@ -28,10 +28,10 @@ class Fields(Mapping[str, Any]):
         place: where in the record the object stands, such as `messages[3]`; empty for the record itself.
     """
 
-    __slots__ = ("_inner", "_read", "_unheeded", "_values", "place")
+    __slots__ = ("_inner", "_is_message", "_read", "_unheeded", "_values", "place")
 
-    def __init__(self, values: Record, place: str = "") -> None:
-        self._values, self.place = values, place
+    def __init__(self, values: Record, place: str = "", *, is_message: bool = False) -> None:
+        self._values, self.place, self._is_message = values, place, is_message
         self._read: set[str] = set()
         self._inner: list[Fields] = []
         self._unheeded: tuple[str, ...] = ()
@@ -60,6 +60,9 @@ class Fields(Mapping[str, Any]):
         """The value, or None, without having read it."""
         return self._values.get(name)
 
+    def has_read(self, name: str) -> bool:
+        return name in self._read
+
     def present(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if name in self._values]
 
@@ -80,15 +83,16 @@ class Fields(Mapping[str, Any]):
         """The place of a field."""
         return f"{self.place}.{name}" if self.place else name
 
-    def inner(self, value: Any, place: str) -> Fields:
-        """An object inside this one, at `place` of the record.
+    def inner(self, value: Any, place: str, *, is_message: bool = False) -> Fields:
+        """An object inside this one, at `place` of the record. Of a message numbers and flags count, too, where nobody
+        reads them: they may say whether it is trained.
 
         Raises:
             MalformedRecord: it is none.
         """
         if not isinstance(value, Mapping):
             raise MalformedRecord("row.wrong_type", field=place, expected="object", got=kind_of(value))
-        found = Fields(value, place)
+        found = Fields(value, place, is_message=is_message)
         self._inner.append(found)
         return found
 
@@ -106,11 +110,14 @@ class Fields(Mapping[str, Any]):
         return NUMBER.sub(lambda match: "[]" if match[0][0] == "[" else "", self.at(name))
 
     def unread(self) -> dict[str, list[str]]:
-        """The texts that nobody read, by the name of the outermost key that holds them: `note`, `messages[].note`."""
+        """The texts that nobody read, by the name of the outermost key that holds them: `note`, `messages[].note`. No
+        text under a key of a message that holds numbers or flags alone."""
         found: dict[str, list[str]] = {}
         if len(self._read) < len(self._values):
-            for name in self._values:
-                if name not in self._read and (texts := texts_in(self._values[name])):
+            for name, value in self._values.items():
+                if name in self._read:
+                    continue
+                if (texts := texts_in(value)) or (self._is_message and holds_numbers(value)):
                     found.setdefault(self._shape(name), []).extend(texts)
         for inner in self._inner:
             for place, texts in inner.unread().items():
@@ -138,6 +145,20 @@ def texts_in(value: Any) -> list[str]:
         elif isinstance(item, list | tuple):
             left.extend(item)
     return texts
+
+
+def holds_numbers(value: Any) -> bool:
+    """Whether a number, true or false stands anywhere in a JSON value."""
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, int | float):
+            return True
+        if isinstance(item, Mapping):
+            left.extend(item.values())
+        elif isinstance(item, list | tuple):
+            left.extend(item)
+    return False
 
 
 def read_text(record: Fields, name: str) -> str:
@@ -206,18 +227,22 @@ def system_beside(record: Fields) -> list[Message]:
     return []
 
 
-VERDICTS = {"true": True, "false": False}
+YES_OR_NO = {"true": True, "false": False}
+VERDICTS = {**YES_OR_NO, "1": True, "0": False, "1.0": True, "0.0": False}
+"""True and false as a table's cells have them."""
 LABELS = ("label", "kto_tag")
 
 
 def verdict(record: Record) -> bool | None:
     """What `label` says of the record's answer: true or false, also as 1 and 0 or as text; None if it says neither."""
+    return next(iter(verdicts(record).values()), None)
+
+
+def verdicts(record: Record) -> dict[str, bool]:
+    """The same, by the key that says it."""
     look = record.peek if isinstance(record, Fields) else record.get
-    for name in LABELS:
-        said = _verdict(look(name))
-        if said is not None:
-            return said
-    return None
+    said = {name: _verdict(look(name)) for name in LABELS}
+    return {name: wanted for name, wanted in said.items() if wanted is not None}
 
 
 def _verdict(label: Any) -> bool | None:
@@ -226,7 +251,8 @@ def _verdict(label: Any) -> bool | None:
     return bool(label) if isinstance(label, (bool, int, float)) and label in (0, 1) else None
 
 
-FLAGS = ("loss", "train", "training", "output_with_loss")
+MASKS = ("loss_mask", "step_loss_mask", "trainable", "train_on_turn")
+FLAGS = ("loss", "train", "training", "output_with_loss", *MASKS)
 WEIGHTS = ("weight", "loss_weight", "loss_scale")
 PARTIAL = "train_detail"
 LOSS_KEYS = frozenset((*FLAGS, *WEIGHTS, PARTIAL))
@@ -244,10 +270,7 @@ def is_trained(item: Fields) -> bool:
     said: dict[str, bool] = {}
     for name in FLAGS:
         if (flag := item.get(name)) is not None:
-            if not isinstance(flag, bool):
-                place = item.at(name)
-                raise MalformedRecord("row.wrong_type", field=place, expected="true or false", got=kind_of(flag))
-            said[name] = flag
+            said[name] = _flag(flag, name, item.at(name))
     for name in WEIGHTS:
         if (weight := item.get(name)) is not None:
             said[name] = _weight(weight, item.at(name))
@@ -258,22 +281,32 @@ def is_trained(item: Fields) -> bool:
 
 def is_record_trained(record: Fields) -> bool:
     """The same beside a record's texts or messages. There a `loss` may be a measured number and `train` the name of a
-    split, so only what is true or false counts, or reads so in a table; and only numbers count as weights."""
+    split, so only what is true or false counts, or reads so in a table; and only numbers count as weights. A mask is
+    never anything else."""
     if not record.has_any(LOSS_KEYS):
         return True
     said: dict[str, bool] = {}
     for name in FLAGS:
         flag = record.peek(name)
-        flag = VERDICTS.get(flag.strip().lower()) if isinstance(flag, str) else flag
-        if isinstance(flag, bool):
+        if isinstance(flag, str):
+            words = VERDICTS if name in MASKS else YES_OR_NO
+            flag = words.get(flag.strip().lower(), flag)
+        if isinstance(flag, bool) or (name in MASKS and flag is not None):
             record.get(name)
-            said[name] = flag
+            said[name] = _flag(flag, name, record.at(name))
     for name in WEIGHTS:
-        weight = _number(record.peek(name))
+        weight = number_in(record.peek(name))
         if weight is not None:
             record.get(name)
             said[name] = _weight(weight, record.at(name))
     return _agreed(said, record)
+
+
+def _flag(flag: Any, name: str, place: str) -> bool:
+    """True or false, also as 1 and 0; but a number under `loss` may have been measured."""
+    if not isinstance(flag, bool) and (name == "loss" or not isinstance(flag, int | float) or flag not in (0, 1)):
+        raise MalformedRecord("row.wrong_type", field=place, expected="true or false", got=kind_of(flag))
+    return bool(flag)
 
 
 def _weight(weight: Any, place: str) -> bool:
@@ -283,7 +316,8 @@ def _weight(weight: Any, place: str) -> bool:
     return bool(weight)
 
 
-def _number(value: Any) -> float | None:
+def number_in(value: Any) -> float | None:
+    """A number, also as a table's text; None for anything else."""
     if isinstance(value, int | float):
         return value
     try:
@@ -299,7 +333,7 @@ def _agreed(said: Mapping[str, bool], item: Fields) -> bool:
 
 
 def read_tools(record: Fields) -> tuple[Record, ...]:
-    """`tools` (OpenAI's older name: `functions`): a list of function schemas, or such a list as JSON text; each in
+    """`tools` (OpenAI's older name: `functions`): function schemas in a list, or one alone, or so as JSON text; each in
     OpenAI's wrapper afterwards."""
     key = "tools"
     if not record.peek(key) and _are_schemas(record.peek("functions")):
@@ -309,12 +343,16 @@ def read_tools(record: Fields) -> tuple[Record, ...]:
         value = parse_json(value, key) if value.strip() else None
     if value is None:
         return ()
+    if isinstance(value, Mapping):  # one alone
+        return (_tool(value, key),)
     if not isinstance(value, list):
         raise MalformedRecord("row.wrong_type", field=key, expected="list", got=kind_of(value))
     return tuple(_tool(item, f"{key}[{number}]") for number, item in enumerate(value))
 
 
 def _are_schemas(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return "name" in value
     return isinstance(value, list) and all(isinstance(item, Mapping) and "name" in item for item in value)
 
 
@@ -343,8 +381,17 @@ def read_tool_calls(record: Fields, value: Any, place: str) -> tuple[Record, ...
     return (_tool_call(record, value, place),)
 
 
+ARGUMENTS = ("arguments", "parameters", "params", "args", "kwargs", "input")
+"""How records call the arguments of a call, in the order in which they are looked for."""
+CALL_KEYS = frozenset(("id", "type", "name", "function", "index", "arguments"))
+
+
 def _tool_call(record: Fields, value: Any, place: str) -> Record:
-    """One call: `{"name", "arguments"}` bare or under `function`; arguments as an object, or as JSON text of one."""
+    """One call: `{"name", "arguments"}` bare or under `function`; arguments as an object, or as JSON text of one.
+
+    Raises:
+        MalformedRecord: a key that says more of the call than would be trained, among others.
+    """
     call = record.inner(parse_json(value, place) if isinstance(value, str) else value, place)
     function = call
     if "function" in call:
@@ -352,16 +399,51 @@ def _tool_call(record: Fields, value: Any, place: str) -> Record:
     name = check_text(function["name"], f"{place}.name") if "name" in function else None
     if name is None:
         raise MalformedRecord("row.missing_field", field=f"{place}.name")
-    arguments = function.get("arguments" if function.peek("arguments") is not None else "parameters")
-    read: dict[str, Any] = {
-        "type": "function",
-        "function": {"name": name, "arguments": call_arguments(arguments, f"{place}.arguments")},
-    }
+    held = (call,) if function is call else (function, call)
+    arguments = read_arguments(*held)
+    for item in held:
+        for key in item:
+            if key not in CALL_KEYS and not item.has_read(key) and not says_nothing(item.peek(key)):
+                raise MalformedRecord("row.unknown_call_key", field=item.at(key), known=", ".join(ARGUMENTS))
+    if function is not call and call.get("name") not in (None, name):
+        raise MalformedRecord("row.calls_disagree", fields=f"{place}.name, {place}.function.name")
+    call.get("index")
+    read: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
     if call.peek("type") == "function":
         call.get("type")
-    if (identifier := call.get("id")) is not None:
-        read["id"] = check_text(identifier, f"{place}.id")
+    if (identifier := read_call_id(call, "id")) is not None:
+        read["id"] = identifier
     return read
+
+
+def read_call_id(item: Fields, name: str) -> str | None:
+    """The identifier of a call, which may be a number."""
+    identifier = item.get(name)
+    if type(identifier) is int and abs(identifier) < 2**63:
+        return str(identifier)
+    return None if identifier is None else check_text(identifier, item.at(name))
+
+
+def read_arguments(*held: Fields) -> dict[str, Any]:
+    """The arguments of a call, which stand in one of these objects under one of several keys.
+
+    Raises:
+        MalformedRecord: two that differ, or what is no object.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for item in held:
+        for key in item.present(ARGUMENTS):
+            if arguments := call_arguments(item[key], item.at(key)):
+                found[item.at(key)] = arguments
+    read = list(found.values())
+    if any(other != read[0] for other in read[1:]):
+        raise MalformedRecord("row.calls_disagree", fields=", ".join(found))
+    return read[0] if read else {}
+
+
+def says_nothing(value: Any) -> bool:
+    """Whether a value is null or an empty text, list or object; numbers and flags say something."""
+    return value is None or (isinstance(value, str | list | Mapping) and not value)
 
 
 def call_arguments(value: Any, place: str) -> dict[str, Any]:

@@ -11,13 +11,14 @@ from firefly.data.formats.fields import (
     WEIGHTS,
     Fields,
     MalformedRecord,
-    call_arguments,
     check_text,
     is_record_trained,
     is_trained,
     json_text,
     kind_of,
     optional_text,
+    read_arguments,
+    read_call_id,
     read_list,
     read_text,
     read_tool_calls,
@@ -38,6 +39,10 @@ ROLES: dict[str, Role] = {
     "model": "assistant",
     "bot": "assistant",
     "chatgpt": "assistant",
+    "chatbot": "assistant",
+    "ai": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
     "tool": "tool",
     "function": "tool",
     "ipython": "tool",
@@ -47,6 +52,12 @@ ROLES: dict[str, Role] = {
 """How message lists call the four roles. `function_call` and `tool_call` are replies that call a function."""
 
 CALLS = ("function_call", "tool_call")
+
+
+def plain_role(spelled: str) -> str:
+    """A role as ROLES and CALLS have it: `Function-Call` is `function_call`."""
+    return spelled.strip().lower().replace("-", "_")
+
 
 MESSAGE_KEYS = ("messages", "conversations", "conversation")
 TEXT_KEYS = (*MESSAGE_KEYS, "data")
@@ -68,7 +79,7 @@ def read_messages(record: Fields, name: str) -> list[Message]:
         return [Message(roles[n % 2], check_text(item, f"{place}[{n}]")) for n, item in enumerate(items)]
     messages: list[Message] = []
     for number, item in enumerate(items):
-        part = record.inner(item, f"{place}[{number}]")
+        part = record.inner(item, f"{place}[{number}]", is_message=True)
         if _is_turn(part):
             messages += _read_turn(part, first=not messages)
         elif _is_observed_call(part):
@@ -98,18 +109,14 @@ def _read_turn(turn: Fields, first: bool) -> list[Message]:
 def _is_observed_call(item: Fields) -> bool:
     """Whether a tool's message holds the call, too (ChatGLM3's first form: name, parameters, observation)."""
     spelled = item.peek(item.first_of(ROLE_KEYS) or "")
-    return "observation" in item and isinstance(spelled, str) and ROLES.get(spelled.lower()) == "tool"
+    return "observation" in item and isinstance(spelled, str) and ROLES.get(plain_role(spelled)) == "tool"
 
 
 def _add_observed_call(messages: list[Message], item: Fields) -> None:
     """The call becomes the reply's before it, which says what the model thought of, or a reply of its own."""
     item.get(item.first_of(ROLE_KEYS) or ROLE_KEYS[0])
     name = read_text(item, "name")
-    arguments = item.get("parameters" if "parameters" in item else "arguments")
-    call = {
-        "type": "function",
-        "function": {"name": name, "arguments": call_arguments(arguments, item.at("parameters"))},
-    }
+    call = {"type": "function", "function": {"name": name, "arguments": read_arguments(item)}}
     before = messages[-1] if messages else None
     if before is not None and before.role == "assistant" and not before.tool_calls:
         messages[-1] = replace(before, tool_calls=(call,), trained=before.trained and is_trained(item))
@@ -128,7 +135,8 @@ def read_message(item: Fields) -> Message:
     content_key = item.first_of(usual) or usual[0]
     place = item.at(content_key)
     trained = is_trained(item)
-    role = "assistant" if spelled in CALLS else ROLES.get(spelled.lower())
+    plain = plain_role(spelled)
+    role = "assistant" if plain in CALLS else ROLES.get(plain)
     if role is None:
         known = ", ".join([*ROLES, *CALLS])
         raise MalformedRecord("row.unknown_role", field=item.at(role_key), role=spelled, known=known)
@@ -136,11 +144,12 @@ def read_message(item: Fields) -> Message:
         if trained:
             item.leave_unheeded([name for name in item.present(TRUE_FOR_LOSS) if item.peek(name)])
         content = _read_content(item, content_key, role)[0]
-        name, call = (optional_text(item, key) if role == "tool" else None for key in ("name", "tool_call_id"))
-        return Message(role, content, name=name, tool_call_id=call)
+        if role != "tool":
+            return Message(role, content)
+        return Message(role, content, name=optional_text(item, "name"), tool_call_id=read_call_id(item, "tool_call_id"))
     reasoning_key = next((key for key in REASONING if item.peek(key)), None)
     reasoning = None if reasoning_key is None else read_text(item, reasoning_key)
-    if spelled in CALLS:
+    if plain in CALLS:
         if content_key not in item:
             raise MalformedRecord("row.missing_field", field=place)
         calls = read_tool_calls(item, item[content_key], place)
@@ -224,9 +233,12 @@ def behind_beginning(record: Fields, messages: list[Message], place: str) -> lis
     """`messages`, which stand under `place`, behind what stands beside them: a system prompt, and earlier turns.
 
     Raises:
-        MalformedRecord: two system prompts.
+        MalformedRecord: two system prompts that differ.
     """
     system, history = system_beside(record), read_history(record)
+    for first in (history[:1], messages[:1]):
+        if system and first and first[0].role == "system" and first[0].content.strip() == system[0].content.strip():
+            system = []  # said twice
     if messages and messages[0].role == "system" and (system or history):
         if system:
             raise MalformedRecord("row.two_systems", field=f"{place}[0]")

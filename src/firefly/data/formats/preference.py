@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from firefly.data.formats.chat import SIDES, answers_in_list, is_paired, question_and_answer
+from firefly.data.formats.chat import SIDES, answers_in_list, is_paired, is_restated, question_and_answer
 from firefly.data.formats.fields import (
     Fields,
     MalformedRecord,
     check_text,
     is_record_trained,
+    json_text,
+    number_in,
     read_text,
     read_tools,
     verdict,
@@ -59,7 +62,7 @@ def _answer(record: Fields, name: str) -> list[Message]:
     """One side: a text, a message, or a list of messages."""
     value = record.peek(name)
     if isinstance(value, dict):
-        return [read_message(record.inner(record[name], name))]
+        return [read_message(record.inner(record[name], name, is_message=True))]
     if isinstance(value, list) and not is_texts(value):
         return read_messages(record, name)
     return [Message("assistant", answer_text(record, name))]
@@ -176,13 +179,13 @@ class ConversationPairFormat:
 
 @dataclass(frozen=True)
 class ListPairFormat:
-    """A question and both of its answers in one list, the better one first."""
+    """A question and both of its answers in one list, the better one first or as numbers beside them say."""
 
     def recognises(self, record: Fields) -> tuple[str, ...]:
         keys = question_and_answer(record)
         if keys is None or is_paired(record) or verdict(record) is not None:
             return ()
-        return keys if answers_in_list(record, *keys) else ()
+        return keys if answers_in_list(record, *keys) and not is_restated(record) else ()
 
     def parse(self, record: Fields) -> PreferencePair:
         keys = question_and_answer(record)
@@ -196,12 +199,60 @@ class ListPairFormat:
         for number, text in enumerate(answers):
             if not check_text(text, f"{answer}[{number}]").strip():
                 raise MalformedRecord("row.empty_field", field=f"{answer}[{number}]")
-        chosen, rejected = (Message("assistant", text) for text in answers)
+        better = _better_of_two(record, answer)
+        chosen, rejected = (Message("assistant", answers[number]) for number in (better, 1 - better))
         if isinstance(record.peek(question), list):
             prompt = read_messages(record, question)
         else:
             prompt = [Message("user", question_text(record, question))]
         return make_pair(record, behind_beginning(record, prompt, question), chosen, rejected)
+
+
+SCORES = ("scores", "score", "ratings", "rating", "rewards", "reward")
+RANKS = ("ranks", "rank", "ranking", "rankings")
+MEASURES = (*SCORES, *RANKS)
+LABELS_OF_TWO = ("labels", "label")
+SIDES_MEASURED = [
+    (form.format(measure, "chosen"), form.format(measure, "rejected"), measure in SCORES)
+    for measure in MEASURES
+    for form in ("{0}_{1}", "{1}_{0}", "{0}-{1}", "{1}-{0}")
+]
+"""How records call the numbers of chosen and rejected, and whether the higher one is better."""
+
+
+def _better_of_two(record: Fields, answer: str) -> int:
+    """Which of two answers numbers beside them prefer: the higher score, the lower rank; the first, without numbers.
+
+    Raises:
+        MalformedRecord: numbers that prefer neither or contradict each other, or no two numbers.
+    """
+    preferred: dict[str, int] = {}
+    own = {f"{of}_{measure}": measure for of in (answer, answer.removesuffix("s")) for measure in MEASURES}
+    named = {measure: measure for measure in (*MEASURES, *LABELS_OF_TWO)} | own
+    for name, measure in named.items():
+        if not isinstance(record.peek(name), list):  # of something else
+            continue
+        found = [number_in(value) for value in record[name]]
+        numbers = [
+            number for number in found if isinstance(number, int) or (number is not None and math.isfinite(number))
+        ]
+        if len(found) != 2 or len(numbers) != 2 or numbers[0] == numbers[1]:
+            got = json_text(record[name], name)
+            raise MalformedRecord("row.wrong_type", field=name, expected="two different numbers", got=got)
+        preferred[name] = int((numbers[1] > numbers[0]) == (measure not in RANKS))
+    if len(set(preferred.values())) > 1:
+        raise MalformedRecord("row.verdicts_disagree", fields=", ".join(preferred))
+    return next(iter(preferred.values()), 0)
+
+
+def outscored(record: Fields) -> tuple[str, str] | None:
+    """The keys of two numbers that prefer the rejected answer (`score_chosen`, `score_rejected`), if any do."""
+    for chosen, rejected, higher in SIDES_MEASURED:
+        numbers = [number_in(record.peek(name)) for name in (chosen, rejected)]
+        better, worse = numbers if higher else numbers[::-1]
+        if better is not None and worse is not None and better < worse:
+            return chosen, rejected
+    return None
 
 
 @dataclass(frozen=True)

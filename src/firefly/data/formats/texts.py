@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from firefly.data.formats.fields import Fields, check_text, optional_text, read_text
+from firefly.data.formats.fields import Fields, MalformedRecord, check_text, optional_text, read_text
 
 SPELLINGS = {
     "instruction": ("instruction", "instructions"),
@@ -87,9 +88,25 @@ def _further_text(record: Fields, name: str) -> str | None:
     return None
 
 
+def are_spans(value: Any) -> bool:
+    """Whether answers are parts of a context, one of which suffices (SQuAD as published)."""
+    return isinstance(value, list) and all(isinstance(item, Mapping) and "answer_start" in item for item in value)
+
+
 def answer_text(record: Fields, answer: str) -> str:
-    """The text of an answer, which may be the only one of a list."""
-    value = record.peek(answer)
+    """The text of an answer, which may be the only one of a list; of several spans the first."""
+    value, place = record.peek(answer), record.at(answer)
+    if are_spans(value) and value:
+        spans = [record.inner(item, f"{place}[{number}]") for number, item in enumerate(record[answer])]
+        return read_text(spans[0], "text")
+    if isinstance(value, Mapping) and "text" in value:  # SQuAD and CMRC as `datasets` holds them: a list for each key
+        spans = record.inner(record[answer], place)
+        texts = spans.peek("text")
+        if not isinstance(texts, list):
+            return read_text(spans, "text")
+        if not texts:
+            raise MalformedRecord("row.empty_field", field=spans.at("text"))
+        return check_text(texts[0], f"{spans.at('text')}[0]")  # unread: the others may say something else
     if is_texts(value) and len(value) == 1:
         return check_text(record[answer][0], f"{record.at(answer)}[0]")
     return read_text(record, answer)
