@@ -34,7 +34,8 @@ def strangers(tmp_path: Path, launcher: list[str], **changes: Any) -> list[str]:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(settings), encoding="utf-8")
     door = Path(firefly.__file__).parents[2] / "train.py"
-    environment = os.environ | {"PYTHONPATH": str(Path(firefly.__file__).parents[1])}
+    # torchrun has a banner of its own where nobody says how many threads a process has.
+    environment = os.environ | {"PYTHONPATH": str(Path(firefly.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, str(door), "--train_args_file", str(config)]
     done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
