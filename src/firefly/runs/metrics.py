@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from firefly.console import notice
+from firefly.files import atomic_file, first_line
 from firefly.messages import render
 from firefly.objectives.trainers import Counts
 from firefly.ranks import is_first
-from firefly.runs.folders import first_line
 from firefly.runs.memory import memory_in_use, peak_memory
 from firefly.runs.plots import LAST_DRAWING_SECONDS, draw_loss
 from firefly.runs.records import read_metrics
@@ -110,10 +110,9 @@ class RunRecorder(TrainerCallback):
             return  # nothing is left to train, and what was written stays
         lines = read_metrics(self.path) if state.global_step else []
         kept = [line for line in lines if line.get("step", 0) <= state.global_step and "train_loss" not in line]
-        with self.reporting(self.path.name):
-            scratch = self.path.with_name(f".{self.path.name}")
+        # Killed in between, the run still has its old lines.
+        with self.reporting(self.path.name), atomic_file(self.path) as scratch:
             scratch.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            scratch.replace(self.path)  # killed in between, the run still has its old lines
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.seconds_to_first_step is None:
