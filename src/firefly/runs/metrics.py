@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from firefly.console import notice
+from firefly.data.batching import StepTotals
 from firefly.files import atomic_file, first_line
 from firefly.messages import render
-from firefly.objectives.trainers import Counts
 from firefly.ranks import is_first
 from firefly.runs.memory import memory_in_use, peak_memory
 from firefly.runs.plots import LAST_DRAWING_SECONDS, draw_loss
@@ -31,6 +32,22 @@ from firefly.runs.state import HEARTBEAT_SECONDS
 
 REDRAW_SECONDS = 30
 """The least time between two drawings of loss.png while a run goes on."""
+
+
+@dataclass
+class Counts:
+    """What all ranks have trained so far (a resumed run counts from where it resumed)."""
+
+    steps: int = 0
+    examples: int = 0
+    tokens: int = 0
+    targets: int = 0
+
+    def add(self, totals: StepTotals) -> None:
+        self.steps += 1
+        self.examples += totals.examples
+        self.tokens += totals.input_tokens
+        self.targets += totals.targets
 
 
 class Pace:
