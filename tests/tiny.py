@@ -17,10 +17,11 @@ from torch import Tensor
 
 from firefly.config import AdapterConfig
 from firefly.data.examples import INDEX, ExampleCounts, index_entry
-from firefly.data.schema import IGNORE, Example, Segment, Source, TokenPair, Tokens
+from firefly.data.schema import IGNORE, Example, Source, TokenPair, Tokens
 from firefly.models.adapters import attach_adapter, lora_parameters, lora_targets
 from firefly.models.attention import choose_layout
 from firefly.models.forwards import install_training_forwards
+from firefly.segments import Segment
 
 VOCABULARY = 264
 WINDOW = 8

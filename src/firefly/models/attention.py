@@ -6,18 +6,17 @@ that, or fail the probe, run `solo`: one example per microbatch through the mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from firefly.data.schema import Segment, segment_positions
 from firefly.errors import UsageError
 from firefly.models.kernels.segment_attention import attend
 from firefly.models.precision import compute_type
+from firefly.models.probing import decoder, evaluating
+from firefly.segments import Segment, segment_positions
 
 NAME = "firefly_segments"
 ISOLATABLE_LAYERS = {"full_attention", "sliding_attention"}
@@ -119,17 +118,6 @@ def choose_layout(model: PreTrainedModel) -> tuple[str, str]:
         return "segments", ""
     model.set_attn_implementation(own if own and own != NAME else "sdpa")
     return "solo", reason
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode for a while: without dropout."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def refuse_other_models(model: PreTrainedModel) -> None:
@@ -239,14 +227,6 @@ def _declared_window(model: PreTrainedModel) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-def decoder(model: PreTrainedModel) -> Any:
-    """The part of a causal language model that ends in its last hidden states."""
-    for candidate in (model.base_model, model.get_decoder(), getattr(model, "model", None)):
-        if candidate is not None and candidate is not model:
-            return candidate
-    raise UnsupportedAttention(f"{type(model).__name__} does not tell its decoder")
-
-
 def short_row(model: PreTrainedModel, tokens: int = 12) -> dict[str, Any]:
     """What the model is called with for a row of one short example, in the layout that it is set to."""
     vocabulary = model.config.get_text_config().vocab_size
@@ -257,33 +237,6 @@ def short_row(model: PreTrainedModel, tokens: int = 12) -> dict[str, Any]:
     if NAME in parts:
         inputs |= {"position_ids": positions[None], "segments": (Segment(0, tokens),)}
     return inputs
-
-
-class _Met(Exception):
-    """The first call has come; nothing after it is needed."""
-
-
-def first_call(
-    model: Any, inputs: dict[str, Any], watching: Callable[[Callable[..., None]], AbstractContextManager[Any]]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """What something inside a model is called with first, positionally and by name; None where that never happens.
-
-    Args:
-        inputs: of the model's decoder.
-        watching: given a function, returns a context in which that is called with what the watched thing would be.
-    """
-    met: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def stop(*args: Any, **kwargs: Any) -> None:
-        met.append((args, kwargs))
-        raise _Met
-
-    try:
-        with watching(stop), torch.no_grad():
-            decoder(model)(**inputs, use_cache=False)
-    except Exception:  # a model that is called otherwise has met nothing
-        pass
-    return met[0] if met else None
 
 
 def _probe_ids(model: PreTrainedModel) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,11 @@ from torch.autograd.graph import save_on_cpu
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from firefly.errors import UsageError
-from firefly.models.attention import first_call, short_row
+from firefly.models.attention import short_row
 from firefly.models.kernels.expert_linear import is_known
 from firefly.models.kernels.gated_mlp import UNREAD, fused_blocks
 from firefly.models.kernels.second_pass import checkpoint_anywhere, checkpoint_plainly
+from firefly.models.probing import first_call
 
 
 @dataclass(frozen=True)

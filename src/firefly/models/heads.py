@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from firefly.models.attention import UnsupportedAttention, decoder, short_row
+from firefly.models.attention import UnsupportedAttention, short_row
 from firefly.models.kernels.token_nll import summed_nll, token_logps
+from firefly.models.probing import decoder
 
 
 def install_target_head(model: PreTrainedModel) -> str:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from firefly.data.schema import Segment
 from firefly.files import read_proc
 from firefly.models.checkpointing import Checkpointing, decoder_layers
 from firefly.models.kernels.segment_attention import BLOCK
 from firefly.models.kernels.token_nll import ROWS_AT_A_TIME, chunk_bytes
 from firefly.ranks import local_world_size
+from firefly.segments import Segment
 
 PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
 """Lengths of the two examples that are measured on: the first that divides no size in the model, so that a dimension

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from firefly.models.attention import first_call
 from firefly.models.kernels.elementwise import implementation
 from firefly.models.kernels.rotation import rotate
 from firefly.models.precision import has_bf16
+from firefly.models.probing import first_call
 
 NAME = "apply_rotary_pos_emb"
 """What transformers calls it, in every modelling module: (q, k, cos, sin) → (q, k)."""
