@@ -1,14 +1,73 @@
-"""Trials of what an architecture does, made on the model itself."""
+"""Trials of what an architecture does, made on the model itself.
+
+Whether two ways to compute something agree, whether a module of another make can be called as ours are, and what
+something inside a model is called with.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+T = TypeVar("T")
+
+TOLERANCE, TOLERANCE_16_BIT = 1e-4, 1e-2
+"""How far two right ways to compute an array may be apart, as a share of its length (its Euclidean norm).
+
+They differ by rounding alone. In fp32 that is below 1e-6 even for sums of thousands of terms in another order, in bf16
+2e-3 for each number that is rounded on the way, with two or three roundings between 3e-3 and 5e-3. A form that is not
+the architecture's (another activation, scale, offset or order of halves) is off by a tenth of the length and more.
+By the length, because sums cancel: a number near 0 carries the error of the large ones that it is made of. One number
+of a hundred that is wrong by its own size is still seen in 16 bit, one of 10^8 in fp32."""
+
+
+def disagreement(found: Any, expected: Any, computed: torch.dtype | None = None) -> float:
+    """How far two arrays are apart, in tolerances: up to 1 they agree. Infinite where types or shapes differ, or where
+    something is not finite.
+
+    Args:
+        computed: a type that either is computed in on the way, where it may be coarser than the result's.
+    """
+    if not isinstance(found, Tensor) or not isinstance(expected, Tensor):
+        return 0.0 if found is None and expected is None else math.inf
+    if found.dtype != expected.dtype or found.shape != expected.shape:
+        return math.inf
+    coarse = any(dtype in (torch.bfloat16, torch.float16) for dtype in (expected.dtype, computed))
+    far = float(torch.linalg.vector_norm(found.float() - expected.float()))
+    allowed = (TOLERANCE_16_BIT if coarse else TOLERANCE) * float(torch.linalg.vector_norm(expected.float()))
+    if far == 0:
+        return 0.0
+    return far / allowed if allowed and math.isfinite(far) else math.inf
+
+
+def agree(found: Any, expected: Any, computed: torch.dtype | None = None, scale: float = 1.0) -> bool:
+    """Whether two ways to compute an array give the same one, but for rounding; of two absent ones (None) they do.
+
+    Args:
+        computed: see `disagreement`.
+        scale: how many tolerances are allowed, where there is a reason for other than one: say it where you set it.
+    """
+    return disagreement(found, expected, computed) <= scale
+
+
+REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, ImportError)
+"""What code of another make raises when it is called as ours is, or without what it needs."""
+
+
+def attempt(trial: Callable[[], T]) -> T | None:
+    """What `trial` returns; None where the code that it tries refuses (`REFUSALS`). Out of memory is no refusal."""
+    try:
+        return trial()
+    except torch.OutOfMemoryError:
+        raise
+    except REFUSALS:
+        return None
 
 
 def decoder(model: PreTrainedModel) -> Any:
@@ -53,9 +112,10 @@ def first_call(
         met.append((args, kwargs))
         raise _Met
 
-    try:
+    def run() -> None:
         with watching(stop), torch.no_grad():
             decoder(model)(**inputs, use_cache=False)
-    except Exception:  # a model that is called otherwise has met nothing
-        pass
+
+    with suppress(_Met):
+        attempt(run)  # a model that is called otherwise has met nothing
     return met[0] if met else None
