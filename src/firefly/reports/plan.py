@@ -438,8 +438,3 @@ def plan_with(plan: Plan, config: Config, work: Work | None = None, rows: int = 
 def local_cards() -> int:
     """CUDA cards of this machine, or processes that share a step, if more."""
     return max(torch.cuda.device_count() if torch.cuda.is_available() else 0, ranks.world_size())
-
-
-def config_name(config_file: str) -> str:
-    """What the report calls the configuration."""
-    return Path(config_file).name if config_file else "–"
