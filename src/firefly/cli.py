@@ -14,6 +14,7 @@ import typer
 from firefly import ranks
 from firefly.console import hush_libraries, print_error, print_json, stdout_console, tolerate_encodings
 from firefly.errors import FireflyError
+from firefly.files import first_line
 
 app = typer.Typer(
     add_completion=False,
@@ -390,8 +391,7 @@ def main(arguments: list[str] | None = None) -> int:
             print_error(render("cli.unencodable", name=error.object, encoding=error.encoding))
             return 2
         if _is_out_of_memory(error):
-            problem = next(iter(str(error).splitlines()), type(error).__name__)
-            print_error(render("cli.out_of_memory", problem=problem))
+            print_error(render("cli.out_of_memory", problem=first_line(error)))
         raise
     if code == INTERRUPTED:
         print_error(render("cli.interrupted"))

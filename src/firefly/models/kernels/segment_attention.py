@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from firefly.data.schema import Segment
 from firefly.messages import render
 from firefly.models.kernels.varlen_attention import attend_varlen, device_has_kernel, is_supported
+from firefly.segments import Segment
 
 BLOCK = 256
 """Query rows that are computed together; keys beyond a block's last query are never touched."""
