@@ -161,6 +161,14 @@ def decay_groups(model: Any, decay: float) -> list[dict[str, Any]]:
     ]
 
 
+def train_elsewhere(place: Path, folder: Path, flow: dict[str, Any]) -> None:
+    """As many steps in transformers' own Trainer, on other rows."""
+    rows: Any = [{"input_ids": torch.arange(3, 9), "labels": torch.arange(3, 9)}] * ROWS
+    args = TrainingArguments(str(folder), per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True, **flow)
+    data = {"train_dataset": rows, "eval_dataset": rows[:4], "processing_class": tiny_tokenizer()}
+    transformers.Trainer(base_model(place), args, **data).train()
+
+
 # ---- the table ----
 
 
@@ -1213,17 +1221,7 @@ def test_callbacks_are_called_as_transformers_calls_them(
     evaluated(**flow)
     ours, seen = list(watcher.events), {name: set(found) for name, found in watcher.seen.items()}
     watcher.events.clear(), watcher.seen.clear()
-    rows = [{"input_ids": torch.arange(3, 9), "labels": torch.arange(3, 9)}] * ROWS
-    args = TrainingArguments(
-        str(tmp_path / "reference"), per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True, **flow
-    )
-    transformers.Trainer(
-        base_model(place),
-        args,
-        train_dataset=rows,
-        eval_dataset=rows[:4],
-        processing_class=tiny_tokenizer(),  # type: ignore[arg-type]
-    ).train()
+    train_elsewhere(place, tmp_path / "reference", flow)
     apart = ("on_prediction_step", "on_substep_end")
     assert [event for event in ours if event[0] not in apart] == [e for e in watcher.events if e[0] not in apart]
     assert any(event == "on_prediction_step" for event, _ in ours)
@@ -1268,20 +1266,10 @@ def test_the_state_of_a_checkpoint_is_the_one_that_transformers_would_leave(
         "include_num_input_tokens_seen": "all",
     }
     out = evaluated(**flow)
-    rows = [{"input_ids": torch.arange(3, 9), "labels": torch.arange(3, 9)}] * ROWS
-    args = TrainingArguments(
-        str(tmp_path / "reference"), per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True, **flow
-    )
-    transformers.Trainer(
-        base_model(place),
-        args,
-        train_dataset=rows,
-        eval_dataset=rows[:4],
-        processing_class=tiny_tokenizer(),  # type: ignore[arg-type]
-    ).train()
+    train_elsewhere(place, tmp_path / "reference", flow)
     found, expected = (
         json.loads((folder / "checkpoint-8" / "trainer_state.json").read_text())
-        for folder in (out, Path(str(args.output_dir)))
+        for folder in (out, tmp_path / "reference")
     )
     assert found.keys() == expected.keys()
     same = (
