@@ -367,7 +367,7 @@ class StepTrainer(FiniteSteps, ABC):
         model: Any = self.model_wrapped if self.is_deepspeed_enabled else self.model
         model.eval()
         self.rest_optimizer()
-        self.callback_handler.eval_dataloader = dataloader
+        self.callback_handler.eval_dataloader = dataloader  # type: ignore[assignment]
         sums, totals, of_sources = None, StepTotals(0, 0, 0, 0), {}
         for name, rows in self._by_source(dataset.examples):
             ours, counted = self._evaluate_rows(model, dataset, rows)
