@@ -594,21 +594,6 @@ def test_a_run_with_a_schedule_free_optimizer_goes_on_where_it_stopped(run: Run,
     assert_same(weights(parts), weights(whole), 1e-6)
 
 
-def test_the_best_model_of_a_schedule_free_optimizer_is_not_moved_again(evaluated: Run, schedulefree: None) -> None:
-    out = evaluated(
-        optim="schedule_free_sgd",
-        lr_scheduler_type="constant",
-        learning_rate=1.0,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        num_train_epochs=3,
-        load_best_model_at_end=True,
-        greater_is_better=True,  # the first, most likely: at any rate one
-    )
-    best = state_of(out).best_global_step
-    assert_same(weights(out), weights(out / f"checkpoint-{best}"), 0)
-
-
 @pytest.fixture
 def galore(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, Any]]]:
     """A package of that name; the groups that its optimizers are given."""
@@ -791,8 +776,9 @@ def test_a_checkpoint_is_kept_of_each_best_evaluation_alone(evaluated: Run) -> N
     assert state_of(out).best_metric == min(values.values())
 
 
-@pytest.mark.parametrize("metric", [None, "perplexity", "eval_loss"])
-@pytest.mark.parametrize("greater", [None, False, True])
+@pytest.mark.parametrize(
+    ("metric", "greater"), [(None, None), ("perplexity", None), ("perplexity", True), ("eval_loss", False)]
+)
 def test_the_best_model_is_the_result_by_either_direction(
     metric: str | None, greater: bool | None, evaluated: Run
 ) -> None:
@@ -1250,6 +1236,32 @@ def test_a_callback_steers_the_run(evaluated: Run, watcher: type[Watcher]) -> No
     assert checkpoints(out) == [2]
     epochs = {line["step"]: line["epoch"] for line in read_metrics(out / "metrics.jsonl")}
     assert epochs == {1: 0.25, 2: 0.5, 3: 0.75, 5: 1.5}
+
+
+def test_the_best_model_of_a_schedule_free_optimizer_is_not_moved_again(
+    evaluated: Run, watcher: type[Watcher], schedulefree: None
+) -> None:
+    """Not even where the run ends right behind a step, when other weights are still in its place."""
+
+    def stop(event: str, state: Any, control: Any) -> None:
+        control.should_training_stop |= event == "on_step_end" and state.global_step == 5
+
+    watcher.steer = staticmethod(stop)
+    out = evaluated(
+        optim="schedule_free_sgd",
+        lr_scheduler_type="constant",
+        learning_rate=1.0,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        num_train_epochs=3,
+        load_best_model_at_end=True,
+        report_to="tensorboard",
+    )
+    assert list(by_step(out)) == [1, 2, 3, 4, 5]
+    best = state_of(out).best_global_step
+    assert_same(weights(out), weights(out / f"checkpoint-{best}"), 0)
 
 
 # ---- what a checkpoint holds ----
