@@ -251,6 +251,29 @@ def test_a_run_goes_on_where_it_stopped(run: Run, tmp_path: Path) -> None:
     assert again == pytest.approx(whole, rel=1e-3)
 
 
+def test_a_machine_with_a_card_trains_on_its_cpu_if_told_to(run: Run, tmp_path: Path) -> None:
+    for use_cpu in (True, False):
+        run(str(use_cpu), max_steps=1, use_cpu=use_cpu, bf16=False)
+        device = json.loads((tmp_path / str(use_cpu) / "run.json").read_text())["hardware"]["device"]
+        assert device == ("cpu" if use_cpu else "cuda")
+
+
+@pytest.mark.parametrize("pinned", [True, False, None])
+def test_what_goes_to_the_card_is_pinned_unless_it_is_switched_off(
+    pinned: bool | None, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[bool] = []
+    init = torch.utils.data.DataLoader.__init__
+
+    def noted(self: Any, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **options)
+        made.append(self.pin_memory)
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", noted)
+    run(max_steps=1, **({} if pinned is None else {"dataloader_pin_memory": pinned}))
+    assert (True in made) is (pinned is not False)
+
+
 @pytest.mark.skipif(TORCH < OLDEST, reason="this torch compiles wrong gradients")
 def test_what_is_compiled_trains_the_same(run: Run) -> None:
     assert run("compiled", torch_compile=True) == pytest.approx(run("eager"), rel=2e-2)

@@ -45,9 +45,9 @@ def test_every_code_that_the_program_names_exists():
     )
     assert len(named) > 80
     assert set(named) <= CATALOGUE.keys()
-    from firefly.config import REFUSED
+    from firefly.arguments import FIELDS
 
-    assert {reason for _, reason in REFUSED.values()} <= CATALOGUE.keys()
+    assert {field.by for field in FIELDS.values() if field.how == "refused"} <= CATALOGUE.keys()
 
 
 def test_no_code_is_unused():

@@ -101,6 +101,14 @@ CASES += [
         for engine in ("ddp", "fsdp2", "zero3")
         for mode in ("full", "lora")
     ),
+    *(  # our own files, whose sizes DeepSpeed is told by the model
+        Case(
+            f"zero{stage}-auto",
+            {"deepspeed": str(HERE.parent / f"train_args/ds_z{stage}_config.json")},
+            {"train_mode": "full"},
+        )
+        for stage in (2, 3)
+    ),
     Case("ddp-evaluation", changes={"eval_ratio": 0.3}),
     Case("zero3-evaluation", ENGINES["zero3"], {"eval_ratio": 0.3, "train_mode": "full"}),
     Case("fsdp2-dpo-evaluation", ENGINES["fsdp2"], {"task_type": "dpo", "eval_ratio": 0.3}),
@@ -112,6 +120,17 @@ RESUMED = [
     Case(f"{engine}-resumed-{mode}", settings, {"train_mode": mode, **SAVING})
     for engine, settings in ENGINES.items()
     for mode in ("full", "lora")
+]
+
+# The first step throws the weights so far away that the second one's loss, or its gradients alone, are no numbers.
+BROKEN = [
+    Case(
+        f"{engine}-broken-{what}",
+        settings,
+        {"train_mode": "full", "learning_rate": rate, "lr_scheduler_type": "constant"},
+    )
+    for engine, settings in ENGINES.items()
+    for what, rate in (("loss", 1e15), ("gradients", 1e30))
 ]
 
 
@@ -161,6 +180,7 @@ def two_ranks(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for case in RESUMED:
         again = case.settings(place, folder / f"{case.name}-again", ranks=2)
         configurations.append(again | {"resume_from_checkpoint": str(folder / case.name / "checkpoint-2")})
+    configurations += [case.settings(place, folder / case.name, ranks=2) for case in BROKEN]
     (folder / "configurations.json").write_text(json.dumps(configurations), encoding="utf-8")
     done = launch(folder / "configurations.json")
     (folder / "log.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
@@ -225,6 +245,23 @@ def test_two_ranks_resume_in_the_middle_of_an_epoch_as_if_nothing_had_been(case:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", BROKEN, ids=lambda case: case.name)
+def test_no_rank_moves_a_weight_by_a_loss_that_is_no_number(case: Case, two_ranks: Path) -> None:
+    """DeepSpeed takes the optimizer's step within the last backward pass: a loss is looked at before it, and weights
+    that moved by gradients that are no numbers are not saved."""
+    found = two_ranks / case.name
+    for rank in range(2):
+        assert "UsageError: step 2: its loss" in (found / f"error-{rank}.txt").read_text(encoding="utf-8")
+    assert len(values(found)) == 1
+    if case.name.startswith("zero") and case.name.endswith("gradients"):
+        assert not list(found.glob("checkpoint-*"))
+        return
+    kept = weights(found / "checkpoint-1").values()
+    assert all(weight.isfinite().all() for weight in kept)
+    assert max(weight.abs().max().item() for weight in kept) > 1e14
+
+
+@pytest.mark.slow
 def test_one_rank_goes_on_where_two_stopped(place: Path, two_ranks: Path, tmp_path: Path) -> None:
     """With dropout, ranks draw other masks; the losses stay near."""
     case = next(case for case in RESUMED if case.name == "ddp-resumed-lora")
@@ -245,14 +282,11 @@ def test_a_checkpoint_of_another_engine_is_refused(engine: str, place: Path, two
         train(load_config(settings))
 
 
+ACCELERATE = ["-m", "accelerate.commands.launch", "--num_processes=2", "--main_process_port={port}"]
 LAUNCHERS = {
-    "accelerate": [
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes=2",
-        "--main_process_port={port}",
-    ],
+    "accelerate": [*ACCELERATE, "--multi_gpu"],
+    "accelerate-fsdp2": [*ACCELERATE, "--use_fsdp", "--fsdp_version=2", "--fsdp_reshard_after_forward=true"],
+    "accelerate-zero2": [*ACCELERATE, "--use_deepspeed", "--zero_stage=2", "--gradient_clipping=0.5"],
     "deepspeed": ["-m", "deepspeed.launcher.launch", "--world_info={world}", "--master_port={port}"],
     "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"],
 }
@@ -277,7 +311,8 @@ def test_every_launcher_starts_two_ranks(launcher: str, place: Path, tmp_path: P
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count(str(tmp_path / "out")) == 1  # one rank speaks
-    assert "2 processes, ddp: 4 examples a step each, 8 in all" in " ".join(done.stderr.split())
+    engine = launcher.partition("-")[2] or "ddp"
+    assert f"2 processes, {engine}: 4 examples a step each, 8 in all" in " ".join(done.stderr.split())
     assert json.loads((tmp_path / "out" / "train_results.json").read_text())["examples"] == 16
 
 

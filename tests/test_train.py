@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedul
 from firefly.cli import main
 from firefly.config import load_config
 from firefly.data.batching import StepPlan
-from firefly.data.schema import IGNORE, Tokens
+from firefly.data.schema import IGNORE
 from firefly.errors import UsageError
 from firefly.objectives.trainers import StepTrainer
 from firefly.runs.checkpoints import BINDING_SINCE
 from firefly.runs.metrics import read_metrics
 from firefly.train import train
-from tiny import ListedExamples, assert_same, padded_loss, save_tiny_model, tiny_tokenizer, write_rows
+from tiny import ListedExamples, assert_same, by_hand, padded_loss, save_tiny_model, tiny_tokenizer, write_rows
 
 ROWS, STEPS = 22, 6  # four examples a step: five full steps and a last one of two
 Run = Callable[..., Path]
@@ -113,21 +113,6 @@ def notices(folder: Path) -> list[str]:
 
 def checkpoints(folder: Path) -> list[str]:
     return sorted((path.name for path in folder.glob("checkpoint-*")), key=lambda name: int(name.split("-")[1]))
-
-
-def by_hand(file: Path) -> list[Tokens]:
-    """Rows in the default template, a token a byte, written down without the product."""
-    tokenizer = tiny_tokenizer()
-    examples = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        ids, labels = [], []
-        for turn in json.loads(line)["conversation"]:
-            question = tokenizer.encode(f"User: {turn['human']}\nAssistant:")
-            answer = [*tokenizer.encode(f" {turn['assistant']} "), tokenizer.eos_token_id]
-            ids += question + answer
-            labels += [IGNORE] * len(question) + answer
-        examples.append(Tokens(np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32)))
-    return examples
 
 
 def trained_model(folder: Path, place: Path) -> Any:

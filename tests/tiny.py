@@ -355,6 +355,21 @@ def write_rows(path: Path, count: int, seed: int = 0) -> Path:
     return path
 
 
+def by_hand(file: Path) -> list[Tokens]:
+    """Rows in the default template, a token a byte, written down without the product."""
+    tokenizer = tiny_tokenizer()
+    examples = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        ids, labels = [], []
+        for turn in json.loads(line)["conversation"]:
+            question = tokenizer.encode(f"User: {turn['human']}\nAssistant:")
+            answer = [*tokenizer.encode(f" {turn['assistant']} "), tokenizer.eos_token_id]
+            ids += question + answer
+            labels += [IGNORE] * len(question) + answer
+        examples.append(Tokens(np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32)))
+    return examples
+
+
 def prepared(name: str, mode: str) -> tuple[Any, str, Any]:
     """(a model as `train` prepares it, its layout, the plain transformers and peft model)."""
     model = tiny_model(name)

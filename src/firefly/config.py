@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from firefly import legacy
+from firefly import arguments, legacy
 from firefly.console import notice, take_notices
 from firefly.errors import UsageError
 from firefly.messages import render
@@ -552,24 +552,20 @@ def _flat_fields(section: Any) -> dict[str, Any]:
     }
 
 
-# TrainingArguments that would change what a step or its loss means, or that ask for what is done by itself or not at
-# all. Each entry: the key, the values that ask for nothing, and why it is refused.
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "auto_find_batch_size": ((None, False), "refused.auto_find_batch_size"),
-    "label_smoothing_factor": ((None, 0, 0.0), "refused.label_smoothing_factor"),
-    "train_sampling_strategy": ((None, "random"), "refused.train_sampling_strategy"),
-    "push_to_hub": ((None, False), "refused.push_to_hub"),
-    "use_liger_kernel": ((None, False), "refused.use_liger_kernel"),
-    "neftune_noise_alpha": ((None, 0, 0.0), "refused.neftune_noise_alpha"),
-}
+IN_BACKWARD = re.compile("(ada)?lomo|.*_layerwise")
+"""Optimizers that move weights within the backward pass of each microbatch."""
 
 
 def refuse_what_is_not_done(config: Config) -> None:
     """Exit 2 for what Firefly does not do, by name: nothing is accepted and then ignored."""
     flat = config.flat()
-    for name, (harmless, reason) in REFUSED.items():
-        if flat.get(name) not in harmless:
-            raise UsageError(reason, key=name, value=json.dumps(flat[name], default=str))
+    for name, treatment in arguments.FIELDS.items():
+        if treatment.how == "refused" and arguments.asks_for_something(name, flat.get(name)):
+            raise UsageError(treatment.by, key=name, value=json.dumps(flat[name], default=str))
+    if IN_BACKWARD.fullmatch(str(flat.get("optim"))):
+        raise UsageError("refused.optim", key="optim", value=json.dumps(flat["optim"]))
+    if "tpu_metrics_debug" in (flat.get("debug") or ""):
+        raise UsageError("refused.debug", key="debug", value=json.dumps(flat["debug"]))
 
 
 PREFERENCE_KEYS = (*(spec.metadata["key"] for spec in dataclasses.fields(PreferenceConfig)), "max_prompt_length")
@@ -603,17 +599,10 @@ UNUSED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("train_mode", "lora", ("nf4_cache",)),
 )
 
-# TrainingArguments of what is done otherwise here, or not at all, and that change no number.
-WITHOUT_EFFECT = (
-    "torch_empty_cache_steps",
-    "bf16_full_eval",
-    "fp16_full_eval",
-    "eval_accumulation_steps",
-    "prediction_loss_only",
-    "batch_eval_metrics",
-    "gradient_checkpointing_kwargs",
-)
-
+# TrainingArguments of a tracker of transformers': (tracker, keys).
+TRACKER_KEYS: dict[str, tuple[str, ...]] = {
+    "trackio": ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "hub_private_repo"),
+}
 
 # Keys of preference training that mean something under some of its losses alone.
 LOSSES_OF_KEY: dict[str, tuple[str, ...]] = {
@@ -626,9 +615,19 @@ LOSSES_OF_KEY: dict[str, tuple[str, ...]] = {
 def note_unused(config: Config, values: Mapping[str, Any]) -> None:
     """Say which of the given keys do nothing in this run."""
     flat = config.flat()
-    for name in WITHOUT_EFFECT:
-        if values.get(name):
+    own = own_fields()
+    for name in values:
+        treatment = arguments.FIELDS.get(name)
+        if treatment is None and name not in own:
+            notice("key.new", key=name)
+        elif treatment and treatment.how == "without effect" and arguments.asks_for_something(name, flat[name]):
             notice("key.unused", key=name)
+    for tracker, names in TRACKER_KEYS.items():
+        for name in names if tracker not in str(flat["report_to"]) else ():
+            if name in values and arguments.asks_for_something(name, flat[name]):
+                notice("key.no_effect", key=name, setting=f"report_to without {tracker}")
+    if values.get("optim_target_modules") and not re.match("galore|apollo", str(flat["optim"])):
+        notice("key.no_effect", key="optim_target_modules", setting=f"optim {flat['optim']}")
     if config.evaluation.patience is None and config.evaluation.threshold:
         notice("key.no_effect", key="early_stopping_threshold", setting="early_stopping_patience null")
     if config.task_type == "dpo":

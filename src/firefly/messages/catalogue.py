@@ -126,6 +126,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "lr_scheduler_type = {value!r} cannot be built: {problem}; see lr_scheduler_kwargs.",
         "lr_scheduler_type = {value!r} 无法建立：{problem}；请检查 lr_scheduler_kwargs。",
     ),
+    "config.optimizer": (
+        "optim = {value!r} cannot be built: {problem}",
+        "optim = {value!r} 无法建立：{problem}",
+    ),
     "config.output_dir": (
         "output_dir = {path} cannot be written: {problem}. Choose another folder.",
         "output_dir = {path} 无法写入：{problem}。请换一个目录。",
@@ -163,6 +167,35 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "{key} = {value} is not supported: its noise is scaled by the length of a batch, so that a row's would depend "
         "on what it is packed with. Remove it.",
         "不支持 {key} = {value}：其噪声按整个 batch 的长度缩放，样本的噪声会取决于与哪些样本打包在一起。请删除。",
+    ),
+    "refused.optim": (
+        "{key} = {value} is not supported: it moves the weights within the backward pass of each microbatch, where a "
+        "step here is clipped, looked at and applied whole. Choose another optimizer.",
+        "不支持 {key} = {value}：它在每个 microbatch 的反向传播中更新权重，而这里的每一步都是整步裁剪、检查并应用的。"
+        "请选择其他优化器。",
+    ),
+    "refused.debug": (
+        "{key} = {value} is not supported: there are no TPUs here. Remove it.",
+        "不支持 {key} = {value}：这里没有 TPU。请删除。",
+    ),
+    "refused.ddp_static_graph": (
+        "{key} = {value} is not supported: ranks exchange gradients after the last microbatch of a step alone, which "
+        "torch takes for another graph. Remove it.",
+        "不支持 {key} = {value}：各进程只在每步最后一个 microbatch 之后交换梯度，torch 会视其为不同的计算图。请删除。",
+    ),
+    "refused.save_on_each_node": (
+        "{key} = {value} is not supported: the first rank saves for all. Remove it, and let output_dir lie on a disk "
+        "that all nodes share.",
+        "不支持 {key} = {value}：由第一个进程统一保存。请删除，并把 output_dir 放在所有节点共享的磁盘上。",
+    ),
+    "refused.accelerator_config": (
+        "{key} = {value} is not supported: Firefly plans steps and their shares of the ranks itself. Remove it.",
+        "不支持 {key} = {value}：训练步及各进程的份额由 Firefly 自行安排。请删除。",
+    ),
+    "refused.parallelism_config": (
+        "{key} = {value} is not supported: ranks share the examples of a step (fsdp and deepspeed also the weights). "
+        "Remove it.",
+        "不支持 {key} = {value}：各进程只分担一步的样本（fsdp 与 deepspeed 还分担权重）。请删除。",
     ),
     "refused.push_to_hub": (
         "{key} = {value} is not supported; upload output_dir after training.",
@@ -282,6 +315,11 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "key.unused": (
         "{key} has no effect: Firefly decides it by itself or has no use for it.",
         "{key} 不起作用：由 Firefly 自行决定或不需要。",
+    ),
+    "key.new": (
+        "{key} is new in the transformers that is installed: it is handed on, and this version of Firefly may not "
+        "honour it.",
+        "{key} 是所安装的 transformers 新增的参数：已照原样传入，但本版本的 Firefly 可能不会按其执行。",
     ),
     "key.no_effect": (
         "{key} has no effect with {setting}.",

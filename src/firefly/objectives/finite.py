@@ -91,7 +91,7 @@ class FiniteSteps(SafeSaving):
         if not self.highest(not self._is_finite(norm)):
             return norm
         step, rows = self.state.global_step + 1, self._named_rows()
-        model.zero_grad(set_to_none=True)  # an optimizer passes over what has no gradient
+        model.zero_grad()  # to None, which an optimizer passes over
         self.computed.undo()
         if self.on_nonfinite_loss == "stop":
             self._stop(step, rows, moved=self.applies_at_once)

@@ -96,6 +96,22 @@ class SafeSaving(Trainer):
             return None
         return problem or render("save.other_rank")
 
+    # ---- weights that an optimizer moves out of the way ----
+
+    def wake_optimizer(self) -> None:
+        """Schedule-free optimizers train other weights than those that are the model."""
+        if callable(train := getattr(self.optimizer, "train", None)):
+            train()
+
+    def rest_optimizer(self) -> None:
+        """What is evaluated and saved is the model itself (see `wake_optimizer`)."""
+        if callable(rest := getattr(self.optimizer, "eval", None)):
+            rest()
+
+    def _load_best_model(self) -> None:
+        self.rest_optimizer()  # or it would take the weights that are loaded for those that it trained
+        super()._load_best_model()
+
     # ---- saving ----
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -107,6 +123,7 @@ class SafeSaving(Trainer):
         What could not be written whole is removed and said; checkpoints that were there stay.
         """
         self.store_flos()
+        self.rest_optimizer()
         step, unlogged = self.state.global_step, self.unlogged()
         folder = self.checkpoint_folder(step)
         partial = unfinished(folder)
@@ -189,6 +206,7 @@ class SafeSaving(Trainer):
         Raises:
             UsageError: it could not be written; names what is safe and how to go on.
         """
+        self.rest_optimizer()
         gathered = unfinished(self.output_dir / RESULT)
 
         def move() -> None:

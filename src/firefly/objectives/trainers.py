@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.training_args import OptimizerNames
 
 from firefly.console import notice
 from firefly.data.batching import (
@@ -170,6 +171,7 @@ class StepTrainer(FiniteSteps, ABC):
         trained stays the same.
         """
         model.train()
+        self.wake_optimizer()
         step, undo = inputs, self.undo_of_step(self._snapshot())
         self._undo = undo
         while (total := self._attempt(model, step)) is None:
@@ -349,6 +351,8 @@ class StepTrainer(FiniteSteps, ABC):
         assert isinstance(dataset, PackedExamples)
         model: Any = self.model_wrapped if self.is_deepspeed_enabled else self.model
         model.eval()
+        self.rest_optimizer()
+        self.callback_handler.eval_dataloader = dataloader  # type: ignore[assignment]
         sums, totals, of_sources = None, StepTotals(0, 0, 0, 0), {}
         for name, rows in self._by_source(dataset.examples):
             ours, counted = self._evaluate_rows(model, dataset, rows)
@@ -378,6 +382,18 @@ class StepTrainer(FiniteSteps, ABC):
         for number in np.unique(sources):
             name = self.sources[number] if number < len(self.sources) else str(number)
             yield name, np.flatnonzero(sources == number)
+
+    # ---- the optimizer ----
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As transformers has it; what the user's settings lack becomes the user's message."""
+        try:
+            return super().create_optimizer(model)
+        except ValueError as error:
+            problem = " ".join(str(error).split())
+            raise UsageError(
+                "config.optimizer", value=OptimizerNames(self.args.optim).value, problem=problem
+            ) from error
 
     # ---- resuming ----
 

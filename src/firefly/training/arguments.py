@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import SchedulerType, TrainingArguments, get_scheduler
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
+from firefly.arguments import FIELDS
 from firefly.config import Config
 from firefly.console import notice
 from firefly.errors import UsageError
@@ -27,11 +29,14 @@ FUSED_ADAM = OptimizerNames.ADAMW_TORCH_FUSED
 def join_ranks(config: Config, engine: Engine, precision: Precision, device: torch.device) -> TrainingArguments:
     """TrainingArguments of this run; to make them forms the process group, where there are several ranks."""
     args = training_arguments(resolved_arguments(config, precision, device) | engine.arguments(precision))
+    if device.type == "cpu" and args.world_size > 1 and "ddp_timeout" in config.given:  # transformers leaves it out
+        notice("key.no_effect", key="ddp_timeout", setting="use_cpu")
     if args.n_gpu > 1:  # one process: transformers would split each batch among the cards (DataParallel)
         notice("engine.one_card", count=args.n_gpu)
         args._n_gpu = 1
     load_whole(args)
     check_schedule(args)
+    check_optimizer(args)
     return args
 
 
@@ -50,12 +55,33 @@ def check_schedule(args: TrainingArguments) -> None:
         raise UsageError("config.schedule", value=kind.value, problem=problem) from error
 
 
+def check_optimizer(args: TrainingArguments) -> None:
+    """Look the optimizer up once: a package that is missing is found before weights are loaded.
+
+    Raises:
+        UsageError: it is not installed, or `optim_args` cannot be read.
+    """
+    asked = copy.copy(args)
+    if asked.optim_target_modules:  # which modules there are, the model says later
+        asked.optim_target_modules = "all-linear"
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(asked, torch.nn.Sequential(torch.nn.Linear(1, 1)))  # type: ignore[arg-type]
+    except (ImportError, ValueError, TypeError) as error:
+        problem = " ".join(str(error).split())
+        raise UsageError("config.optimizer", value=OptimizerNames(args.optim).value, problem=problem) from error
+
+
 def resolved_arguments(config: Config, precision: Precision, device: torch.device) -> dict[str, Any]:
     """TrainingArguments of this run: the user's, with what Firefly consumes itself folded or switched off."""
-    values = dict(config.training)
+    values = {
+        name: value
+        for name, value in config.training.items()
+        if name not in FIELDS or FIELDS[name].how not in ("without effect", "refused")
+    }
     values |= {
         "output_dir": str(Path(config.output_dir).expanduser()),
         "per_device_train_batch_size": config.step.examples_per_rank,
+        "per_device_eval_batch_size": config.step.examples_per_rank,
         "gradient_accumulation_steps": 1,
         "fp16": precision.scaled,  # loss scaling for GPUs without bf16; types are otherwise ours
         "bf16": False,
@@ -74,7 +100,6 @@ def resolved_arguments(config: Config, precision: Precision, device: torch.devic
         "report_to": choose_trackers(values.get("report_to"), "report_to" in config.given) or "none",
         "run_name": values.get("run_name") or Path(config.output_dir).expanduser().name,  # what trackers call it
     }
-    values.setdefault("per_device_eval_batch_size", config.step.examples_per_rank)
     best = values.get("metric_for_best_model")
     if best and values.get("greater_is_better") is None:  # transformers takes a perplexity for better the higher it is
         values["greater_is_better"] = not any(word in best for word in ("loss", "perplexity"))
