@@ -1,7 +1,7 @@
 """One training step of a tiny model, by Firefly and by plain transformers and peft, and how far they are apart.
 
 Firefly's side goes the way of a run: `load_model`, `known_layout`, `attach_adapter`, `install_training_forwards`, the
-measurement of what a pass keeps, and a step of `CausalTrainer` in several packed microbatches. The plain side computes
+measurement of what a pass keeps, and a step of SFT in several packed microbatches. The plain side computes
 each example alone through an untouched model, with the textbook's loss: the sum of the targets' negative
 log-probabilities over their number, and the router loss of transformers where the architecture has one.
 """
@@ -20,9 +20,11 @@ import torch.nn.functional as F
 from tiny_architectures import FIRST_ID, LAST_ID
 from torch import Tensor
 
-from firefly.config import AdapterConfig, ModelConfig
+from firefly.config import AdapterConfig, Config, ModelConfig
+from firefly.data.batching import StepSettings
 from firefly.data.examples import INDEX, ExampleCounts, index_entry
 from firefly.data.schema import IGNORE, Source, Tokens
+from firefly.distributed.model import TrainableModel
 from firefly.models.adapters import attach_adapter, transformers_model
 from firefly.models.checkpointing import Checkpointing, decoder_layers, install_checkpointing
 from firefly.models.choices import Choices
@@ -30,9 +32,11 @@ from firefly.models.forwards import install_training_forwards
 from firefly.models.kernels.segment_attention import GEMM_LONGEST, use_crossover
 from firefly.models.loading import load_model
 from firefly.models.precision import Precision
+from firefly.models.router import SAMPLING_ROUTERS, quiet_routers
 from firefly.models.verdicts import known_activations, known_layout
-from firefly.objectives.router import SAMPLING_ROUTERS, quiet_routers
-from firefly.objectives.trainers import CausalTrainer, StepOptions, training_arguments
+from firefly.setup.arguments import training_arguments
+from firefly.tasks import TASKS
+from firefly.tasks.base import ComputedStep, Forward
 
 CPU = torch.device("cpu")
 LENGTHS = (5, 33, 12, 48, 2, 21, 27, 9)
@@ -65,6 +69,7 @@ class Listed:
         length, targets, prompt, chosen = (
             index[name].astype(np.int64) for name in ("length", "targets", "prompt", "chosen_targets")
         )
+        self.names: list[str] = []
         self.counts = ExampleCounts(length, targets, length + prompt, prompt, chosen, np.zeros(len(examples), np.int64))
 
     def __len__(self) -> int:
@@ -99,6 +104,7 @@ class Ours:
         self.mode, self.compute, self.scratch = mode, compute, scratch
         precision = Precision(compute)
         config = ModelConfig(name_or_path=str(folder), add_tokens=None)
+        self.config = Config(task_type="sft", model=config)
         model = load_model(config, mode, precision, CPU)
         self.layout, self.reason = known_layout(model)
         self.model = attach_adapter(model, AdapterConfig(mode=mode, rank=4, alpha=8, dropout=0.0))
@@ -114,34 +120,31 @@ class Ours:
         self.choices = Choices(TOKENS_PER_MICROBATCH, attention_by_products=by_products)
 
     def step(self, rows: list[Tokens]) -> Outcome:
-        """Loss, log-probabilities and gradients of one step of the trainer."""
+        """Loss, log-probabilities and gradients of one step."""
         arguments = {
             "output_dir": str(self.scratch),
             "per_device_train_batch_size": len(rows),
             "use_cpu": True,
             "report_to": "none",
-            "remove_unused_columns": False,
-            "label_names": [],
             "dataloader_pin_memory": False,
         }
-        trainer = CausalTrainer(
-            model=self.model,
-            args=training_arguments(arguments),
-            examples=Listed(rows),  # type: ignore[arg-type]
-            held_out=None,
-            tokenizer=None,
-            options=StepOptions(len(rows), self.choices, seed=0, shuffle=True, layout=self.layout),
+        model = TrainableModel(
+            self.model,
+            training_arguments(arguments),
+            layout=self.layout,
+            choices=self.choices,
             precision=Precision(self.compute),
-            masters=self.mode == "full",
-            callbacks=[],
         )
-        (step,) = list(trainer.get_train_dataloader())
-        self.model.zero_grad()
-        loss = float(trainer.training_step(self.model, step))
+        task = TASKS["sft"](self.config)
+        (step,) = list(task.steps(Listed(rows), StepSettings(len(rows)), model))  # type: ignore[arg-type]
+        model.zero_gradients()
+        computed = task.backward(model, step)
+        assert isinstance(computed, ComputedStep)
+        loss, forward = float(computed.loss), Forward(model)
         logps: dict[int, Tensor] = {}
         with torch.no_grad():
             for batch, numbers in zip(step.microbatches, step.rows, strict=True):
-                parts = [trainer.run_model(self.model, row, per_token=True)["logps"] for row in trainer.rows_of(batch)]
+                parts = [forward(row, per_token=True)["logps"] for row in task.rows_of(batch, model.solo)]
                 counts = [rows[number].num_targets for number in numbers]
                 logps |= dict(zip(numbers, torch.cat(parts).double().split(counts), strict=True))
         return Outcome(loss, torch.cat([logps[number] for number in range(len(rows))]), gradients(self.model))

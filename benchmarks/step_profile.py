@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from firefly.config import load_config
 from firefly.models.kernels.token_nll import WORDS_AT_A_TIME
-from firefly.objectives.trainers import StepTrainer
+from firefly.tasks.base import Task
 from firefly.train import train
 
 HERE = Path(__file__).resolve().parent
@@ -58,21 +58,21 @@ def profile_step(mode: str, data: Path) -> dict[str, Any]:
     seconds: list[float] = []
     profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
 
-    own = StepTrainer.training_step
+    own = Task.backward
 
-    def training_step(self: StepTrainer, model: Any, inputs: Any, *rest: Any) -> Any:
-        seen.append(inputs)
+    def backward(self: Task, model: Any, step: Any) -> Any:
+        seen.append(step)
         if len(seen) < PROFILED:
-            return own(self, model, inputs, *rest)
+            return own(self, model, step)
         for _ in range(REPEATED):
             started = time.perf_counter()
-            own(self, model, inputs, *rest)
+            own(self, model, step)
             seconds.append(time.perf_counter() - started)
-            model.zero_grad()
+            model.zero_gradients()
         with profiler:
-            return own(self, model, inputs, *rest)
+            return own(self, model, step)
 
-    with tempfile.TemporaryDirectory() as folder, patch.object(StepTrainer, "training_step", training_step):
+    with tempfile.TemporaryDirectory() as folder, patch.object(Task, "backward", backward):
         train(load_config(configuration(mode, data, Path(folder, "run"))))
     step = seen[PROFILED - 1]
     parts = parts_of(profiler.key_averages(group_by_input_shape=True))

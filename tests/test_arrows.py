@@ -12,13 +12,25 @@ import firefly
 ROOT = Path(firefly.__file__).parent
 
 ROOMS = (
-    ("", "messages", "ranks", "errors", "console", "files", "segments", "legacy", "config", "hub"),  # the ground
+    (
+        "",
+        "messages",
+        "ranks",
+        "errors",
+        "console",
+        "files",
+        "segments",
+        "legacy",
+        "arguments",
+        "config",
+        "hub",
+    ),  # the ground
     ("data",),
     ("models",),
-    ("runs",),
-    ("inference",),
-    ("objectives",),
-    ("training",),
+    ("runs", "inference", "distributed"),
+    ("tasks", "evaluation"),
+    ("setup", "run", "saving"),
+    ("loop",),
     ("train", "export"),
     ("reports",),
     ("cli",),

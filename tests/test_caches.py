@@ -15,7 +15,7 @@ from firefly.errors import UsageError
 from firefly.files import make_cache
 from firefly.models.loading import embedded_model
 from firefly.models.verdicts import known_activations, known_layout
-from firefly.objectives.reference import store
+from firefly.tasks.reference import store
 from tiny import save_tiny_model, tiny_model, write_rows
 
 

@@ -149,7 +149,7 @@ def test_what_upstreams_files_ask_for_in_vain_is_said():
 
 
 def test_the_names_of_preference_losses_are_those_of_their_table():
-    from firefly.objectives.preference import PREFERENCE_LOSSES
+    from firefly.tasks.preference_losses import PREFERENCE_LOSSES
 
     assert tuple(PREFERENCE_LOSSES) == PREFERENCE_LOSS_NAMES
 

@@ -22,8 +22,9 @@ from firefly.runs.metrics import read_metrics
 from firefly.segments import Segment
 from firefly.train import train
 from models.test_segment_attention import SEGMENTS, naive, random_heads
-from objectives import test_preference, test_steps
+from tasks import test_preference, test_steps
 from tiny import assert_same, prepared, random_examples, save_tiny_model, write_rows
+from trials import make_trial
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,10 +67,10 @@ def test_the_card_s_own_kernels_are_the_ones_taken() -> None:
 @pytest.mark.parametrize("name", ["llama_tied", "qwen2_window", "gemma2", "gemma3", "phi3", "gpt_neox", "mixtral"])
 def test_a_step_on_the_card_is_the_step_of_the_cpu(name: str, mode: str, tmp_path: Path) -> None:
     model, layout, _ = prepared(name, mode)
-    expected = test_steps.one_step(test_steps.make_trainer(model, tmp_path, test_steps.EIGHT, 64, layout, mode))
+    expected = make_trial(model, tmp_path, test_steps.EIGHT, 64, layout, mode).one_step()
     model.zero_grad()
-    trainer = test_steps.make_trainer(model, tmp_path, test_steps.EIGHT, 64, layout, mode, use_cpu=False)
-    loss, found, _ = test_steps.one_step(trainer)
+    trial = make_trial(model, tmp_path, test_steps.EIGHT, 64, layout, mode, use_cpu=False)
+    loss, found, _ = trial.one_step()
     torch.testing.assert_close(loss.cpu(), expected[0], rtol=1e-4, atol=0)
     assert_same({name: value.cpu() for name, value in found.items()}, expected[1], 1e-3)
 
@@ -89,10 +90,10 @@ def test_gathered_keys_get_the_gradients_of_every_segment_that_saw_them(heads: i
 @pytest.mark.parametrize("offload", [False, True])
 def test_layers_computed_again_leave_the_gradients_as_they_are(layers: int, offload: bool, tmp_path: Path) -> None:
     model, layout, _ = prepared("llama", "lora")
-    trainer = test_steps.make_trainer(model, tmp_path, test_steps.EIGHT, 64, layout, "lora", use_cpu=False)
-    expected = test_steps.one_step(trainer)
+    trial = make_trial(model, tmp_path, test_steps.EIGHT, 64, layout, "lora", use_cpu=False)
+    expected = trial.one_step()
     install_checkpointing(model.get_base_model(), Checkpointing(layers, offload))
-    loss, found, _ = test_steps.one_step(trainer)
+    loss, found, _ = trial.one_step()
     torch.testing.assert_close(loss, expected[0], rtol=1e-6, atol=0)
     assert_same(found, expected[1], 1e-5)
 
@@ -112,44 +113,44 @@ def unforgiving() -> Iterator[Callable[[], None]]:
 def test_an_sft_step_never_waits_for_the_card(name: str, mode: str, tmp_path: Path, unforgiving: Any) -> None:
     model, layout, _ = prepared(name, mode)
     pinned = {"use_cpu": False, "dataloader_pin_memory": True}
-    trainer = test_steps.make_trainer(model, tmp_path, test_steps.EIGHT, 64, layout, mode, **pinned)
-    (step,) = list(trainer.get_train_dataloader())
-    trainer.training_step(trainer.model, step)
+    trial = make_trial(model, tmp_path, test_steps.EIGHT, 64, layout, mode, **pinned)
+    step = trial.step()
+    trial.task.backward(trial.model, step)
     unforgiving()
-    trainer.training_step(trainer.model, step)
+    trial.task.backward(trial.model, step)
 
 
 def test_a_step_that_really_runs_out_of_memory_is_finished_in_smaller_pieces(tmp_path: Path) -> None:
     take_notices()
     examples = random_examples(*[400] * 64)
     model, layout, _ = prepared("llama", "lora")
-    trainer = test_steps.make_trainer(model, tmp_path, examples, 10**6, layout, "lora", use_cpu=False)
+    trial = make_trial(model, tmp_path, examples, 10**6, layout, "lora", use_cpu=False)
     base = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    expected = test_steps.one_step(trainer)
+    expected = trial.one_step()
     needed = torch.cuda.max_memory_allocated() - base
-    trainer.model.zero_grad()
+    trial.model.zero_gradients()
     torch.cuda.empty_cache()
     room = torch.cuda.memory_reserved() + int(0.7 * needed)
     torch.cuda.set_per_process_memory_fraction(room / torch.cuda.mem_get_info()[1])
     try:
-        loss, found, _ = test_steps.one_step(trainer)
+        loss, found, _ = trial.one_step()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "memory.halved" in [entry["code"] for entry in take_notices()]
-    assert trainer.options.choices.tokens_per_microbatch < 64 * 400
+    assert trial.model.choices.tokens_per_microbatch < 64 * 400
     torch.testing.assert_close(loss, expected[0], rtol=1e-5, atol=0)
     assert_same(found, expected[1], 1e-4)
 
 
 def test_a_preference_step_never_waits_for_the_card(tmp_path: Path, unforgiving: Any) -> None:
     model, layout, _ = prepared("llama", "lora")
-    trainer = test_preference.make_trainer(model, tmp_path, layout=layout, use_cpu=False)
-    (step,) = list(trainer.get_train_dataloader())
+    trial = test_preference.make_pairs_trial(model, tmp_path, layout=layout, use_cpu=False)
+    step = trial.step()
     step = step.pin_memory()
-    trainer.training_step(trainer.model, step)
+    trial.task.backward(trial.model, step)
     unforgiving()
-    trainer.training_step(trainer.model, step)
+    trial.task.backward(trial.model, step)
 
 
 # ---- runs ----

@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedul
 
 from firefly.cli import main
 from firefly.config import load_config
-from firefly.data.batching import StepPlan
+from firefly.data.batching import StepPlan, StepSettings
 from firefly.data.schema import IGNORE
 from firefly.errors import UsageError
-from firefly.objectives.trainers import StepTrainer
 from firefly.runs.checkpoints import BINDING_SINCE
 from firefly.runs.metrics import read_metrics
+from firefly.tasks.base import Task
 from firefly.train import train
 from tiny import ListedExamples, assert_same, by_hand, padded_loss, save_tiny_model, tiny_tokenizer, write_rows
 
@@ -133,10 +133,10 @@ def test_full_training_is_the_textbook_loop(run: Run, place: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, 3, 2 * STEPS)
     examples = by_hand(place / "train.jsonl")
-    plan = StepPlan(ListedExamples(examples).counts, examples_per_step=4, budget=1, seed=1)
+    plan = StepPlan(ListedExamples(examples).counts, StepSettings(4, seed=1), budget=1)
     expected = []
     for epoch in range(2):
-        plan.set_epoch(epoch)
+        plan.epoch = epoch
         for rows in np.split(plan.order(), range(4, ROWS, 4)):
             loss = padded_loss(model, [examples[row] for row in rows])
             loss.backward()
@@ -214,7 +214,7 @@ def test_gradient_checkpointing_really_recomputes(run: Run, monkeypatch: pytest.
     from firefly.models import attention
 
     calls, steps = [], []
-    attend, one_step = attention.attend, StepTrainer.training_step
+    attend, one_step = attention.attend, Task.backward
 
     def counted_step(*args: Any) -> Any:
         before = len(calls)
@@ -223,7 +223,7 @@ def test_gradient_checkpointing_really_recomputes(run: Run, monkeypatch: pytest.
         return loss
 
     monkeypatch.setattr(attention, "attend", lambda *args: calls.append(1) or attend(*args))
-    monkeypatch.setattr(StepTrainer, "training_step", counted_step)
+    monkeypatch.setattr(Task, "backward", counted_step)
     counts = {}
     for on in (False, True):
         steps.clear()
@@ -410,7 +410,7 @@ def test_the_best_model_is_the_one_that_stays(metric: str | None, run: Run, plac
 def test_a_schedule_that_cannot_be_built_is_said_before_weights_are_loaded(
     kind: str, options: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("firefly.train.load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("firefly.setup.build.load_model", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(UsageError, match=f"lr_scheduler_type = '{kind}'.*lr_scheduler_kwargs"):
         run(lr_scheduler_type=kind, lr_scheduler_kwargs=options)
 

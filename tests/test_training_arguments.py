@@ -188,6 +188,7 @@ def test_every_honoured_field_names_a_test_that_is_there() -> None:
 
 # A value of each field that is refused or without effect which asks for something.
 ASKING: dict[str, Any] = {
+    "skip_memory_metrics": False,
     "average_tokens_across_devices": False,
     "label_smoothing_factor": 0.1,
     "bf16_full_eval": True,
@@ -637,7 +638,7 @@ def test_low_rank_optimizers_get_the_modules_that_are_named(
 def test_an_optimizer_that_cannot_be_had_is_said_before_weights_are_loaded(
     changes: dict[str, Any], words: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("firefly.train.load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("firefly.setup.build.load_model", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(UsageError, match=words):
         run(**changes)
 
@@ -692,12 +693,6 @@ def test_tokens_are_logged_when_they_are_asked_for(value: Any, run: Run, place: 
     )
     assert bool(by_step(out, "train_tokens_per_second")) is (value not in (False, "no"))
     assert state_of(out).num_input_tokens_seen == seen[STEPS]
-
-
-def test_memory_is_logged_when_it_is_asked_for(evaluated: Run) -> None:
-    for asked in (False, True):
-        out = evaluated(str(asked), skip_memory_metrics=not asked)
-        assert bool(by_step(out, "train_mem_cpu_alloc_delta")) is asked
 
 
 class Screen(io.StringIO):

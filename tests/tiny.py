@@ -227,6 +227,7 @@ class ListedExamples:
         length, targets, prompt, chosen = (
             index[name].astype(np.int64) for name in ("length", "targets", "prompt", "chosen_targets")
         )
+        self.names: list[str] = []
         given = np.array(sources or [0] * len(self.examples))
         self.counts = ExampleCounts(length, targets, length + prompt, prompt, chosen, given)
 

@@ -15,6 +15,7 @@ from firefly.data.batching import (
     PackedExamples,
     PlannedStep,
     StepPlan,
+    StepSettings,
     keep_step,
     pack,
     plan_microbatches,
@@ -38,8 +39,10 @@ def examples(count: int, seed: int = 0) -> ListedExamples:
     return ListedExamples(result)
 
 
-def plan_of(data: ListedExamples, examples_per_step: int = 4, budget: int = 40, **options: Any) -> StepPlan:
-    return StepPlan(data.counts, examples_per_step, budget, **options)
+def plan_of(
+    data: ListedExamples, examples_per_step: int = 4, budget: int = 40, solo: bool = False, **settings: Any
+) -> StepPlan:
+    return StepPlan(data.counts, StepSettings(examples_per_step, **settings), 0 if solo else budget)
 
 
 def packed(data: ListedExamples) -> PackedExamples:
@@ -134,7 +137,7 @@ def test_microbatches_are_evened_out():
 def test_a_step_holds_exactly_the_next_examples_of_the_seeded_order(count, per_step, budget, seed, epoch):
     data = examples(count)
     plan = plan_of(data, per_step, budget, seed=seed)
-    plan.set_epoch(epoch)
+    plan.epoch = epoch
     order = plan.order().tolist()
     assert sorted(order) == list(range(count))
     steps = list(plan)
@@ -151,7 +154,7 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
 
     def order(epoch: int = 0, **options: Any) -> list[int]:
         plan = plan_of(data, **options)
-        plan.set_epoch(epoch)
+        plan.epoch = epoch
         torch.manual_seed(np.random.randint(1000))
         return plan.order().tolist()
 
@@ -208,9 +211,9 @@ def test_the_loader_passes_the_epoch_on_and_leaves_the_training_seed_alone():
     torch.manual_seed(7)
     before = torch.get_rng_state()
     first = [step.microbatches[0].input_ids.tolist() for step in loader]
-    loader.set_epoch(1)
+    loader.start_at(1, 0)
     second = [step.microbatches[0].input_ids.tolist() for step in loader]
-    loader.set_epoch(0)
+    loader.start_at(0, 0)
     assert [step.microbatches[0].input_ids.tolist() for step in loader] == first != second
     assert torch.equal(before, torch.get_rng_state())
     step = next(iter(loader))

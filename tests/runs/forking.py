@@ -26,10 +26,10 @@ Run = Callable[..., Path]
 
 POINTS = {
     "prepare": ("firefly.data.dataset", "prepare"),
-    "load": ("firefly.train", "load_model"),
-    "step": ("firefly.objectives.trainers", "StepTrainer.training_step"),
-    "save": ("firefly.objectives.saving", "SafeSaving.save_checkpoint"),
-    "result": ("firefly.objectives.saving", "SafeSaving.save_result"),
+    "load": ("firefly.setup.build", "load_model"),
+    "step": ("firefly.tasks.base", "Task.backward"),
+    "save": ("firefly.loop", "save_checkpoint"),
+    "result": ("firefly.train", "save_result"),
 }
 """Functions at whose beginning something can happen."""
 

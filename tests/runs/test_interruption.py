@@ -86,16 +86,17 @@ def test_a_signal_in_the_last_step_lets_the_run_finish(
 
 def signalled(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every run of this process be asked to stop while it computes step `at`."""
-    from firefly.objectives.trainers import StepTrainer
+    from firefly.tasks.base import Task
 
-    original = StepTrainer.training_step
+    original, calls = Task.backward, [0]
 
-    def asked(self: Any, *arguments: Any, **values: Any) -> Any:
-        if self.state.global_step + 1 == at:
+    def asked(self: Task, *arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == at:
             signal.raise_signal(signal.SIGTERM)
-        return original(self, *arguments, **values)
+        return original(self, *arguments)
 
-    monkeypatch.setattr(StepTrainer, "training_step", asked)
+    monkeypatch.setattr(Task, "backward", asked)
 
 
 def test_at_the_end_of_an_epoch_its_evaluation_comes_first(run: Run, place: Path, monkeypatch: Any) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from firefly.runs.metrics import Counts, Pace, Progress, RunRecorder
+from firefly.runs.metrics import Pace, ProgressLine, RunRecorder
+from firefly.runs.progress import Counts
 
 CPU = torch.device("cpu")
 ARGUMENTS = SimpleNamespace(device=CPU)
@@ -178,7 +179,7 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Any:
         stream = Terminal(show_bar)
         monkeypatch.setattr("sys.stderr", stream)
         monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda _: (80, 24))
-        progress = Progress(show_bar)
+        progress = ProgressLine(show_bar)
         progress.on_train_begin(ARGUMENTS, state_at(0, 1000), flow())
         for step, log in enumerate(logs, 1):
             progress.on_step_end(ARGUMENTS, state_at(step, 1000), flow())

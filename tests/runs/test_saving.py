@@ -17,10 +17,12 @@ import pytest
 import safetensors.torch
 import torch
 
+from firefly import loop, saving
+from firefly import train as trained
 from firefly.cli import main
+from firefly.distributed.model import TrainableModel
 from firefly.errors import UsageError
 from firefly.files import is_write_failure, seal, unfinished
-from firefly.objectives.saving import SafeSaving
 from firefly.runs.checkpoints import checkpoints, missing_files, newest_complete
 from firefly.runs.folders import finish_replacing, rotate
 from firefly.runs.metrics import read_metrics
@@ -106,15 +108,21 @@ def trouble(cause: Callable[[pytest.MonkeyPatch], None]) -> Iterator[None]:
 
 def trouble_at(step: int, cause: Callable[[pytest.MonkeyPatch], None], patch: pytest.MonkeyPatch) -> None:
     """Let every writing of runs in this process fail after `step`, and no other."""
-    original = SafeSaving.attempt
+    attempt, save_checkpoint = saving.attempt, loop.save_checkpoint
+    at = [0]
 
-    def attempt(self: SafeSaving, parts: Any) -> str | None:
-        if self.state.global_step != step:
-            return original(self, parts)
+    def attempting(model: Any, parts: Any) -> str | None:
+        if at[0] != step:
+            return attempt(model, parts)
         with trouble(cause):
-            return original(self, parts)
+            return attempt(model, parts)
 
-    patch.setattr(SafeSaving, "attempt", attempt)
+    def saving_checkpoint(folder: Path, model: Any, tokenizer: Any, observers: Any, *more: Any) -> bool:
+        at[0] = observers.progress.state.global_step
+        return save_checkpoint(folder, model, tokenizer, observers, *more)
+
+    patch.setattr(saving, "attempt", attempting)
+    patch.setattr(loop, "save_checkpoint", saving_checkpoint)
 
 
 CAUSES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
@@ -147,18 +155,18 @@ def undisturbed(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFacto
 def test_a_full_disk_costs_one_checkpoint_and_nothing_else(
     cause: str, run: Run, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    original = SafeSaving.save_checkpoint
+    original = loop.save_checkpoint
 
-    def watched(self: SafeSaving, model_only: bool = False) -> bool:
-        before = {path: path.read_bytes() for path in self.output_dir.rglob("checkpoint-2/*")}
-        saved = original(self, model_only)
-        if self.state.global_step == 4:
+    def watched(folder: Path, model: Any, tokenizer: Any, observers: Any, *more: Any) -> bool:
+        before = {path: path.read_bytes() for path in folder.rglob("checkpoint-2/*")}
+        saved = original(folder, model, tokenizer, observers, *more)
+        if observers.progress.state.global_step == 4:
             assert not saved
             assert {path: path.read_bytes() for path in before} == before != {}
-            assert names(self.output_dir) == ["checkpoint-2"]
+            assert names(folder) == ["checkpoint-2"]
         return saved
 
-    monkeypatch.setattr(SafeSaving, "save_checkpoint", watched)
+    monkeypatch.setattr(loop, "save_checkpoint", watched)
     trouble_at(4, CAUSES[cause], monkeypatch)
     out = run(save_total_limit=1)
     said = capfd.readouterr().err
@@ -175,7 +183,7 @@ def test_what_is_no_fault_of_the_disk_is_not_taken_for_one(run: Run, monkeypatch
     def wrong(*_: Any) -> None:
         raise KeyError("a mistake of ours")
 
-    monkeypatch.setattr(SafeSaving, "_save_scaler", wrong)
+    monkeypatch.setattr(TrainableModel, "save_schedule", wrong)
     with pytest.raises(KeyError):
         run()
     assert not is_write_failure(ValueError("x"))
@@ -186,15 +194,19 @@ def test_a_result_that_cannot_be_written_names_what_is_safe(
 ) -> None:
     out = run()
     before = result(out)
-    original = SafeSaving.save_result
+    original, attempt = trained.save_result, saving.attempt
 
-    def troubled(self: SafeSaving) -> None:
+    def attempting(model: Any, parts: Any) -> str | None:
+        with trouble(limit(20_000)):
+            return attempt(model, parts)
+
+    def troubled(*arguments: Any) -> None:
         with monkeypatch.context() as patch:
-            trouble_at(12, limit(20_000), patch)
-            original(self)
+            patch.setattr(saving, "attempt", attempting)
+            original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SafeSaving, "save_result", troubled)
+        patch.setattr(trained, "save_result", troubled)
         with pytest.raises(UsageError) as refusal:
             run(learning_rate=0.02)
     assert refusal.value.exit_code == 2
@@ -214,7 +226,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_message(
     def fail(path: Path, value: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr("firefly.train.write_json", fail)
+    monkeypatch.setattr("firefly.setup.build.write_json", fail)
     assert main(["train", str(file)]) == 2
     said = capsys.readouterr().err
     assert "no space is left" in said
@@ -370,17 +382,9 @@ def test_the_best_checkpoint_is_found_again_after_its_folder_was_moved(run: Run,
 def test_a_best_step_whose_checkpoint_failed_is_not_the_best(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = SafeSaving.save_checkpoint
-
-    def troubled(self: SafeSaving, model_only: bool = False) -> bool:
-        if self.state.global_step == 12:
-            assert self.state.best_global_step == 12
-            trouble_at(12, CAUSES["optimizer"], patch)
-        return original(self, model_only)
-
     with monkeypatch.context() as patch:
-        patch.setattr(SafeSaving, "save_checkpoint", troubled)
-        patch.setattr(SafeSaving, "save_result", lambda self: self.save_model())
+        trouble_at(12, CAUSES["optimizer"], patch)
+        patch.setattr(trained, "save_result", lambda folder, model, tokenizer: model.save_weights(folder, tokenizer))
         out = run(eval_file=str(place / "eval.jsonl"), eval_steps=2, load_best_model_at_end=True)
     state = json.loads((out / "checkpoint-10" / "trainer_state.json").read_text())
     assert state["best_global_step"] == 10

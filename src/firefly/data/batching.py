@@ -191,6 +191,11 @@ def pack(examples: Sequence[Tokens]) -> PackedBatch:
     )
 
 
+def pack_rows(rows: Sequence[int], examples: Sequence[Tokens]) -> PackedBatch:
+    """`pack`, for a list of examples that are known by their numbers, too."""
+    return pack(examples)
+
+
 def plan_microbatches(lengths: Sequence[int], budget: int, multiple: int = 1) -> list[list[int]]:
     """Share examples out among as few microbatches as fit under `budget` tokens, of sizes as even as may be.
 
@@ -245,68 +250,75 @@ def steps_per_epoch(examples: int, examples_per_step: int, drop_last: bool = Fal
     return whole + (1 if rest and not (drop_last and whole) else 0)
 
 
-class StepPlan(Sampler[PlannedStep | None]):
+@dataclass(frozen=True)
+class StepSettings:
+    """What a step is.
+
+    Attributes:
+        examples_per_step: over all ranks.
+        seed: of the order of examples, if they are shuffled.
+        drop_last: whether an epoch's last step is left out if it is smaller.
+    """
+
+    examples_per_step: int
+    seed: int = 0
+    shuffle: bool = True
+    drop_last: bool = False
+
+
+class StepPlan(Sampler[PlannedStep]):
     """The seeded order of examples (those at `rows`, or all), cut into steps: a batch sampler of whole optimizer steps.
 
     An epoch's last step may be smaller, unless `drop_last`. The order of epoch e depends on (seed, e) alone. Of many
     ranks each plans the whole step and takes its share: as many microbatches as the others, of about as many tokens.
 
     Attributes:
-        start: steps before it are yielded as None: a resumed run's loader drops them unseen, so none is planned.
+        start: the first step of the epoch that is yielded; a resumed run has those before it behind it.
     """
 
     def __init__(
         self,
         counts: ExampleCounts,
-        examples_per_step: int,
+        settings: StepSettings,
         budget: int,
-        seed: int = 0,
-        shuffle: bool = True,
-        drop_last: bool = False,
-        solo: bool = False,
+        *,
         nll_targets: np.ndarray | None = None,
         rows: np.ndarray | None = None,
-        rank: int = 0,
-        ranks: int = 1,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
+        """
+        Args:
+            budget: tokens of a microbatch, which a single longer example exceeds; 0 gives each its own.
+            share: the number of this rank, and how many there are.
+        """
         self.counts = counts
-        self.rank, self.ranks = rank, ranks
-        self.rows = np.arange(len(counts.lengths)) if rows is None else rows
-        self.nll_targets = nll_targets
-        self.examples_per_step = examples_per_step
+        self.settings = settings
         self.budget = budget
-        self.seed = seed
-        self.shuffle = shuffle
-        self.drop_last = drop_last
-        self.solo = solo
+        self.nll_targets = nll_targets
+        self.rows = np.arange(len(counts.lengths)) if rows is None else rows
+        self.rank, self.ranks = share
         self.epoch = 0
         self.start = 0
 
     def __len__(self) -> int:
-        return steps_per_epoch(len(self.rows), self.examples_per_step, self.drop_last)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        return steps_per_epoch(len(self.rows), self.settings.examples_per_step, self.settings.drop_last)
 
     def order(self) -> np.ndarray:
         """Example indices in this epoch's order."""
-        if not self.shuffle:
+        if not self.settings.shuffle:
             return self.rows
-        return self.rows[np.random.default_rng((self.seed, self.epoch)).permutation(len(self.rows))]
+        return self.rows[np.random.default_rng((self.settings.seed, self.epoch)).permutation(len(self.rows))]
 
-    def __iter__(self) -> Iterator[PlannedStep | None]:
+    def __iter__(self) -> Iterator[PlannedStep]:
         order = self.order()
-        for number in range(len(self)):
-            if number < self.start:
-                yield None
-                continue
-            yield self.plan(order[number * self.examples_per_step : (number + 1) * self.examples_per_step])
+        size = self.settings.examples_per_step
+        for number in range(self.start, len(self)):
+            yield self.plan(order[number * size : (number + 1) * size])
 
     def plan(self, rows: np.ndarray) -> PlannedStep:
         """Plan the step that holds exactly these examples: this rank's microbatches, and what all ranks' hold."""
         lengths = [int(length) for length in self.counts.lengths[rows]]
-        budget = 0 if self.solo else self.budget  # none fits beside another
-        groups = plan_microbatches(lengths, budget, self.ranks)
+        groups = plan_microbatches(lengths, self.budget, self.ranks)
         mine = groups if self.ranks == 1 else deal(groups, lengths, self.ranks)[self.rank]
         return PlannedStep(
             microbatches=tuple(tuple(int(rows[i]) for i in group) for group in mine),
@@ -325,6 +337,11 @@ class ExampleList(Protocol):
 
     @property
     def counts(self) -> ExampleCounts: ...
+
+    @property
+    def names(self) -> list[str]:
+        """Of the sources that `counts.sources` numbers."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -353,10 +370,22 @@ class PackedExamples(Dataset[Any]):
 
 
 class StepLoader(DataLoader[Any]):
-    """A loader of whole steps that passes the epoch on to its plan."""
+    """A loader of whole steps, an epoch at a time."""
 
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+    @property
+    def plan(self) -> StepPlan:
+        """Which examples are in which step; its budget may change between two steps."""
+        plan: Any = self.batch_sampler
+        return plan
+
+    def start_at(self, epoch: int, step: int) -> None:
+        """The next iteration gives the steps of an epoch, from its step number `step` on."""
+        self.plan.epoch, self.plan.start = epoch, step
+
+    def packed(self, planned: PlannedStep) -> Step[Any]:
+        """A step that was planned otherwise."""
+        dataset: Any = self.dataset
+        return dataset.__getitems__(planned)
 
 
 def keep_step(step: Step[Any]) -> Step[Any]:

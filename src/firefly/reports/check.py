@@ -25,7 +25,7 @@ from firefly.models.loading import EMBEDDED, load_tokenizer, read_config
 from firefly.models.saved_adapter import tokenizer_source
 from firefly.models.tokens import add_tokens
 from firefly.runs.overview import token_runs
-from firefly.training.before_weights import check_positions
+from firefly.setup.checks import check_positions
 
 PREVIEWED = 5
 

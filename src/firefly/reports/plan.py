@@ -14,6 +14,7 @@ import torch
 from firefly import ranks
 from firefly.config import Config, load_config
 from firefly.data.dataset import Split, load_split
+from firefly.distributed.backends import BACKENDS
 from firefly.errors import UsageError
 from firefly.files import first_line
 from firefly.messages import render
@@ -42,11 +43,11 @@ from firefly.models.precision import Precision
 from firefly.models.saved_adapter import tokenizer_source
 from firefly.models.tokens import add_tokens
 from firefly.models.verdicts import known_crossover
-from firefly.objectives.preference import PREFERENCE_LOSSES
 from firefly.reports.machine import Machine, describe_machine, matmul_rate, precision_on
 from firefly.reports.work import Work, assumed_work, work_of
-from firefly.training.before_weights import bind_encoder, check_positions
-from firefly.training.preference import without_dropout
+from firefly.setup.checks import bind_encoder, check_positions
+from firefly.tasks import TASKS
+from firefly.tasks.preference_losses import PREFERENCE_LOSSES
 
 EFFICIENCY, EFFICIENCY_16_BIT = {"cpu": 0.6, "cuda": 0.65}, {"cpu": 0.5}
 """The share of the rate of matrix products that a run reaches (docs/performance.md): on a CPU 0.57 to 0.66 in fp32 and
@@ -155,7 +156,9 @@ def make_plan(
     Raises:
         UsageError: the configuration, the data or an option is at fault.
     """
-    config = without_dropout(load_config(config_file or {}, overrides, required=("model_name_or_path",)))
+    given = load_config(config_file or {}, overrides, required=("model_name_or_path",))
+    task = TASKS[given.task_type]
+    config = task.settle(given, BACKENDS["single"])
     machine = describe_machine(memory, device, bool(config.training.get("use_cpu")))
     notes = [machine.assumed] if machine.assumed else []
     data, rows, new = None, 0, []
@@ -165,7 +168,9 @@ def make_plan(
         new = add_tokens(tokenizer, config.model.add_tokens)
         rows = len(tokenizer)
         if config.data.train_file:
-            data = load_split(config.data, bind_encoder(config, tokenizer), config.task_type, config.model.hub)
+            data = load_split(
+                config.data, bind_encoder(config, tokenizer, task.CHATS), config.task_type, config.model.hub
+            )
             if not len(data.train):
                 raise UsageError("plan.no_examples")
             check_positions(config.model, data)

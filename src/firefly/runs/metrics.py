@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +20,17 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from firefly.console import notice
-from firefly.data.batching import StepTotals
 from firefly.files import atomic_file, first_line
 from firefly.messages import render
 from firefly.ranks import is_first
 from firefly.runs.memory import memory_in_use, peak_memory
 from firefly.runs.plots import LAST_DRAWING_SECONDS, draw_loss
+from firefly.runs.progress import Counts
 from firefly.runs.records import read_metrics
 from firefly.runs.state import HEARTBEAT_SECONDS
 
 REDRAW_SECONDS = 30
 """The least time between two drawings of loss.png while a run goes on."""
-
-
-@dataclass
-class Counts:
-    """What all ranks have trained so far (a resumed run counts from where it resumed)."""
-
-    steps: int = 0
-    examples: int = 0
-    tokens: int = 0
-    targets: int = 0
-
-    def add(self, totals: StepTotals) -> None:
-        self.steps += 1
-        self.examples += totals.examples
-        self.tokens += totals.input_tokens
-        self.targets += totals.targets
 
 
 class Pace:
@@ -199,13 +182,6 @@ class RunRecorder(TrainerCallback):
                 self.failed.add(what)
                 notice("report.failed", what=what, problem=first_line(error))
 
-    def draw(self) -> None:
-        """Draw loss.png for the last time. The first rank does."""
-        if not is_first():
-            return
-        with self.reporting("loss.png"):
-            draw_loss(self.path.parent, LAST_DRAWING_SECONDS)
-
     def results(self, metrics: dict[str, Any], skipped_steps: int, device: torch.device) -> dict[str, Any]:
         """The numbers of this process's training, for train_results.json."""
         seconds = metrics["train_runtime"]
@@ -223,6 +199,16 @@ class RunRecorder(TrainerCallback):
             "seconds_to_first_step": self.seconds_to_first_step,
             "total_flos": metrics.get("total_flos"),
         }
+
+
+def draw_result(folder: Path) -> None:
+    """Draw loss.png for the last time. The first rank does."""
+    if not is_first():
+        return
+    try:
+        draw_loss(folder, LAST_DRAWING_SECONDS)
+    except Exception as error:  # whatever a library that draws may raise: the result is there
+        notice("report.failed", what="loss.png", problem=first_line(error))
 
 
 class Guarded(TrainerCallback):
@@ -249,7 +235,7 @@ for _event in [name for name in dir(TrainerCallback) if name.startswith("on_")]:
     setattr(Guarded, _event, _guarded(_event))
 
 
-class Progress(TrainerCallback):
+class ProgressLine(TrainerCallback):
     """A line on stderr for each log. On a terminal it says how the model learns, and a bar below it how fast that goes;
     elsewhere (`show_bar` false) the line says both, and nothing is ever drawn over.
 

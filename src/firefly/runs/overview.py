@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from firefly.data.blocks import Blocks
-from firefly.data.examples import Examples
 from firefly.data.schema import IGNORE, Example, Tokens
 from firefly.messages import render
-from firefly.models.kernels.elementwise import implementation, is_card
-from firefly.models.memory import Forecast
-from firefly.models.precision import Precision
 
 
 def show_example(console: Console, example: Example, tokenizer: Any) -> None:
@@ -49,40 +43,6 @@ def token_runs(ids: list[int], labels: Any) -> list[tuple[bool, list[int]]]:
             runs.append((trained, []))
         runs[-1][1].append(token)
     return runs
-
-
-def show_run(
-    console: Console,
-    examples: Examples | Blocks,
-    steps: str,
-    parameters: tuple[int, int],
-    layout: tuple[str, str],
-    head: str,
-    precision: Precision,
-    forecast: Forecast,
-    device: torch.device,
-) -> None:
-    """Print the lines that say what will run."""
-    trainable, total = parameters
-    console.print(examples.ledger.summary(), soft_wrap=True)
-    console.print(steps, soft_wrap=True)
-    share = f"{trainable / total:.2%}"
-    console.print(
-        render("overview.parameters", trainable=f"{trainable:,}", total=f"{total:,}", share=share), soft_wrap=True
-    )
-    name, reason = layout
-    how = render("overview.layout", device=device, precision=precision.name, layout=name, head=head)
-    console.print(how, soft_wrap=True)
-    if is_card(device):
-        console.print(render("overview.elementwise", name=implementation(device)), soft_wrap=True)
-    if reason:
-        console.print(render("overview.solo", reason=reason), soft_wrap=True, style="yellow")
-    parts = ", ".join(f"{render(f'part.{part}')} {size / 2**30:.2f}" for part, size in forecast.parts.items())
-    available = f"{forecast.available / 2**30:.1f}"
-    console.print(
-        render("overview.forecast", total=f"{forecast.total / 2**30:.2f}", parts=parts, available=available),
-        soft_wrap=True,
-    )
 
 
 def show_peak(console: Console, found: dict[str, int]) -> None:

@@ -14,10 +14,10 @@ import torch
 
 from firefly.config import load_config
 from firefly.console import take_notices
+from firefly.distributed.backends import BACKENDS, Backend, refuse_uneven_passes, resolve_backend
 from firefly.errors import UsageError
 from firefly.models.memory import Forecast
 from firefly.models.precision import Precision
-from firefly.objectives.engines import ENGINES, Engine, refuse_uneven_passes, resolve_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 FP32, FP16 = Precision(torch.float32), Precision(torch.float16, scaled=True)
@@ -33,14 +33,14 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
 
 
-def resolve(ranks: int = 2, **changes: Any) -> tuple[Engine, list[str]]:
+def resolve(ranks: int = 2, **changes: Any) -> tuple[Backend, list[str]]:
     """The engine, and the keys that notices name."""
     if ranks > 1:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(ranks))
     settings = {"model_name_or_path": "m", "train_file": "f", "output_dir": "o", "train_mode": "lora", **changes}
     config = load_config(settings)
     take_notices()
-    engine = resolve_engine(config)
+    engine = resolve_backend(config)
     return engine, [item["message"] for item in take_notices()]
 
 
@@ -51,14 +51,14 @@ def deepspeed(settings: dict[str, Any], precision: Precision = FP32, **changes: 
 
 def test_one_process_is_a_run_without_a_group() -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-    assert resolve(ranks=1)[0] == ENGINES["single"]
+    assert resolve(ranks=1)[0] == BACKENDS["single"]
     assert "RANK" not in os.environ
     assert "WORLD_SIZE" not in os.environ
 
 
 def test_several_processes_without_a_word_are_ddp() -> None:
     engine, notices = resolve()
-    assert engine == ENGINES["ddp"]
+    assert engine == BACKENDS["ddp"]
     assert engine.arguments(FP32) == {"deepspeed": None, "fsdp": None, "fsdp_config": None}
     assert notices == []
 
@@ -139,7 +139,7 @@ def test_what_fsdp_settings_lose_is_said() -> None:
 
 def test_fsdp_with_one_process_is_a_plain_run_and_said() -> None:
     engine, notices = resolve(ranks=1, fsdp=True)
-    assert engine == ENGINES["single"]
+    assert engine == BACKENDS["single"]
     assert "one process" in notices[0]
 
 
@@ -209,7 +209,7 @@ def test_without_the_package_deepspeed_is_refused_with_the_command(monkeypatch: 
 def test_a_rank_needs_its_share_of_what_is_divided() -> None:
     parts = {"weights": 80, "masters": 40, "gradients": 40, "optimizer": 80, "activations": 7}
     os.environ["WORLD_SIZE"] = "4"
-    shares = {name: engine.share(Forecast(parts, 80, 1000)).parts for name, engine in ENGINES.items()}
+    shares = {name: engine.share(Forecast(parts, 80, 1000)).parts for name, engine in BACKENDS.items()}
     assert shares["ddp"] == parts
     assert shares["zero1"] == parts | {"optimizer": 20}
     assert shares["zero2"] == parts | {"optimizer": 20, "gradients": 10}

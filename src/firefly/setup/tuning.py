@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,6 @@ import torch
 from transformers import TrainingArguments
 
 from firefly import ranks
-from firefly.config import Config
-from firefly.data.batching import ExampleList
 from firefly.models import choices as choosing
 from firefly.models.adapters import transformers_model
 from firefly.models.checkpointing import Checkpointing
@@ -29,31 +26,20 @@ from firefly.models.memory import (
     kernels_kept,
     optimizer_bytes_of,
 )
-from firefly.models.precision import Precision
 from firefly.models.verdicts import known_activations, known_crossover
-from firefly.objectives.engines import Engine
+from firefly.run import Run
 from firefly.runs.checkpoints import stored_choices
-from firefly.training.arguments import PAGED_ADAM
+from firefly.setup.arguments import PAGED_ADAM
 
 
-def resolve_choices(
-    config: Config,
-    args: TrainingArguments,
-    model: Any,
-    examples: ExampleList,
-    layout: str,
-    precision: Precision,
-    device: torch.device,
-    checkpoint: Path | None,
-    engine: Engine,
-    steps: int,
-) -> tuple[Choices, Forecast]:
+def resolve_choices(run: Run, args: TrainingArguments, module: Any, layout: str) -> tuple[Choices, Forecast]:
     """Resolve what is "auto", by measurement or from the checkpoint, and forecast the memory of a run so trained.
 
     The same on every rank: the choices of the one with the least memory. The forecast is `firefly plan`'s, but for what
     a step takes besides weights: that is estimated from what a pass was measured to keep.
     """
-    inner, full = transformers_model(model), config.adapter.mode == "full"
+    config, device, precision, backend = run.config, run.device, run.precision, run.backend
+    examples, inner, full = run.data.train, transformers_model(module), config.adapter.mode == "full"
     largest = np.sort(examples.counts.lengths)[::-1][: config.step.examples_per_rank]
     lengths = Lengths(longest=int(largest[0]), step=int(largest.sum()))
     by_products = known_crossover(inner, device, precision.compute)
@@ -61,37 +47,37 @@ def resolve_choices(
     autocast = precision.compute if full and precision.compute != torch.float32 else None
     activations = known_activations(inner, layout, autocast, int(examples.counts.sides.max()))
     keeps_copy = config.task_type == "dpo" and full and not config.preference.precompute_reference
-    copied = sum(p.numel() for p in model.parameters()) * precision.compute.itemsize if keeps_copy else 0
+    copied = sum(p.numel() for p in module.parameters()) * precision.compute.itemsize if keeps_copy else 0
     cacheable = cache_sizes(inner, precision.compute)
 
     def forecast(checkpointing: Checkpointing, tokens: int, cached: int) -> Forecast:
         state = optimizer_bytes_of(args.optim)
-        whole = forecast_memory(model, device, activations, checkpointing, tokens, state, cached, copied)
-        return engine.share(whole)
+        whole = forecast_memory(module, device, activations, checkpointing, tokens, state, cached, copied)
+        return backend.share(whole)
 
     choices = choosing.choose(
         config.step, activations, forecast, lengths, device, cacheable, by_products, precision.compute
     )
-    if args.optim in PAGED_ADAM and device.type == "cuda" and not (engine.deepspeed or engine.divides):
+    if args.optim in PAGED_ADAM and device.type == "cuda" and not (backend.deepspeed or backend.shards):
         tokens = lengths.largest_microbatch(choices.tokens_per_microbatch)
         expected = forecast(choices.checkpointing, tokens, sum(cacheable[: choices.cached_weights]))
         choices = replace(choices, unpaged_optimizer=choosing.fits(expected))
     choices = choosing.most_careful(ranks.all_of(choices))
-    if checkpoint:
-        choices = choosing.settled(config.step, stored_choices(checkpoint), choices)
+    if run.checkpoint:
+        choices = choosing.settled(config.step, stored_choices(run.checkpoint), choices)
     tokens = lengths.largest_microbatch(choices.tokens_per_microbatch)
     peak = estimated_peak(inner, device, activations, choices.checkpointing, tokens, precision.compute.itemsize)
     each = min(config.step.examples_per_rank, math.ceil(lengths.step / choices.tokens_per_microbatch))
     whole = assemble(
-        model,
+        module,
         device.type,
         peak,
         optimizer_bytes=optimizer_bytes_of(args.optim),
         cache=sum(cacheable[: choices.cached_weights]),
         reference=copied,
-        microbatches=steps * each,
+        microbatches=run.total_steps * each,
         shapes=lengths.longest,
         kernels=kernels_kept(config.task_type, examples.counts.lengths, examples.counts.targets),
         available=free_memory(device),
     )
-    return choices, engine.share(whole)
+    return choices, backend.share(whole)

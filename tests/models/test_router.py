@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from firefly.models.probing import decoder
-from firefly.objectives.router import (
+from firefly.models.router import (
     RouterSettings,
     count_choices,
     quiet_routers,

@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from firefly.config import load_config
 from firefly.console import take_notices
-from firefly.data.batching import StepPlan
+from firefly.data.batching import StepPlan, StepSettings
 from firefly.errors import UsageError
-from firefly.objectives.finite import NAMED_ROWS
-from firefly.objectives.trainers import CausalTrainer
+from firefly.loop import NAMED_ROWS, look_at, name_rows
 from firefly.runs.checkpoints import checkpoints
 from firefly.runs.metrics import read_metrics
+from firefly.tasks.base import Task
+from firefly.tasks.causal import CausalTask
 from firefly.train import train
-from objectives import test_steps
 from tiny import ListedExamples, prepared, random_examples, save_tiny_model, tiny_model, write_rows
+from trials import Trial, make_trial
 
 ROWS = 22
 
@@ -61,32 +61,29 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def poison(patch: pytest.MonkeyPatch, row: int, how: str) -> None:
     """Row `row` of the data has a loss or a gradient that is no number."""
-    original = CausalTrainer.microbatch_loss
+    original, step_of = CausalTask.microbatch_loss, Task.backward
+    running: list[tuple[int, ...]] = []
 
-    def poisoned(self: Any, model: Any, batch: Any, totals: Any) -> Tensor:
-        loss = original(self, model, batch, totals)
-        planned = next(step for step in seen if step.totals is totals)
-        if row not in planned.rows[self._running]:
-            return loss
+    def poisoned(self: Any, forward: Any, batch: Any, totals: Any) -> Any:
+        loss, measured = original(self, forward, batch, totals)
+        if row not in running.pop(0):
+            return loss, measured
         if how == "gradient":
-            parameter = next(p for p in model.parameters() if p.requires_grad)
-            return loss + (parameter.sum() * 0).sqrt() * 0  # finite, with a gradient of infinity times zero
-        return loss * math.nan
+            parameter = next(p for p in forward.module.parameters() if p.requires_grad)
+            return loss + (parameter.sum() * 0).sqrt() * 0, measured  # finite, its gradient infinity times zero
+        return loss * math.nan, measured
 
-    seen: list[Any] = []
-    step_of = CausalTrainer.training_step
+    def watched(self: Any, model: Any, step: Any) -> Any:
+        running[:] = step.rows
+        return step_of(self, model, step)
 
-    def watched(self: Any, model: Any, inputs: Any, *more: Any) -> Tensor:
-        seen[:] = [inputs]
-        return step_of(self, model, inputs, *more)
-
-    patch.setattr(CausalTrainer, "microbatch_loss", poisoned)
-    patch.setattr(CausalTrainer, "training_step", watched)
+    patch.setattr(CausalTask, "microbatch_loss", poisoned)
+    patch.setattr(Task, "backward", watched)
 
 
 def rows_of_step(settings: dict[str, Any], epoch: int, step: int) -> list[int]:
-    plan = StepPlan(ListedExamples(random_examples(*[9] * ROWS)).counts, 4, 1, seed=settings["seed"])
-    plan.set_epoch(epoch)
+    plan = StepPlan(ListedExamples(random_examples(*[9] * ROWS)).counts, StepSettings(4, settings["seed"]), 1)
+    plan.epoch = epoch
     return [int(row) for row in plan.order()[4 * step : 4 * step + 4]]
 
 
@@ -194,42 +191,45 @@ def test_a_run_killed_after_a_skipped_step_goes_on_the_same(settings: dict[str, 
     assert [line["loss"] for line in lines(again)] == [line["loss"] for line in lines(whole)]
 
 
-def looked_at(tmp_path: Path, count: int = 8) -> CausalTrainer:
-    """A trainer that has computed a step."""
-    model, layout, _ = prepared("llama", "lora")
-    trainer = test_steps.make_trainer(model, tmp_path, random_examples(*[5] * count), 5, layout, "lora")
-    trainer.state.global_step = 0
-    test_steps.one_step(trainer)
-    return trainer
+def computed_step(tmp_path: Path, count: int = 8) -> Trial:
+    """A trial that has computed a step."""
+    module, layout, _ = prepared("llama", "lora")
+    trial = make_trial(module, tmp_path, random_examples(*[5] * count), 5, layout, "lora")
+    trial.one_step()
+    return trial
 
 
 def test_under_loss_scaling_infinite_gradients_are_left_to_the_scaler(tmp_path: Path) -> None:
-    trainer, infinite = looked_at(tmp_path), torch.tensor(math.inf)
-    assert not trainer._is_finite(infinite)
-    trainer.accelerator.scaler = object()  # type: ignore[assignment]
-    assert trainer._is_finite(infinite)
-    trainer.computed.loss.fill_(math.nan)
-    assert not trainer._is_finite(torch.tensor(1.0))
+    trial, infinite = computed_step(tmp_path), torch.tensor(math.inf)
+    assert trial.computed is not None
+    assert look_at(trial.model, trial.computed, infinite, 0) == (False, 0)
+    trial.model.accelerator.scaler = object()  # type: ignore[assignment]
+    assert look_at(trial.model, trial.computed, infinite, 0) == (True, 0)
+    trial.computed.loss.fill_(math.nan)
+    assert look_at(trial.model, trial.computed, torch.tensor(1.0), 0) == (False, 0)
 
 
 def test_at_most_twenty_rows_are_named(tmp_path: Path) -> None:
-    trainer = looked_at(tmp_path, 25)
-    named = trainer._named_rows()
+    trial = computed_step(tmp_path, 25)
+    examples: Any = trial.steps.dataset
+    assert trial.computed is not None
+    named = name_rows(examples.examples, trial.computed)
     assert named.count("listed:") == NAMED_ROWS == 20
     assert named.endswith("and 5 more")
     assert named.startswith("listed:1, listed:2, ")
-    for part in trainer.computed.parts[3:5]:
+    for part in trial.computed.parts[3:5]:
         part.fill_(math.inf)
-    rows = sorted(row for rows in trainer.computed.rows[3:5] for row in rows)
-    assert trainer._named_rows() == ", ".join(f"listed:{row + 1}" for row in rows)
+    rows = sorted(row for rows in trial.computed.rows[3:5] for row in rows)
+    assert name_rows(examples.examples, trial.computed) == ", ".join(f"listed:{row + 1}" for row in rows)
 
 
 def test_the_one_question_of_a_step_comes_after_all_of_its_work(tmp_path: Path) -> None:
-    from objectives.test_no_waiting import questions
+    from tasks.test_no_waiting import questions
 
-    trainer = looked_at(tmp_path)
+    trial = computed_step(tmp_path)
+    assert trial.computed is not None
     with questions() as asked:
-        trainer._get_grad_norm(trainer.model, torch.tensor(1.0))
+        look_at(trial.model, trial.computed, trial.model.clip_gradients(1.0), 0)
     assert asked == ["_local_scalar_dense"] or asked == ["is_nonzero", "_local_scalar_dense"]
 
 

@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from firefly.data.batching import PackedBatch, Step, StepTotals, pack
 from firefly.data.pair_batching import pack_pairs
-from objectives import test_preference, test_steps
-from objectives.test_steps import EIGHT
+from tasks import test_preference
+from tasks.test_steps import EIGHT
 from tiny import prepared, random_examples
+from trials import make_trial
 
 # Operators whose result, or whose result's size, a GPU has to send to the CPU before Python can go on.
 WAITING = {
@@ -58,20 +59,20 @@ def questions() -> Iterator[list[str]]:
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2_window", "gpt_neox"])
 def test_an_sft_step_waits_for_nothing(name: str, mode: str, tmp_path: Path) -> None:
     model, layout, _ = prepared(name, mode)
-    trainer = test_steps.make_trainer(model, tmp_path, EIGHT, 64, layout, mode)
-    (step,) = list(trainer.get_train_dataloader())
+    trial = make_trial(model, tmp_path, EIGHT, 64, layout, mode)
+    step = trial.step()
     with questions() as asked:
-        trainer.training_step(model, step)
+        trial.task.backward(trial.model, step)
     assert asked == []
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "orpo"])
 def test_a_preference_step_waits_for_nothing(loss: str, tmp_path: Path) -> None:
     model, layout, _ = prepared("llama", "lora")
-    trainer = test_preference.make_trainer(model, tmp_path, budget=100, layout=layout, loss=loss)
-    (step,) = list(trainer.get_train_dataloader())
+    trial = test_preference.make_pairs_trial(model, tmp_path, budget=100, layout=layout, loss=loss)
+    step = trial.step()
     with questions() as asked:
-        trainer.training_step(model, step)
+        trial.task.backward(trial.model, step)
     assert asked == []
 
 

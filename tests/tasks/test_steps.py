@@ -12,12 +12,9 @@ from torch import Tensor
 from firefly.data.schema import IGNORE, Tokens
 from firefly.models.adapters import transformers_model
 from firefly.models.attention import choose_layout
-from firefly.models.choices import Choices
 from firefly.models.heads import install_target_head
-from firefly.models.precision import Precision
-from firefly.objectives.trainers import CausalTrainer, StepOptions, training_arguments
+from firefly.runs.progress import Counts
 from tiny import (
-    ListedExamples,
     assert_same,
     gradients,
     padded_batch,
@@ -28,50 +25,10 @@ from tiny import (
     tiny_tokenizer,
     with_our_lora,
 )
+from trials import make_trial
 
 EIGHT = random_examples(5, 33, 12, 70, 2, 21, 40, 9)
 ONE_EACH, ALL_IN_ONE = 1, 10**6
-
-
-def make_trainer(
-    model: Any,
-    folder: Path,
-    examples: list[Tokens],
-    budget: int = 64,
-    layout: str = "segments",
-    mode: str = "full",
-    compute: torch.dtype = torch.float32,
-    held_out: list[Tokens] | None = None,
-    **arguments: Any,
-) -> CausalTrainer:
-    values = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": len(examples),
-        "use_cpu": True,
-        "report_to": "none",
-        "remove_unused_columns": False,
-        "label_names": [],
-        "dataloader_pin_memory": False,
-    }
-    return CausalTrainer(
-        model=model,
-        args=training_arguments(values | arguments),
-        examples=ListedExamples(examples),  # type: ignore[arg-type]
-        held_out=None if held_out is None else ListedExamples(held_out),  # type: ignore[arg-type]
-        tokenizer=tiny_tokenizer(),
-        options=StepOptions(len(examples), Choices(budget), seed=0, shuffle=True, layout=layout),
-        precision=Precision(compute),
-        masters=mode == "full",
-        callbacks=[],
-    )
-
-
-def one_step(trainer: CausalTrainer) -> tuple[Tensor, dict[str, Tensor], int]:
-    """Loss, gradients and number of microbatches of the first step."""
-    (step,) = list(trainer.get_train_dataloader())
-    trainer.model.zero_grad()
-    loss = trainer.training_step(trainer.model, step)
-    return loss, gradients(trainer.model), len(step.microbatches)
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
@@ -80,7 +37,7 @@ def one_step(trainer: CausalTrainer) -> tuple[Tensor, dict[str, Tensor], int]:
 )
 def test_a_step_has_the_loss_and_gradients_of_one_padded_batch(name: str, mode: str, tmp_path: Path) -> None:
     model, layout, own = prepared(name, mode)
-    loss, found, count = one_step(make_trainer(model, tmp_path, EIGHT, budget=64, layout=layout, mode=mode))
+    loss, found, count = make_trial(model, tmp_path, EIGHT, budget=64, layout=layout, mode=mode).one_step()
     assert count > 1
     expected = padded_loss(own, EIGHT) + balance_loss(own, EIGHT)
     expected.backward()
@@ -98,7 +55,7 @@ def test_a_step_has_the_loss_and_gradients_of_trls_trainer(
     from datasets import Dataset
 
     model, layout, own = prepared(name, mode)
-    loss, found, _ = one_step(make_trainer(model, tmp_path, EIGHT, budget=64, layout=layout, mode=mode))
+    loss, found, _ = make_trial(model, tmp_path, EIGHT, budget=64, layout=layout, mode=mode).one_step()
     trainer = trl.SFTTrainer(
         model=own,
         args=trl.SFTConfig(
@@ -147,7 +104,7 @@ def test_the_router_loss_is_the_whole_steps_however_it_is_cut(name: str, tmp_pat
     expected = padded_loss(own, EIGHT) + balance_loss(own, EIGHT)
     expected.backward()
     for budget in (ONE_EACH, 70, ALL_IN_ONE):
-        loss, found, _ = one_step(make_trainer(model, tmp_path, EIGHT, budget, layout=layout))
+        loss, found, _ = make_trial(model, tmp_path, EIGHT, budget, layout=layout).one_step()
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
         assert_same(found, gradients(own), 2e-5)
 
@@ -162,10 +119,10 @@ def test_the_reference_is_what_transformers_calls_the_loss() -> None:
 @pytest.mark.parametrize("name", ["llama_tied", "qwen2_window", "gemma2"])
 def test_the_token_budget_changes_neither_loss_nor_gradients(name: str, mode: str, tmp_path: Path) -> None:
     model, _, _ = prepared(name, mode)
-    loss, expected, count = one_step(make_trainer(model, tmp_path, EIGHT, ONE_EACH, mode=mode))
+    loss, expected, count = make_trial(model, tmp_path, EIGHT, ONE_EACH, mode=mode).one_step()
     assert count == len(EIGHT)
     for budget, least in ((ALL_IN_ONE, 1), (70, 3)):
-        other_loss, found, count = one_step(make_trainer(model, tmp_path, EIGHT, budget, mode=mode))
+        other_loss, found, count = make_trial(model, tmp_path, EIGHT, budget, mode=mode).one_step()
         assert count == least
         torch.testing.assert_close(other_loss, loss, rtol=1e-6, atol=0)
         assert_same(found, expected, 1e-5)
@@ -174,9 +131,9 @@ def test_the_token_budget_changes_neither_loss_nor_gradients(name: str, mode: st
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_the_solo_layout_changes_neither_loss_nor_gradients(mode: str, tmp_path: Path) -> None:
     model, _, _ = prepared("qwen2_window", mode)
-    loss, expected, _ = one_step(make_trainer(model, tmp_path, EIGHT, ALL_IN_ONE, mode=mode))
+    loss, expected, _ = make_trial(model, tmp_path, EIGHT, ALL_IN_ONE, mode=mode).one_step()
     transformers_model(model).set_attn_implementation("sdpa")
-    solo_loss, found, count = one_step(make_trainer(model, tmp_path, EIGHT, ALL_IN_ONE, layout="solo", mode=mode))
+    solo_loss, found, count = make_trial(model, tmp_path, EIGHT, ALL_IN_ONE, layout="solo", mode=mode).one_step()
     assert count == len(EIGHT)
     torch.testing.assert_close(solo_loss, loss, rtol=1e-6, atol=0)
     assert_same(found, expected, 1e-5)
@@ -186,16 +143,16 @@ def test_the_solo_layout_changes_neither_loss_nor_gradients(mode: str, tmp_path:
 @pytest.mark.parametrize("name", ["llama_tied", "gemma2", "gpt_neox", "qwen2_moe"])
 def test_activation_checkpointing_changes_neither_loss_nor_gradients(name: str, mode: str, tmp_path: Path) -> None:
     model, _, _ = prepared(name, mode)
-    loss, expected, _ = one_step(make_trainer(model, tmp_path, EIGHT, mode=mode))
+    loss, expected, _ = make_trial(model, tmp_path, EIGHT, mode=mode).one_step()
     transformers_model(model).gradient_checkpointing_enable()
-    other_loss, found, _ = one_step(make_trainer(model, tmp_path, EIGHT, mode=mode))
+    other_loss, found, _ = make_trial(model, tmp_path, EIGHT, mode=mode).one_step()
     torch.testing.assert_close(other_loss, loss, rtol=1e-6, atol=0)
     assert_same(found, expected, 1e-5)
 
 
 def test_full_training_in_16_bit_keeps_fp32_weights_and_gradients(tmp_path: Path) -> None:
     model, _, own = prepared("llama_tied", "full")
-    loss, found, _ = one_step(make_trainer(model, tmp_path, EIGHT, compute=torch.bfloat16))
+    loss, found, _ = make_trial(model, tmp_path, EIGHT, compute=torch.bfloat16).one_step()
     assert {p.dtype for p in model.parameters()} == {g.dtype for g in found.values()} == {torch.float32}
     expected = padded_loss(own, EIGHT)
     expected.backward()
@@ -209,7 +166,7 @@ def test_lora_in_16_bit_stays_near_fp32(tmp_path: Path) -> None:
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
-    loss, found, _ = one_step(make_trainer(model, tmp_path, EIGHT, mode="lora", compute=torch.bfloat16))
+    loss, found, _ = make_trial(model, tmp_path, EIGHT, mode="lora", compute=torch.bfloat16).one_step()
     expected = padded_loss(own, EIGHT)
     expected.backward()
     assert {g.dtype for g in found.values()} == {torch.float32}
@@ -219,20 +176,21 @@ def test_lora_in_16_bit_stays_near_fp32(tmp_path: Path) -> None:
 
 def test_the_counts_are_those_of_the_examples(tmp_path: Path) -> None:
     model, _, _ = prepared("llama", "lora")
-    trainer = make_trainer(model, tmp_path, EIGHT, mode="lora")
-    one_step(trainer), one_step(trainer)
-    assert trainer.counts.steps == 2
-    assert trainer.counts.examples == 16
-    assert trainer.counts.tokens == 2 * sum(len(example.input_ids) for example in EIGHT)
-    assert trainer.counts.targets == 2 * sum(int((example.labels[1:] != -100).sum()) for example in EIGHT)
+    trial = make_trial(model, tmp_path, EIGHT, mode="lora")
+    counts = Counts()
+    counts.add(trial.step().totals), counts.add(trial.step().totals)
+    assert counts.steps == 2
+    assert counts.examples == 16
+    assert counts.tokens == 2 * sum(len(example.input_ids) for example in EIGHT)
+    assert counts.targets == 2 * sum(int((example.labels[1:] != -100).sum()) for example in EIGHT)
 
 
 def test_an_evaluation_is_the_mean_over_all_held_out_targets(tmp_path: Path) -> None:
     model, _, own = prepared("gemma2", "lora")
     held_out = random_examples(30, 4, 55, 17, 8, 23, 61, 12, 9, 40, 3, seed=9)
-    trainer = make_trainer(model, tmp_path, EIGHT, held_out=held_out, mode="lora")
+    trial = make_trial(model, tmp_path, EIGHT, held_out=held_out, mode="lora")
     before = torch.get_rng_state()
-    metrics = trainer.evaluate()
+    metrics = trial.evaluate()
     assert torch.equal(torch.get_rng_state(), before)
     with torch.no_grad():
         expected = padded_loss(own, held_out)
@@ -246,6 +204,6 @@ def test_dropout_rests_in_evaluation_and_is_back_in_the_next_step(tmp_path: Path
     model = with_our_lora(tiny_model("llama"), dropout=0.5)
     choose_layout(transformers_model(model))
     install_target_head(transformers_model(model))
-    trainer = make_trainer(model, tmp_path, EIGHT, held_out=EIGHT, mode="lora")
-    assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
-    assert one_step(trainer)[0] != one_step(trainer)[0]
+    trial = make_trial(model, tmp_path, EIGHT, held_out=EIGHT, mode="lora")
+    assert trial.evaluate()["eval_loss"] == trial.evaluate()["eval_loss"]
+    assert trial.one_step()[0] != trial.one_step()[0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,9 @@ from transformers.training_args import OptimizerNames
 from firefly.arguments import FIELDS
 from firefly.config import Config
 from firefly.console import notice
+from firefly.distributed.backends import Backend, load_whole
 from firefly.errors import UsageError
 from firefly.models.precision import Precision
-from firefly.objectives.engines import Engine, load_whole
-from firefly.objectives.trainers import training_arguments
 from firefly.runs.trackers import choose_trackers
 
 PAGED_ADAM = (OptimizerNames.PAGED_ADAMW,)
@@ -26,9 +27,9 @@ FUSED_ADAM = OptimizerNames.ADAMW_TORCH_FUSED
 """The same update in a few launches for all weights, where the other has one for each."""
 
 
-def join_ranks(config: Config, engine: Engine, precision: Precision, device: torch.device) -> TrainingArguments:
+def join_ranks(config: Config, backend: Backend, precision: Precision, device: torch.device) -> TrainingArguments:
     """TrainingArguments of this run; to make them forms the process group, where there are several ranks."""
-    args = training_arguments(resolved_arguments(config, precision, device) | engine.arguments(precision))
+    args = training_arguments(resolved_arguments(config, precision, device) | backend.arguments(precision))
     if device.type == "cpu" and args.world_size > 1 and "ddp_timeout" in config.given:  # transformers leaves it out
         notice("key.no_effect", key="ddp_timeout", setting="use_cpu")
     if args.n_gpu > 1:  # one process: transformers would split each batch among the cards (DataParallel)
@@ -110,3 +111,16 @@ def resolved_arguments(config: Config, precision: Precision, device: torch.devic
     if device.type == "cpu" and values.get("dataloader_pin_memory") is None:
         values["dataloader_pin_memory"] = False
     return values
+
+
+def training_arguments(values: Mapping[str, Any]) -> TrainingArguments:
+    """`TrainingArguments` from resolved values; its own complaints become the user's message."""
+    try:
+        return TrainingArguments(**values)
+    except (ValueError, TypeError, KeyError, ImportError) as error:
+        raise UsageError("config.training_arguments", problem=" ".join(str(error).split())) from error
+
+
+def total_steps(args: TrainingArguments, per_epoch: int) -> int:
+    """Optimizer steps of the whole run, as transformers counts them."""
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)

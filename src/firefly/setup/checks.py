@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from firefly.data.templates import bind_template, plain_template
 from firefly.errors import UsageError
 from firefly.models.positions import positions_for
 from firefly.runs.checkpoints import missing_files, newest_complete, stored_plan
-from firefly.training.tasks import TASKS, Task
 
 
 def refuse_own_source(config: Config, output_dir: Path) -> None:
@@ -59,13 +59,15 @@ def on_its_first_day(config: Config, output_dir: Path) -> Config:
     return replace(config, data=replace(config.data, template_date=date)) if date else config
 
 
-def bind_encoder(config: Config, tokenizer: Any) -> Encoder:
+def bind_encoder(config: Config, tokenizer: Any, chats: bool) -> Encoder:
     """The template of the configuration on this tokenizer; the tokenizer carries it from here on, and saves it.
 
-    Pretraining renders nothing: the tokenizer keeps the template it came with, if any.
+    Args:
+        chats: whether rows are rendered as chats. Pretraining renders nothing: the tokenizer keeps the template it came
+            with, if any.
     """
     data = config.data
-    if not TASKS[config.task_type].chats:
+    if not chats:
         return Encoder(tokenizer, plain_template(), data.allow_special_in_content)
     template = bind_template(
         data.template_name, tokenizer, on_system=data.on_system, thinking=data.thinking, date=data.template_date
@@ -103,11 +105,11 @@ def prove_template(encoder: Encoder) -> Certificate:
     return certificate
 
 
-def check_best_metric(config: Config, task: Task, data: Split) -> None:
+def check_best_metric(config: Config, metrics: Sequence[str], data: Split) -> None:
     """Refuse a metric that no evaluation of this run will have: transformers would miss it after the first one."""
     asked = config.training.get("metric_for_best_model")
     sources = data.train.names if data.held_out is None else data.held_out.names
-    known = [*task.trainer.METRICS, *(f"loss/{name}" for name in sources if len(sources) > 1)]
+    known = [*metrics, *(f"loss/{name}" for name in sources if len(sources) > 1)]
     if asked and asked.removeprefix("eval_") not in known:
         choices = ", ".join(map(json.dumps, known))
         raise UsageError("config.bad_choice", key="metric_for_best_model", value=json.dumps(asked), choices=choices)

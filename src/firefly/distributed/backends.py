@@ -1,7 +1,7 @@
-"""Who carries a step over many ranks: DDP, FSDP2 or DeepSpeed's ZeRO, as the configuration or the launcher asks.
+"""Backends carry a step over many ranks: DDP, FSDP2 or DeepSpeed's ZeRO, as configuration or launcher ask.
 
 All of them come from torch, accelerate and DeepSpeed; here their settings are brought in line with what a step means
-in Firefly (one item of the data loader is one whole step, precision and schedule are ours), and what an engine cannot
+in Firefly (one item of the data loader is one whole step, precision and schedule are ours), and what a backend cannot
 do is refused by name before anything is loaded.
 """
 
@@ -27,37 +27,37 @@ from firefly.models.precision import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine:
-    """What the rest of the program has to know of an engine.
+class Backend:
+    """What the rest of the program has to know of a backend.
 
     Attributes:
         name: as run.json and messages have it.
-        divides: which of "weights", "gradients" and "optimizer" each rank holds only its share of.
+        shards: which of "weights", "gradients" and "optimizer" each rank holds only its share of.
         deepspeed: DeepSpeed runs the optimizer's step at the end of the step's last backward.
         settings: for `TrainingArguments`.
     """
 
     name: str
-    divides: frozenset[str] = frozenset()
+    shards: frozenset[str] = frozenset()
     deepspeed: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def divides_weights(self) -> bool:
-        return "weights" in self.divides
+    def shards_weights(self) -> bool:
+        return "weights" in self.shards
 
     def share(self, whole: Forecast) -> Forecast:
         """One rank's part of what a single process would need."""
-        if not self.divides:
+        if not self.shards:
             return whole
         names = {OPTIMIZER: ("optimizer",), GRADIENTS: ("gradients",), WEIGHTS: ("weights", "masters", "adapter")}
-        divided = {part for kind in self.divides for part in names[kind]}
+        divided = {part for kind in self.shards for part in names[kind]}
         count = ranks.world_size()
         parts = {name: size // count if name in divided else size for name, size in whole.parts.items()}
-        return replace(whole, parts=parts, loaded=0 if self.divides_weights else whole.loaded)
+        return replace(whole, parts=parts, loaded=0 if self.shards_weights else whole.loaded)
 
     def arguments(self, precision: Precision) -> dict[str, Any]:
-        """`TrainingArguments` of this engine."""
+        """`TrainingArguments` of this backend."""
         if "deepspeed" not in self.settings:
             return {"deepspeed": None, "fsdp": None, "fsdp_config": None} | dict(self.settings)
         # DeepSpeed casts a whole model to the type that it computes in; ours are chosen weight by weight. The scaling
@@ -70,16 +70,16 @@ class Engine:
 
 OPTIMIZER, GRADIENTS, WEIGHTS = "optimizer", "gradients", "weights"
 
-ENGINES: Mapping[str, Engine] = {
-    engine.name: engine
-    for engine in (
-        Engine(name="single"),
-        Engine(name="ddp"),
-        Engine(name="fsdp2", divides=frozenset((OPTIMIZER, GRADIENTS, WEIGHTS))),
-        Engine(name="zero0", deepspeed=True),
-        Engine(name="zero1", divides=frozenset((OPTIMIZER,)), deepspeed=True),
-        Engine(name="zero2", divides=frozenset((OPTIMIZER, GRADIENTS)), deepspeed=True),
-        Engine(name="zero3", divides=frozenset((OPTIMIZER, GRADIENTS, WEIGHTS)), deepspeed=True),
+BACKENDS: Mapping[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend(name="single"),
+        Backend(name="ddp"),
+        Backend(name="fsdp2", shards=frozenset((OPTIMIZER, GRADIENTS, WEIGHTS))),
+        Backend(name="zero0", deepspeed=True),
+        Backend(name="zero1", shards=frozenset((OPTIMIZER,)), deepspeed=True),
+        Backend(name="zero2", shards=frozenset((OPTIMIZER, GRADIENTS)), deepspeed=True),
+        Backend(name="zero3", shards=frozenset((OPTIMIZER, GRADIENTS, WEIGHTS)), deepspeed=True),
     )
 }
 
@@ -107,11 +107,11 @@ LAUNCHER_SETTINGS: Mapping[str, str] = {
 NOTHING = ("", "no", "none", "false", "1", "1.0", "auto")
 
 
-def resolve_engine(config: Config) -> Engine:
-    """The engine of this run, with its settings.
+def resolve_backend(config: Config) -> Backend:
+    """The backend of this run, with its settings.
 
     Raises:
-        UsageError: a settings file that cannot be read, two engines at once, or something the engine cannot do.
+        UsageError: a settings file that cannot be read, two backends at once, or something the backend cannot do.
     """
     launched = _take_launcher_settings()
     deepspeed = config.training.get("deepspeed") or launched.get("deepspeed")
@@ -121,49 +121,49 @@ def resolve_engine(config: Config) -> Engine:
     if deepspeed and fsdp:
         raise UsageError("engine.two")
     if deepspeed:
-        engine = _deepspeed_engine(deepspeed)
+        backend = _deepspeed_backend(deepspeed)
         _one_rank_of_its_own()
     elif ranks.world_size() == 1:
         if fsdp:
             notice("engine.fsdp_alone")
-        engine = ENGINES["single"]
+        backend = BACKENDS["single"]
         _leave_one_rank_group()
     elif fsdp:
-        engine = replace(ENGINES["fsdp2"], settings=_fsdp_settings(fsdp, fsdp_config))
+        backend = replace(BACKENDS["fsdp2"], settings=_fsdp_settings(fsdp, fsdp_config))
     else:
-        engine = ENGINES["ddp"]
-    _refuse(engine, config)
-    return engine
+        backend = BACKENDS["ddp"]
+    _refuse(backend, config)
+    return backend
 
 
-def _refuse(engine: Engine, config: Config) -> None:
-    """What an engine cannot do, by name."""
-    if engine.divides_weights and config.adapter.mode == "qlora":
-        raise UsageError("engine.no_qlora", engine=engine.name)
-    if engine.deepspeed and config.step.on_nonfinite_loss == "skip":
-        raise UsageError("engine.no_skip", engine=engine.name)
+def _refuse(backend: Backend, config: Config) -> None:
+    """What a backend cannot do, by name."""
+    if backend.shards_weights and config.adapter.mode == "qlora":
+        raise UsageError("engine.no_qlora", engine=backend.name)
+    if backend.deepspeed and config.step.on_nonfinite_loss == "skip":
+        raise UsageError("engine.no_skip", engine=backend.name)
     compiled = any(config.training.get(f"torch_compile{part}") for part in ("", "_backend", "_mode"))
-    if engine.divides and compiled:
-        raise UsageError("engine.no_compile", engine=engine.name)
-    if engine.divides_weights and config.adapter.mode != "full" and config.adapter.use_dora:
-        raise UsageError("engine.no_dora", engine=engine.name)
+    if backend.shards and compiled:
+        raise UsageError("engine.no_compile", engine=backend.name)
+    if backend.shards_weights and config.adapter.mode != "full" and config.adapter.use_dora:
+        raise UsageError("engine.no_dora", engine=backend.name)
 
 
-def refuse_uneven_passes(config: Config, layout: str, engine: Engine) -> None:
+def refuse_uneven_passes(config: Config, layout: str, backend: Backend) -> None:
     """Ranks that hold parts of the weights have to call the model equally often.
 
     Raises:
         UsageError: a block of documents would take as many passes as it holds documents.
     """
     apart = layout == "solo" and config.task_type == "pretrain" and config.data.document_attention == "isolated"
-    if engine.divides_weights and apart:
-        raise UsageError("engine.documents_apart", engine=engine.name)
+    if backend.shards_weights and apart:
+        raise UsageError("engine.documents_apart", engine=backend.name)
 
 
 # ---- DeepSpeed ----
 
 
-def _deepspeed_engine(given: Any) -> Engine:
+def _deepspeed_backend(given: Any) -> Backend:
     settings = _read_settings("deepspeed", given)
     try:
         import deepspeed  # pyright: ignore[reportMissingImports]
@@ -178,7 +178,7 @@ def _deepspeed_engine(given: Any) -> Engine:
     settings = {name: value for name, value in settings.items() if name not in DECIDED_ELSEWHERE or name == "fp16"}
     zero = dict(settings.get("zero_optimization", {}))
     stage = zero.get("stage", 0)
-    if f"zero{stage}" not in ENGINES:
+    if f"zero{stage}" not in BACKENDS:
         raise UsageError("config.bad_choice", key="zero_optimization.stage", value=stage, choices="0, 1, 2, 3")
     if stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True  # the files that one process would leave
@@ -191,7 +191,7 @@ def _deepspeed_engine(given: Any) -> Engine:
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
     }
-    return replace(ENGINES[f"zero{stage}"], settings={"deepspeed": settings})
+    return replace(BACKENDS[f"zero{stage}"], settings={"deepspeed": settings})
 
 
 def _says_something(value: Any) -> bool:
@@ -217,25 +217,25 @@ def _read_settings(key: str, given: Any) -> dict[str, Any]:
 
 
 def load_whole(args: Any) -> None:
-    """Let models be loaded whole although ZeRO-3 is on, until `divide`: what is probed on them needs their weights."""
+    """Let models be loaded whole although ZeRO-3 is on, until `shard_weights`: probes need their weights."""
     if getattr(args, "hf_deepspeed_config", None) is not None:
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         unset_hf_deepspeed_config()
 
 
-def divide(engine: Engine, model: Any, args: Any) -> None:
+def shard_weights(backend: Backend, model: Any, args: Any) -> None:
     """Leave each rank its share of a model's weights under ZeRO-3, before DeepSpeed would move it whole to a card.
 
-    Our kernels use the weights of a decoder layer's parts directly, so a layer is gathered as one. (FSDP2 divides by
+    Our kernels use the weights of a decoder layer's parts directly, so a layer is gathered as one. (FSDP2 shards by
     layers, too, when accelerate prepares the model.)
     """
-    if not engine.deepspeed:
+    if not backend.deepspeed:
         return
     from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
     set_hf_deepspeed_config(args.hf_deepspeed_config)
-    if not engine.divides_weights:
+    if not backend.shards_weights:
         return
     import deepspeed  # pyright: ignore[reportMissingImports]
     from deepspeed.utils import set_z3_leaf_modules  # pyright: ignore[reportMissingImports]
@@ -249,9 +249,9 @@ def divide(engine: Engine, model: Any, args: Any) -> None:
     deepspeed.zero.Init(module=model, config_dict_or_path=args.hf_deepspeed_config.config)
 
 
-def gathered(engine: Engine, parameters: list[Any]) -> Any:
+def gathered(backend: Backend, parameters: list[Any]) -> Any:
     """A context in which these parameters are whole on every rank."""
-    if engine.name != "zero3":
+    if backend.name != "zero3":
         return nullcontext()
     import deepspeed  # pyright: ignore[reportMissingImports]
 

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from transformers import TrainingArguments
-
 from firefly.config import SMOOTHED_LOSSES, AdapterConfig, Config, names_in
-from firefly.data.batching import steps_per_epoch
-from firefly.data.blocks import Blocks
 from firefly.data.dataset import PREPARATION_KEYS
-from firefly.data.encoding import Encoder
-from firefly.data.examples import Examples
 from firefly.models.adapters import transformers_model
-from firefly.models.precision import Precision
-from firefly.objectives.engines import Engine
+from firefly.run import Run
 from firefly.runs.checkpoints import OPTIMIZER_SETTINGS, TRAINING_SETTINGS, RunPlan
 from firefly.runs.passport import adapter_hash
 
@@ -27,20 +19,10 @@ def identify_base(hashed: dict[str, Any], model: Any) -> dict[str, Any]:
     return hashed | {"commit": getattr(transformers_model(model).config, "_commit_hash", None)}
 
 
-def run_plan(
-    config: Config,
-    args: TrainingArguments,
-    layout: str,
-    examples: Examples | Blocks,
-    base: dict[str, Any],
-    encoder: Encoder,
-    precision: Precision,
-    engine: Engine,
-) -> RunPlan:
+def identify_run(run: Run, layout: str, base: dict[str, Any]) -> RunPlan:
     """What a checkpoint of this run is bound to."""
+    config, args, encoder, examples, steps = run.config, run.args, run.encoder, run.data.train, run.steps
     adapted = config.adapter.mode != "full"
-    examples_per_step = config.step.examples_per_rank * args.world_size
-    per_epoch = steps_per_epoch(len(examples), examples_per_step, args.dataloader_drop_last)
     prepared: dict[str, Any] = {
         "data": examples.content,
         "template": encoder.template.hash,
@@ -48,9 +30,9 @@ def run_plan(
     }
     prepared["date"] = encoder.template.date and encoder.template.date.isoformat()
     return RunPlan(
-        examples_per_step=examples_per_step,
-        seed=args.data_seed if args.data_seed is not None else args.seed,
-        shuffle=config.data.shuffle,
+        examples_per_step=steps.examples_per_step,
+        seed=steps.seed,
+        shuffle=steps.shuffle,
         data=examples.fingerprint,
         task_type=config.task_type,
         objective=objective_settings(config),
@@ -63,9 +45,9 @@ def run_plan(
         layout=layout,
         prepared=prepared | {name: value for name, value in config.flat().items() if name in PREPARATION_KEYS},
         training={name: getattr(args, name) for name in TRAINING_SETTINGS}
-        | {"precision": precision.name, "lora_dropout": config.adapter.dropout if adapted else 0.0},
-        total_steps=total_steps(args, per_epoch),
-        engine=engine.name,
+        | {"precision": run.precision.name, "lora_dropout": config.adapter.dropout if adapted else 0.0},
+        total_steps=run.total_steps,
+        engine=run.backend.name,
         add_tokens=list(config.model.add_tokens or ()),
         **adapter_plan(config.adapter),
     )
@@ -93,8 +75,3 @@ def objective_settings(config: Config) -> dict[str, Any]:
     smoothing = {"label_smoothing": settings.label_smoothing} if settings.loss in SMOOTHED_LOSSES else {}
     common = {"preference_loss": settings.loss, "beta": settings.beta, "rpo_alpha": settings.rpo_alpha}
     return common | smoothing | own.get(settings.loss, {})
-
-
-def total_steps(args: TrainingArguments, per_epoch: int) -> int:
-    """Optimizer steps of the whole run, as transformers counts them."""
-    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from firefly.config import PreferenceConfig
+from firefly.data.batching import StepSettings
+from firefly.data.dataset import Split
 from firefly.data.pair_batching import pack_pairs
 from firefly.data.schema import IGNORE, TokenPair, Tokens
 from firefly.models.adapters import transformers_model
 from firefly.models.attention import choose_layout
-from firefly.models.choices import Choices
 from firefly.models.forwards import install_training_forwards
-from firefly.models.precision import Precision
-from firefly.objectives.preference import PREFERENCE_LOSSES, PairLogps, nll_weight
-from firefly.objectives.preference_trainer import PreferenceTrainer
-from firefly.objectives.reference import AdapterOff, FrozenAdapter, FrozenModel, Untrained
-from firefly.objectives.trainers import StepOptions, training_arguments
+from firefly.tasks.preference import PreferenceTask
+from firefly.tasks.preference_losses import PREFERENCE_LOSSES, PairLogps, nll_weight
+from firefly.tasks.reference import AdapterOff, FrozenAdapter, FrozenModel, Untrained
 from tiny import (
-    ListedExamples,
     assert_same,
     gradients,
     prepared,
@@ -35,6 +34,7 @@ from tiny import (
     tiny_tokenizer,
     with_plain_lora,
 )
+from trials import Trial, configuration, make_trial
 
 # Prompts of 1 and 40 tokens, answers of 1, shorter and longer ones first.
 PAIRS = random_pairs((7, 5, 9), (40, 30, 3), (1, 12, 12), (20, 1, 1), (3, 2, 60), (11, 70, 20))
@@ -52,8 +52,8 @@ ARCHITECTURES = [
 ]
 
 
-def make_trainer(
-    model: Any,
+def make_pairs_trial(
+    module: Any,
     folder: Path,
     pairs: Sequence[TokenPair] = PAIRS,
     reference: Any = None,
@@ -63,39 +63,13 @@ def make_trainer(
     held_out: Sequence[TokenPair] | None = None,
     use_cpu: bool = True,
     **settings: Any,
-) -> PreferenceTrainer:
-    values = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": len(pairs),
-        "use_cpu": use_cpu,
-        "report_to": "none",
-        "remove_unused_columns": False,
-        "label_names": [],
-        "dataloader_pin_memory": False,
-    }
-    config = PreferenceConfig(**settings)
-    if reference is None and PREFERENCE_LOSSES[config.loss].reference:
-        reference = AdapterOff() if mode == "lora" else FrozenModel(model, torch.float32)
-    return PreferenceTrainer(
-        preference=config,
-        reference=reference,
-        model=model,
-        args=training_arguments(values),
-        examples=ListedExamples(pairs),
-        held_out=None if held_out is None else ListedExamples(held_out),
-        tokenizer=tiny_tokenizer(),
-        options=StepOptions(len(pairs), Choices(budget), seed=0, shuffle=True, layout=layout),
-        precision=Precision(torch.float32),
-        masters=mode == "full",
-        callbacks=[],
-    )
-
-
-def one_step(trainer: PreferenceTrainer) -> tuple[Tensor, dict[str, Tensor], int]:
-    (step,) = list(trainer.get_train_dataloader())
-    trainer.model.zero_grad()
-    loss = trainer.training_step(trainer.model, step)
-    return loss, gradients(trainer.model), len(step.microbatches)
+) -> Trial:
+    preference = PreferenceConfig(**settings)
+    if reference is None and PREFERENCE_LOSSES[preference.loss].reference:
+        reference = AdapterOff() if mode == "lora" else FrozenModel(module, torch.float32)
+    config = replace(configuration("dpo", train_mode=mode), preference=preference)
+    task = PreferenceTask(config, reference)
+    return make_trial(module, folder, pairs, budget, layout, mode, held_out=held_out, task=task, use_cpu=use_cpu)
 
 
 def logps_alone(model: Any, tokens: Tokens) -> Tensor:
@@ -155,8 +129,8 @@ def test_a_shared_prompt_gives_the_loss_and_gradients_of_two_passes(name: str, m
                 other.add_(noise)
     else:
         reference = AdapterOff()
-    trainer = make_trainer(model, tmp_path, reference=reference, layout=layout, mode=mode)
-    loss, found, count = one_step(trainer)
+    trial = make_pairs_trial(model, tmp_path, reference=reference, layout=layout, mode=mode)
+    loss, found, count = trial.one_step()
     assert count > 1
     expected = textbook(own, base, PAIRS, PreferenceConfig()) + balance_loss(own, PAIRS)
     expected.backward()
@@ -170,7 +144,7 @@ def test_every_loss_of_a_step_is_the_textbooks_over_all_its_pairs(loss_name: str
     settings: dict[str, Any] = {"loss": loss_name, "rpo_alpha": 0.3 if loss_name in ("sigmoid", "simpo") else 0.0}
     settings |= {"label_smoothing": 0.1} if loss_name in ("robust", "cpo") else {}
     model, _, own = prepared("llama", "lora")
-    loss, found, count = one_step(make_trainer(model, tmp_path, **settings))
+    loss, found, count = make_pairs_trial(model, tmp_path, **settings).one_step()
     assert count > 1
     expected = textbook(own, tiny_model("llama"), PAIRS, PreferenceConfig(**settings))
     expected.backward()
@@ -181,14 +155,14 @@ def test_every_loss_of_a_step_is_the_textbooks_over_all_its_pairs(loss_name: str
 @pytest.mark.parametrize("loss_name", ["sigmoid", "orpo"])
 def test_budget_and_layout_change_neither_loss_nor_gradients(loss_name: str, tmp_path: Path) -> None:
     model, _, _ = prepared("qwen2_window", "lora")
-    loss, expected, count = one_step(make_trainer(model, tmp_path, budget=10**6, loss=loss_name))
+    loss, expected, count = make_pairs_trial(model, tmp_path, budget=10**6, loss=loss_name).one_step()
     assert count == 1
-    other, found, count = one_step(make_trainer(model, tmp_path, budget=1, loss=loss_name))
+    other, found, count = make_pairs_trial(model, tmp_path, budget=1, loss=loss_name).one_step()
     assert count == len(PAIRS)
     torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-6)
     assert_same(found, expected, 2e-5)
     transformers_model(model).set_attn_implementation("sdpa")
-    other, found, _ = one_step(make_trainer(model, tmp_path, layout="solo", loss=loss_name))
+    other, found, _ = make_pairs_trial(model, tmp_path, layout="solo", loss=loss_name).one_step()
     torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-6)
     assert_same(found, expected, 2e-5)
 
@@ -238,14 +212,27 @@ def test_the_first_loss_is_ln_2(name: str, tmp_path: Path) -> None:
 
     fresh = attach_adapter(copy.deepcopy(model), AdapterConfig(mode="lora", rank=4))
     install_training_forwards(fresh)
-    assert one_step(make_trainer(fresh, tmp_path, layout=layout))[0].item() == pytest.approx(math.log(2), abs=1e-6)
+    assert make_pairs_trial(fresh, tmp_path, layout=layout).one_step()[0].item() == pytest.approx(math.log(2), abs=1e-6)
     install_training_forwards(model)
     model.requires_grad_(True)
-    full = one_step(make_trainer(model, tmp_path, layout=layout, mode="full"))[0]
+    full = make_pairs_trial(model, tmp_path, layout=layout, mode="full").one_step()[0]
     assert full.item() == pytest.approx(math.log(2), abs=1e-6)
     started, _, _ = prepared(name, "lora")  # an adapter that is no longer fresh
-    trainer = make_trainer(started, tmp_path, reference=FrozenAdapter(started), layout=layout)
-    assert one_step(trainer)[0].item() == pytest.approx(math.log(2), abs=1e-6)
+    trial = make_pairs_trial(started, tmp_path, reference=FrozenAdapter(started), layout=layout)
+    assert trial.one_step()[0].item() == pytest.approx(math.log(2), abs=1e-6)
+
+
+def ask_beforehand(trial: Trial, parts: list[Any]) -> None:
+    """Ask the reference of a trial before its steps, as a run does; the steps are packed with what it said."""
+    examples: Any = trial.steps.dataset
+    task: Any = trial.task
+    task.settings = replace(task.settings, precompute_reference=True)
+    examples.examples.fingerprint = "train"
+    if trial.held_out is not None:
+        trial.held_out.fingerprint = "held out"
+    task.ask_reference(trial.model, Split(examples.examples, trial.held_out), parts, None)  # type: ignore[arg-type]
+    assert task.reference is None
+    trial.steps = task.steps(examples.examples, StepSettings(len(examples)), trial.model)
 
 
 def multiply_trained(model: Any, factor: float) -> None:
@@ -257,10 +244,10 @@ def multiply_trained(model: Any, factor: float) -> None:
 
 def test_a_frozen_adapter_stays_while_the_trained_one_moves(tmp_path: Path) -> None:
     model, _, own = prepared("llama", "lora")
-    trainer = make_trainer(model, tmp_path, reference=FrozenAdapter(model))
+    trial = make_pairs_trial(model, tmp_path, reference=FrozenAdapter(model))
     multiply_trained(model, 1.5)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    loss, _, _ = one_step(trainer)
+    loss, _, _ = trial.one_step()
     policy = with_plain_lora(tiny_model("llama"))
     policy.load_state_dict(model.state_dict())
     expected = textbook(policy, own, PAIRS, PreferenceConfig())
@@ -274,48 +261,47 @@ def test_a_frozen_adapter_is_another_model_in_16_bit_too(tmp_path: Path) -> None
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
-    trainer = make_trainer(model, tmp_path, reference=FrozenAdapter(model))
+    trial = make_pairs_trial(model, tmp_path, reference=FrozenAdapter(model))
     multiply_trained(model, 2.0)
     exact, _, _ = prepared("llama", "lora")
-    exact_trainer = make_trainer(exact, tmp_path, reference=FrozenAdapter(exact))
+    exact_trial = make_pairs_trial(exact, tmp_path, reference=FrozenAdapter(exact))
     multiply_trained(exact, 2.0)
-    expected = one_step(exact_trainer)[0].item()
+    expected = exact_trial.one_step()[0].item()
     assert abs(expected - math.log(2)) > 0.05
-    assert one_step(trainer)[0].item() == pytest.approx(expected, rel=3e-2)
+    assert trial.one_step()[0].item() == pytest.approx(expected, rel=3e-2)
 
 
 def test_a_frozen_model_computes_what_the_policy_computes_in_16_bit(tmp_path: Path) -> None:
     for name in ("llama_tied", "llama"):
         model, _, _ = prepared(name, "full")
         reference = FrozenModel(model, torch.bfloat16)
-        trainer = make_trainer(model, tmp_path, reference=reference, mode="full")
-        trainer.autocast_type = torch.bfloat16
+        trial = make_pairs_trial(model, tmp_path, reference=reference, mode="full")
+        trial.model.autocast_type = torch.bfloat16
         assert torch.bfloat16 in {p.dtype for p in reference.copy.parameters()}
-        assert one_step(trainer)[0].item() == pytest.approx(math.log(2), abs=1e-6)
+        assert trial.one_step()[0].item() == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_precomputed_references_are_the_same_and_are_found_again(tmp_path: Path, monkeypatch: Any) -> None:
     model, _, _ = prepared("llama", "lora")
-    expected, gradient, _ = one_step(make_trainer(model, tmp_path))
+    expected, gradient, _ = make_pairs_trial(model, tmp_path).one_step()
     for turn in range(2):
-        trainer = make_trainer(model, tmp_path, held_out=PAIRS[:3])
+        trial = make_pairs_trial(model, tmp_path, held_out=PAIRS[:3])
         if turn:
-            monkeypatch.setattr(trainer, "_all_logps", None)  # a second computation would fail
-        trainer.precompute_reference([str(tmp_path)], ("train", "held out"))
-        assert trainer.reference is None
-        loss, found, _ = one_step(trainer)
+            monkeypatch.setattr(PreferenceTask, "_all_logps", None)  # a second computation would fail
+        ask_beforehand(trial, [str(tmp_path)])
+        loss, found, _ = trial.one_step()
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
         assert_same(found, gradient, 1e-5)
-        assert trainer.evaluate()["eval_loss"] == pytest.approx(
-            make_trainer(model, tmp_path, held_out=PAIRS[:3]).evaluate()["eval_loss"], rel=1e-5
+        assert trial.evaluate()["eval_loss"] == pytest.approx(
+            make_pairs_trial(model, tmp_path, held_out=PAIRS[:3]).evaluate()["eval_loss"], rel=1e-5
         )
 
 
 def test_the_untrained_model_can_be_its_own_reference_beforehand(tmp_path: Path) -> None:
     model, _, _ = prepared("llama", "full")
-    trainer = make_trainer(model, tmp_path, reference=Untrained(), mode="full")
-    trainer.precompute_reference([str(tmp_path), "full"], ("train", None))
-    assert one_step(trainer)[0].item() == pytest.approx(math.log(2), abs=1e-6)
+    trial = make_pairs_trial(model, tmp_path, reference=Untrained(), mode="full")
+    ask_beforehand(trial, [str(tmp_path), "full"])
+    assert trial.one_step()[0].item() == pytest.approx(math.log(2), abs=1e-6)
 
 
 # ---- metrics ----
@@ -323,10 +309,11 @@ def test_the_untrained_model_can_be_its_own_reference_beforehand(tmp_path: Path)
 
 def test_metrics_are_means_over_the_pairs_of_a_step_and_of_an_evaluation(tmp_path: Path) -> None:
     model, _, own = prepared("llama", "lora")
-    trainer = make_trainer(model, tmp_path, held_out=PAIRS)
-    one_step(trainer)
-    logs = {"loss": 1.0}
-    trainer.log(logs)
+    trial = make_pairs_trial(model, tmp_path, held_out=PAIRS)
+    trial.one_step()
+    assert trial.computed is not None
+    assert trial.computed.sums is not None
+    logs = trial.task.training_metrics(trial.computed.sums.tolist(), len(PAIRS))
     base = tiny_model("llama")
     with torch.no_grad():
         policy, reference = (
@@ -341,13 +328,14 @@ def test_metrics_are_means_over_the_pairs_of_a_step_and_of_an_evaluation(tmp_pat
         "logps/chosen": policy[:, 0].mean(),
         "logps/rejected": policy[:, 1].mean(),
     }
-    evaluated = trainer.evaluate()
+    evaluated = trial.evaluate()
     for name, value in expected.items():
         assert logs[name] == pytest.approx(value.item(), rel=1e-4)
         assert evaluated[f"eval_{name}"] == pytest.approx(value.item(), rel=1e-4)
-    assert trainer.counts.tokens == sum(2 * pair.prompt + pair.chosen + pair.rejected for pair in PAIRS)
-    assert trainer.counts.targets == sum(pair.chosen + pair.rejected for pair in PAIRS)
-    assert trainer.counts.examples == len(PAIRS)
+    totals = trial.step().totals
+    assert totals.input_tokens == sum(2 * pair.prompt + pair.chosen + pair.rejected for pair in PAIRS)
+    assert totals.targets == sum(pair.chosen + pair.rejected for pair in PAIRS)
+    assert totals.examples == len(PAIRS)
 
 
 # ---- TRL ----
@@ -399,7 +387,7 @@ def test_losses_with_a_reference_are_trls(ours: dict[str, Any], theirs: dict[str
             parameter.add_(0.02 * noise)
     reference = FrozenModel(model, torch.float32)
     model.load_state_dict(moved.state_dict())
-    loss, found, _ = one_step(make_trainer(model, tmp_path, reference=reference, mode="full", beta=0.2, **ours))
+    loss, found, _ = make_pairs_trial(model, tmp_path, reference=reference, mode="full", beta=0.2, **ours).one_step()
 
     args = trl.DPOConfig(
         output_dir=str(tmp_path / "trl"),
@@ -441,7 +429,7 @@ def test_losses_without_a_reference_are_trls(
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
     model, _, own = prepared("llama", "full")
-    loss, found, _ = one_step(make_trainer(model, tmp_path, mode="full", beta=0.2, **ours))
+    loss, found, _ = make_pairs_trial(model, tmp_path, mode="full", beta=0.2, **ours).one_step()
     config, trainer_class = (CPOConfig, CPOTrainer) if kind == "cpo" else (ORPOConfig, ORPOTrainer)
     args = config(
         output_dir=str(tmp_path / "trl"),

@@ -1,0 +1,77 @@
+"""Held-out examples: their metrics without logits, of all of them and of each source."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from transformers.trainer_utils import speed_metrics
+
+from firefly.data.batching import (
+    ExampleList,
+    PackedExamples,
+    StepLoader,
+    StepPlan,
+    StepSettings,
+    StepTotals,
+    step_loader,
+)
+from firefly.distributed.model import TrainableModel
+from firefly.tasks.base import Forward, Task
+
+EVALUATED_TOGETHER = 64
+"""Held-out examples that are packed at a time: enough to fill the microbatches well."""
+
+
+def held_out_steps(
+    task: Task, model: TrainableModel, examples: ExampleList, rows: np.ndarray | None = None
+) -> StepLoader:
+    """Held-out examples (those at `rows`, or all), packed some at a time; each rank packs its own share."""
+    plan = StepPlan(
+        examples.counts,
+        StepSettings(EVALUATED_TOGETHER, shuffle=False),
+        model.budget,
+        nll_targets=task.nll_targets(examples),
+        rows=rows,
+        share=model.share,
+    )
+    return step_loader(PackedExamples(examples, task.packing(True, model.solo)), plan)
+
+
+def evaluate(
+    task: Task, model: TrainableModel, examples: ExampleList, tick: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """Metrics over the held-out examples, and the loss of each source; a few numbers leave the device.
+
+    Args:
+        tick: called now and then while it goes on.
+    """
+    started = time.time()
+    model.rest()
+    module = model.wrapped if model.backend.deepspeed else model.module
+    forward = Forward(model, module)
+    sums, totals, of_sources = None, StepTotals(0, 0, 0, 0), {}
+    for number in np.unique(examples.counts.sources):
+        rows = np.flatnonzero(examples.counts.sources == number)
+        ours, counted = torch.zeros((), dtype=torch.float64, device=model.device), StepTotals(0, 0, 0, 0)
+        with torch.no_grad():
+            for step in held_out_steps(task, model, examples, rows):
+                for batch in step.microbatches:
+                    ours = ours + task.evaluation_sums(forward, batch.to(model.device)).double()
+                counted = counted + step.totals
+                tick()
+        ours = model.summed(ours)
+        sums, totals = ours if sums is None else sums + ours, totals + counted
+        names = examples.names
+        of_sources[names[number] if number < len(names) else str(number)] = (ours, counted)
+    assert sums is not None
+    metrics = task.evaluation_metrics(sums.tolist(), totals)
+    if len(of_sources) > 1:
+        for name, (ours, counted) in of_sources.items():
+            metrics[f"loss/{name}"] = task.evaluation_metrics(ours.tolist(), counted)["loss"]
+    named = {f"eval_{name}": value for name, value in metrics.items()}
+    batches = math.ceil(len(examples) / (model.args.eval_batch_size * model.ranks))
+    return named | speed_metrics("eval", started, num_samples=len(examples), num_steps=batches)

@@ -1,0 +1,387 @@
+"""The loop over optimizer steps.
+
+A step is taken whole or not at all: it is computed in microbatches (in smaller ones, if memory runs out), looked at
+once, and applied; then the observers of the run say whether to log, evaluate, save or stop.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerState
+from transformers.debug_utils import DebugOption, DebugUnderflowOverflow
+from transformers.trainer_utils import SaveStrategy, speed_metrics
+
+from firefly import ranks
+from firefly.console import notice
+from firefly.data.batching import ExampleList, Step, StepLoader
+from firefly.distributed.model import TrainableModel
+from firefly.errors import UsageError
+from firefly.evaluation import evaluate, held_out_steps
+from firefly.messages import render
+from firefly.models.adapters import transformers_model
+from firefly.models.checkpointing import decoder_layers, install_checkpointing
+from firefly.run import Run
+from firefly.runs.checkpoints import checkpoints
+from firefly.runs.interruption import Interrupted, Interruption, resume_command
+from firefly.runs.metrics import RunRecorder
+from firefly.runs.observers import Observers, make_observers
+from firefly.runs.progress import Progress
+from firefly.saving import (
+    RandomState,
+    checkpoint_folder,
+    count_flops,
+    load_random_state,
+    resume_progress,
+    save_checkpoint,
+    what_is_safe,
+)
+from firefly.tasks.base import ComputedStep, OutOfMemory
+
+NAMED_ROWS = 20
+"""Rows that a message names."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A run in its loop: what it is, what it trains, how far it is, who looks on."""
+
+    run: Run
+    model: TrainableModel
+    steps: StepLoader
+    progress: Progress
+    recorder: RunRecorder
+    observers: Observers
+    began: float
+
+
+def fit(run: Run, model: TrainableModel) -> dict[str, Any]:
+    """Train from where the checkpoint stood to the last step; returns the numbers of train_results.json.
+
+    Raises:
+        UsageError: a loss or a gradient was not a number. Nothing moved by it, and a checkpoint is there.
+        Interrupted: a signal stopped the run between two steps, and left a checkpoint.
+    """
+    going = begin(run, model)
+    steps, progress, tell = going.steps, going.progress, going.observers.tell
+    state = progress.state
+    interruption = Interruption(model.ranks)
+    with interruption.watched():
+        tell("on_train_begin")
+        if run.args.eval_on_start:
+            evaluate_now(going)
+        first_epoch, done = divmod(state.global_step, len(steps))
+        for epoch in range(first_epoch, state.num_train_epochs):
+            if state.global_step >= state.max_steps:  # killed between its last checkpoint and its result
+                break
+            tell("on_epoch_begin")
+            steps.start_at(epoch, 0 if run.args.ignore_data_skip else done)
+            for number, step in enumerate(steps, start=steps.plan.start + 1):
+                if run.checkpoint and not progress.counts.steps:
+                    load_random_state(model, run.checkpoint, state.global_step)
+                tell("on_step_begin")
+                before = RandomState(model.device)
+                computed = run.task.backward(model, step)
+                while isinstance(computed, OutOfMemory):
+                    before.restore()
+                    step = with_less_memory(model, steps, step, computed, state.global_step + 1)
+                    computed = run.task.backward(model, step)
+                norm = None if computed.refused else model.clip_gradients(run.args.max_grad_norm)
+                finite, signal = look_at(model, computed, norm, interruption.signal or 0)
+                if not finite:
+                    leave_out(going, computed, before)  # or stop
+                tell("on_pre_optimizer_step")
+                model.optimizer.step()
+                tell("on_optimizer_step")
+                rate = model.learning_rate()
+                model.next_rate()
+                model.zero_gradients()
+                progress.counts.add(step.totals)
+                if finite:
+                    progress.add(computed.loss, computed.sums, step.totals, model.flops_of(step.totals))
+                state.global_step += 1
+                state.epoch = epoch + number / len(steps)
+                tell("on_step_end")
+                log_and_evaluate(going, norm if finite else None, rate)
+                ends = progress.control.should_epoch_stop or progress.control.should_training_stop
+                if ends or number == len(steps):
+                    # What is saved now has seen the evaluation at the epoch's end: a run that goes on from it begins
+                    # with the next epoch.
+                    save = progress.control.should_save
+                    tell("on_epoch_end")
+                    progress.control.should_save |= save
+                    log_and_evaluate(going, norm if finite else None, rate)
+                if progress.control.should_save:
+                    save_checkpoint(going.run.folder, model, run.tokenizer, going.observers, run.args.save_only_model)
+                    tell("on_save")
+                if model.ranks == 1:
+                    signal = interruption.signal or 0  # it may have come since
+                if signal and not progress.control.should_training_stop:  # a run at its end may as well finish
+                    stop_asked(going, signal)
+                if ends:
+                    break
+            done = 0
+            if progress.control.should_training_stop:
+                break
+    return finish(going)
+
+
+def begin(run: Run, model: TrainableModel) -> Fit:
+    """The steps of a run, its state as a checkpoint left it, and its observers."""
+    steps = run.task.steps(run.data.train, run.steps, model, **run.loading)
+    if run.checkpoint:
+        progress = resume_progress(run.checkpoint, run.folder, model)
+    else:
+        progress = Progress(TrainerState(), torch.zeros((), device=model.device))
+        progress.state.train_batch_size = run.args.train_batch_size
+    state = progress.state
+    state.max_steps, state.num_train_epochs = run.total_steps, math.ceil(run.total_steps / len(steps))
+    state.compute_steps(run.args, run.total_steps)  # a checkpoint brings its own logging_steps along: today's apply
+    state.is_local_process_zero = run.args.local_process_index == 0
+    state.is_world_process_zero = run.args.process_index == 0
+    held_out = run.data.held_out
+    recorder = RunRecorder(run.folder, progress.counts, run.started)
+    observers = Observers(
+        make_observers(run.args, run.config.evaluation, recorder, run.folder),
+        run.args,
+        progress,
+        model=model.module,
+        processing_class=run.tokenizer,
+        optimizer=model.optimizer,
+        lr_scheduler=model.scheduler,
+        train_dataloader=steps,
+        eval_dataloader=None if held_out is None else held_out_steps(run.task, model, held_out),
+    )
+    if run.checkpoint and run.args.restore_callback_states_from_checkpoint:
+        observers.take_up_states()
+    if DebugOption.UNDERFLOW_OVERFLOW in run.args.debug:
+        DebugUnderflowOverflow(model.module)
+    return Fit(run, model, steps, progress, recorder, observers, time.time())
+
+
+# ---- a step that does not go as planned ----
+
+
+def with_less_memory(
+    model: TrainableModel, steps: StepLoader, step: Step[Any], failed: OutOfMemory, number: int
+) -> Step[Any]:
+    """The same step in microbatches of half the size, as are those after it; or, if a single example was too much, with
+    layers recomputed in backward.
+
+    Args:
+        number: of the step, for messages.
+
+    Raises:
+        torch.OutOfMemoryError: there is nothing left to save.
+    """
+    model.zero_gradients()
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    inner = transformers_model(model.module)
+    choices, layers = model.choices, len(decoder_layers(inner))
+    rows = step.rows[failed.microbatch]
+    tokens = int(steps.plan.counts.lengths[list(rows)].sum())
+    if len(rows) > 1:
+        choices = replace(choices, tokens_per_microbatch=min(tokens // 2, choices.tokens_per_microbatch))
+        notice("memory.halved", step=number, budget=choices.tokens_per_microbatch)
+    elif choices.checkpointed_layers < layers:
+        choices = replace(choices, checkpointed_layers=layers)
+        notice("memory.checkpointed", step=number, tokens=tokens)
+    elif model.device.type == "cuda" and layers and not choices.offload:
+        choices = replace(choices, offload=True)
+        notice("memory.offloaded", step=number, tokens=tokens)
+    else:
+        raise torch.OutOfMemoryError(f"one example of {tokens:,} tokens does not fit")
+    model.choices = choices
+    install_checkpointing(inner, choices.checkpointing)
+    steps.plan.budget = model.budget
+    every = np.concatenate([np.array(rows) for rows in step.rows])
+    return steps.packed(steps.plan.plan(every))
+
+
+def look_at(model: TrainableModel, computed: ComputedStep, norm: Any, signal: int) -> tuple[bool, int]:
+    """Whether a step is finite on every rank, and the signal that any of them got.
+
+    All work of the step is queued, and this is the one time that it waits for the device.
+    """
+    if computed.refused:
+        return False, signal
+    finite = torch.isfinite(computed.loss)
+    if model.accelerator.scaler is None and norm is not None:  # under loss scaling infinite gradients are all right
+        finite = finite & torch.isfinite(torch.as_tensor(norm, device=finite.device))
+    if model.ranks == 1:
+        return bool(finite), signal
+    bad, signal = model.highest(torch.stack([(~finite).long(), finite.new_tensor(signal, dtype=torch.long)]))
+    return not bad, signal
+
+
+def leave_out(going: Fit, computed: ComputedStep, before: RandomState) -> None:
+    """Let no weight move by a step that is not finite: all is as before it.
+
+    Raises:
+        UsageError: `on_nonfinite_loss` is stop; what can be saved has been.
+    """
+    run, model, progress = going.run, going.model, going.progress
+    step, rows = progress.state.global_step + 1, name_rows(run.data.train, computed, model.ranks)
+    model.zero_gradients()  # an optimizer passes over what has no gradient
+    before.restore()
+    if run.config.step.on_nonfinite_loss == "skip":
+        progress.leave_out()
+        notice("loss.skipped", step=step, rows=rows)
+        return
+    # DeepSpeed has applied it already if its loss was finite, and its gradients alone were not.
+    moved = model.backend.deepspeed and not computed.refused
+    if progress.state.global_step and progress.saved_at != progress.state.global_step and not moved:
+        save_checkpoint(run.folder, model, run.tokenizer, going.observers)
+    going.observers.tell("on_train_end")
+    safe, command = what_is_safe(run.folder), resume_command(run.folder)
+    raise UsageError("loss.nonfinite", step=step, rows=rows, safe=safe, command=command)
+
+
+def name_rows(examples: ExampleList, computed: ComputedStep, world_size: int = 1) -> str:
+    """File and line of the rows of those microbatches that are not finite; of all where each of them is."""
+    finite = torch.stack(computed.parts).isfinite().tolist()
+    rows = computed.rows[: len(finite)]
+    doubtful = [rows for rows, good in zip(rows, finite, strict=True) if not good]
+    chosen = [row for rows in doubtful or computed.rows for row in rows]
+    found = [examples.place(row) for row in chosen]
+    if world_size > 1:
+        gathered = ranks.all_of((bool(doubtful), found))
+        # Ranks whose own loss is finite saw the others' gradients alone.
+        some = any(doubt for doubt, _ in gathered)
+        found = [source for doubt, theirs in gathered if doubt or not some for source in theirs]
+    found = sorted(set(found), key=lambda source: (source.file, source.line))
+    named = ", ".join(str(source) for source in found[:NAMED_ROWS])
+    rest = len(found) - NAMED_ROWS
+    return named if rest <= 0 else render("loss.more_rows", rows=named, count=rest)
+
+
+def stop_asked(going: Fit, signal: int) -> None:
+    """End the run between two steps, as a signal asked.
+
+    Raises:
+        Interrupted: always; it says whether the last step is on the disk.
+    """
+    folder, step = going.run.folder, going.progress.state.global_step
+    saved = going.progress.saved_at == step or save_checkpoint(
+        folder, going.model, going.run.tokenizer, going.observers
+    )
+    going.observers.tell("on_train_end")
+    command = resume_command(folder)
+    if saved:
+        raise Interrupted("interrupted.saved", signal, step=step, path=checkpoint_folder(folder, step), command=command)
+    raise Interrupted("interrupted.not_saved", signal, step=step, safe=what_is_safe(folder), command=command)
+
+
+# ---- what observers ask for ----
+
+
+def log_and_evaluate(going: Fit, norm: Any, rate: float) -> None:
+    """A line for the steps since the last one, and the held-out metrics, if they are asked for."""
+    progress, model, args = going.progress, going.model, going.run.args
+    state, control = progress.state, progress.control
+    if control.should_log and state.global_step > progress.logged_at:
+        loss = float(model.summed(progress.loss) / model.ranks)  # from here on numbers leave the device
+        logs = {"loss": loss / (state.global_step - progress.logged_at)}
+        if norm is not None:
+            logs["grad_norm"] = float(norm)
+        logs["learning_rate"] = rate
+        progress.loss.zero_()
+        progress.logged_loss += loss
+        progress.logged_at = state.global_step
+        count_flops(progress, model)
+        if progress.sums is not None and progress.summed_examples:
+            logs |= going.run.task.training_metrics(model.summed(progress.sums).tolist(), progress.summed_examples)
+            progress.sums.zero_()
+            progress.summed_examples = 0
+        write_log(going, logs, training=True)
+    if progress.control.should_evaluate:
+        metrics = evaluate_now(going)
+        if model.waits_for_metric:
+            model.scheduler.step(metrics[best_metric(args)])
+        better = take_best(going, metrics)
+        if args.save_strategy == SaveStrategy.BEST:
+            progress.control.should_save = better
+
+
+def evaluate_now(going: Fit) -> dict[str, float]:
+    """Evaluate the held-out examples, and tell."""
+    held_out = going.run.data.held_out
+    assert held_out is not None
+    metrics = evaluate(going.run.task, going.model, held_out, lambda: going.observers.tell("on_prediction_step"))
+    write_log(going, metrics)
+    going.observers.tell("on_evaluate", metrics=metrics)
+    return metrics
+
+
+def write_log(going: Fit, logs: dict[str, float], training: bool = False) -> None:
+    """Keep a line in the state, and tell it to the observers."""
+    state, args = going.progress.state, going.run.args
+    if state.epoch is not None:
+        logs["epoch"] = state.epoch
+    if args.include_num_input_tokens_seen != "no":
+        logs["num_input_tokens_seen"] = state.num_input_tokens_seen
+        if training:
+            logs |= speed_metrics("train", going.began, num_tokens=going.progress.counts.tokens)
+    state.log_history.append({**logs, "step": state.global_step})
+    going.observers.tell("on_log", logs=logs)
+
+
+def best_metric(args: Any) -> str:
+    return (
+        args.metric_for_best_model
+        if args.metric_for_best_model.startswith("eval_")
+        else f"eval_{args.metric_for_best_model}"
+    )
+
+
+def take_best(going: Fit, metrics: dict[str, float]) -> bool:
+    """Whether an evaluation is the best so far; the state remembers it."""
+    args, state = going.run.args, going.progress.state
+    if args.metric_for_best_model is None:
+        return False
+    found, best = metrics[best_metric(args)], state.best_metric
+    if best is None:
+        best = state.best_metric = -math.inf if args.greater_is_better else math.inf
+    if not (found > best if args.greater_is_better else found < best):
+        return False
+    state.best_metric = found
+    if args.save_strategy != SaveStrategy.NO:
+        state.best_global_step = state.global_step
+    return True
+
+
+def finish(going: Fit) -> dict[str, Any]:
+    """The numbers of what was trained; the best weights in place, if they are to be the result."""
+    run, model, progress, args = going.run, going.model, going.progress, going.run.args
+    state = progress.state
+    trained = state.global_step - progress.begun_at
+    total = progress.logged_loss + float(model.summed(progress.loss) / model.ranks)
+    whole = state.max_steps * run.steps.examples_per_step
+    examples = whole if args.max_steps > 0 else len(run.data.train) * args.num_train_epochs
+    metrics = speed_metrics(
+        "train", going.began, num_samples=examples * trained / max(state.max_steps, 1), num_steps=trained
+    )
+    count_flops(progress, model)
+    metrics |= {"total_flos": state.total_flos, "train_loss": total / max(trained, 0.001)}
+    write_log(going, metrics)
+    best, kept = state.best_global_step, state.best_model_checkpoint
+    if args.load_best_model_at_end and kept is not None:
+        model.load_best(Path(kept))
+    if args.should_save and kept is not None and args.save_total_limit == 1:
+        for path in checkpoints(run.folder):
+            if path.resolve() != Path(kept).resolve():
+                shutil.rmtree(path, ignore_errors=True)
+    going.observers.tell("on_train_end")
+    if run.checkpoint and not progress.counts.steps:
+        notice("resume.nothing_left", path=run.checkpoint, steps=state.global_step)
+    if args.load_best_model_at_end and best and not checkpoint_folder(run.folder, best).is_dir():
+        notice("save.best_lost", step=best, used=kept or render("save.last_step"))
+    return going.recorder.results(metrics, progress.skipped, model.device)

@@ -1,0 +1,158 @@
+"""What one run is, from its configuration to the ranks that carry it; nothing of it changes while it trains."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from firefly import ranks
+from firefly.config import Config
+from firefly.console import notice
+from firefly.data.batching import StepSettings, steps_per_epoch
+from firefly.data.dataset import Split, load_split
+from firefly.data.encoding import Encoder
+from firefly.distributed.backends import Backend, resolve_backend
+from firefly.errors import UsageError
+from firefly.models.loading import load_tokenizer
+from firefly.models.memory import kernels_kept
+from firefly.models.precision import Precision, pick_device, resolve_precision
+from firefly.models.saved_adapter import open_adapter, tokenizer_source
+from firefly.models.tokens import add_tokens
+from firefly.runs.checkpoints import find_checkpoint
+from firefly.runs.lock import only_run
+from firefly.runs.memory import keep_few_kernels, memory_in_use
+from firefly.runs.passport import write_json
+from firefly.setup.arguments import join_ranks, total_steps
+from firefly.setup.checks import (
+    bind_encoder,
+    check_best_metric,
+    check_positions,
+    make_output_dir,
+    on_its_first_day,
+    refuse_own_source,
+)
+from firefly.tasks import TASKS
+from firefly.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything about a run but its model.
+
+    Attributes:
+        config: with what the task and a checkpoint decide in the user's place.
+        folder: output_dir, which no other run writes into.
+        started: seconds since the epoch.
+        imported_bytes: memory that the process held before anything was loaded.
+        added_tokens: those that the tokenizer did not have.
+        args: transformers' arguments, of which Firefly's own keys are left out or settled.
+        checkpoint: that the run goes on from.
+    """
+
+    config: Config
+    task: Task
+    folder: Path
+    started: float
+    device: torch.device
+    imported_bytes: int
+    precision: Precision
+    backend: Backend
+    encoder: Encoder
+    added_tokens: list[int]
+    data: Split
+    args: TrainingArguments
+    checkpoint: Path | None
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.encoder.tokenizer
+
+    @property
+    def steps(self) -> StepSettings:
+        args = self.args
+        return StepSettings(
+            examples_per_step=self.config.step.examples_per_rank * args.world_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            shuffle=self.config.data.shuffle,
+            drop_last=args.dataloader_drop_last,
+        )
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Workers and pinning, for the data loader."""
+        args, workers = self.args, self.args.dataloader_num_workers
+        found: dict[str, Any] = {"num_workers": workers}
+        found["pin_memory"] = args.dataloader_pin_memory and self.device.type == "cuda"
+        if workers:
+            found["persistent_workers"] = args.dataloader_persistent_workers
+            found["prefetch_factor"] = args.dataloader_prefetch_factor
+        return found
+
+    @property
+    def total_steps(self) -> int:
+        steps = self.steps
+        return total_steps(self.args, steps_per_epoch(len(self.data.train), steps.examples_per_step, steps.drop_last))
+
+
+@contextmanager
+def open_run(config: Config) -> Iterator[Run]:
+    """A run in its locked folder: its data prepared, and its ranks joined.
+
+    Faults of tokenizer, template and data are found before any weights are loaded, where they are cheap, and before the
+    ranks are joined, so that none of them times out on the others' reading.
+
+    Raises:
+        UsageError: the configuration, the data or the checkpoint to continue from is at fault.
+    """
+    started = time.time()
+    backend = resolve_backend(config)
+    folder = Path(config.output_dir).expanduser()
+    refuse_own_source(config, folder)
+    make_output_dir(folder)
+    with only_run(folder):
+        kind = TASKS[config.task_type]
+        settled = on_its_first_day(kind.settle(config, backend), folder)
+        device = pick_device(bool(config.training.get("use_cpu")))
+        imported = memory_in_use(device)
+        precision = resolve_precision(config.precision, device)
+        adapter = config.adapter.name_or_path
+        if adapter:
+            open_adapter(adapter)  # what is wrong with it is cheap to find now
+        tokenizer = load_tokenizer(config.model, tokenizer_source(config.model, adapter))
+        added = add_tokens(tokenizer, config.model.add_tokens)
+        encoder = bind_encoder(settled, tokenizer, kind.CHATS)
+        data = load_split(settled.data, encoder, settled.task_type, settled.model.hub)
+        try:
+            data.check(settled.data)
+        except UsageError:  # it names where all findings are
+            write_json(folder / "data_report.json", data.report())
+            raise
+        check_positions(settled.model, data)
+        check_best_metric(settled, kind.METRICS, data)
+        if device.type == "cpu" and ranks.started_alone():
+            notice("engine.one_process")
+        keep_few_kernels(kernels_kept(settled.task_type, data.train.counts.lengths, data.train.counts.targets))
+        args = join_ranks(settled, backend, precision, device)
+        checkpoint = ranks.from_first(find_checkpoint(folder, settled.resume_from_checkpoint))
+        yield Run(
+            config=settled,
+            task=kind(settled),
+            folder=folder,
+            started=started,
+            device=device,
+            imported_bytes=imported,
+            precision=precision,
+            backend=backend,
+            encoder=encoder,
+            added_tokens=added,
+            data=data,
+            args=args,
+            checkpoint=checkpoint,
+        )

@@ -1,0 +1,84 @@
+"""What a run says of itself before its first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from firefly import ranks
+from firefly.console import stderr_console
+from firefly.distributed.model import TrainableModel
+from firefly.messages import render
+from firefly.models.adapters import transformers_model
+from firefly.models.checkpointing import decoder_layers
+from firefly.models.choices import Choices
+from firefly.models.kernels.elementwise import implementation, is_card
+from firefly.models.kernels.segment_attention import describe_attention
+from firefly.models.kernels.weight_cache import cache_sizes
+from firefly.models.precision import Precision
+from firefly.run import Run
+from firefly.runs.overview import show_example
+from firefly.setup.build import ModelFacts
+
+
+def show_before_training(run: Run, model: TrainableModel, facts: ModelFacts) -> None:
+    """One example with what is trained of it, the step, its ranks, the memory, and what was chosen by measurement."""
+    console, examples = stderr_console(), run.data.train
+    show_example(console, examples[0], run.tokenizer)
+    trainable, total = facts.parameters
+    layout, reason = facts.layout
+    parts = ", ".join(f"{render(f'part.{part}')} {size / 2**30:.2f}" for part, size in facts.forecast.parts.items())
+    lines = [
+        examples.ledger.summary(),
+        render(
+            "overview.steps",
+            examples=run.steps.examples_per_step,
+            device=run.config.step.per_device_examples,
+            accumulation=run.config.step.accumulation,
+            budget=model.choices.tokens_per_microbatch,
+            steps=run.total_steps,
+            count=len(examples),
+            held_out=len(run.data.held_out) if run.data.held_out is not None else 0,
+        ),
+        render(
+            "overview.parameters",
+            trainable=f"{trainable:,}",
+            total=f"{total:,}",
+            share=f"{trainable / total:.2%}",
+        ),
+        render("overview.layout", device=run.device, precision=run.precision.name, layout=layout, head=facts.head),
+    ]
+    if is_card(run.device):
+        lines.append(render("overview.elementwise", name=implementation(run.device)))
+    for line in lines:
+        console.print(line, soft_wrap=True)
+    if reason:
+        console.print(render("overview.solo", reason=reason), soft_wrap=True, style="yellow")
+    needed, available = facts.forecast.total / 2**30, facts.forecast.available / 2**30
+    forecast = render("overview.forecast", total=f"{needed:.2f}", parts=parts, available=f"{available:.1f}")
+    console.print(forecast, soft_wrap=True)
+    if ranks.world_size() > 1:
+        shared = render(
+            "engine.ranks",
+            ranks=ranks.world_size(),
+            engine=run.backend.name,
+            per_rank=run.config.step.examples_per_rank,
+            total=run.steps.examples_per_step,
+        )
+        console.print(shared, soft_wrap=True)
+    inner = transformers_model(model.module)
+    console.print(describe_choices(model.choices, inner, run.precision, run.device), soft_wrap=True)
+
+
+def describe_choices(choices: Choices, model: Any, precision: Precision, device: torch.device) -> str:
+    """What was chosen by measurement, or by the configuration in its place."""
+    return render(
+        "overview.choices",
+        again=choices.checkpointed_layers,
+        layers=len(decoder_layers(model)),
+        offload=render("overview.offload") if choices.offload else "",
+        cached=choices.cached_weights,
+        weights=len(cache_sizes(model, precision.compute)),
+        attention=describe_attention(device, precision.compute),
+    )

@@ -1,0 +1,164 @@
+"""From a base model to one that is ready for its first step: weights, adapter, kernels, tuned microbatches, backend."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import enable_full_determinism
+
+from firefly import ranks
+from firefly.config import Config
+from firefly.console import notice
+from firefly.data.certificate import FILE_NAME as CERTIFICATE
+from firefly.data.certificate import Certificate
+from firefly.distributed.backends import refuse_uneven_passes, shard_weights
+from firefly.distributed.model import TrainableModel
+from firefly.models import choices as choosing
+from firefly.models.adapters import attach_adapter, count_parameters, transformers_model
+from firefly.models.base_weights import identify_weights
+from firefly.models.compilation import compile_layers
+from firefly.models.forwards import install_training_forwards
+from firefly.models.loading import eos_ids, load_model, mend_generation_config, resolve_model
+from firefly.models.memory import Forecast
+from firefly.models.router import quiet_routers
+from firefly.models.saved_adapter import check_base
+from firefly.models.tokens import fit_embeddings
+from firefly.models.verdicts import known_layout
+from firefly.run import Run
+from firefly.runs.checkpoints import check_same_run, set_aside_old_checkpoints, stored_optimizer
+from firefly.runs.folders import remove_leftovers
+from firefly.runs.passport import write_json
+from firefly.setup.arguments import FUSED_ADAM, PAGED_ADAM
+from firefly.setup.checks import prove_template
+from firefly.setup.identity import identify_base, identify_run
+from firefly.setup.tuning import resolve_choices
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is worth telling of a model that is ready to be trained.
+
+    Attributes:
+        layout: how examples are kept apart, and why not in segments, if they are not.
+        head: how it is computed (see `models.heads`).
+        parameters: those that are trained, and all.
+        certificate: of the chat template, where there is one.
+        base_weights: what identifies the base model.
+    """
+
+    layout: tuple[str, str]
+    head: str
+    parameters: tuple[int, int]
+    certificate: Certificate | None
+    base_weights: dict[str, Any]
+    forecast: Forecast
+
+
+def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
+    """Load, adapt, tune and wrap the model of a run, and take up its checkpoint.
+
+    Raises:
+        UsageError: the model or its adapter cannot be trained so, or the checkpoint is another run's.
+    """
+    config, checkpoint = run.config, run.checkpoint
+    set_seed(run.args.seed)
+    # Weights to be sharded are loaded whole into the CPU's memory, where the model is tested.
+    place = torch.device("cpu") if run.backend.shards_weights else run.device
+    with ThreadPoolExecutor(1) as beside:  # hashing leaves the interpreter free to load what is hashed
+        weights = resolve_model(config.model)
+        hashed = beside.submit(identify_weights, weights) if Path(weights).is_dir() else None
+        module = load_model(config.model, config.adapter.mode, run.precision, place)
+    # What a hub's model is, its files say once they are here.
+    identified = hashed.result() if hashed else identify_weights(weights, config.model.revision)
+    if config.adapter.name_or_path:
+        check_base(config.adapter.name_or_path, config.model, config.adapter.on_other_base, identified)
+    mend_generation_config(module.generation_config)
+    layout = known_layout(module)
+    refuse_uneven_passes(config, layout[0], run.backend)
+    certificate = None
+    if run.task.CHATS:
+        stops = (*run.encoder.template.stop_ids, *eos_ids(module.generation_config))  # the base's others stay
+        module.generation_config.eos_token_id = list(dict.fromkeys(stops))
+        certificate = prove_template(run.encoder)
+    new_tokens = fit_embeddings(module, run.tokenizer, run.added_tokens)
+    module = attach_adapter(module, config.adapter, new_tokens, config.given, run.added_tokens)
+    if noisy := quiet_routers(module):
+        notice("router.quiet", count=len(noisy))
+    head = install_training_forwards(module)
+    base = identify_base(identified, module)
+    identity = identify_run(run, layout[0], base)
+    parameters = count_parameters(module)
+    args = run.args
+    if checkpoint:
+        check_same_run(checkpoint, identity, config.resume_anyway)
+        args = with_optimizer(args, stored_optimizer(checkpoint, args.optim))
+    take_over_folder(run, certificate)
+    choices, forecast = resolve_choices(run, args, module, layout[0])
+    choosing.apply(choices, transformers_model(module), run.precision.compute)
+    if choices.unpaged_optimizer and args.optim in PAGED_ADAM:
+        notice("optim.unpaged", asked=args.optim.value, used=FUSED_ADAM.value)
+        args = with_optimizer(args, FUSED_ADAM)
+    run.task.attach(module, run.precision)
+    shard_weights(run.backend, module, args)
+    # What was drawn for the adapter and by probes is behind; ranks draw dropout of their own.
+    enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
+    if ranks.rank():
+        torch.manual_seed(args.seed + ranks.rank())
+    if wants_compiling(config):  # a copied reference stays as it is
+        compile_model(config, module)
+    model = TrainableModel(
+        module,
+        args,
+        run.backend,
+        layout=layout[0],
+        choices=choices,
+        precision=run.precision,
+        identity=asdict(identity),
+    )
+    reference = [identity.base_weights, identity.add_tokens, identity.adapter, config.adapter.mode == "qlora"]
+    asked = (model, run.data, [*reference, run.precision.name], checkpoint)
+    if not run.backend.shards_weights:  # before the checkpoint's weights take the place of the first ones
+        run.task.ask_reference(*asked)
+    model.prepare(run.tokenizer, run.total_steps, checkpoint)
+    if run.backend.shards_weights:
+        run.task.ask_reference(*asked)
+    return model, ModelFacts(layout, head, parameters, certificate, base, forecast)
+
+
+def with_optimizer(args: TrainingArguments, optimizer: Any) -> TrainingArguments:
+    """The same arguments but for the optimizer."""
+    changed = copy.copy(args)
+    changed.optim = optimizer
+    return changed
+
+
+def take_over_folder(run: Run, certificate: Certificate | None) -> None:
+    """Set an earlier run's checkpoints aside; not before this one is known to begin: refused, it leaves them."""
+    if run.checkpoint is None or isinstance(run.config.resume_from_checkpoint, str):
+        set_aside_old_checkpoints(run.folder, run.checkpoint)
+    if certificate:
+        write_json(run.folder / CERTIFICATE, certificate.as_dict())
+    elif ranks.is_first():
+        (run.folder / CERTIFICATE).unlink(missing_ok=True)
+    remove_leftovers(run.folder)
+
+
+def wants_compiling(config: Config) -> bool:
+    """Whether `torch_compile` is on; as in transformers, to choose its backend or mode is to ask for it."""
+    named = any(config.training.get(name) for name in ("torch_compile_backend", "torch_compile_mode"))
+    return bool(config.training.get("torch_compile", named))
+
+
+def compile_model(config: Config, module: Any) -> None:
+    """Compile what can be, and say what that is."""
+    backend, mode = config.training.get("torch_compile_backend"), config.training.get("torch_compile_mode")
+    if count := compile_layers(module, backend, mode):
+        notice("compile.layers", count=count)
+    else:
+        notice("compile.nothing", name=type(transformers_model(module)).__name__)

@@ -1,0 +1,239 @@
+"""What a task is: how its examples are packed, what a step of it minimises, what of it is measured.
+
+A step is computed here, microbatch by microbatch, so that its loss and gradients are those of the whole step however it
+is cut up and whoever carries it. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from firefly.config import Config
+from firefly.data.batching import (
+    ExampleList,
+    PackedBatch,
+    PackedExamples,
+    Step,
+    StepLoader,
+    StepPlan,
+    StepSettings,
+    StepTotals,
+    step_loader,
+)
+from firefly.data.dataset import Split
+from firefly.distributed.backends import Backend
+from firefly.distributed.model import TrainableModel
+from firefly.models.kernels.products import casts_kept
+from firefly.models.precision import Precision
+from firefly.models.router import count_choices, recorded_logits, router_loss
+
+
+@dataclass(frozen=True)
+class ComputedStep:
+    """A step whose gradients are there and have not been applied.
+
+    Attributes:
+        loss: this rank's part; the mean over ranks is the loss of the step. A scalar on the device.
+        parts: what each microbatch added to it.
+        rows: the examples of each microbatch.
+        sums: what the task measures, summed over the microbatches, fp64 on the device; None if nothing.
+        refused: whether the loss was found not to be finite before the backend could apply it (DeepSpeed, which does so
+            within backward): then gradients are not complete.
+    """
+
+    loss: Tensor
+    parts: list[Tensor]
+    rows: tuple[tuple[int, ...], ...]
+    sums: Tensor | None = None
+    refused: bool = False
+
+
+@dataclass(frozen=True)
+class OutOfMemory:
+    """A step that was given up at its microbatch number `microbatch`; gradients of others may be there."""
+
+    microbatch: int
+
+
+class Forward:
+    """Calls a prepared model on packed rows and, in training, keeps what its routers said for the router loss."""
+
+    def __init__(self, model: TrainableModel, module: Any = None) -> None:
+        """`module` in place of the model's own: a reference."""
+        self.model = model
+        self.module = model.wrapped if module is None else module
+        self.solo = model.solo
+        self.recorded: list[tuple[tuple[Tensor, ...], Tensor]] = []
+
+    def __call__(self, row: PackedBatch, per_token: bool = False) -> dict[str, Any]:
+        """`loss` (Σ NLL over the row's targets, a scalar) or, `per_token`, `logps` (targets,), both fp32."""
+        recording = self.model.router is not None and torch.is_grad_enabled()
+        asked = {"output_router_logits": True} if recording else {}
+        with self.model.autocast():
+            result = self.module(**row.model_inputs(self.solo), per_token=per_token, **asked)
+        if self.model.router and recording:
+            self.recorded.append((recorded_logits(result, self.model.router), row.weights()))
+        return result
+
+    def router_loss(self, choices: Tensor | None, totals: StepTotals) -> Tensor:
+        """The share of the step's router loss of what was recorded since the last call, a scalar.
+
+        Args:
+            choices: which experts the whole step chooses; None where what was recorded is the whole step.
+        """
+        recorded, self.recorded = self.recorded, []
+        settings = self.model.router
+        assert settings is not None
+        if choices is None:
+            choices = torch.stack([count_choices(logits, settings, weights) for logits, weights in recorded]).sum(0)
+        shares = [router_loss(logits, settings, weights, choices, totals.input_tokens) for logits, weights in recorded]
+        return torch.stack(shares).sum()
+
+
+class Task(ABC):
+    """An objective: pretraining, SFT, preferences."""
+
+    METRICS: ClassVar[tuple[str, ...]]
+    """Names of what `evaluation_metrics` gives."""
+    CHATS: ClassVar[bool]
+    """Whether rows are rendered as chats."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    # ---- what an objective says ----
+
+    @classmethod
+    def settle(cls, config: Config, backend: Backend) -> Config:
+        """The configuration with what the objective decides itself."""
+        return config
+
+    def attach(self, module: Any, precision: Precision) -> None:
+        """What the objective needs of the model as it is before the first step, or changes of it."""
+        return
+
+    def ask_reference(self, model: TrainableModel, data: Split, parts: Sequence[Any], checkpoint: Path | None) -> None:
+        """What is asked of a model once, before this run changes it."""
+        return
+
+    @abstractmethod
+    def packing(self, held_out: bool, solo: bool) -> Callable[[Sequence[int], list[Any]], Any]:
+        """How to make one microbatch out of some examples' numbers and the examples themselves."""
+
+    def nll_targets(self, examples: ExampleList) -> np.ndarray | None:
+        """Of each example the tokens whose NLL a preference loss adds; None without one."""
+        return None
+
+    def rows_of(self, batch: Any, solo: bool) -> tuple[PackedBatch, ...]:
+        """What the model is called with for a microbatch, one after another."""
+        return batch.rows
+
+    @abstractmethod
+    def microbatch_loss(self, forward: Forward, batch: Any, totals: StepTotals) -> tuple[Tensor, Tensor | None]:
+        """What one microbatch adds to the loss of its step, a scalar, and to what is measured of it."""
+
+    @abstractmethod
+    def evaluation_sums(self, forward: Forward, batch: Any) -> Tensor:
+        """What an evaluation adds up over microbatches, (any,) fp32 on the device."""
+
+    @abstractmethod
+    def evaluation_metrics(self, sums: list[float], totals: StepTotals) -> dict[str, float]:
+        """Metrics of the examples that `sums` and `totals` were taken over."""
+
+    def training_metrics(self, sums: list[float], examples: int) -> dict[str, float]:
+        """Metrics of the steps since the last log, from their `ComputedStep.sums` of all ranks."""
+        return {}
+
+    # ---- steps ----
+
+    def steps(self, examples: ExampleList, settings: StepSettings, model: TrainableModel, **loading: Any) -> StepLoader:
+        """Whole steps in the seeded order, an epoch at a time; each rank packs its own share.
+
+        Args:
+            loading: workers and pinning, for the data loader.
+        """
+        targets = self.nll_targets(examples)
+        plan = StepPlan(examples.counts, settings, model.budget, nll_targets=targets, share=model.share)
+        # Not prepared by accelerate, which would share the steps out once more.
+        return step_loader(PackedExamples(examples, self.packing(False, model.solo)), plan, **loading)
+
+    def backward(self, model: TrainableModel, step: Step[Any]) -> ComputedStep | OutOfMemory:
+        """Loss and gradients of a whole step, without waiting for the device.
+
+        Raises:
+            torch.OutOfMemoryError: on one of several ranks: the others would wait for ever; and under DeepSpeed, which
+                cannot begin a step again.
+        """
+        model.train()
+        batches = [batch.to(model.device) for batch in step.microbatches]
+        forward = Forward(model)
+        choices = None
+        if model.router and (len(batches) > 1 or model.ranks > 1):
+            choices = self._count_choices(model, batches)
+        total, parts, sums = torch.zeros((), device=model.device), [], None
+        # FSDP and ZeRO swap parameter storage between passes, so a cast kept beyond one would be stale.
+        casts = casts_kept() if model.backend.name in ("single", "ddp") else nullcontext()
+        failed = None
+        with casts:
+            for number, batch in enumerate(batches):
+                last = number == len(batches) - 1
+                try:
+                    with model.exchanging(last):
+                        loss, measured = self.microbatch_loss(forward, batch, step.totals)
+                        if model.router:
+                            loss = loss + forward.router_loss(choices, step.totals)
+                        loss = loss * model.ranks  # backends average gradients over ranks
+                        total += loss.detach()
+                        parts.append(loss.detach())
+                        if measured is not None:
+                            sums = measured if sums is None else sums + measured
+                        # DeepSpeed moves the weights at the end of the last backward: its loss is looked at before.
+                        if last and model.backend.deepspeed and model.any_rank(not bool(torch.isfinite(total))):
+                            return ComputedStep(total, parts, step.rows, sums, refused=True)
+                        model.accelerator.backward(loss)
+                except torch.OutOfMemoryError:
+                    if model.ranks > 1 or model.backend.deepspeed:
+                        raise
+                    failed = number  # what is left to do waits until the traceback lets the pass's tensors go
+                    break
+        if failed is not None:
+            return OutOfMemory(failed)
+        return ComputedStep(total, parts, step.rows, sums)
+
+    @torch.no_grad()
+    def _count_choices(self, model: TrainableModel, batches: list[Any]) -> Tensor:
+        """Which experts the whole step chooses, by a pass of its own: the loss of its first microbatch needs it.
+
+        Without dropout, so that the random state is left for the pass that trains.
+        """
+        settings = model.router
+        assert settings is not None
+        total = torch.zeros(settings.num_experts, device=model.device)
+        nothing = torch.zeros(0, dtype=torch.long, device=model.device)
+        with resting(model.wrapped), model.autocast():
+            for row in (row for batch in batches for row in self.rows_of(batch, model.solo)):
+                # Without targets there is nothing to compute in the head.
+                inputs = row.model_inputs(model.solo) | {"target_index": nothing, "targets": nothing}
+                output = model.wrapped(**inputs, output_router_logits=True)
+                total += count_choices(recorded_logits(output, settings), settings, row.weights())
+        return model.summed(total)
+
+
+@contextmanager
+def resting(module: Any) -> Iterator[None]:
+    """A module in eval mode for a while: no dropout, and nothing to checkpoint in a pass without gradients."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
