@@ -34,5 +34,11 @@ def make_cache(folder: Path, variable: str = "FIREFLY_CACHE") -> Path:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise  # the disk is full: the cache is where it should be
         problem = error.strerror or error
-        raise UsageError("cache.unusable", path=folder, problem=problem, variable=variable) from None
+        raise UsageError(
+            "cache.unusable",
+            "the cache at {path} cannot be made or written: {problem}. Set {variable} to a folder that can.",
+            path=folder,
+            problem=problem,
+            variable=variable,
+        ) from None
     return folder

@@ -59,7 +59,11 @@ def hold(path: Path, waiting: Callable[[Holder], None] | None = None) -> Iterato
     """
     descriptor = _acquire(path, waiting)
     if descriptor is None:
-        notice("lock.unavailable", path=path)
+        notice(
+            "lock.unavailable",
+            "{path}: this file system keeps no locks, so nothing prevents two processes from doing the same here.",
+            path=path,
+        )
         yield False
         return
     _held.add(descriptor)

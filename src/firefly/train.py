@@ -17,7 +17,6 @@ from firefly.console import notice, stderr_console
 from firefly.data.certificate import FILE_NAME as CERTIFICATE
 from firefly.data.dataset import load_split
 from firefly.errors import UsageError
-from firefly.messages import render
 from firefly.models import choices as choosing
 from firefly.models.adapters import attach_adapter, count_parameters, transformers_model
 from firefly.models.base_weights import identify_weights
@@ -61,6 +60,7 @@ from firefly.training.preference import ask_reference_first, objective_options, 
 from firefly.training.records import write_records
 from firefly.training.tasks import TASKS
 from firefly.training.telling import replace_progress, show_before_training
+from firefly.translation import translate
 
 
 def train(config: Config) -> Path:
@@ -103,7 +103,11 @@ def train_into(output_dir: Path, config: Config, engine: Engine, started: float)
     check_positions(config.model, data)
     check_best_metric(config, task, data)
     if device.type == "cpu" and ranks.started_alone():
-        notice("engine.one_process")
+        notice(
+            "engine.one_process",
+            "accelerate launch started one process, which trains alone. On CPUs it starts several with --multi_gpu, "
+            "or use torchrun --nproc_per_node=N.",
+        )
     keep_few_kernels(kernels_kept(config.task_type, data.train.counts.lengths, data.train.counts.targets))
     args = join_ranks(config, engine, precision, device)
     checkpoint = ranks.from_first(find_checkpoint(output_dir, config.resume_from_checkpoint))
@@ -129,7 +133,12 @@ def train_into(output_dir: Path, config: Config, engine: Engine, started: float)
     new_tokens = fit_embeddings(model, tokenizer, added)
     model = attach_adapter(model, config.adapter, new_tokens, config.given, added)
     if quiet := quiet_routers(model):
-        notice("router.quiet", count=len(quiet))
+        notice(
+            "router.quiet",
+            "{count} routers choose without the random noise that their architecture adds in training, so that a step "
+            "does not depend on how it is packed.",
+            count=len(quiet),
+        )
     head = install_training_forwards(model)
     base = identify_base(base, model)
     plan = run_plan(config, args, layout[0], data.train, base, encoder, precision, engine)
@@ -149,7 +158,12 @@ def train_into(output_dir: Path, config: Config, engine: Engine, started: float)
     )
     choosing.apply(choices, transformers_model(model), precision.compute)
     if choices.unpaged_optimizer and args.optim in PAGED_ADAM:
-        notice("optim.unpaged", asked=args.optim.value, used=FUSED_ADAM.value)
+        notice(
+            "optim.unpaged",
+            "optim {asked}: its state fits into the GPU's memory, so {used} computes the same update without paging.",
+            asked=args.optim.value,
+            used=FUSED_ADAM.value,
+        )
         args.optim = FUSED_ADAM
     options = objective_options(config, model, precision)
     divide(engine, model, args)
@@ -191,7 +205,13 @@ def train_into(output_dir: Path, config: Config, engine: Engine, started: float)
     with recorded_end(output_dir):
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if checkpoint and not trainer.counts.steps:
-            notice("resume.nothing_left", path=checkpoint, steps=trainer.state.global_step)
+            notice(
+                "resume.nothing_left",
+                "{path} is the last of the {steps} steps already, so nothing was trained and the results stay as they "
+                "were. To train on, raise num_train_epochs or max_steps.",
+                path=checkpoint,
+                steps=trainer.state.global_step,
+            )
         trainer.tell_best()
         trainer.save_result()
         if trainer.counts.steps or not (output_dir / "train_results.json").is_file():
@@ -201,7 +221,7 @@ def train_into(output_dir: Path, config: Config, engine: Engine, started: float)
             record_memory(output_dir, memory)
             show_peak(stderr_console(), memory)
         recorder.draw()
-    stderr_console().print(render("train.done", path=output_dir), soft_wrap=True)
+    stderr_console().print(translate("done: the result is in {path}", path=output_dir), soft_wrap=True)
     return output_dir
 
 
@@ -222,6 +242,15 @@ def compile_model(config: Config, model: Any) -> None:
     """Compile what can be, and say what that is."""
     backend, mode = config.training.get("torch_compile_backend"), config.training.get("torch_compile_mode")
     if count := compile_layers(model, backend, mode):
-        notice("compile.layers", count=count)
+        notice(
+            "compile.layers",
+            "torch_compile: each of {count} decoder layers is compiled when it first runs, which can take minutes; "
+            "attention stays uncompiled.",
+            count=count,
+        )
     else:
-        notice("compile.nothing", name=type(transformers_model(model)).__name__)
+        notice(
+            "compile.nothing",
+            "torch_compile has no effect: {name} has no decoder layers that could be compiled one by one.",
+            name=type(transformers_model(model)).__name__,
+        )

@@ -24,7 +24,6 @@ from firefly.data.preparation import fit
 from firefly.data.schema import IGNORE, Tokens
 from firefly.data.templates import bind_template
 from firefly.errors import UsageError
-from firefly.messages import render
 
 
 @pytest.fixture
@@ -500,11 +499,9 @@ def test_the_first_token_is_no_target_for_nothing_predicts_it(write, encoder):
     assert examples.targets.tolist() == [3, 2]
 
 
-def test_the_ledger_message_is_rendered_from_the_catalogue():
+def test_the_summary_of_a_ledger_is_one_line():
     ledger = Ledger("f", rows=3, kept=3, examples=3, tokens=1000, target_tokens=250)
-    assert ledger.summary() == render(
-        "data.summary", file="f", rows=3, kept=3, cut=0, lost="0", tokens="1,000", share="25%"
-    )  # fmt: skip
+    assert ledger.summary() == "data: f: 3 rows, 3 kept, 0 cut, lost: 0; 1,000 tokens, 25% trained"
 
 
 # ---- held-out rows ----

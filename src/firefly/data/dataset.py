@@ -31,7 +31,7 @@ from firefly.data.readers import read_records
 from firefly.data.schema import RawRecord
 from firefly.data.sources import DataSource, find_sources, repeat
 from firefly.errors import UsageError
-from firefly.messages import language
+from firefly.translation import language
 
 PREPARATION_KEYS = (
     "train_file",
@@ -88,12 +88,24 @@ def load_split(config: DataConfig, encoder: Encoder, task: TaskName = "sft", hub
         UsageError: no such place, a file that is not what its name says, or a key with an impossible value.
     """
     if not config.train_file:
-        raise UsageError("config.missing_key", key="train_file")
+        raise UsageError(
+            "config.missing_key", "required: {key}. Set it in the configuration or as --key value.", key="train_file"
+        )
     if config.data_format not in ("auto", *FORMATS):
         known = ", ".join(("auto", *FORMATS))
-        raise UsageError("config.bad_choice", key="data_format", value=json.dumps(config.data_format), choices=known)
+        raise UsageError(
+            "config.bad_choice",
+            "{key} = {value} is not valid; choose one of: {choices}.",
+            key="data_format",
+            value=json.dumps(config.data_format),
+            choices=known,
+        )
     if task == "pretrain" and encoder.tokenizer.eos_token_id is None:
-        raise UsageError("data.no_eos")
+        raise UsageError(
+            "data.no_eos",
+            "task_type pretrain puts the tokenizer's EOS token between documents, and this tokenizer has none. Set "
+            "eos_token in its tokenizer_config.json.",
+        )
     limit_tokenizer_threads(config.tokenize_num_workers)
     loader = _Loader(config, encoder, task)
     sources = find_sources(config.train_file, "train_file", hub)
@@ -117,7 +129,12 @@ def _blocks(config: DataConfig, documents: Examples) -> Blocks:
 def _hold_out(examples: Examples, ratio: float) -> tuple[Examples, Examples]:
     trained, held = examples.hold_out(ratio)
     if not len(trained):
-        raise UsageError("data.hold_out_all", ratio=ratio, count=examples.ledger.rows)
+        raise UsageError(
+            "data.hold_out_all",
+            "eval_ratio = {ratio} leaves no example to train: the data has {count} row(s). Lower it, or set eval_file.",
+            ratio=ratio,
+            count=examples.ledger.rows,
+        )
     return trained, held
 
 

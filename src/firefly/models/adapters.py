@@ -77,7 +77,12 @@ def attach_adapter(
     try:
         wrapped = get_peft_model(model, settings, autocast_adapter_dtype=True)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise UsageError("adapter.peft_refuses", value=config.target, problem=_one_line(error)) from error
+        raise UsageError(
+            "adapter.peft_refuses",
+            "peft refuses this adapter (lora_target = {value}): {problem}",
+            value=config.target,
+            problem=_one_line(error),
+        ) from error
     _refuse_zero_rows(wrapped)
     return _ready_to_train(wrapped, config.dropout)
 
@@ -85,7 +90,12 @@ def attach_adapter(
 def _tell_unreached(model: PreTrainedModel, unreached: Unreached, tell: Callable[..., None]) -> None:
     count = sum(numbers_in(p) for name, p in model.named_parameters() if name in unreached.parameters)
     if count:
-        tell("adapter.unreached", names=_listed(unreached.roots(model)), count=count)
+        tell(
+            "adapter.unreached",
+            "text never reaches {names} ({count:,} parameters): they stay as they are, without adapters.",
+            names=_listed(unreached.roots(model)),
+            count=count,
+        )
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -110,7 +120,12 @@ def _settings(
     targets = target_layers(model, config.target, saved, unreached, tell)
     parameters = target_parameters(model, config.target, saved, unreached)
     if parameters and config.use_dora:
-        raise UsageError("adapter.dora_experts", names=", ".join(parameters[:4]))
+        raise UsageError(
+            "adapter.dora_experts",
+            "use_dora has no form for what is adapted by its parameter here ({names}). Set it to false, or name other "
+            "layers in lora_target.",
+            names=", ".join(parameters[:4]),
+        )
     ends = [name for name, module in model.named_modules() if module in vocabulary_ends(model)]
     # A tied embedding that is trained whole stays the head's weight, as it was in the base. peft finds such a pair by
     # the name of the head, whichever of the two was asked for.
@@ -119,7 +134,11 @@ def _settings(
     rows = _token_layers(model, saved) if new_tokens else []
     adapted = [name for name in rows if _names(targets, name)]
     if adapted:
-        raise UsageError("tokens.adapted", names=", ".join(adapted))
+        raise UsageError(
+            "tokens.adapted",
+            "lora_target names {names}, whose rows for new tokens are trained; leave it out, or use modules_to_save.",
+            names=", ".join(adapted),
+        )
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
@@ -157,7 +176,11 @@ def _refuse_zero_rows(wrapped: Any) -> None:
     lengths = {name: p for name, p in wrapped.get_base_model().named_parameters() if "lora_magnitude_vector" in name}
     empty = [name.partition(".lora_magnitude_vector")[0] for name, p in lengths.items() if (p == 0).any()]
     if empty:
-        raise UsageError("adapter.dora_zero_rows", names=", ".join(empty[:4]))
+        raise UsageError(
+            "adapter.dora_zero_rows",
+            "use_dora: {names} has rows of zeros, whose direction DoRA cannot keep. Take it out of lora_target.",
+            names=", ".join(empty[:4]),
+        )
 
 
 def install_forwards(wrapped: Any) -> list[str]:
@@ -183,7 +206,11 @@ def _set_dropout(wrapped: nn.Module, probability: float, left_to_peft: list[str]
             for adapter in module.lora_dropout:
                 module.lora_dropout[adapter] = nn.Dropout(probability)
     if left_to_peft:
-        notice("adapter.experts_no_dropout", count=len(left_to_peft))
+        notice(
+            "adapter.experts_no_dropout",
+            "lora_dropout does not apply to {count} stacks of experts: the way they compute leaves no place for it.",
+            count=len(left_to_peft),
+        )
 
 
 # ---- an adapter that exists ----
@@ -212,7 +239,13 @@ def _continued(
     else:
         unknown = set(new_tokens) - saved.token_rows
     if unknown:
-        raise UsageError("tokens.new_to_adapter", path=str(config.name_or_path), count=len(unknown))
+        raise UsageError(
+            "tokens.new_to_adapter",
+            "{count} tokens are new to the adapter {path}, and a saved adapter gets no more rows. Merge it first, and "
+            "train a new one on the result.",
+            path=str(config.name_or_path),
+            count=len(unknown),
+        )
     return _ready_to_train(wrapped, config.dropout, whole_vocabulary)
 
 
@@ -229,7 +262,13 @@ def _note_differences(config: AdapterConfig, settings: Any, given: Collection[st
     ):
         said = key in given and asked != ALL_LINEAR  # whose layers an adapter has by their names
         if asked != found and (said or asked != standard):
-            notice("adapter.its_own", key=key, value=asked, found=found)
+            notice(
+                "adapter.its_own",
+                "{key} = {value} differs from the adapter's setting; the adapter's value is used: {found}.",
+                key=key,
+                value=asked,
+                found=found,
+            )
 
 
 def _sorted(names: Any) -> Any:
@@ -266,15 +305,36 @@ def target_layers(
     refused = _refused_by_peft(chosen, model)
     if refused and request != ALL_LINEAR:
         names, problem = ", ".join(sorted({_last(name) for name in refused})), next(iter(refused.values()))
-        raise UsageError("adapter.target_refused", value=request, names=names, problem=problem)
+        raise UsageError(
+            "adapter.target_refused",
+            "lora_target = {value}: peft refuses {names} here. Take it out, or use all-linear. peft says: {problem}",
+            value=request,
+            names=names,
+            problem=problem,
+        )
     if refused:
         names = ", ".join(sorted({_last(name) for name in refused}))
-        tell("adapter.refused_layers", names=names, count=len(refused), architecture=type(model).__name__)
+        tell(
+            "adapter.refused_layers",
+            "lora_target: {names} ({count} layers) get no adapter; peft refuses them in {architecture}.",
+            names=names,
+            count=len(refused),
+            architecture=type(model).__name__,
+        )
         chosen -= refused.keys()
     if request == ALL_LINEAR and (passed := _passed_by(model, saved, unreached)):
-        tell("adapter.passed_by", names=_listed(alike(passed)), count=len(passed))
+        tell(
+            "adapter.passed_by",
+            "lora_target: {names} ({count} layers) get no adapter; the model uses their weights without calling them.",
+            names=_listed(alike(passed)),
+            count=len(passed),
+        )
     if not chosen:
-        raise UsageError("adapter.no_layers", value=request)
+        raise UsageError(
+            "adapter.no_layers",
+            "lora_target = {value} leaves no layer to adapt: all of them are trained whole, or belong to experts.",
+            value=request,
+        )
     plain = chosen - _taken_for_experts(chosen, model)
     return _shortest(plain, [name for name, _ in model.named_modules()])
 
@@ -360,7 +420,12 @@ def _matching(layers: Sequence[str], request: str | Sequence[str], unreached: Un
         try:
             found = {name for name in layers if re.fullmatch(str(request), name)}
         except re.error as error:
-            raise UsageError("adapter.bad_pattern", value=request, problem=error) from None
+            raise UsageError(
+                "adapter.bad_pattern",
+                "lora_target = {value!r} is not a valid regular expression: {problem}.",
+                value=request,
+                problem=error,
+            ) from None
         if not found:
             raise _no_layer("lora_target", str(request), layers)
         return _without_unreached(found, "lora_target", str(request), unreached)
@@ -381,7 +446,14 @@ def _without_unreached(found: set[str], key: str, wanted: str, unreached: Unreac
     """
     kept = {name for name in found if not unreached.has(name)}
     if not kept:
-        raise UsageError("adapter.only_unreached", key=key, value=wanted, names=", ".join(sorted(found)[:3]))
+        raise UsageError(
+            "adapter.only_unreached",
+            "{key}: {value!r} means only {names}, which text never reaches, or whose weights the model uses without "
+            "calling the module: an adapter there would learn nothing. Take it out.",
+            key=key,
+            value=wanted,
+            names=", ".join(sorted(found)[:3]),
+        )
     return kept
 
 
@@ -410,7 +482,12 @@ def saved_modules(
             raise _no_layer("modules_to_save", wanted, list(modules))
         found = _without_unreached(found, "modules_to_save", wanted, unreached)
         if any(not p.is_floating_point() for name in found for p in modules[name].parameters()):
-            raise UsageError("adapter.save_quantised", name=wanted)
+            raise UsageError(
+                "adapter.save_quantised",
+                "modules_to_save: {name!r} is held in 4 bits and cannot be trained whole. Use train_mode lora, or "
+                "drop it.",
+                name=wanted,
+            )
         chosen |= found
     # peft compares the ends of paths without regard to their dots: `norm` would be `input_layernorm` too.
     short = {name.rpartition(".")[2] for name in chosen}
@@ -422,7 +499,13 @@ def _no_layer(key: str, wanted: str, layers: Collection[str]) -> UsageError:
     """Names of the model that are most like the wrong one: last parts first, as they are mostly given."""
     last = sorted({name.rpartition(".")[2] for name in layers if not name.rpartition(".")[2].isdigit()})
     near = difflib.get_close_matches(wanted, last, n=3, cutoff=0.4) or last
-    return UsageError("adapter.no_layer", key=key, value=wanted, near=", ".join(near[:8]))
+    return UsageError(
+        "adapter.no_layer",
+        "{key}: {value!r} matches no layer of this model. Nearest: {near}.",
+        key=key,
+        value=wanted,
+        near=", ".join(near[:8]),
+    )
 
 
 def _names(names: Collection[str], path: str) -> bool:

@@ -14,9 +14,9 @@ from firefly import ranks
 from firefly.console import notice
 from firefly.data.batching import PackedExamples
 from firefly.errors import UsageError
-from firefly.messages import render
 from firefly.objectives.saving import SafeSaving
 from firefly.runs.interruption import resume_command
+from firefly.translation import translate
 
 NAMED_ROWS = 20
 """Rows that a message names."""
@@ -96,7 +96,13 @@ class FiniteSteps(SafeSaving):
         if self.on_nonfinite_loss == "stop":
             self._stop(step, rows, moved=self.applies_at_once)
         self._leave_out()
-        notice("loss.skipped", step=step, rows=rows)
+        notice(
+            "loss.skipped",
+            "step {step} is left out: its loss or the norm of its gradients is infinite or not a number. Its rows: "
+            "{rows}.",
+            step=step,
+            rows=rows,
+        )
         return None
 
     def _is_finite(self, norm: Any) -> bool:
@@ -117,7 +123,17 @@ class FiniteSteps(SafeSaving):
             self.save_checkpoint()
         self.end_reports()
         command = resume_command(self.output_dir)
-        raise UsageError("loss.nonfinite", step=step, rows=rows, safe=self.safe(), command=command)
+        raise UsageError(
+            "loss.nonfinite",
+            "step {step}: its loss or the norm of its gradients is infinite or not a number. No weight was changed by "
+            "it. {safe} Look at its rows: {rows}. If they are sound, start a new run with a lower learning_rate or "
+            "max_grad_norm, or with bf16 or fp32 in place of fp16. To go on without such steps: {command} "
+            "--on_nonfinite_loss skip",
+            step=step,
+            rows=rows,
+            safe=self.safe(),
+            command=command,
+        )
 
     def _named_rows(self) -> str:
         """File and line of the rows of those microbatches that are not finite; of all where each of them is."""
@@ -135,4 +151,4 @@ class FiniteSteps(SafeSaving):
         places = sorted(set(places), key=lambda place: (place.file, place.line))
         named = ", ".join(str(place) for place in places[:NAMED_ROWS])
         rest = len(places) - NAMED_ROWS
-        return named if rest <= 0 else render("loss.more_rows", rows=named, count=rest)
+        return named if rest <= 0 else translate("{rows} and {count} more", rows=named, count=rest)

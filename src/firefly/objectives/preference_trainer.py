@@ -14,11 +14,11 @@ from firefly import ranks
 from firefly.config import PreferenceConfig
 from firefly.data.batching import ExampleList, PackedExamples, Step, StepTotals
 from firefly.data.pair_batching import PairBatch, pack_pairs
-from firefly.messages import render
 from firefly.objectives import reference
 from firefly.objectives.preference import PREFERENCE_LOSSES, PairLogps, nll_weight, rewards
 from firefly.objectives.reference import Reference
 from firefly.objectives.trainers import StepTrainer, resting
+from firefly.translation import translate
 
 SUMMED = (
     "rewards/chosen",
@@ -196,7 +196,7 @@ class PreferenceTrainer(StepTrainer):
         plan: Any = loader.batch_sampler
         for planned, step in tqdm(
             zip(plan, loader, strict=True),
-            desc=render("progress.reference"),
+            desc=translate("reference log-probabilities"),
             total=len(loader),
             disable=None,
             leave=False,

@@ -21,7 +21,6 @@ from transformers.trainer_callback import ExportableState
 
 from firefly.console import notice
 from firefly.errors import UsageError
-from firefly.messages import render
 from firefly.models.adapters import transformers_model
 from firefly.runs.checkpoints import checkpoints, newest_complete, seal_checkpoint, stored_plan
 from firefly.runs.folders import (
@@ -35,6 +34,7 @@ from firefly.runs.folders import (
     unfinished,
 )
 from firefly.runs.interruption import Interrupted, Interruption, resume_command
+from firefly.translation import Phrase, translate
 
 
 class SafeSaving(Trainer):
@@ -102,7 +102,7 @@ class SafeSaving(Trainer):
                     break
         if not self.highest(problem is not None):
             return None
-        return problem or render("save.other_rank")
+        return problem or translate("another rank could not write")
 
     # ---- saving ----
 
@@ -167,12 +167,24 @@ class SafeSaving(Trainer):
                 setattr(self.state, name, value)
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
-        notice("save.failed", path=folder, problem=problem, free=free_space(self.output_dir), safe=self.safe())
+        notice(
+            "save.failed",
+            "{path} could not be written ({problem}; {free} free) and is left out; training goes on. {safe} Free some "
+            "space, or lower save_total_limit.",
+            path=folder,
+            problem=problem,
+            free=free_space(self.output_dir),
+            safe=self.safe(),
+        )
 
     def safe(self) -> str:
         """A sentence on what the run has on the disk."""
         newest = newest_complete(self.output_dir)
-        return render("save.nothing_safe") if newest is None else render("save.safe", path=newest)
+        return (
+            translate("There is no complete checkpoint.")
+            if newest is None
+            else translate("{path} is safe.", path=newest)
+        )
 
     def _name_best(self) -> None:
         """Where the best checkpoint is, or will be once this one has its name."""
@@ -189,7 +201,13 @@ class SafeSaving(Trainer):
         best, kept = self.state.best_global_step, self.state.best_model_checkpoint
         if not self.args.load_best_model_at_end or not best or self.checkpoint_folder(best).is_dir():
             return
-        notice("save.best_lost", step=best, used=kept or render("save.last_step"))
+        notice(
+            "save.best_lost",
+            "the best evaluation was at step {step}, of which there is no checkpoint: the result is {used}; let "
+            "save_steps be eval_steps.",
+            step=best,
+            used=kept or Phrase("the weights of the last step"),
+        )
 
     def save_result(self) -> None:
         """Write the trained model into output_dir, each file whole or not at all.
@@ -214,6 +232,8 @@ class SafeSaving(Trainer):
                     shutil.rmtree(gathered, ignore_errors=True)
                 raise UsageError(
                     "save.result_failed",
+                    "the result could not be written to {path} ({problem}; {free} free). {safe} Free some space, then "
+                    "go on with: {command}",
                     path=self.output_dir,
                     problem=problem,
                     free=free_space(self.output_dir),
@@ -251,9 +271,22 @@ class SafeSaving(Trainer):
         command = resume_command(self.output_dir)
         if saved:
             raise Interrupted(
-                "interrupted.saved", number, step=step, path=self.checkpoint_folder(step), command=command
+                "interrupted.saved",
+                "stopped by {signal} after step {step}; {path} is saved. Go on with: {command}",
+                number,
+                step=step,
+                path=self.checkpoint_folder(step),
+                command=command,
             )
-        raise Interrupted("interrupted.not_saved", number, step=step, safe=self.safe(), command=command)
+        raise Interrupted(
+            "interrupted.not_saved",
+            "stopped by {signal} after step {step}, whose checkpoint could not be written. {safe} Free some space, "
+            "then go on with: {command}",
+            number,
+            step=step,
+            safe=self.safe(),
+            command=command,
+        )
 
     def end_reports(self) -> None:
         """Close what looks on, as at the end of training: an exception will end this one."""

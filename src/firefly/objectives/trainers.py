@@ -265,13 +265,31 @@ class StepTrainer(FiniteSteps, ABC):
         tokens = int(self.step_plan.counts.lengths[list(failed)].sum())
         if len(failed) > 1:
             choices = replace(choices, tokens_per_microbatch=tokens // 2)
-            notice("memory.halved", step=self.state.global_step + 1, budget=choices.tokens_per_microbatch)
+            notice(
+                "memory.halved",
+                "step {step} ran out of memory and is retried; from now on microbatches hold up to {budget:,} tokens "
+                "(tokens_per_microbatch). What is trained stays the same.",
+                step=self.state.global_step + 1,
+                budget=choices.tokens_per_microbatch,
+            )
         elif choices.checkpointed_layers < layers:
             choices = replace(choices, checkpointed_layers=layers)
-            notice("memory.checkpointed", step=self.state.global_step + 1, tokens=tokens)
+            notice(
+                "memory.checkpointed",
+                "step {step} ran out of memory on one example of {tokens:,} tokens and is retried; from now on all "
+                "layers are recomputed in backward (gradient_checkpointing).",
+                step=self.state.global_step + 1,
+                tokens=tokens,
+            )
         elif self.args.device.type == "cuda" and layers and not choices.offload:
             choices = replace(choices, offload=True)
-            notice("memory.offloaded", step=self.state.global_step + 1, tokens=tokens)
+            notice(
+                "memory.offloaded",
+                "step {step} ran out of memory on one example of {tokens:,} tokens and is retried; from now on the "
+                "inputs of layers are kept in CPU memory, which is slower.",
+                step=self.state.global_step + 1,
+                tokens=tokens,
+            )
         else:
             raise torch.OutOfMemoryError(f"one example of {tokens:,} tokens does not fit")
         self.options = replace(self.options, choices=choices)
@@ -489,4 +507,8 @@ def training_arguments(values: Mapping[str, Any]) -> TrainingArguments:
     try:
         return TrainingArguments(**values)
     except (ValueError, TypeError, KeyError, ImportError) as error:
-        raise UsageError("config.training_arguments", problem=" ".join(str(error).split())) from error
+        raise UsageError(
+            "config.training_arguments",
+            "the training arguments are not valid: {problem}",
+            problem=" ".join(str(error).split()),
+        ) from error

@@ -12,19 +12,19 @@ from rich.text import Text
 from firefly.data.blocks import Blocks
 from firefly.data.examples import Examples
 from firefly.data.schema import IGNORE, Example, Tokens
-from firefly.messages import render
 from firefly.models.kernels.elementwise import implementation, is_card
-from firefly.models.memory import Forecast
+from firefly.models.memory import PARTS, Forecast
 from firefly.models.precision import Precision
+from firefly.translation import translate
 
 
 def show_example(console: Console, example: Example, tokenizer: Any) -> None:
     """Print an example as the model sees it; tokens with a loss are green and underlined ([ ] without colours)."""
     if isinstance(example, Tokens):
-        _show_tokens(console, example, tokenizer, render("overview.example"))
+        _show_tokens(console, example, tokenizer, translate("first example: trained tokens are green"))
         return
     for name, side in zip(("chosen", "rejected"), example.sides, strict=True):
-        _show_tokens(console, side, tokenizer, f"{render('overview.example')}: {name}")
+        _show_tokens(console, side, tokenizer, f"{translate('first example: trained tokens are green')}: {name}")
 
 
 def _show_tokens(console: Console, tokens: Tokens, tokenizer: Any, title: str, most: int = 400) -> None:
@@ -68,19 +68,42 @@ def show_run(
     console.print(steps, soft_wrap=True)
     share = f"{trainable / total:.2%}"
     console.print(
-        render("overview.parameters", trainable=f"{trainable:,}", total=f"{total:,}", share=share), soft_wrap=True
+        translate(
+            "parameters: {trainable} trained of {total} ({share})",
+            trainable=f"{trainable:,}",
+            total=f"{total:,}",
+            share=share,
+        ),
+        soft_wrap=True,
     )
     name, reason = layout
-    how = render("overview.layout", device=device, precision=precision.name, layout=name, head=head)
+    how = translate(
+        "compute: {device}, {precision}, layout {layout}, head {head}",
+        device=device,
+        precision=precision.name,
+        layout=name,
+        head=head,
+    )
     console.print(how, soft_wrap=True)
     if is_card(device):
-        console.print(render("overview.elementwise", name=implementation(device)), soft_wrap=True)
+        console.print(
+            translate("norms, rotary positions and gates: {name}", name=implementation(device)), soft_wrap=True
+        )
     if reason:
-        console.print(render("overview.solo", reason=reason), soft_wrap=True, style="yellow")
-    parts = ", ".join(f"{render(f'part.{part}')} {size / 2**30:.2f}" for part, size in forecast.parts.items())
+        console.print(
+            translate("layout solo: {reason}; one example per microbatch, same loss, slower", reason=reason),
+            soft_wrap=True,
+            style="yellow",
+        )
+    parts = ", ".join(f"{PARTS[part]} {size / 2**30:.2f}" for part, size in forecast.parts.items())
     available = f"{forecast.available / 2**30:.1f}"
     console.print(
-        render("overview.forecast", total=f"{forecast.total / 2**30:.2f}", parts=parts, available=available),
+        translate(
+            "memory forecast: {total} GiB ({parts}); {available} GiB available",
+            total=f"{forecast.total / 2**30:.2f}",
+            parts=parts,
+            available=available,
+        ),
         soft_wrap=True,
     )
 
@@ -90,4 +113,11 @@ def show_peak(console: Console, found: dict[str, int]) -> None:
     expected, measured = found["forecast_memory_bytes"], found["run_memory_bytes"]
     told = {"measured": f"{measured / 2**30:.2f}", "forecast": f"{expected / 2**30:.2f}"}
     error = f"{expected / max(measured, 1) - 1:+.0%}"
-    console.print(render("overview.peak", **told, error=error), soft_wrap=True)
+    console.print(
+        translate(
+            "memory: {measured} GiB at the peak, on top of what imports took, forecast {forecast} GiB ({error})",
+            **told,
+            error=error,
+        ),
+        soft_wrap=True,
+    )

@@ -28,7 +28,12 @@ def join_ranks(config: Config, engine: Engine, precision: Precision, device: tor
     """TrainingArguments of this run; to make them forms the process group, where there are several ranks."""
     args = training_arguments(resolved_arguments(config, precision, device) | engine.arguments(precision))
     if args.n_gpu > 1:  # one process: transformers would split each batch among the cards (DataParallel)
-        notice("engine.one_card", count=args.n_gpu)
+        notice(
+            "engine.one_card",
+            "this machine has {count} GPUs and this run uses one. To use them all: torchrun --nproc_per_node={count} "
+            "train.py --train_args_file CONFIG",
+            count=args.n_gpu,
+        )
         args._n_gpu = 1
     load_whole(args)
     check_schedule(args)
@@ -47,7 +52,12 @@ def check_schedule(args: TrainingArguments) -> None:
         get_scheduler(args.lr_scheduler_type, optimizer, 10, 100, options)
     except (TypeError, ValueError) as error:
         kind, problem = SchedulerType(args.lr_scheduler_type), " ".join(str(error).split())
-        raise UsageError("config.schedule", value=kind.value, problem=problem) from error
+        raise UsageError(
+            "config.schedule",
+            "lr_scheduler_type = {value!r} cannot be built: {problem}; see lr_scheduler_kwargs.",
+            value=kind.value,
+            problem=problem,
+        ) from error
 
 
 def resolved_arguments(config: Config, precision: Precision, device: torch.device) -> dict[str, Any]:
@@ -81,7 +91,12 @@ def resolved_arguments(config: Config, precision: Precision, device: torch.devic
     optim = str(values.get("optim", ""))
     if device.type == "cpu" and optim.startswith("paged_"):
         values["optim"] = "adamw_torch_fused" if optim == "paged_adamw_32bit" else optim.removeprefix("paged_")
-        notice("optim.paged", asked=optim, used=values["optim"])
+        notice(
+            "optim.paged",
+            "optim {asked} pages GPU memory; on this CPU the same optimizer runs without paging ({used}).",
+            asked=optim,
+            used=values["optim"],
+        )
     if device.type == "cpu" and values.get("dataloader_pin_memory") is None:
         values["dataloader_pin_memory"] = False
     return values

@@ -25,7 +25,11 @@ def without_dropout(config: Config) -> Config:
     if config.task_type != "dpo" or config.adapter.mode == "full" or not config.adapter.dropout:
         return config
     if "lora_dropout" in config.given:
-        notice("preference.no_dropout", value=config.adapter.dropout)
+        notice(
+            "preference.no_dropout",
+            "lora_dropout {value} is switched off: preference training compares two passes of the same model.",
+            value=config.adapter.dropout,
+        )
     return replace(config, adapter=replace(config.adapter, dropout=0.0))
 
 
@@ -36,7 +40,12 @@ def with_reference_first(config: Config, engine: Engine) -> Config:
     second = config.adapter.mode == "full" or config.adapter.name_or_path
     if not (needed and second and engine.divides_weights) or settings.precompute_reference:
         return config
-    notice("engine.reference_first", engine=engine.name)
+    notice(
+        "engine.reference_first",
+        "precompute_reference is switched on: {engine} shards the weights, and every rank would hold the whole "
+        "reference model.",
+        engine=engine.name,
+    )
     return replace(config, preference=replace(settings, precompute_reference=True))
 
 
@@ -57,7 +66,13 @@ def ask_reference_first(
     elif checkpoint is None:
         trainer.add_callback(BeforeTraining(lambda: trainer.precompute_reference(parts, fingerprints)))
     elif not trainer.take_reference(parts, fingerprints):
-        raise UsageError("engine.no_reference", path=cache_folder(), engine=engine.name)
+        raise UsageError(
+            "engine.no_reference",
+            "this run's log-probabilities of the reference are gone from the cache ({path}), and under {engine} they "
+            "cannot be computed any more once training has begun. Start a new run, or resume without {engine}.",
+            path=cache_folder(),
+            engine=engine.name,
+        )
 
 
 def objective_options(config: Config, model: Any, precision: Precision) -> dict[str, Any]:

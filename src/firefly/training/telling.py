@@ -14,7 +14,6 @@ from firefly import ranks
 from firefly.config import Config
 from firefly.console import stderr_console
 from firefly.data.dataset import Split
-from firefly.messages import render
 from firefly.models.adapters import transformers_model
 from firefly.models.checkpointing import decoder_layers
 from firefly.models.choices import Choices
@@ -27,6 +26,7 @@ from firefly.runs.metrics import Guarded, Progress, RunRecorder
 from firefly.runs.overview import show_example, show_run
 from firefly.runs.trackers import PassportReporter, never_ask
 from firefly.training.plans import total_steps
+from firefly.translation import translate
 
 
 def replace_progress(trainer: StepTrainer, recorder: RunRecorder) -> None:
@@ -70,8 +70,9 @@ def show_before_training(
 def describe_steps(config: Config, data: Split, trainer: StepTrainer) -> str:
     """How many examples make a step, on which ranks, and how many steps the run."""
     per_epoch = len(trainer.get_train_dataloader())
-    return render(
-        "overview.steps",
+    return translate(
+        "steps: {steps} of {examples} examples each ({device} per device × {accumulation} accumulated), from {count} "
+        "examples ({held_out} held out); microbatches of at most {budget} tokens",
         examples=trainer.options.examples_per_step,
         device=config.step.per_device_examples,
         accumulation=config.step.accumulation,
@@ -84,8 +85,8 @@ def describe_steps(config: Config, data: Split, trainer: StepTrainer) -> str:
 
 def describe_ranks(config: Config, trainer: StepTrainer) -> str:
     """How many processes share a step, and by which engine."""
-    return render(
-        "engine.ranks",
+    return translate(
+        "{ranks} processes, {engine}: {per_rank} examples a step each, {total} in all",
         ranks=ranks.world_size(),
         engine=trainer.options.engine.name,
         per_rank=config.step.examples_per_rank,
@@ -95,11 +96,12 @@ def describe_ranks(config: Config, trainer: StepTrainer) -> str:
 
 def describe_choices(choices: Choices, model: Any, precision: Precision, device: torch.device) -> str:
     """What was chosen by measurement, or by the configuration in its place."""
-    return render(
-        "overview.choices",
+    return translate(
+        "chosen: {again} of {layers} layers recomputed in backward{offload}; {cached} of {weights} 4-bit weights "
+        "cached; attention: {attention}",
         again=choices.checkpointed_layers,
         layers=len(decoder_layers(model)),
-        offload=render("overview.offload") if choices.offload else "",
+        offload=translate(" (their inputs are kept in CPU memory)") if choices.offload else "",
         cached=choices.cached_weights,
         weights=len(cache_sizes(model, precision.compute)),
         attention=describe_attention(device, precision.compute),
