@@ -156,8 +156,8 @@ def test_the_ledger_is_the_same_after_writing_and_reading(write, encoder):
     ledger = load_examples(
         write(chat("q", "a"), "{", chat("q", "a" * 500)), DataConfig(max_seq_length=64, **FREE), encoder
     ).ledger
-    stored = json.loads(json.dumps(ledger.as_dict()))
-    assert Ledger.from_dict(stored) == ledger
+    stored = json.loads(json.dumps(ledger.stored()))
+    assert Ledger.from_stored(stored) == ledger
     assert stored["format"] == "firefly"
 
 
@@ -418,7 +418,7 @@ def test_the_cache_knows_everything_that_shapes_an_example(write, encoder, chatm
     monkeypatch.setenv("LC_ALL", "C")
     assert not is_new()  # English, as before
     monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
-    assert is_new()
+    assert not is_new()  # findings are stored as phrases
     path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     assert is_new()
     monkeypatch.setattr(dataset, "code_hash", lambda: "other code")
@@ -430,9 +430,13 @@ def test_findings_of_the_cache_are_in_the_language_of_the_reader(write, encoder,
     config = DataConfig(max_malformed_rows=1)
     english = load_examples(path, config, encoder).ledger.findings[0].message
     monkeypatch.setenv("FIREFLY_LANG", "zh")
-    chinese = load_examples(path, config, encoder).ledger.findings[0].message
+    monkeypatch.setattr(preparation, "prepare", None)  # what was prepared in English is shown in Chinese
+    monkeypatch.setattr(dataset, "prepare", None)
+    split = load_split(replace(config, train_file=path), encoder)
+    finding = split.train.ledger.findings[0]
     assert english.startswith("not valid JSON")
-    assert chinese.startswith("不是有效的 JSON")
+    assert finding.message.startswith("不是有效的 JSON")
+    assert split.report()["findings"][0]["message"] == finding.message
 
 
 def test_a_preparation_that_fails_leaves_nothing_behind(write, encoder, monkeypatch, tmp_path):

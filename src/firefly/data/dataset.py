@@ -31,7 +31,6 @@ from firefly.data.readers import read_records
 from firefly.data.schema import RawRecord
 from firefly.data.sources import DataSource, find_sources, repeat
 from firefly.errors import UsageError
-from firefly.translation import language
 
 PREPARATION_KEYS = (
     "train_file",
@@ -208,7 +207,7 @@ class _Loader:
 
         if not (folder / "ledger.json").is_file():
             prepare_once(folder, str(path), make)
-        ledger = Ledger.from_dict(json.loads((folder / "ledger.json").read_text(encoding="utf-8")))
+        ledger = Ledger.from_stored(json.loads((folder / "ledger.json").read_text(encoding="utf-8")))
         return _Loaded(ExampleFile(folder, ledger), shape, content)
 
 
@@ -266,7 +265,6 @@ def fingerprint(
             config.on_too_long,
             config.train_on,
             config.allow_special_in_content,
-            language(),  # findings are stored as text
             code_hash(),
         ]
     )

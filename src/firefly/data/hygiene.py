@@ -34,7 +34,7 @@ def note_duplicates(files: Sequence[ExampleFile]) -> None:
     original = order[starts[np.cumsum(first) - 1]] if len(order) else order
     repeated = ~first
     rows, earlier = _by_row(order[repeated], original[repeated])
-    place.note_all(rows, DUPLICATE, lambda i: Phrase("the same as {place}", place=place.source(int(earlier[i]))))
+    place.note_all(rows, DUPLICATE, lambda i: Phrase("the same as {place}", place=str(place.source(int(earlier[i])))))
 
 
 def note_repeated_answers(files: Sequence[ExampleFile]) -> None:
@@ -59,7 +59,9 @@ def note_overlap(files: Sequence[ExampleFile], held_out: Sequence[ExampleFile]) 
         place.note_all(
             rows,
             IN_EVAL,
-            lambda i: Phrase("the same as {place} of the evaluation data", place=other.source(int(first[at[rows[i]]]))),
+            lambda i: Phrase(
+                "the same as {place} of the evaluation data", place=str(other.source(int(first[at[rows[i]]])))
+            ),
         )
 
 

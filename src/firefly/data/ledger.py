@@ -53,18 +53,27 @@ MOST_KEYS = 8
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing worth knowing about one row."""
+    """One thing worth knowing about one row: a cause for programs, and a phrase that says it in the user's language."""
 
     file: str
     line: int
     cause: str
-    message: str
+    phrase: Phrase
+
+    @property
+    def message(self) -> str:
+        return str(self.phrase)
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.message}"
 
     def as_dict(self) -> dict[str, Any]:
+        """What people read in data_report.json."""
         return {"file": self.file, "line": self.line, "cause": self.cause, "message": self.message}
+
+    def stored(self) -> dict[str, Any]:
+        """What a cache keeps: the same in every language."""
+        return {"file": self.file, "line": self.line, "cause": self.cause, "phrase": self.phrase.as_json()}
 
 
 @dataclass
@@ -89,17 +98,18 @@ class Ledger:
     """Rows that hold text (or a message's number) under a key that their format does not read, the key with
     most text first."""
 
-    def lose(self, source: Source, cause: str, message: Phrase) -> None:
+    def lose(self, source: Source, cause: str, phrase: Phrase) -> None:
         """Account for a row that will not be trained."""
         self.lost[cause] += 1
-        self.note(source, cause, message)
+        self.note(source, cause, phrase)
 
-    def note(self, source: Source, cause: str, message: Phrase) -> None:
+    def note(self, source: Source, cause: str, phrase: Phrase) -> None:
         self.counts[cause] += 1
         if self.counts[cause] <= MOST_FINDINGS:
-            self.findings.append(Finding(source.file, source.line, cause, str(message)))
+            self.findings.append(Finding(source.file, source.line, cause, phrase))
 
     def as_dict(self) -> dict[str, Any]:
+        """What data_report.json says, its findings in the language of now."""
         return {
             "file": self.file,
             "format": self.formats.most_common(1)[0][0] if self.formats else None,
@@ -118,11 +128,17 @@ class Ledger:
             "unread_keys": dict(self.unread_keys),
         }
 
+    def stored(self) -> dict[str, Any]:
+        """What a cache keeps: the same in every language."""
+        return self.as_dict() | {"findings": [finding.stored() for finding in self.findings]}
+
     @classmethod
-    def from_dict(cls, stored: dict[str, Any]) -> Ledger:
+    def from_stored(cls, stored: dict[str, Any]) -> Ledger:
         values = {name: value for name, value in stored.items() if name != "format"}
         values |= {name: Counter(values[name]) for name in ("lost", "formats", "counts", "unread_keys")}
-        values["findings"] = [Finding(**finding) for finding in values["findings"]]
+        values["findings"] = [
+            Finding(**finding | {"phrase": Phrase.from_json(finding["phrase"])}) for finding in values["findings"]
+        ]
         return cls(**values)
 
     @classmethod

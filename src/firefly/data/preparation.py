@@ -90,7 +90,7 @@ def prepare(
                     rows.append(np.array([(row.source.line, row.content, row.answer) for row in chunk], dtype=ROWS))
         np.save(scratch / "index.npy", np.concatenate(index) if index else np.zeros(0, INDEX))
         np.save(scratch / "rows.npy", np.concatenate(rows) if rows else np.zeros(0, ROWS))
-        stored = json.dumps(preparation.ledger.as_dict(), ensure_ascii=False)
+        stored = json.dumps(preparation.ledger.stored(), ensure_ascii=False)
         (scratch / "ledger.json").write_text(stored, encoding="utf-8", errors="backslashreplace")
         scratch.chmod(0o777 & ~_umask())  # mkdtemp's folders are their maker's alone, and a cache may be shared
         try:
