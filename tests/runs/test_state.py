@@ -95,7 +95,7 @@ def test_a_run_from_before_states_were_recorded_is_finished_if_its_results_are_n
     [
         (None, "finished", None),
         (KeyboardInterrupt(), "interrupted", None),
-        (Stopped("cli.interrupted"), "interrupted", None),
+        (Stopped("cli.interrupted", "interrupted."), "interrupted", None),
         (
             UsageError("config.no_file", "configuration file {path} does not exist.", path="x"),
             "failed",

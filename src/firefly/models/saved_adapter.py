@@ -390,6 +390,6 @@ def check_base(adapter: str, model: ModelConfig, force: bool, found: Mapping[str
     notice(
         "adapter.other_base_forced",
         "the adapter {path} was trained on other weights than those of {base} ({count} of {total} layers and tensors "
-        "differ), and is used nevertheless.",
+        "differ), and is used all the same.",
         **values,
     )

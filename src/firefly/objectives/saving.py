@@ -206,7 +206,7 @@ class SafeSaving(Trainer):
             "the best evaluation was at step {step}, of which there is no checkpoint: the result is {used}; let "
             "save_steps be eval_steps.",
             step=best,
-            used=kept or Phrase("the weights of the last step"),
+            used=kept or Phrase("what the last step left"),
         )
 
     def save_result(self) -> None:

@@ -115,7 +115,7 @@ def show_peak(console: Console, found: dict[str, int]) -> None:
     error = f"{expected / max(measured, 1) - 1:+.0%}"
     console.print(
         translate(
-            "memory: {measured} GiB at the peak, on top of what imports took, forecast {forecast} GiB ({error})",
+            "memory: {measured} GiB at the peak above what imports took, forecast {forecast} GiB ({error})",
             **told,
             error=error,
         ),
