@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from firefly.config import DataConfig
 from firefly.data import dataset, preparation
-from firefly.data.dataset import cache_folder, fingerprint, hash_file, load_split
+from firefly.data.dataset import cache_folder, cache_key, hash_file, load_split
 from firefly.data.encoding import Encoder
 from firefly.data.examples import Examples
 from firefly.data.ledger import Ledger
@@ -389,10 +389,10 @@ def test_a_second_load_reads_the_cache_and_tokenises_nothing(write, encoder, mon
 
 def test_the_cache_knows_everything_that_shapes_an_example(write, encoder, chatml_tokenizer, monkeypatch):
     path = Path(write(chat("q", "a")))
-    seen = {fingerprint(path, DataConfig(), encoder, "sft", None, hash_file(path))}
+    seen = {cache_key(path, DataConfig(), encoder, "sft", None, hash_file(path))}
 
     def is_new(config: DataConfig = DataConfig(), changed: Encoder = encoder) -> bool:  # noqa: B008
-        key = fingerprint(path, config, changed, "sft", None, hash_file(path))
+        key = cache_key(path, config, changed, "sft", None, hash_file(path))
         new = key not in seen
         seen.add(key)
         return new

@@ -210,7 +210,7 @@ class Listed:
         self.index = np.array([(n,) for n in lengths], dtype=[("length", "<i4")])
         self.sources = np.array(sources)
         self.files, self.ledgers, self.ledger, self.names = [], [], None, []
-        self.content = self.fingerprint = ""
+        self.fingerprint, self.hashes = "", {}
 
 
 @pytest.mark.parametrize("isolated", [True, False])

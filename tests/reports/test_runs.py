@@ -239,7 +239,7 @@ def test_what_changes_training_comes_first_and_most_telling_first(capsys):
     assert "base model 4444444444… 8888888888…" in out
     assert "the same: task, train_mode, template, tokenizer, hardware" in out
     assert "examples per step 8 16" in out
-    assert "rows, examples, tokens and targets are equal in number" in out
+    assert "the hash of the data covers the prepared examples" in out
 
 
 def test_runs_that_differ_in_nothing_say_so(capsys):

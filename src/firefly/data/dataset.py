@@ -47,7 +47,7 @@ PREPARATION_KEYS = (
     "train_on",
     "allow_special_in_content",
 )
-"""Configuration keys that an examples' fingerprint is a hash of, beside files, template and tokenizer."""
+"""Configuration keys that shape examples, beside files, template and tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -150,17 +150,12 @@ def _mix(sources: list[DataSource], loaded: list[list[_Loaded]]) -> Examples:
         count = sum(len(file.examples) for file in files)
         order.append(start + repeat(count, source.weight, seed=_seed(source.name)))
         start += count
-    shape = [
-        [source.name, source.weight, [file.shape for file in files]]
-        for source, files in zip(sources, loaded, strict=True)
-    ]
     return Examples(
         files=[file.examples for files in loaded for file in files],
         order=np.concatenate(order),
-        fingerprint=_digest(shape),
         names=[source.name for source in sources],
         source_of_file=[number for number, files in enumerate(loaded) for _ in files],
-        content=_digest([file.content for files in loaded for file in files]),
+        hashes={file.examples.ledger.file: file.content for files in loaded for file in files},
     )
 
 
@@ -171,10 +166,9 @@ def _seed(name: str) -> int:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """The examples of one data file, the key they are cached under, and the hash of the file's bytes."""
+    """The examples of one data file, and the hash of the file's bytes."""
 
     examples: ExampleFile
-    shape: str
     content: str
 
 
@@ -199,7 +193,7 @@ class _Loader:
     def _load_file(self, path: Path, max_rows: int | None, key: str) -> _Loaded:
         records = read_records(path, key, self.config.text_documents)  # names a missing file before it is hashed
         content = hash_file(path)
-        shape = fingerprint(path, self.config, self.encoder, self.task, max_rows, content)
+        shape = cache_key(path, self.config, self.encoder, self.task, max_rows, content)
         folder = cache_folder() / "examples" / shape
 
         def make() -> None:
@@ -208,7 +202,7 @@ class _Loader:
         if not (folder / "ledger.json").is_file():
             prepare_once(folder, str(path), make)
         ledger = Ledger.from_stored(json.loads((folder / "ledger.json").read_text(encoding="utf-8")))
-        return _Loaded(ExampleFile(folder, ledger), shape, content)
+        return _Loaded(ExampleFile(folder, ledger), content)
 
 
 def _first(records: Iterator[RawRecord], count: int | None) -> Iterator[RawRecord]:
@@ -233,16 +227,17 @@ def find_task(config: DataConfig, hub: str = "huggingface") -> TaskName:
     return "sft"
 
 
-def fingerprint(
+def cache_key(
     path: Path, config: DataConfig, encoder: Encoder, task: TaskName, max_rows: int | None, content: str
 ) -> str:
-    """Hash of everything that shapes the examples of a file (its name included: findings name it).
+    """What a file's examples are cached under: a hash of everything that may shape them, the text of the programs that
+    do included, and of its name, which findings have. Whether a run is the same is judged by the examples themselves.
 
     Args:
         content: hash of the file's bytes.
     """
     template = encoder.template
-    return _digest(
+    shape = json.dumps(
         [
             str(path),
             content,
@@ -268,10 +263,7 @@ def fingerprint(
             code_hash(),
         ]
     )
-
-
-def _digest(parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(shape.encode()).hexdigest()[:32]
 
 
 def hash_file(path: Path) -> str:

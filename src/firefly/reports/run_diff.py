@@ -405,17 +405,8 @@ def show_diff(diff: RunDiff, console: Console) -> None:
         )
     if any(item.what == "data" for item in diff.trained):
         summary.append(
-            translate(
-                "the hash of the data covers the bytes and paths of the files, template, tokenizer and length limits, "
-                "eval_ratio, the versions of the programs that prepare them, and the language of messages."
-            )
+            translate("the hash of the data covers the prepared examples: their token ids, labels and order.")
         )
-        if all(diff.a.data.get(count) == diff.b.data.get(count) for count in COUNTS):
-            summary.append(
-                translate(
-                    "rows, examples, tokens and targets are equal in number, so it may be the same data after all."
-                )
-            )
     if not diff.trained:
         summary.append(
             translate(

@@ -35,6 +35,7 @@ class RunPlan:
     seed: int
     shuffle: bool
     data: str
+    """Hash of the prepared examples, in order: what they are, not what made them."""
     task_type: str
     objective: dict[str, Any]
     """Keys that shape the loss of this task, with their values."""
@@ -53,7 +54,8 @@ class RunPlan:
     adapter: str | None = None
     """Hash of the adapter that the run starts from."""
     prepared: dict[str, Any] = field(default_factory=dict)
-    """What `data` is a hash of, part by part: hashes of data files, template and tokenizer, and keys with values."""
+    """What made the examples, to name the cause where `data` differs: hashes of template and tokenizer, of the data
+    files by their paths, of the code that prepares them, and configuration keys with their values."""
     training: dict[str, Any] = field(default_factory=dict)
     """Keys that shape every step, and the precision, with their values."""
     total_steps: int = 0
@@ -337,13 +339,24 @@ def differences(stored: Mapping[str, Any], plan: RunPlan) -> dict[str, tuple[Any
         then, today = before.get(part, now[part] if part == "training" else {}), now[part]
         keys = dict.fromkeys((*then, *today))
         found |= {key: (then.get(key), today.get(key)) for key in keys if then.get(key) != today.get(key)}
-    if "data" in found and "prepared" in stored:
-        then, today = stored["prepared"], now["prepared"]
-        parts = {key: (then.get(key), value) for key, value in today.items() if then.get(key) != value}
-        if parts:
-            del found["data"]
-            found = parts | found
+    if "prepared" in stored:
+        causes = _causes(stored["prepared"], now["prepared"])
+        if "data" not in found:  # these are saved with the model, whatever they make of the examples
+            causes = {name: pair for name, pair in causes.items() if name in ("template", "tokenizer")}
+        if causes:
+            found.pop("data", None)
+            found = causes | found
     return found
+
+
+def _causes(then: Mapping[str, Any], today: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Why other examples were prepared: settings and files that differ, or else the code that prepares them."""
+    settings = {name: (then.get(name), value) for name, value in today.items() if name not in ("files", "code")}
+    before, now = then.get("files", {}), today["files"]
+    files = {name: (before.get(name), now.get(name)) for name in dict.fromkeys((*before, *now))}
+    differing = {name: pair for name, pair in (settings | files).items() if pair[0] != pair[1]}
+    code = then.get("code"), today["code"]
+    return differing or ({"code": code} if code[0] != code[1] else {})
 
 
 def set_aside_old_checkpoints(output_dir: Path, start: Path | None = None) -> None:

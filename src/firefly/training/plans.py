@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from firefly.config import SMOOTHED_LOSSES, AdapterConfig, Config, names_in
 from firefly.data.batching import steps_per_epoch
 from firefly.data.blocks import Blocks
-from firefly.data.dataset import PREPARATION_KEYS
+from firefly.data.dataset import PREPARATION_KEYS, code_hash
 from firefly.data.encoding import Encoder
 from firefly.data.examples import Examples
 from firefly.models.adapters import transformers_model
@@ -42,11 +42,12 @@ def run_plan(
     examples_per_step = config.step.examples_per_rank * args.world_size
     per_epoch = steps_per_epoch(len(examples), examples_per_step, args.dataloader_drop_last)
     prepared: dict[str, Any] = {
-        "data": examples.content,
         "template": encoder.template.hash,
         "tokenizer": encoder.tokenizer_hash,
+        "date": encoder.template.date and encoder.template.date.isoformat(),
+        "files": examples.hashes,
+        "code": code_hash(),
     }
-    prepared["date"] = encoder.template.date and encoder.template.date.isoformat()
     return RunPlan(
         examples_per_step=examples_per_step,
         seed=args.data_seed if args.data_seed is not None else args.seed,
