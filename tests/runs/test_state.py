@@ -99,7 +99,13 @@ def test_a_run_from_before_states_were_recorded_is_finished_if_its_results_are_n
         (
             UsageError("config.no_file", "configuration file {path} does not exist.", path="x"),
             "failed",
-            {"code": "config.no_file", "type": "UsageError", "message": "configuration file x does not exist."},
+            {
+                "code": "config.no_file",
+                "type": "UsageError",
+                "message": "configuration file x does not exist.",
+                "text": "configuration file {path} does not exist.",
+                "values": {"path": "x"},
+            },
         ),
         (
             torch.OutOfMemoryError("too much"),

@@ -18,7 +18,7 @@ from rich.text import Text
 from firefly.config import TRAINING_DEFAULTS, own_fields
 from firefly.runs.records import RunRecord, finite, finite_values, mapping, series
 from firefly.runs.state import FAILED, FINISHED, INTERRUPTED, RUNNING
-from firefly.translation import translate
+from firefly.translation import Phrase, translate
 
 STYLES = {RUNNING: "bold cyan", FINISHED: "green", INTERRUPTED: "yellow", FAILED: "bold red"}
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -100,7 +100,7 @@ def show_run(record: RunRecord, console: Console) -> None:
     console.print(describe_task(record))
     if record.error:
         code = record.error.get("code") or record.error.get("type")
-        console.print(Text(f"{code}: {record.error.get('message')}", style="red"))
+        console.print(Text(f"{code}: {message_of(record.error)}", style="red"))
     if resumed := passport.get("resumed_from"):
         console.print(translate("resumed from {path}", path=resumed))
     section(console, translate("configuration, where it is not the default"), changed_keys(record.config))
@@ -109,9 +109,17 @@ def show_run(record: RunRecord, console: Console) -> None:
     show_curves(record, console)
     section(console, translate("results"), {k: readable(k, v) for k, v in record.results.items()})
     paragraph(console, translate("checkpoints"), checkpoint_names(record))
-    notices = [str(mapping(item).get("message")) for item in passport.get("notices") or []]
+    notices = [message_of(mapping(item)) for item in passport.get("notices") or []]
     paragraph(console, translate("notes"), notices)
     paragraph(console, translate("versions and hardware"), environment(passport))
+
+
+def message_of(recorded: Mapping[str, Any]) -> str:
+    """A notice or an error of run.json in the reader's language; as the run wrote it, where it kept no phrase."""
+    try:
+        return str(Phrase.from_json(recorded))
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return str(recorded.get("message"))
 
 
 def changed_keys(config: Mapping[str, Any]) -> dict[str, Any]:
