@@ -472,13 +472,7 @@ def _check_together(
     training: Mapping[str, Any],
 ) -> None:
     if isinstance(step.tokens_per_microbatch, str) and step.tokens_per_microbatch != "auto":
-        raise UsageError(
-            "config.bad_type",
-            "{key} = {value} is not valid: expected {expected}.",
-            key="tokens_per_microbatch",
-            value=step.tokens_per_microbatch,
-            expected='integer or "auto"',
-        )
+        raise bad_type("tokens_per_microbatch", step.tokens_per_microbatch, 'integer or "auto"')
     if precision.fp16 and precision.bf16:
         raise UsageError("config.two_precisions", "fp16 and bf16 are both true; set one of them to false.")
     if data.eval_file and data.eval_ratio:
@@ -515,13 +509,7 @@ def _check_names(model: ModelConfig, adapter: AdapterConfig) -> None:
     ):
         texts = names_in(value)
         if any(not isinstance(text, str) or not text for text in texts) or (name == "lora_target" and not texts):
-            raise UsageError(
-                "config.bad_type",
-                "{key} = {value} is not valid: expected {expected}.",
-                key=name,
-                value=json.dumps(value),
-                expected=Phrase("a list of names"),
-            )
+            raise bad_type(name, json.dumps(value), Phrase("a list of names"))
 
 
 def names_in(value: str | Sequence[str]) -> list[str]:
@@ -535,13 +523,7 @@ def _checked(name: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
     if value is None or (value == "" and spec.default is None):
         if spec.metadata["nullable"]:
             return None
-        raise UsageError(
-            "config.bad_type",
-            "{key} = {value} is not valid: expected {expected}.",
-            key=name,
-            value=json.dumps(value),
-            expected=_kind_name(kind),
-        )
+        raise bad_type(name, json.dumps(value), _kind_name(kind))
     if name == "template_name" and value == "":
         return spec.default  # upstream writes "" for "not said"
     value = convert(name, value, kind)
@@ -556,24 +538,8 @@ def _checked(name: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
             value=json.dumps(value),
             choices=shown,
         )
-    if minimum is not None and not isinstance(value, (str, bool)) and not value >= minimum:
-        raise UsageError(
-            "config.too_small",
-            "{key} = {value} is too small; the least is {minimum}.",
-            key=name,
-            value=value,
-            minimum=minimum,
-        )
-    below = spec.metadata["below"]
-    if below is not None and not value < below:
-        raise UsageError(
-            "config.bad_range",
-            "{key} = {value} is not valid; it must be at least {minimum} and less than {below}.",
-            key=name,
-            value=value,
-            minimum=minimum or 0,
-            below=below,
-        )
+    if not isinstance(value, (str, bool)):
+        _check_range(name, value, minimum, spec.metadata["below"])
     return value
 
 
@@ -595,13 +561,37 @@ def convert(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:
         # A path or name made of digits comes off the command line as a number.
         if candidate is str and kinds == (str,) and type(value) in (int, float):
             return str(value)
-    raise UsageError(
+    raise bad_type(name, json.dumps(value, default=str), _kind_name(kind))
+
+
+def bad_type(key: str, value: object, expected: object) -> UsageError:
+    return UsageError(
         "config.bad_type",
         "{key} = {value} is not valid: expected {expected}.",
-        key=name,
-        value=json.dumps(value, default=str),
-        expected=_kind_name(kind),
+        key=key,
+        value=value,
+        expected=expected,
     )
+
+
+def _check_range(key: str, value: Any, minimum: float | None, below: float | None) -> None:
+    if minimum is not None and not value >= minimum:
+        raise UsageError(
+            "config.too_small",
+            "{key} = {value} is too small; the least is {minimum}.",
+            key=key,
+            value=value,
+            minimum=minimum,
+        )
+    if below is not None and not value < below:
+        raise UsageError(
+            "config.bad_range",
+            "{key} = {value} is not valid; it must be at least {minimum} and less than {below}.",
+            key=key,
+            value=value,
+            minimum=minimum or 0,
+            below=below,
+        )
 
 
 def _number(value: Any, kind: type) -> int | float | None:
@@ -624,13 +614,7 @@ def _checked_training(name: str, value: Any, annotation: str) -> Any:
     if value is None:
         if "None" in annotation:
             return None
-        raise UsageError(
-            "config.bad_type",
-            "{key} = {value} is not valid: expected {expected}.",
-            key=name,
-            value="null",
-            expected=Phrase("a value"),
-        )
+        raise bad_type(name, "null", Phrase("a value"))
     if value is False and "Strategy" in annotation:
         return "no"  # what YAML makes of `eval_strategy: no`
     for word, kind in (("float", float), ("int", int), ("bool", bool)):
@@ -638,25 +622,7 @@ def _checked_training(name: str, value: Any, annotation: str) -> Any:
             value = convert(name, value, kind)
     if annotation in ("<class 'str'>", "str | None") and type(value) in (int, float):
         value = str(value)  # `--run_name 7`
-    minimum = TRAINING_MINIMUM.get(name)
-    if minimum is not None and value < minimum:
-        raise UsageError(
-            "config.too_small",
-            "{key} = {value} is too small; the least is {minimum}.",
-            key=name,
-            value=value,
-            minimum=minimum,
-        )
-    below = TRAINING_BELOW.get(name)
-    if below is not None and value >= below:
-        raise UsageError(
-            "config.bad_range",
-            "{key} = {value} is not valid; it must be at least {minimum} and less than {below}.",
-            key=name,
-            value=value,
-            minimum=minimum or 0,
-            below=below,
-        )
+    _check_range(name, value, TRAINING_MINIMUM.get(name), TRAINING_BELOW.get(name))
     if name == "lr_scheduler_kwargs" and isinstance(value, Mapping):  # YAML reads 1e-6 as text
         numbers = {part: _number(text, float) for part, text in value.items() if isinstance(text, str)}
         value = {**value, **{part: number for part, number in numbers.items() if number is not None}}

@@ -354,25 +354,20 @@ def snapshot_of(folder: Path, revision: str | None = None) -> Path:
     there = sorted((root / "snapshots").glob("*/"), key=lambda path: path.stat().st_mtime)
     there = [path for path in there if any(path.iterdir())]
     found = _named_snapshot(root, revision or "main")
-    if found is None and (revision or not there):
-        missing = f"refs/{revision}" if revision else "snapshots/*"
+    if found is None and not revision and there:
+        found = there[-1]
+    if found is None:
+        missing = [f"refs/{revision}" if revision else "snapshots/*"]
+    else:
+        missing = [str(path.relative_to(found)) for path in found.rglob("*") if not path.exists()]
+    if found is None or missing:
         raise UsageError(
             "hub.no_snapshot",
             "{path} is a folder of a hub's cache, and what is needed is not in it: {missing} (snapshots there: "
             "{there}). Download it again, or copy it whole (cp -rL follows its links).",
             path=folder,
-            missing=missing,
-            there=", ".join(p.name for p in there) or "–",
-        )
-    found = found or there[-1]
-    if dangling := [str(path.relative_to(found)) for path in found.rglob("*") if not path.exists()]:
-        raise UsageError(
-            "hub.no_snapshot",
-            "{path} is a folder of a hub's cache, and what is needed is not in it: {missing} (snapshots there: "
-            "{there}). Download it again, or copy it whole (cp -rL follows its links).",
-            path=folder,
-            missing=", ".join(sorted(dangling)[:5]),
-            there=found.name,
+            missing=", ".join(sorted(missing)[:5]),
+            there=", ".join(path.name for path in there) or "–",
         )
     notice(
         "hub.followed",

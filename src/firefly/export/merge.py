@@ -248,22 +248,13 @@ def folder_to_write(save_path: str, keep: tuple[str, ...] = ()) -> Path:
     """
     path = Path(save_path).expanduser()
     kept = [Path(name).expanduser().resolve() for name in keep]
-    if any(path.resolve() in (folder, *folder.parents) for folder in kept):
-        raise UsageError(
-            "merge.save_path",
-            "save_path = {path} is not empty, or holds the base or the adapter. Choose another folder.",
-            path=path,
-        )
-    if path.exists() and not path.is_dir():
-        raise UsageError(
-            "merge.save_path",
-            "save_path = {path} is not empty, or holds the base or the adapter. Choose another folder.",
-            path=path,
-        )
-    path.mkdir(parents=True, exist_ok=True)
-    # What merges left that were killed, or failed.
-    held = {entry.name for entry in path.iterdir()} - {unfinished(path / RESULT).name, FAILED_REPORT}
-    if held and REPORT not in held:
+    taken = any(path.resolve() in (folder, *folder.parents) for folder in kept) or (path.exists() and not path.is_dir())
+    if not taken:
+        path.mkdir(parents=True, exist_ok=True)
+        # What merges left that were killed, or failed.
+        held = {entry.name for entry in path.iterdir()} - {unfinished(path / RESULT).name, FAILED_REPORT}
+        taken = bool(held) and REPORT not in held
+    if taken:
         raise UsageError(
             "merge.save_path",
             "save_path = {path} is not empty, or holds the base or the adapter. Choose another folder.",

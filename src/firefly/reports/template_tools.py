@@ -45,33 +45,27 @@ def read_request(source: str) -> dict[str, Any]:
     Raises:
         UsageError: no such file, no JSON, or no list of messages in it.
     """
+    request: Any = None
     try:
         data = sys.stdin.buffer.read() if source == "-" else Path(source).expanduser().read_bytes()
         request = json.loads(data.decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         problem = getattr(error, "strerror", None) or error
+    else:
+        messages = request.get("messages") if isinstance(request, dict) else None
+        if not isinstance(messages, list) or not messages:
+            problem = "messages"
+        elif any(not isinstance(item, dict) or not isinstance(item.get("role"), str) for item in messages):
+            problem = "role"
+        else:
+            problem = None
+    if problem is not None:
         raise UsageError(
             "templates.not_messages",
             '{path} must hold {{"messages": [{{"role", "content"}}, …], …}} as JSON: {problem}.',
             path=source,
             problem=problem,
-        ) from None
-    messages = request.get("messages") if isinstance(request, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise UsageError(
-            "templates.not_messages",
-            '{path} must hold {{"messages": [{{"role", "content"}}, …], …}} as JSON: {problem}.',
-            path=source,
-            problem="messages",
         )
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UsageError(
-                "templates.not_messages",
-                '{path} must hold {{"messages": [{{"role", "content"}}, …], …}} as JSON: {problem}.',
-                path=source,
-                problem="role",
-            )
     return request
 
 

@@ -86,23 +86,11 @@ def _read_list(window: _Window) -> Iterator[RawRecord]:
     while (character := window.skip(SPACE_OR_COMMA)) != "]":
         source = window.source
         if not character:
-            raise UsageError(
-                "data.broken_list",
-                "{place}: {problem}. What follows in this JSON list cannot be read. Correct it, or give one object a "
-                "line (.jsonl).",
-                place=source,
-                problem=Phrase("the JSON list is not closed by ]"),
-            )
+            raise _broken_list(source, Phrase("the JSON list is not closed by ]"))
         yield RawRecord(source, _decode_element(window))
     window.advance(window.position + 1)
     if window.skip(SPACE):
-        raise UsageError(
-            "data.broken_list",
-            "{place}: {problem}. What follows in this JSON list cannot be read. Correct it, or give one object a line "
-            "(.jsonl).",
-            place=window.source,
-            problem=Phrase("there is more text after the closing ]"),
-        )
+        raise _broken_list(window.source, Phrase("there is more text after the closing ]"))
 
 
 def _decode_element(window: _Window) -> Any:
@@ -110,21 +98,19 @@ def _decode_element(window: _Window) -> Any:
         return window.decode()
     except json.JSONDecodeError as error:
         source, column = window.place(error.pos)
-        raise UsageError(
-            "data.broken_list",
-            "{place}: {problem}. What follows in this JSON list cannot be read. Correct it, or give one object a line "
-            "(.jsonl).",
-            place=source,
-            problem=_problem(error, column),
-        ) from None
+        raise _broken_list(source, _problem(error, column)) from None
     except (ValueError, RecursionError) as error:
-        raise UsageError(
-            "data.broken_list",
-            "{place}: {problem}. What follows in this JSON list cannot be read. Correct it, or give one object a line "
-            "(.jsonl).",
-            place=window.source,
-            problem=_problem(error),
-        ) from None
+        raise _broken_list(window.source, _problem(error)) from None
+
+
+def _broken_list(place: Source, problem: Phrase) -> UsageError:
+    return UsageError(
+        "data.broken_list",
+        "{place}: {problem}. What follows in this JSON list cannot be read. Correct it, or give one object a line "
+        "(.jsonl).",
+        place=place,
+        problem=problem,
+    )
 
 
 def _read_single(window: _Window) -> RawRecord | None:

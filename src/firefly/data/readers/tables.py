@@ -67,17 +67,21 @@ def _rows(name: str, reader: Any) -> Iterator[tuple[int, list[str] | Phrase]]:
             return
         except csv.Error as error:
             if reader.line_num > line:
-                raise UsageError(
-                    "data.broken_table",
-                    "{place}: the row that begins here cannot be told from those after it: {problem}. Correct its "
-                    'quotation marks (a cell with "quotes" is written "a cell with ""quotes""").',
-                    place=Source(name, line),
-                    problem=error,
-                ) from None
+                raise _broken_row(Source(name, line), error) from None
             yield line, Phrase("the row cannot be read: {problem}", problem=error)
         else:
             if cells:
                 yield line, cells
+
+
+def _broken_row(place: Source, problem: object) -> UsageError:
+    return UsageError(
+        "data.broken_table",
+        "{place}: the row that begins here cannot be told from those after it: {problem}. Correct its quotation "
+        'marks (a cell with "quotes" is written "a cell with ""quotes""").',
+        place=place,
+        problem=problem,
+    )
 
 
 def _columns(name: str, rows: Iterator[tuple[int, list[str] | Phrase]]) -> list[str]:
@@ -85,13 +89,7 @@ def _columns(name: str, rows: Iterator[tuple[int, list[str] | Phrase]]) -> list[
     line, cells = next(rows, (1, []))
     place = Source(name, line)
     if isinstance(cells, Phrase):
-        raise UsageError(
-            "data.broken_table",
-            "{place}: the row that begins here cannot be told from those after it: {problem}. Correct its quotation "
-            'marks (a cell with "quotes" is written "a cell with ""quotes""").',
-            place=place,
-            problem=cells,
-        )
+        raise _broken_row(place, cells)
     if not _is_unicode("".join(cells)):
         raise UsageError(
             "data.not_utf8",
