@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from firefly.config import AdapterConfig
 from firefly.data.batching import pack
 from firefly.data.schema import IGNORE, Tokens
-from firefly.models.adapters import attach_adapter, lora_targets
+from firefly.models.adapters import ALL_LINEAR, attach_adapter, target_layers
 from firefly.models.attention import choose_layout
 from firefly.models.forwards import install_training_forwards
 from firefly.models.loading import embedded_model
@@ -114,7 +114,7 @@ def firefly_way(path: str) -> tuple[Any, LogP]:
 def transformers_way(path: str, dtype: torch.dtype, attention: str) -> tuple[Any, LogP]:
     """transformers' and peft's model, and an answer's log-probability by it, under autocast in 16 bit."""
     base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=lora_targets(base), task_type="CAUSAL_LM")
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=target_layers(base, ALL_LINEAR), task_type="CAUSAL_LM")
     model = filled(get_peft_model(base, config))
 
     def log_p(answer: Answer) -> float:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from firefly.caches import make_cache
 from firefly.cli import main
 from firefly.errors import UsageError
+from firefly.files import make_cache
 from firefly.models.loading import embedded_model
 from firefly.models.verdicts import known_activations, known_layout
 from firefly.objectives.reference import store

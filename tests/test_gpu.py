@@ -13,13 +13,13 @@ import torch
 
 from firefly.config import load_config
 from firefly.console import take_notices
-from firefly.data.schema import Segment
 from firefly.models.checkpointing import Checkpointing, install_checkpointing
 from firefly.models.compilation import OLDEST, TORCH
 from firefly.models.kernels import segment_attention
 from firefly.models.kernels.elementwise import implementation
 from firefly.models.kernels.segment_attention import attend, describe_attention
 from firefly.runs.metrics import read_metrics
+from firefly.segments import Segment
 from firefly.train import train
 from models.test_segment_attention import SEGMENTS, naive, random_heads
 from objectives import test_preference, test_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -14,13 +15,12 @@ from pathlib import Path
 import pytest
 
 import firefly
-from firefly import locks
 from firefly.console import take_notices
 from firefly.errors import UsageError
-from firefly.locks import Held, Holder, hold
+from firefly.files import Held, Holder, hold
 from firefly.runs.lock import only_run
 
-HOLDING = "import sys, time; from firefly.locks import hold\nwith hold(__import__('pathlib').Path(sys.argv[1])):\n"
+HOLDING = "import sys, time; from firefly.files import hold\nwith hold(__import__('pathlib').Path(sys.argv[1])):\n"
 
 
 @contextmanager
@@ -101,8 +101,12 @@ def test_a_lock_of_a_file_that_is_gone_guards_nothing(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "fcntl", None)
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
     take_notices()
     with hold(tmp_path / "lock") as held:
         assert not held

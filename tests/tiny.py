@@ -17,10 +17,11 @@ from torch import Tensor
 
 from firefly.config import AdapterConfig
 from firefly.data.examples import INDEX, ExampleCounts, index_entry
-from firefly.data.schema import IGNORE, Example, Segment, Source, TokenPair, Tokens
-from firefly.models.adapters import attach_adapter, lora_parameters, lora_targets
+from firefly.data.schema import IGNORE, Example, Source, TokenPair, Tokens
+from firefly.models.adapters import ALL_LINEAR, attach_adapter, target_layers, target_parameters
 from firefly.models.attention import choose_layout
 from firefly.models.forwards import install_training_forwards
+from firefly.segments import Segment
 
 VOCABULARY = 264
 WINDOW = 8
@@ -285,8 +286,8 @@ def with_plain_lora(model: Any, dropout: float = 0.0) -> Any:
         r=4,
         lora_alpha=8,
         lora_dropout=dropout,
-        target_modules=lora_targets(model),
-        target_parameters=lora_parameters(model) or None,
+        target_modules=target_layers(model, ALL_LINEAR),
+        target_parameters=target_parameters(model, ALL_LINEAR) or None,
         task_type="CAUSAL_LM",
     )
     return randomise_adapters(get_peft_model(model, settings))

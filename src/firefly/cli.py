@@ -14,6 +14,7 @@ import typer
 from firefly import ranks
 from firefly.console import hush_libraries, print_error, print_json, stdout_console, tolerate_encodings
 from firefly.errors import FireflyError
+from firefly.files import first_line
 
 app = typer.Typer(
     add_completion=False,
@@ -428,12 +429,11 @@ def main(arguments: list[str] | None = None) -> int:
             )
             return 2
         if _is_out_of_memory(error):
-            problem = next(iter(str(error).splitlines()), type(error).__name__)
             print_error(
                 translate(
                     "out of memory: {problem}. Lower tokens_per_microbatch or max_seq_length, set "
                     "gradient_checkpointing to true, or use train_mode qlora.",
-                    problem=problem,
+                    problem=first_line(error),
                 )
             )
         raise

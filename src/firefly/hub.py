@@ -18,9 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from firefly.caches import make_cache
 from firefly.console import notice
 from firefly.errors import UsageError
+from firefly.files import first_line, make_cache
 from firefly.translation import Phrase
 
 T = TypeVar("T")
@@ -264,8 +264,7 @@ def _patiently(question: Callable[[float], T]) -> T:
             raise error
         tries += 1
         if tries == TRIES or time.monotonic() + tries >= end:
-            problem = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise NoAnswer(f"HTTP {status}" if status else problem) from None
+            raise NoAnswer(f"HTTP {status}" if status else first_line(error)) from None
         time.sleep(tries)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import textwrap
 from dataclasses import replace
@@ -454,7 +455,10 @@ def test_a_preparation_that_fails_leaves_nothing_behind(write, encoder, monkeypa
 
 
 def test_without_locks_two_runs_that_prepare_at_once_share_one_result(write, encoder, monkeypatch, tmp_path):
-    monkeypatch.setattr("firefly.locks.fcntl", None)
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
     monkeypatch.setenv("FIREFLY_CACHE", str(tmp_path / "cache"))
     path = write(chat("q", "a"))
     encode = Encoder.tokenize

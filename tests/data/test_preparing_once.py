@@ -18,7 +18,7 @@ from firefly.data.dataset import cache_folder, load_split
 from firefly.data.encoding import Encoder
 from firefly.data.preparation import prepare, prepare_once
 from firefly.data.templates import bind_template
-from firefly.locks import hold
+from firefly.files import hold
 from tiny import tiny_tokenizer, write_rows
 
 

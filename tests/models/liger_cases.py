@@ -25,13 +25,14 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 from triton.runtime import interpreter
 
-from firefly.data.schema import Segment
-from firefly.models.attention import choose_layout, decoder
+from firefly.models.attention import choose_layout
 from firefly.models.kernels import elementwise, liger, rotary
 from firefly.models.kernels.gate import ACTIVATIONS, LigerGate, TorchGate
 from firefly.models.kernels.gated_mlp import install_gated_mlps
 from firefly.models.kernels.rms_norm import install_rms_norms
 from firefly.models.kernels.rotary import NAME, install_rotary
+from firefly.models.probing import decoder
+from firefly.segments import Segment
 from tiny import assert_same, gradients, tiny_model, with_our_lora
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_liger.py"

@@ -19,7 +19,7 @@ from firefly.config import AdapterConfig
 from firefly.data.batching import pack
 from firefly.errors import UsageError
 from firefly.models.adapter_loading import load_adapter
-from firefly.models.adapters import attach_adapter, lora_targets, saved_modules, target_layers
+from firefly.models.adapters import ALL_LINEAR, attach_adapter, saved_modules, target_layers
 from firefly.models.attention import choose_layout
 from firefly.models.heads import install_target_head
 from firefly.models.tokens import add_tokens, fit_embeddings
@@ -86,7 +86,9 @@ def grown(name: str, **changes: Any) -> Any:
 def test_loss_and_gradients_are_those_of_plain_peft(name: str, changes: dict[str, Any]) -> None:
     ours = shaken(attach_adapter(tiny_model(name), replace(LORA, **changes)))
     model = tiny_model(name)
-    theirs = shaken(get_peft_model(model, LoraConfig(**PLAIN, **changes, target_modules=lora_targets(model))))
+    theirs = shaken(
+        get_peft_model(model, LoraConfig(**PLAIN, **changes, target_modules=target_layers(model, ALL_LINEAR)))
+    )
     assert_same(loss_and_gradients(ours), loss_and_gradients(theirs), 1e-4)
     assert_same(loss_and_gradients(ours), loss_and_gradients(theirs), 1e-4)  # and again: nothing was used up
 
@@ -97,7 +99,7 @@ def test_modules_trained_whole_have_the_gradients_of_plain_peft(name: str) -> No
     model = tiny_model(name)
     plain = LoraConfig(
         **PLAIN,
-        target_modules=lora_targets(model),
+        target_modules=target_layers(model, ALL_LINEAR),
         modules_to_save=["lm_head", "model.norm"],
         ensure_weight_tying=name == "llama_tied",
     )
@@ -112,7 +114,9 @@ def test_new_rows_have_the_gradients_of_plain_peft(name: str) -> None:
     model = grown(name)
     ends = ["model.embed_tokens", *(["lm_head"] if name == "llama" else [])]
     plain = LoraConfig(
-        **PLAIN, target_modules=lora_targets(model), trainable_token_indices={end: list(NEW) for end in ends}
+        **PLAIN,
+        target_modules=target_layers(model, ALL_LINEAR),
+        trainable_token_indices={end: list(NEW) for end in ends},
     )
     theirs = shaken(get_peft_model(model, plain))
     examples = examples_with_new_tokens()
@@ -498,5 +502,5 @@ def test_a_layer_gets_an_adapter_if_rows_in_give_rows_out(kind: Any, adapted: bo
     model = tiny_model("llama").to(device)
     attention = model.model.layers[0].self_attn
     attention.o_proj = kind(16 if kind is Grouped else 32, 32, bias=False, device=device)
-    found = [name for name in lora_targets(model) if name.endswith("o_proj")]
+    found = [name for name in target_layers(model, ALL_LINEAR) if name.endswith("o_proj")]
     assert found == (["o_proj"] if adapted else [f"model.layers.{number}.self_attn.o_proj" for number in (1, 2)])

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from firefly.config import AdapterConfig
-from firefly.models.adapters import attach_adapter, count_parameters, lora_targets
+from firefly.models.adapters import ALL_LINEAR, attach_adapter, count_parameters, target_layers
 from firefly.models.kernels.lora_linear import install_lora_kernels
 from tiny import assert_same, gradients, random_examples, tiny_model
 
@@ -203,7 +203,7 @@ PROJECTIONS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj"
 )
 def test_every_linear_layer_but_the_head_gets_an_adapter(name: str, expected: list[str]) -> None:
     model = tiny_model(name)
-    assert lora_targets(model) == expected
+    assert target_layers(model, ALL_LINEAR) == expected
     wrapped = attach_adapter(model, AdapterConfig(mode="lora", rank=2))
     adapted = {path for path, module in wrapped.get_base_model().named_modules() if hasattr(module, "lora_A")}
     linear = {path for path, module in tiny_model(name).named_modules() if isinstance(module, (nn.Linear, Conv1D))}
@@ -221,7 +221,7 @@ def test_routers_and_shared_gates_get_no_adapter(name: str) -> None:
 def test_a_layer_that_shares_its_name_with_the_head_is_told_apart_by_its_path() -> None:
     model = tiny_model("llama")
     model.model.layers[0].mlp.lm_head = nn.Linear(32, 32)
-    targets = lora_targets(model)
+    targets = target_layers(model, ALL_LINEAR)
     assert "model.layers.0.mlp.lm_head" in targets
     assert "lm_head" not in targets
     wrapped = attach_adapter(model, AdapterConfig(mode="lora", rank=2))

@@ -15,8 +15,8 @@ import transformers
 from firefly.cli import main
 from firefly.config import ModelConfig
 from firefly.data.blocks import Blocks
-from firefly.models.attention import decoder
 from firefly.models.positions import Positions, positions_for
+from firefly.models.probing import decoder
 from firefly.reports.plan import make_plan
 from tiny import tiny_tokenizer
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from firefly.data.schema import Segment
 from firefly.models.kernels import segment_attention
 from firefly.models.kernels.segment_attention import BLOCK, GEMM_LONGEST, attend
+from firefly.segments import Segment
 from tiny import apart
 
 END = 60 + BLOCK + BLOCK + 9

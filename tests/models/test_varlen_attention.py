@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from firefly.data.schema import Segment
 from firefly.models.kernels import segment_attention, varlen_attention
 from firefly.models.kernels.segment_attention import attend
+from firefly.segments import Segment
 from models.test_segment_attention import (
     SEGMENTS,
     WIDTHS,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from firefly.models.attention import decoder
+from firefly.models.probing import decoder
 from firefly.objectives.router import (
     RouterSettings,
     count_choices,

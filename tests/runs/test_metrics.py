@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from firefly.objectives.trainers import Counts
-from firefly.runs.metrics import Pace, Progress, RunRecorder
+from firefly.runs.metrics import Counts, Pace, Progress, RunRecorder
 
 CPU = torch.device("cpu")
 ARGUMENTS = SimpleNamespace(device=CPU)

@@ -19,9 +19,10 @@ import torch
 
 from firefly.cli import main
 from firefly.errors import UsageError
+from firefly.files import is_write_failure, seal, unfinished
 from firefly.objectives.saving import SafeSaving
 from firefly.runs.checkpoints import checkpoints, missing_files, newest_complete
-from firefly.runs.folders import finish_replacing, is_write_failure, rotate, seal, unfinished
+from firefly.runs.folders import finish_replacing, rotate
 from firefly.runs.metrics import read_metrics
 from runs.forking import Run
 

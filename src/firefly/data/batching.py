@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from firefly.data.examples import ExampleCounts
-from firefly.data.schema import IGNORE, Segment, Source, Tokens, segment_positions
+from firefly.data.schema import IGNORE, Source, Tokens
+from firefly.segments import Segment, segment_positions
 
 
 @dataclass(frozen=True)

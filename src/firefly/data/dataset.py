@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from firefly.caches import cache_folder
 from firefly.config import DataConfig
 from firefly.data.blocks import Blocks
 from firefly.data.encoding import Encoder
@@ -31,6 +30,7 @@ from firefly.data.readers import read_records
 from firefly.data.schema import RawRecord
 from firefly.data.sources import DataSource, find_sources, repeat
 from firefly.errors import UsageError
+from firefly.files import cache_folder
 
 PREPARATION_KEYS = (
     "train_file",

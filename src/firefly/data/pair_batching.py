@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from firefly.data.batching import PackedBatch, empty_row, moved
-from firefly.data.schema import IGNORE, Segment, TokenPair, Tokens
+from firefly.data.schema import IGNORE, TokenPair, Tokens
+from firefly.segments import Segment
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
@@ -23,7 +21,6 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from firefly.caches import make_cache
 from firefly.config import DataConfig
 from firefly.console import notice
 from firefly.data.encoding import Encoder
@@ -63,7 +60,7 @@ from firefly.data.schema import (
     Tokens,
 )
 from firefly.data.templates import TemplateFailure
-from firefly.locks import Held, Holder, hold
+from firefly.files import Held, Holder, atomic_folder, hold, make_cache
 from firefly.translation import Phrase, translate
 
 CHUNK, CHUNK_CHARACTERS = 1000, 1 << 24
@@ -76,8 +73,7 @@ def prepare(
 ) -> None:
     """Write examples.arrow, index.npy, rows.npy and ledger.json into `folder`, which appears whole or not at all."""
     make_cache(folder.parent)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
+    with atomic_folder(folder) as scratch:
         lines = task == "pretrain" and config.text_documents == "line" and file.lower().endswith(".txt")
         preparation = Preparation(config, encoder, task, Ledger(file), WrappedLines() if lines else None)
         index, rows, count = [], [], 0
@@ -92,14 +88,6 @@ def prepare(
         np.save(scratch / "rows.npy", np.concatenate(rows) if rows else np.zeros(0, ROWS))
         stored = json.dumps(preparation.ledger.stored(), ensure_ascii=False)
         (scratch / "ledger.json").write_text(stored, encoding="utf-8", errors="backslashreplace")
-        scratch.chmod(0o777 & ~_umask())  # mkdtemp's folders are their maker's alone, and a cache may be shared
-        try:
-            scratch.rename(folder)
-        except OSError:  # another run prepared the same examples first: theirs are the same
-            if not (folder / "ledger.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def prepare_once(folder: Path, file: str, make: Callable[[], None]) -> None:
@@ -131,12 +119,6 @@ def prepare_once(folder: Path, file: str, make: Callable[[], None]) -> None:
             shutil.rmtree(folder, ignore_errors=True)  # without its last file it is not whole
             remove_scratch(folder)
         make()
-
-
-def _umask() -> int:
-    found = os.umask(0)
-    os.umask(found)
-    return found
 
 
 def _lock_of(folder: Path) -> Path:

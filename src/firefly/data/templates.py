@@ -76,10 +76,6 @@ class ChatTemplate:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     @cached_property
-    def prints_date(self) -> bool:
-        return "strftime_now" in self.text or "date_string" in self.text
-
-    @cached_property
     def system_role(self) -> SystemRole:
         """What the template does with a system prompt, found out by trying."""
         probe = "firefly-system"

@@ -40,6 +40,7 @@ from firefly.export.verification import (
     sample_update,
     wrong_updates,
 )
+from firefly.files import first_line, free_space, is_write_failure, make_empty, unfinished
 from firefly.models.adapter_loading import load_adapter
 from firefly.models.experts import dequantise_experts
 from firefly.models.kernels.expert_linear import expert_factors
@@ -62,7 +63,7 @@ from firefly.models.saved_adapter import (
     trained_in_4_bits,
 )
 from firefly.models.tokens import is_tied
-from firefly.runs.folders import RESULT, first_line, free_space, is_write_failure, make_empty, move_into, unfinished
+from firefly.runs.folders import RESULT, move_into
 from firefly.runs.passport import write_json
 from firefly.runs.records import read_object
 

@@ -396,19 +396,6 @@ def _last(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-def lora_targets(model: PreTrainedModel) -> list[str]:
-    """Every linear layer but the output head and MoE routers, found by module type.
-
-    Short names (`q_proj`) where they mean exactly these layers, as other tools expect them; whole paths otherwise.
-    """
-    return target_layers(model, ALL_LINEAR)
-
-
-def lora_parameters(model: PreTrainedModel) -> list[str]:
-    """The parameters that peft adapts by their names beside those layers."""
-    return target_parameters(model, ALL_LINEAR)
-
-
 def _all_linear(model: PreTrainedModel) -> set[str]:
     head = model.get_output_embeddings()
     linear = {name: module for name, module in model.named_modules() if _is_linear(module)}

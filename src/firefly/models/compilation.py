@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from firefly.data.schema import Segment
 from firefly.errors import UsageError
 from firefly.models.adapters import transformers_model
-from firefly.models.attention import NAME, decoder, segment_attention
+from firefly.models.attention import NAME, segment_attention
 from firefly.models.checkpointing import decoder_layers
+from firefly.models.probing import decoder
+from firefly.segments import Segment
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 OLDEST = (2, 13)

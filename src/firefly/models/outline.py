@@ -24,7 +24,6 @@ from firefly.errors import UsageError
 from firefly.models.adapters import attach_adapter, transformers_model
 from firefly.models.attention import choose_layout, refuse_textless
 from firefly.models.dry_run import NoDryRun, unreached_without_numbers
-from firefly.models.experts import expert_stacks
 from firefly.models.forwards import install_training_forwards
 from firefly.models.loading import as_quantised, load_failure, model_class, nf4_config, read_config
 from firefly.models.precision import Precision
@@ -59,10 +58,6 @@ class Outline:
     @property
     def architecture(self) -> str:
         return type(transformers_model(self.model)).__name__
-
-    @property
-    def has_experts(self) -> bool:
-        return any(True for _ in expert_stacks(self.model))
 
 
 def outline(config: Config, precision: Precision, rows: int = 0, new_tokens: Sequence[int] = ()) -> Outline:

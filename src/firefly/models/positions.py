@@ -12,10 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from firefly.config import ModelConfig
-from firefly.models.attention import decoder
 from firefly.models.dry_run import LiveBytes, without_numbers
 from firefly.models.loading import quiet_libraries, read_config
 from firefly.models.outline import make_witness
+from firefly.models.probing import decoder
 
 DECLARED = (
     *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_seq_length", "max_sequence_length"),

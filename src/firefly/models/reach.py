@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from firefly.models.attention import UnsupportedAttention, decoder, short_row
+from firefly.models.attention import UnsupportedAttention, short_row
 from firefly.models.checkpointing import decoder_layers
+from firefly.models.probing import decoder
 
 LONGER = 256
 """Tokens of a second row, where a layer seems to be used in part: some attend to blocks that a short row does not

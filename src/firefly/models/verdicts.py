@@ -20,9 +20,9 @@ import torch
 import transformers
 from torch import nn
 
-from firefly.caches import cache_folder, make_cache
 from firefly.console import notice
 from firefly.errors import UsageError
+from firefly.files import atomic_file, cache_folder, make_cache
 from firefly.models.attention import NAME, choose_layout
 from firefly.models.kernels.segment_attention import measure_crossover
 from firefly.models.memory import Activations, measure_activations
@@ -167,6 +167,5 @@ def _write(path: Path | None, verdict: dict[str, Any]) -> None:
     if path is None:
         return
     make_cache(path.parent)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(verdict), encoding="utf-8")
-    scratch.replace(path)
+    with atomic_file(path) as scratch:
+        scratch.write_text(json.dumps(verdict), encoding="utf-8")

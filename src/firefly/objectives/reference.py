@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from firefly.caches import cache_folder, make_cache
+from firefly.files import atomic_file, cache_folder, make_cache
 
 
 class Reference(Protocol):
@@ -100,9 +99,8 @@ def store(key: str, logps: Tensor, write: bool = True) -> np.ndarray:
         return values
     path = _path(key)
     make_cache(path.parent)
-    scratch = path.with_suffix(f".{os.getpid()}.partial.npy")  # runs that are started at once may write the same
-    np.save(scratch, values)
-    scratch.rename(path)
+    with atomic_file(path) as scratch, scratch.open("wb") as file:  # runs that are started at once may write the same
+        np.save(file, values)
     return values
 
 

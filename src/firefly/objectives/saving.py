@@ -21,18 +21,10 @@ from transformers.trainer_callback import ExportableState
 
 from firefly.console import notice
 from firefly.errors import UsageError
+from firefly.files import first_line, free_space, is_write_failure, make_empty, unfinished
 from firefly.models.adapters import transformers_model
 from firefly.runs.checkpoints import checkpoints, newest_complete, seal_checkpoint, stored_plan
-from firefly.runs.folders import (
-    RESULT,
-    first_line,
-    free_space,
-    is_write_failure,
-    make_empty,
-    move_into,
-    rotate,
-    unfinished,
-)
+from firefly.runs.folders import RESULT, move_into, rotate
 from firefly.runs.interruption import Interrupted, Interruption, resume_command
 from firefly.translation import Phrase, translate
 

@@ -41,6 +41,7 @@ from firefly.models.precision import Precision
 from firefly.objectives.engines import ENGINES, Engine, gathered
 from firefly.objectives.finite import ComputedStep, FiniteSteps
 from firefly.objectives.router import RouterSettings, count_choices, recorded_logits, router_loss, router_settings
+from firefly.runs.metrics import Counts
 
 EVALUATED_TOGETHER = 64
 """Held-out examples that are packed at a time: enough to fill the microbatches well."""
@@ -57,22 +58,6 @@ class StepOptions:
     layout: str
     on_nonfinite_loss: str = "stop"
     engine: Engine = ENGINES["single"]
-
-
-@dataclass
-class Counts:
-    """What all ranks have trained so far (a resumed run counts from where it resumed)."""
-
-    steps: int = 0
-    examples: int = 0
-    tokens: int = 0
-    targets: int = 0
-
-    def add(self, totals: StepTotals) -> None:
-        self.steps += 1
-        self.examples += totals.examples
-        self.tokens += totals.input_tokens
-        self.targets += totals.targets
 
 
 class StepTrainer(FiniteSteps, ABC):

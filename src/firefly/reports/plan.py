@@ -15,6 +15,7 @@ from firefly import ranks
 from firefly.config import Config, load_config
 from firefly.data.dataset import Split, load_split
 from firefly.errors import UsageError
+from firefly.files import first_line
 from firefly.models import choices as choosing
 from firefly.models.adapters import count_body, count_parameters, transformers_model
 from firefly.models.checkpointing import Checkpointing, decoder_layers, install_checkpointing
@@ -199,7 +200,7 @@ def _with_known_shape(config: Config, notes: list[str]) -> Config:
         shape = known_shape(config.model.name_or_path)
         if shape is None or error.code not in NOT_TO_BE_HAD:
             raise
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         notes.append(
             translate(
                 "the shapes of {name} are those that Firefly brings along: {reason}",
@@ -468,8 +469,3 @@ def plan_with(plan: Plan, config: Config, work: Work | None = None, rows: int = 
 def local_cards() -> int:
     """CUDA cards of this machine, or processes that share a step, if more."""
     return max(torch.cuda.device_count() if torch.cuda.is_available() else 0, ranks.world_size())
-
-
-def config_name(config_file: str) -> str:
-    """What the report calls the configuration."""
-    return Path(config_file).name if config_file else "–"

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from firefly.errors import UsageError
-from firefly.locks import Held, hold
+from firefly.files import Held, hold
 from firefly.ranks import is_first
 
 LOCK_FILE = ".firefly.lock"

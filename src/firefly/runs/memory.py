@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from firefly.models.memory import read_proc
+from firefly.files import read_proc
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from firefly.console import notice
-from firefly.objectives.trainers import Counts
+from firefly.data.batching import StepTotals
+from firefly.files import atomic_file, first_line
 from firefly.ranks import is_first
-from firefly.runs.folders import first_line
 from firefly.runs.memory import memory_in_use, peak_memory
 from firefly.runs.plots import LAST_DRAWING_SECONDS, draw_loss
 from firefly.runs.records import read_metrics
@@ -31,6 +32,22 @@ from firefly.translation import translate
 
 REDRAW_SECONDS = 30
 """The least time between two drawings of loss.png while a run goes on."""
+
+
+@dataclass
+class Counts:
+    """What all ranks have trained so far (a resumed run counts from where it resumed)."""
+
+    steps: int = 0
+    examples: int = 0
+    tokens: int = 0
+    targets: int = 0
+
+    def add(self, totals: StepTotals) -> None:
+        self.steps += 1
+        self.examples += totals.examples
+        self.tokens += totals.input_tokens
+        self.targets += totals.targets
 
 
 class Pace:
@@ -110,10 +127,9 @@ class RunRecorder(TrainerCallback):
             return  # nothing is left to train, and what was written stays
         lines = read_metrics(self.path) if state.global_step else []
         kept = [line for line in lines if line.get("step", 0) <= state.global_step and "train_loss" not in line]
-        with self.reporting(self.path.name):
-            scratch = self.path.with_name(f".{self.path.name}")
+        # Killed in between, the run still has its old lines.
+        with self.reporting(self.path.name), atomic_file(self.path) as scratch:
             scratch.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            scratch.replace(self.path)  # killed in between, the run still has its old lines
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.seconds_to_first_step is None:

@@ -19,6 +19,7 @@ import torch
 
 from firefly.console import take_notices
 from firefly.errors import FireflyError
+from firefly.files import atomic_file
 from firefly.ranks import is_first
 from firefly.runs.records import read_object
 from firefly.runs.state import FAILED, FINISHED, INTERRUPTED
@@ -46,11 +47,10 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON under a temporary name and rename it: a reader sees the whole file or none. The first rank writes."""
     if not is_first():
         return
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
     # A file name that is no UTF-8 has characters that cannot be written (PEP 383): as escapes they can, in JSON, too.
-    scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
-    scratch.replace(path)
+    with atomic_file(path) as scratch:
+        scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager

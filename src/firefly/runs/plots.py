@@ -15,6 +15,7 @@ from typing import Any
 
 import firefly
 from firefly.console import notice
+from firefly.files import atomic_file
 from firefly.runs.records import read_metrics, series
 
 LAST_DRAWING_SECONDS = 60
@@ -84,9 +85,8 @@ def paint_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     every[-1].set_xlabel("step")
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(scratch, dpi=120, format="png")
-    scratch.replace(path)
+    with atomic_file(path) as scratch:
+        figure.savefig(scratch, dpi=120, format="png")
 
 
 def _plot(axes: Any, name: str, points: dict[int, float], color: str) -> None:

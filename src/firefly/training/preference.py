@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from firefly.caches import cache_folder
 from firefly.config import Config
 from firefly.console import notice
 from firefly.data.dataset import Split
 from firefly.errors import UsageError
+from firefly.files import cache_folder
 from firefly.models.precision import Precision
 from firefly.objectives.engines import Engine
 from firefly.objectives.preference import PREFERENCE_LOSSES

@@ -12,6 +12,7 @@ from typing import Any, Concatenate, ParamSpec, cast
 
 from firefly.data.schema import RawRecord, Source
 from firefly.errors import UsageError
+from firefly.files import first_line
 
 BUFFER = 1 << 18
 GZIP_BUFFER = 1 << 16
@@ -80,13 +81,12 @@ def stops_at_damage(reader: Reader[Options]) -> Reader[Options]:
                 yield record
         except (OSError, EOFError, zlib.error) as error:
             place = record.source if record else Source(str(path), 1)
-            problem = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UsageError(
                 "data.damaged",
                 "{place}: from about here the file cannot be read: {problem}. It is damaged or incomplete, or not "
                 "what its name says. Copy or download it again.",
                 place=place,
-                problem=problem.rstrip("."),
+                problem=first_line(error).rstrip("."),
             ) from error
 
     return records

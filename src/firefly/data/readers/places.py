@@ -16,6 +16,7 @@ from firefly import hub as hubs
 from firefly.console import notice
 from firefly.data.readers import READERS, known_suffix
 from firefly.errors import UsageError
+from firefly.files import first_line
 
 DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:.+)?", re.ASCII)
 METADATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "configuration.json"}
@@ -294,7 +295,6 @@ def _hub_errors(place: str, key: str, hub: str) -> Iterator[None]:
     except UsageError:
         raise
     except Exception as error:
-        problem = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UsageError(
             "data.hub_failed",
             "{key} = {place} is neither a path here nor a dataset that {hub} gives out: {problem}\n"
@@ -303,5 +303,5 @@ def _hub_errors(place: str, key: str, hub: str) -> Iterator[None]:
             key=key,
             place=place,
             hub=hub,
-            problem=problem,
+            problem=first_line(error),
         ) from error

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from firefly.console import notice
 from firefly.models.precision import has_bf16
+from firefly.models.probing import agree
 
 Function = Callable[..., Tensor]
 
@@ -60,7 +61,7 @@ def trial(device: torch.device) -> str | None:
     """
     for dtype in (torch.float32, torch.bfloat16 if has_bf16(device) else torch.float16):
         for name, pairs in _results(device, dtype).items():
-            if not all(_close(*pair, tolerance=1e-4 if dtype == torch.float32 else 3e-2) for pair in pairs):
+            if not all(agree(*pair, computed=dtype) for pair in pairs):
                 return f"{name} in {dtype} differs"
     return None
 
@@ -121,9 +122,3 @@ def _with_gradients(function: Function, inputs: tuple[Tensor, ...], grad: Tensor
 
 def _beside(found: list[Tensor], expected: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(found, expected, strict=True))
-
-
-def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Whether the type is the same, and every number within `tolerance` of the array's largest."""
-    far = (found.float() - expected.float()).abs().max() > tolerance * expected.float().abs().max()
-    return found.dtype == expected.dtype and not bool(far)

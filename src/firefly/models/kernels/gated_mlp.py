@@ -23,6 +23,7 @@ from firefly.models.kernels.lora_linear import dense, is_plain_lora
 from firefly.models.kernels.products import in_type, scaled_product, wide_product
 from firefly.models.kernels.second_pass import in_second_pass
 from firefly.models.precision import compute_type
+from firefly.models.probing import agree, attempt, evaluating
 
 CPU_ROWS = 512
 """Rows of a chunk on a CPU: enough for matrix products at their rate."""
@@ -93,18 +94,9 @@ def _same_output(module: Any) -> Activation | None:
         base: Any = module.gate_proj
         width = base.in_features
         x = torch.linspace(-2, 2, 8 * width, device=parameter.device).sin().view(1, 8, width).to(_input_type(module))
-        was_training = module.training
-        module.eval()
-        try:
-            expected = type(module).forward(module, x)
-            given = _forward_with(known[0])(module, x)
-        except Exception:  # a block of another make: it keeps its own forward
-            return None
-        finally:
-            module.train(was_training)
-    tolerance = 1e-4 if x.dtype == torch.float32 else 2e-2
-    close = (expected.float() - given.float()).abs().max() <= tolerance * expected.float().abs().max()
-    return known[0] if close else None
+        with evaluating(module):  # a block of another make keeps its own forward
+            both = attempt(lambda: (_forward_with(known[0])(module, x), type(module).forward(module, x)))
+    return known[0] if both is not None and agree(*both, computed=x.dtype) else None
 
 
 def _input_type(module: Any) -> torch.dtype:

@@ -6,6 +6,7 @@ The model's own operations keep two or three arrays of the input's size in fp32.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from firefly.models.kernels.elementwise import implementation
+from firefly.models.probing import attempt, disagreement
 
 
 class Form(NamedTuple):
@@ -47,26 +49,18 @@ def _form_of(module: Any) -> Form | None:
     if epsilon is None or weight.device.type == "meta":
         return None
     x = torch.linspace(-2, 3, 3 * len(weight), device=weight.device).sin().view(1, 3, len(weight))
-    tolerances = {weight.dtype: 1e-2, torch.bfloat16: 1e-2, torch.float32: 1e-5}
-    worst = dict.fromkeys(FORMS, 0.0)  # of the error by its tolerance; the type of the result tells some forms apart
+    worst = dict.fromkeys(FORMS, 0.0)  # disagreement; the type of the result tells some forms apart
     with torch.no_grad():
         for dtype in {weight.dtype, torch.bfloat16}:
-            try:
-                expected = type(module).forward(module, x.to(dtype))
-                found = {form: RMSNorm.apply(x.to(dtype), weight, epsilon, form) for form in FORMS}
-            except Exception:  # a norm of another make: it keeps its own forward
+            given = x.to(dtype)
+            expected = attempt(partial(type(module).forward, module, given))
+            if expected is None:  # a norm of another make: it keeps its own forward
                 return None
-            for form, out in found.items():
-                worst[form] = max(worst[form], _distance(out, expected) / tolerances[dtype])
+            for form in FORMS:
+                found = RMSNorm.apply(given, weight, epsilon, form)
+                worst[form] = max(worst[form], disagreement(found, expected, computed=dtype))
     best = min(FORMS, key=lambda form: worst[form])
     return best if worst[best] <= 1 else None
-
-
-def _distance(found: Tensor, expected: Tensor) -> float:
-    if found.dtype != expected.dtype:
-        return float("inf")
-    size = expected.float().abs().max().clamp(min=1e-30)
-    return float((found.float() - expected.float()).abs().max() / size)
 
 
 def _epsilon(module: Any) -> float | None:

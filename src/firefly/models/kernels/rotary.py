@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from firefly.models.attention import first_call
 from firefly.models.kernels.elementwise import implementation
 from firefly.models.kernels.rotation import rotate
 from firefly.models.precision import has_bf16
+from firefly.models.probing import agree, first_call
 
 NAME = "apply_rotary_pos_emb"
 """What transformers calls it, in every modelling module: (q, k, cos, sin) → (q, k)."""
@@ -87,11 +87,8 @@ def _same_result(own: Rotary, arguments: tuple[Tensor, ...]) -> bool | None:
     keeps_type = _results(own, cases[1])[0].dtype == half
     for case in cases:
         expected, found = _results(own, case), _results(_choosing(own, keeps_type), case)
-        for ours, theirs in zip(found, expected, strict=True):
-            tolerance = 1e-5 if theirs.dtype == torch.float32 and case[0].dtype == torch.float32 else 2e-2
-            far = (ours.float() - theirs.float()).abs().max() > tolerance * theirs.float().abs().max()
-            if ours.dtype != theirs.dtype or bool(far):
-                return None
+        if not all(agree(*pair, computed=case[0].dtype) for pair in zip(found, expected, strict=True)):
+            return None
     return keeps_type
 
 

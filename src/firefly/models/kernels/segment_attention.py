@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from firefly.data.schema import Segment
 from firefly.models.kernels.varlen_attention import attend_varlen, device_has_kernel, is_supported
+from firefly.segments import Segment
 from firefly.translation import translate
 
 BLOCK = 256

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from firefly.data.schema import Segment
+from firefly.segments import Segment
 
 WIDEST_HEAD = 256
 LARGEST = 1 << 31
