@@ -12,7 +12,7 @@ import firefly
 ROOT = Path(firefly.__file__).parent
 
 ROOMS = (
-    ("", "messages", "ranks", "errors", "console", "files", "segments", "legacy", "config", "hub"),  # the ground
+    ("", "translation", "ranks", "errors", "console", "files", "segments", "legacy", "config", "hub"),  # the ground
     ("data",),
     ("models",),
     ("runs",),

@@ -56,7 +56,7 @@ class RunPlan:
     """Hash of the adapter that the run starts from."""
     prepared: dict[str, Any] = field(default_factory=dict)
     """What made the examples, to name the cause where `data` differs: hashes of template and tokenizer, of the data
-    files by their paths, of the code that prepares them, and configuration keys with their values."""
+    files with their paths, of the code that prepares them, and configuration keys with their values."""
     training: dict[str, Any] = field(default_factory=dict)
     """Keys that shape every step, and the precision, with their values."""
     total_steps: int = 0
@@ -352,8 +352,8 @@ def differences(stored: Mapping[str, Any], plan: RunPlan) -> dict[str, tuple[Any
 
 def _causes(then: Mapping[str, Any], today: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Why other examples were prepared: settings and files that differ, or else the code that prepares them."""
-    settings = {name: (then.get(name), value) for name, value in today.items() if name not in ("files", "code")}
-    before, now = then.get("files", {}), today["files"]
+    settings = {name: (then.get(name), value) for name, value in today.items() if name not in ("data", "code")}
+    before, now = dict(then["data"]), dict(today["data"])
     files = {name: (before.get(name), now.get(name)) for name in dict.fromkeys((*before, *now))}
     differing = {name: pair for name, pair in (settings | files).items() if pair[0] != pair[1]}
     code = then.get("code"), today["code"]

@@ -45,7 +45,7 @@ def run_plan(
         "template": encoder.template.hash,
         "tokenizer": encoder.tokenizer_hash,
         "date": encoder.template.date and encoder.template.date.isoformat(),
-        "files": examples.hashes,
+        "data": sorted(examples.hashes.items()),
         "code": code_hash(),
     }
     return RunPlan(
