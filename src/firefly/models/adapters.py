@@ -40,7 +40,7 @@ def attach_adapter(
     given: Collection[str] = (),
     added_tokens: Sequence[int] = (),
     unreached: Unreached | None = None,
-    tell: Callable[..., None] = notice,
+    notify: Callable[..., None] = notice,
 ) -> Any:
     """Return the model ready to train: itself with fp32 weights (full), or wrapped by peft with fp32 adapters.
 
@@ -52,14 +52,14 @@ def attach_adapter(
         added_tokens: those of the new tokens that this run gave to the tokenizer: an adapter to start from has never
             seen them.
         unreached: what text does not reach in the model; None: found by a short row.
-        tell: is given a message's code and values for what was left out.
+        notify: is given what `notice` takes, for what was left out.
 
     Raises:
         UsageError: a name that matches no layer or one that cannot have an adapter, or an adapter to start from that is
             none or does not fit.
     """
     unreached = known_unreached(model) if unreached is None else unreached
-    _tell_unreached(model, unreached, tell)
+    _note_unreached(model, unreached, notify)
     if config.mode == "full":
         model.requires_grad_(True)
         for name, parameter in model.named_parameters():
@@ -73,7 +73,7 @@ def attach_adapter(
         return wrapped
     from peft import get_peft_model
 
-    settings = _settings(model, config, new_tokens, unreached, tell)
+    settings = _settings(model, config, new_tokens, unreached, notify)
     try:
         wrapped = get_peft_model(model, settings, autocast_adapter_dtype=True)
     except (ValueError, TypeError, NotImplementedError) as error:
@@ -87,10 +87,10 @@ def attach_adapter(
     return _ready_to_train(wrapped, config.dropout)
 
 
-def _tell_unreached(model: PreTrainedModel, unreached: Unreached, tell: Callable[..., None]) -> None:
+def _note_unreached(model: PreTrainedModel, unreached: Unreached, notify: Callable[..., None]) -> None:
     count = sum(numbers_in(p) for name, p in model.named_parameters() if name in unreached.parameters)
     if count:
-        tell(
+        notify(
             "adapter.unreached",
             "text never reaches {names} ({count:,} parameters): they stay as they are, without adapters.",
             names=_listed(unreached.roots(model)),
@@ -111,13 +111,13 @@ def _settings(
     config: AdapterConfig,
     new_tokens: Sequence[int],
     unreached: Unreached,
-    tell: Callable[..., None],
+    notify: Callable[..., None],
 ) -> Any:
     """peft's configuration of a new adapter."""
     from peft import LoraConfig
 
     saved = saved_modules(model, config.modules_to_save, unreached)
-    targets = target_layers(model, config.target, saved, unreached, tell)
+    targets = target_layers(model, config.target, saved, unreached, notify)
     parameters = target_parameters(model, config.target, saved, unreached)
     if parameters and config.use_dora:
         raise UsageError(
@@ -289,11 +289,11 @@ def target_layers(
     request: str | Sequence[str],
     saved: Collection[str] = (),
     unreached: Unreached = REACHED,
-    tell: Callable[..., None] = notice,
+    notify: Callable[..., None] = notice,
 ) -> list[str]:
     """The layers that `lora_target` asks for, in the shortest names that mean them, but those that are trained whole.
 
-    "all-linear" leaves out what peft refuses, and `tell` is told so.
+    "all-linear" leaves out what peft refuses, and it is told to `notify`.
 
     Args:
         request: "all-linear", names (a list, or separated by commas), or one regular expression for whole paths.
@@ -314,7 +314,7 @@ def target_layers(
         )
     if refused:
         names = ", ".join(sorted({_last(name) for name in refused}))
-        tell(
+        notify(
             "adapter.refused_layers",
             "lora_target: {names} ({count} layers) get no adapter; peft refuses them in {architecture}.",
             names=names,
@@ -323,7 +323,7 @@ def target_layers(
         )
         chosen -= refused.keys()
     if request == ALL_LINEAR and (passed := _passed_by(model, saved, unreached)):
-        tell(
+        notify(
             "adapter.passed_by",
             "lora_target: {names} ({count} layers) get no adapter; the model uses their weights without calling them.",
             names=_listed(alike(passed)),

@@ -97,11 +97,11 @@ def outline(config: Config, precision: Precision, rows: int = 0, new_tokens: Seq
             new_tokens,
             config.given,
             unreached=unreached,
-            tell=lambda _, text, **values: notes.append(translate(text, **values)),
+            notify=lambda _, text, **values: notes.append(translate(text, **values)),
         )
     if config.adapter.mode != "full":
         small_adapter = AdapterConfig(mode="lora", rank=4, dropout=config.adapter.dropout)
-        witness = attach_adapter(witness, small_adapter, unreached=of_witness, tell=lambda *_, **__: None)
+        witness = attach_adapter(witness, small_adapter, unreached=of_witness, notify=lambda *_, **__: None)
     head = install_training_forwards(witness)
     inner, small = transformers_model(model), transformers_model(witness)
     inner.set_attn_implementation(str(small.config._attn_implementation))

@@ -225,8 +225,8 @@ class PassportReporter(TrainerCallback):
                 text = json.dumps(passport, indent=2, ensure_ascii=False)
                 board.tb_writer.add_text("run.json", "    " + text.replace("\n", "\n    "))  # Markdown's code
         for name in args.report_to:
-            if keep := TOLD.get(name):
-                keep(flat_passport(passport))
+            if tell := TOLD.get(name):
+                tell(flat_passport(passport))
 
 
 def flat_passport(passport: Mapping[str, Any]) -> dict[str, Any]:
