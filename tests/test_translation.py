@@ -145,6 +145,16 @@ def test_a_phrase_is_rendered_when_it_is_shown(monkeypatch: pytest.MonkeyPatch) 
     assert str(phrase) == "chosen：缺少 output"
 
 
+def test_a_phrase_keeps_what_an_exception_says_and_not_the_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A JSON error holds the text that it is about, and any error the frames that it came through."""
+    phrase = Phrase("the row cannot be read: {problem}", problem=ValueError(3))
+    assert phrase.values == {"problem": "3"}
+    inner = Phrase("{field} is missing", field="output")
+    phrase = Phrase("the row cannot be read: {problem}", problem=RuntimeError(inner))
+    monkeypatch.setenv("FIREFLY_LANG", "zh")
+    assert str(phrase) == "无法读取此行：缺少 output"
+
+
 def test_a_stored_phrase_is_the_phrase(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FIREFLY_LANG", "en")
     values = {"path": Path("a/b"), "count": np.int64(12345), "share": np.float32(0.5), "none": None, "yes": True}

@@ -44,7 +44,7 @@ class Phrase:
     Attributes:
         text: the English template, with named fields as `str.format` has them.
         values: of the fields. They are inserted as they are, never interpreted as a format: braces in user data stay
-            braces. One may itself be a phrase.
+            braces. One may itself be a phrase; of an exception what it says is kept, for it would keep its frames alive.
     """
 
     text: str
@@ -52,7 +52,7 @@ class Phrase:
 
     def __init__(self, text: str, /, **values: object) -> None:
         object.__setattr__(self, "text", text)
-        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "values", {name: _said(value) for name, value in values.items()})
 
     def __str__(self) -> str:
         template = chinese().get(self.text, self.text) if language() == "zh" else self.text
@@ -70,6 +70,12 @@ class Phrase:
             stored["text"],
             **{name: cls.from_json(value) if isinstance(value, dict) else value for name, value in values},
         )
+
+
+def _said(value: object) -> object:
+    if not isinstance(value, BaseException):
+        return value
+    return value.args[0] if len(value.args) == 1 and isinstance(value.args[0], Phrase) else str(value)
 
 
 def _plain(value: object) -> Any:
