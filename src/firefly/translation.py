@@ -44,7 +44,7 @@ class Phrase:
     Attributes:
         text: the English template, with named fields as `str.format` has them.
         values: of the fields. They are inserted as they are, never interpreted as a format: braces in user data stay
-            braces. One may itself be a phrase; of an exception what it says is kept, for it would keep its frames alive.
+            braces. One may itself be a phrase. Of an exception its text is kept: it would keep its frames alive.
     """
 
     text: str
