@@ -12,19 +12,8 @@ import firefly
 ROOT = Path(firefly.__file__).parent
 
 ROOMS = (
-    (
-        "",
-        "messages",
-        "ranks",
-        "errors",
-        "console",
-        "files",
-        "segments",
-        "legacy",
-        "arguments",
-        "config",
-        "hub",
-    ),  # the ground
+    # the ground
+    ("", "translation", "ranks", "errors", "console", "files", "segments", "legacy", "arguments", "config", "hub"),
     ("data",),
     ("models",),
     ("runs", "inference", "distributed"),

@@ -160,8 +160,8 @@ def test_legacy_notices_stand_on_stderr_before_the_result(capsys, trained, confi
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (UsageError("config.no_file", path="x"), 2),
-        (VerificationError("config.no_file", path="x"), 3),
+        (UsageError("config.no_file", "{path} does not exist.", path="x"), 2),
+        (VerificationError("merge.failed", "{path} differs.", path="x"), 3),
         (KeyboardInterrupt(), 130),
     ],
 )

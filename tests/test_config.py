@@ -415,7 +415,7 @@ def test_a_byte_order_mark_is_no_part_of_the_file(write, name):
 )
 def test_a_duplicate_key_is_named_with_its_line(write, text, name):
     path = write(text, name)
-    with pytest.raises(UsageError, match="twice") as caught:
+    with pytest.raises(UsageError, match="duplicate key") as caught:
         read_config_file(path)
     assert str(caught.value).startswith(f"{path}:3: ")
     assert "'seed'" in str(caught.value)

@@ -88,7 +88,7 @@ def test_a_resumed_run_names_its_checkpoint(run):
     ("error", "state", "code"),
     [
         (MemoryError("all gone"), "failed", "cli.out_of_memory"),
-        (UsageError("config.no_file", path="x"), "failed", "config.no_file"),
+        (UsageError("config.no_file", "{path} does not exist.", path="x"), "failed", "config.no_file"),
         (KeyboardInterrupt(), "interrupted", None),
     ],
 )

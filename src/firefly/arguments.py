@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from firefly.translation import Phrase
+
 
 @dataclass(frozen=True)
 class Treatment:
@@ -24,7 +26,7 @@ class Treatment:
 
     Attributes:
         how: one of the four.
-        by: the test that proves it; what reads it; the message that refuses it; why it changes nothing.
+        by: the test that proves it; what reads it; why it changes nothing.
         harmless: values that ask for nothing, besides null and TrainingArguments' default.
     """
 
@@ -41,8 +43,8 @@ def translated(by: str) -> Treatment:
     return Treatment("translated", by)
 
 
-def refused(message: str, *harmless: Any) -> Treatment:
-    return Treatment("refused", message, harmless)
+def refused(*harmless: Any) -> Treatment:
+    return Treatment("refused", "see REFUSALS", harmless)
 
 
 def without_effect(why: str, *harmless: Any) -> Treatment:
@@ -52,6 +54,42 @@ def without_effect(why: str, *harmless: Any) -> Treatment:
 UNREAD = "rows become examples before the loop sees them"
 NO_LOGITS = "an evaluation keeps sums, never logits"
 NO_UPLOAD = "nothing is uploaded (push_to_hub is refused)"
+
+REFUSALS: Mapping[str, Phrase] = {
+    "label_smoothing_factor": Phrase("{key} = {value} is not supported; remove it."),
+    "use_liger_kernel": Phrase(
+        "{key} = {value}: where liger-kernel is installed, its kernels are used on GPUs anyway. Remove the key."
+    ),
+    "neftune_noise_alpha": Phrase(
+        "{key} = {value} is not supported: its noise is scaled by the length of a batch, so that a row's "
+        "would depend on what it is packed with. Remove it."
+    ),
+    "auto_find_batch_size": Phrase(
+        "{key} = {value} would change how many examples make a step. Remove it: tokens_per_microbatch limits "
+        "memory without changing the step."
+    ),
+    "save_on_each_node": Phrase(
+        "{key} = {value} is not supported: the first rank saves for all. Remove it, and let output_dir lie on "
+        "a disk that all nodes share."
+    ),
+    "push_to_hub": Phrase("{key} = {value} is not supported; upload output_dir after training."),
+    "accelerator_config": Phrase(
+        "{key} = {value} is not supported: Firefly plans steps and their shares of the ranks itself. Remove it."
+    ),
+    "parallelism_config": Phrase(
+        "{key} = {value} is not supported: ranks share the examples of a step (fsdp and deepspeed also the "
+        "weights). Remove it."
+    ),
+    "train_sampling_strategy": Phrase(
+        '{key} = {value} is not supported: steps follow the seeded order ("shuffle": false keeps the '
+        "file's). Remove it."
+    ),
+    "ddp_static_graph": Phrase(
+        "{key} = {value} is not supported: ranks exchange gradients after the last microbatch of a step "
+        "alone, which torch takes for another graph. Remove it."
+    ),
+}
+"""Why a field is refused."""
 
 # fmt: off
 FIELDS: Mapping[str, Treatment] = {
@@ -73,7 +111,7 @@ FIELDS: Mapping[str, Treatment] = {
     "optim_target_modules": honoured("test_low_rank_optimizers_get_the_modules_that_are_named"),
     "average_tokens_across_devices": without_effect("a step's loss is always the mean over the targets of all ranks"),
     "max_grad_norm": honoured("test_gradients_are_clipped_and_their_norm_is_logged"),
-    "label_smoothing_factor": refused("refused.label_smoothing_factor", 0),
+    "label_smoothing_factor": refused(0),
     "bf16": translated("Firefly's own key (models.precision)"),
     "fp16": translated("Firefly's own key (models.precision)"),
     "bf16_full_eval": without_effect("an evaluation computes in the types of training"),
@@ -86,12 +124,12 @@ FIELDS: Mapping[str, Treatment] = {
     "torch_compile": translated("layers are compiled one by one (models.compilation)"),
     "torch_compile_backend": translated("layers are compiled one by one (models.compilation)"),
     "torch_compile_mode": translated("layers are compiled one by one (models.compilation)"),
-    "use_liger_kernel": refused("refused.use_liger_kernel"),
+    "use_liger_kernel": refused(),
     "liger_kernel_config": without_effect("it goes with use_liger_kernel, which is refused", {}),
     "use_cache": honoured("test_the_saved_model_says_whether_it_caches"),
-    "neftune_noise_alpha": refused("refused.neftune_noise_alpha", 0),
+    "neftune_noise_alpha": refused(0),
     "torch_empty_cache_steps": without_effect("memory is freed when a step needs it"),
-    "auto_find_batch_size": refused("refused.auto_find_batch_size"),
+    "auto_find_batch_size": refused(),
     "logging_strategy": honoured("test_logs_come_when_they_are_asked_for"),
     "logging_steps": honoured("test_logs_come_when_they_are_asked_for"),
     "logging_first_step": honoured("test_logs_come_when_they_are_asked_for"),
@@ -121,10 +159,10 @@ FIELDS: Mapping[str, Treatment] = {
     "save_only_model": honoured("test_a_checkpoint_of_the_model_alone_has_no_optimizer"),
     "save_strategy": honoured("test_checkpoints_come_when_they_are_asked_for"),
     "save_steps": honoured("test_checkpoints_come_when_they_are_asked_for"),
-    "save_on_each_node": refused("refused.save_on_each_node"),
+    "save_on_each_node": refused(),
     "save_total_limit": honoured("test_the_best_checkpoint_and_the_last_ones_are_kept"),
     "enable_jit_checkpoint": translated("a signal always leaves a checkpoint (runs.interruption)"),
-    "push_to_hub": refused("refused.push_to_hub"),
+    "push_to_hub": refused(),
     "hub_token": without_effect(NO_UPLOAD),
     "hub_private_repo": honoured("test_trackio_is_given_its_project_and_spaces"),
     "hub_model_id": without_effect(NO_UPLOAD),
@@ -140,8 +178,8 @@ FIELDS: Mapping[str, Treatment] = {
     "seed": honoured("test_train.py::test_the_same_seed_gives_the_same_run_and_another_seed_another"),
     "data_seed": honoured("test_train.py::test_data_seed_moves_the_order_alone"),
     "use_cpu": honoured("test_gpu.py::test_a_machine_with_a_card_trains_on_its_cpu_if_told_to"),
-    "accelerator_config": refused("refused.accelerator_config", {}),
-    "parallelism_config": refused("refused.parallelism_config", {}),
+    "accelerator_config": refused({}),
+    "parallelism_config": refused({}),
     "dataloader_drop_last": honoured("test_the_last_incomplete_step_can_be_left_out"),
     "dataloader_num_workers": honoured("test_the_data_loader_is_given_its_settings"),
     "dataloader_pin_memory": honoured("test_gpu.py::test_what_goes_to_the_card_is_pinned_unless_it_is_switched_off"),
@@ -151,12 +189,12 @@ FIELDS: Mapping[str, Treatment] = {
     "dataloader_in_order": without_effect("steps come in the planned order"),
     "remove_unused_columns": without_effect(UNREAD, False),
     "label_names": without_effect(UNREAD, []),
-    "train_sampling_strategy": refused("refused.train_sampling_strategy"),
+    "train_sampling_strategy": refused(),
     "length_column_name": without_effect(UNREAD),
     "ddp_find_unused_parameters": without_effect("all parameters that train get gradients in every step", False),
     "ddp_bucket_cap_mb": honoured("test_ranks_exchange_gradients_with_the_settings_of_ddp"),
     "ddp_broadcast_buffers": honoured("test_ranks_exchange_gradients_with_the_settings_of_ddp"),
-    "ddp_static_graph": refused("refused.ddp_static_graph", False),
+    "ddp_static_graph": refused(False),
     "ddp_backend": honoured("test_ranks_exchange_gradients_with_the_settings_of_ddp"),
     "ddp_timeout": honoured("test_ranks_exchange_gradients_with_the_settings_of_ddp"),
     "fsdp": translated("objectives.engines"),

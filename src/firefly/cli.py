@@ -80,10 +80,14 @@ def train_command(
         extra.insert(0, config)
         config = ""
     if config and train_args_file:
-        raise UsageError("cli.unexpected_argument", argument=config)
+        raise UsageError(
+            "cli.unexpected_argument",
+            "unexpected argument {argument!r}; options are written --key value.",
+            argument=config,
+        )
     source = config or train_args_file
     if not source:
-        raise UsageError("cli.no_config")
+        raise UsageError("cli.no_config", "no configuration given. Usage: firefly train CONFIG [--key value …]")
     with lasting_imports():
         resolved = load_config(source, parse_overrides(extra))
         from firefly.train import train
@@ -119,7 +123,7 @@ def check_command(
     else:
         check.show_check(checked, stdout_console())
     if checked.problem:
-        raise VerificationError("check.failed", problem=checked.problem)
+        raise VerificationError("check.failed", "a run would not start: {problem}", problem=checked.problem)
 
 
 @app.command("plan", context_settings=ANY_KEY)
@@ -143,7 +147,7 @@ def plan_command(
         extra.insert(0, config)
         config = ""
     if tflops is not None and not tflops > 0:
-        raise UsageError("plan.bad_rate", value=tflops)
+        raise UsageError("plan.bad_rate", "--tflops {value} is not valid; it must be above 0.", value=tflops)
     with lasting_imports():
         from firefly.reports import plan_view
         from firefly.reports.advice import advise
@@ -158,7 +162,12 @@ def plan_command(
         plan_view.show_plan(plan, advice, probed, stdout_console())
     if not plan.fits:
         total, available = plan_view.gib(plan.forecast.total), plan_view.gib(plan.forecast.available)
-        raise VerificationError("plan.failed", total=total, available=available)
+        raise VerificationError(
+            "plan.failed",
+            "the run needs {total} GiB and {available} GiB are available.",
+            total=total,
+            available=available,
+        )
 
 
 templates_app = typer.Typer(no_args_is_help=True, help="Chat templates: list, show, render, verify.")
@@ -208,7 +217,13 @@ def templates_render(
     from firefly.reports.template_tools import read_request, render_request
 
     if on_system not in ("merge", "error"):
-        raise UsageError("merge.bad_choice", option="on_system", value=on_system, choices="merge, error")
+        raise UsageError(
+            "merge.bad_choice",
+            "--{option} = {value!r}; choose one of: {choices}.",
+            option="on_system",
+            value=on_system,
+            choices="merge, error",
+        )
     rendered = render_request(name, read_request(messages), add_generation_prompt, on_system)
     if as_json:
         print_json(json.dumps(rendered, ensure_ascii=False))
@@ -243,7 +258,11 @@ def templates_verify(
     failed = [check.name for check in certificate.checks if not check.passed]
     if failed:
         raise VerificationError(
-            "certificate.exit", name=certificate.template, count=len(failed), checks=", ".join(failed)
+            "certificate.exit",
+            "the template {name} fails {count} check(s) on this tokenizer: {checks}.",
+            name=certificate.template,
+            count=len(failed),
+            checks=", ".join(failed),
         )
 
 
@@ -364,7 +383,7 @@ def runs_diff(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code (DESIGN.md, "Errors")."""
-    from firefly.messages import render
+    from firefly.translation import translate
 
     tolerate_encodings()
     hush_libraries()
@@ -382,19 +401,44 @@ def main(arguments: list[str] | None = None) -> int:
             show(file=sys.stderr)
             return 2
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            print_error(render("cli.disk_full", path=error.filename or error))
+            print_error(
+                translate(
+                    "no space is left on the disk, or the quota is used up: {path}. Free some space and start again.",
+                    path=error.filename or error,
+                )
+            )
             return 2
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            print_error(render("cli.not_permitted", path=error.filename or "–", problem=error.strerror or error))
+            print_error(
+                translate(
+                    "{path}: {problem}. Give this user the right to write there, or choose another folder (the cache "
+                    "moves with FIREFLY_CACHE).",
+                    path=error.filename or "–",
+                    problem=error.strerror or error,
+                )
+            )
             return 2
         if isinstance(error, UnicodeEncodeError):  # text that is printed or written never raises it, names of files do
-            print_error(render("cli.unencodable", name=error.object, encoding=error.encoding))
+            print_error(
+                translate(
+                    "{name}: the encoding {encoding} has no such file name. Use a UTF-8 locale, set PYTHONUTF8=1, or "
+                    "give the file or folder another name.",
+                    name=error.object,
+                    encoding=error.encoding,
+                )
+            )
             return 2
         if _is_out_of_memory(error):
-            print_error(render("cli.out_of_memory", problem=first_line(error)))
+            print_error(
+                translate(
+                    "out of memory: {problem}. Lower tokens_per_microbatch or max_seq_length, set "
+                    "gradient_checkpointing to true, or use train_mode qlora.",
+                    problem=first_line(error),
+                )
+            )
         raise
     if code == INTERRUPTED:
-        print_error(render("cli.interrupted"))
+        print_error(translate("interrupted."))
     ranks.leave(failed=code != 0)
     return code
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from firefly import arguments, legacy
 from firefly.console import notice, take_notices
 from firefly.errors import UsageError
-from firefly.messages import render
+from firefly.translation import Phrase
 
 
 def key(
@@ -229,10 +229,19 @@ def load_config(
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            raise UsageError("config.unknown_key", key=name, near=near[0] if near else "output_dir")
+            raise UsageError(
+                "config.unknown_key",
+                "unknown key {key!r}; did you mean {near!r}? Remove or correct it.",
+                key=name,
+                near=near[0] if near else "output_dir",
+            )
     missing = [name for name in required if not values.get(name)]
     if missing:
-        raise UsageError("config.missing_key", key=", ".join(missing))
+        raise UsageError(
+            "config.missing_key",
+            "required: {key}. Set it in the configuration or as --key value.",
+            key=", ".join(missing),
+        )
     overridden = set(map(legacy.today, overrides))
     given = {name: value for name, value in file.items() if legacy.today(name) not in overridden} | overrides
     config = _build(values, given)
@@ -248,16 +257,22 @@ def read_config_file(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UsageError("config.no_file", path=path) from None
+        raise UsageError("config.no_file", "configuration file {path} does not exist.", path=path) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError("config.unreadable", path=path, problem=error) from None
+        raise UsageError(
+            "config.unreadable", "cannot read configuration {path}: {problem}.", path=path, problem=error
+        ) from None
     parse = _parse_yaml if path.suffix.lower() in (".yaml", ".yml") else _parse_json
     try:
         return _checked_object(path, parse(path, text))
     except RecursionError:
-        raise UsageError("config.unreadable", path=path, problem="nested too deeply") from None
+        raise UsageError(
+            "config.unreadable", "cannot read configuration {path}: {problem}.", path=path, problem="nested too deeply"
+        ) from None
     except ValueError as error:  # a number of thousands of digits, a date that is none
-        raise UsageError("config.unreadable", path=path, problem=error) from None
+        raise UsageError(
+            "config.unreadable", "cannot read configuration {path}: {problem}.", path=path, problem=error
+        ) from None
 
 
 def _parse_json(path: Path, text: str) -> Any:
@@ -267,14 +282,26 @@ def _parse_json(path: Path, text: str) -> Any:
             if name in result:
                 places = [match.start() for match in re.finditer(re.escape(json.dumps(name)) + r"\s*:", text)]
                 line = text.count("\n", 0, places[-1] if places else 0) + 1
-                raise UsageError("config.duplicate_key", path=path, line=line, key=name)
+                raise UsageError(
+                    "config.duplicate_key",
+                    "{path}:{line}: duplicate key {key!r}. Keep one.",
+                    path=path,
+                    line=line,
+                    key=name,
+                )
             result[name] = value
         return result
 
     try:
         return json.loads(text, object_pairs_hook=build)
     except json.JSONDecodeError as error:
-        raise UsageError("config.bad_json", path=path, line=error.lineno, problem=error.msg) from None
+        raise UsageError(
+            "config.bad_json",
+            "{path}:{line}: the configuration is not valid: {problem}. Correct the syntax near this line.",
+            path=path,
+            line=error.lineno,
+            problem=error.msg,
+        ) from None
 
 
 def _parse_yaml(path: Path, text: str) -> Any:
@@ -288,7 +315,13 @@ def _parse_yaml(path: Path, text: str) -> Any:
             for name_node, _ in node.value:
                 name = str(name_node.value)
                 if name in names:
-                    raise UsageError("config.duplicate_key", path=path, line=name_node.start_mark.line + 1, key=name)
+                    raise UsageError(
+                        "config.duplicate_key",
+                        "{path}:{line}: duplicate key {key!r}. Keep one.",
+                        path=path,
+                        line=name_node.start_mark.line + 1,
+                        key=name,
+                    )
                 names.add(name)
             return super().construct_mapping(node, deep)
 
@@ -300,12 +333,20 @@ def _parse_yaml(path: Path, text: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
         problem = getattr(error, "problem", None) or error
-        raise UsageError("config.bad_json", path=path, line=line, problem=problem) from None
+        raise UsageError(
+            "config.bad_json",
+            "{path}:{line}: the configuration is not valid: {problem}. Correct the syntax near this line.",
+            path=path,
+            line=line,
+            problem=problem,
+        ) from None
 
 
 def _checked_object(path: Path, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise UsageError("config.not_an_object", path=path)
+        raise UsageError(
+            "config.not_an_object", '{path} must hold one object of keys and values: {{"key": value, …}}.', path=path
+        )
     return value
 
 
@@ -316,7 +357,11 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
     while position < len(arguments):
         argument = arguments[position]
         if not argument.startswith("--") or argument == "--":
-            raise UsageError("cli.unexpected_argument", argument=argument)
+            raise UsageError(
+                "cli.unexpected_argument",
+                "unexpected argument {argument!r}; options are written --key value.",
+                argument=argument,
+            )
         name, equals, value = argument[2:].partition("=")
         position += 1
         if not equals:
@@ -397,16 +442,24 @@ def has_held_out(data: DataConfig) -> bool:
 def stop_early(training: dict[str, Any]) -> None:
     """Early stopping keeps the best checkpoint: save when evaluating, by loss unless another metric is named."""
     if training.get("eval_strategy") == "no":
-        raise UsageError("config.no_evaluation")
+        raise UsageError(
+            "config.no_evaluation",
+            'early_stopping_patience watches the evaluation, but eval_strategy is "no"; remove eval_strategy.',
+        )
     training.setdefault("load_best_model_at_end", True)
     if training.get("metric_for_best_model") is None:
         training["metric_for_best_model"] = "loss"
     if "save_strategy" not in training:
         training["save_strategy"] = training.get("eval_strategy")
         if training["save_strategy"] == "epoch" and "save_steps" in training:
-            notice("key.no_effect", key="save_steps", setting="eval_strategy epoch")
+            notice(
+                "key.no_effect", "{key} has no effect with {setting}.", key="save_steps", setting="eval_strategy epoch"
+            )
     if training["save_strategy"] == "no" and training["load_best_model_at_end"]:
-        raise UsageError("config.no_saving")
+        raise UsageError(
+            "config.no_saving",
+            'early_stopping_patience keeps the best checkpoint, but save_strategy is "no"; remove save_strategy.',
+        )
     if training["save_strategy"] == training.get("eval_strategy") == "steps":
         training.setdefault("save_steps", training.get("eval_steps") or training["logging_steps"])
 
@@ -419,26 +472,36 @@ def _check_together(
     training: Mapping[str, Any],
 ) -> None:
     if isinstance(step.tokens_per_microbatch, str) and step.tokens_per_microbatch != "auto":
-        raise UsageError(
-            "config.bad_type",
-            key="tokens_per_microbatch",
-            value=step.tokens_per_microbatch,
-            expected='integer or "auto"',
-        )
+        raise bad_type("tokens_per_microbatch", step.tokens_per_microbatch, 'integer or "auto"')
     if precision.fp16 and precision.bf16:
-        raise UsageError("config.two_precisions")
+        raise UsageError("config.two_precisions", "fp16 and bf16 are both true; set one of them to false.")
     if data.eval_file and data.eval_ratio:
-        raise UsageError("config.two_held_outs")
+        raise UsageError("config.two_held_outs", "eval_file and eval_ratio are both set; keep one of them.")
     for name in ("eval_strategy", "eval_on_start", "load_best_model_at_end"):
         if not has_held_out(data) and training.get(name) not in (None, "no", False):
-            raise UsageError("config.no_eval_file", key=name, value=json.dumps(training[name], default=str))
+            raise UsageError(
+                "config.no_eval_file",
+                "{key} = {value} needs held-out data: set eval_file or eval_ratio, or remove {key}.",
+                key=name,
+                value=json.dumps(training[name], default=str),
+            )
     if evaluation.patience is not None and not has_held_out(data):
-        raise UsageError("config.no_eval_file", key="early_stopping_patience", value=evaluation.patience)
+        raise UsageError(
+            "config.no_eval_file",
+            "{key} = {value} needs held-out data: set eval_file or eval_ratio, or remove {key}.",
+            key="early_stopping_patience",
+            value=evaluation.patience,
+        )
 
 
 def _check_names(model: ModelConfig, adapter: AdapterConfig) -> None:
     if adapter.mode == "full" and adapter.name_or_path:
-        raise UsageError("adapter.with_full", value=adapter.name_or_path)
+        raise UsageError(
+            "adapter.with_full",
+            "adapter_name_or_path = {value} needs train_mode lora or qlora; full trains a model. Merge the adapter "
+            "first: firefly merge.",
+            value=adapter.name_or_path,
+        )
     for name, value in (
         ("lora_target", adapter.target),
         ("modules_to_save", adapter.modules_to_save or ()),
@@ -446,7 +509,7 @@ def _check_names(model: ModelConfig, adapter: AdapterConfig) -> None:
     ):
         texts = names_in(value)
         if any(not isinstance(text, str) or not text for text in texts) or (name == "lora_target" and not texts):
-            raise UsageError("config.bad_type", key=name, value=json.dumps(value), expected=render("type.names"))
+            raise bad_type(name, json.dumps(value), Phrase("a list of names"))
 
 
 def names_in(value: str | Sequence[str]) -> list[str]:
@@ -460,7 +523,7 @@ def _checked(name: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
     if value is None or (value == "" and spec.default is None):
         if spec.metadata["nullable"]:
             return None
-        raise UsageError("config.bad_type", key=name, value=json.dumps(value), expected=_kind_name(kind))
+        raise bad_type(name, json.dumps(value), _kind_name(kind))
     if name == "template_name" and value == "":
         return spec.default  # upstream writes "" for "not said"
     value = convert(name, value, kind)
@@ -468,12 +531,15 @@ def _checked(name: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
         value = tuple(value)
     if choices and value not in choices:
         shown = ", ".join(json.dumps(choice) for choice in choices)
-        raise UsageError("config.bad_choice", key=name, value=json.dumps(value), choices=shown)
-    if minimum is not None and not isinstance(value, (str, bool)) and not value >= minimum:
-        raise UsageError("config.too_small", key=name, value=value, minimum=minimum)
-    below = spec.metadata["below"]
-    if below is not None and not value < below:
-        raise UsageError("config.bad_range", key=name, value=value, minimum=minimum or 0, below=below)
+        raise UsageError(
+            "config.bad_choice",
+            "{key} = {value} is not valid; choose one of: {choices}.",
+            key=name,
+            value=json.dumps(value),
+            choices=shown,
+        )
+    if not isinstance(value, (str, bool)):
+        _check_range(name, value, minimum, spec.metadata["below"])
     return value
 
 
@@ -495,7 +561,37 @@ def convert(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:
         # A path or name made of digits comes off the command line as a number.
         if candidate is str and kinds == (str,) and type(value) in (int, float):
             return str(value)
-    raise UsageError("config.bad_type", key=name, value=json.dumps(value, default=str), expected=_kind_name(kind))
+    raise bad_type(name, json.dumps(value, default=str), _kind_name(kind))
+
+
+def bad_type(key: str, value: object, expected: object) -> UsageError:
+    return UsageError(
+        "config.bad_type",
+        "{key} = {value} is not valid: expected {expected}.",
+        key=key,
+        value=value,
+        expected=expected,
+    )
+
+
+def _check_range(key: str, value: Any, minimum: float | None, below: float | None) -> None:
+    if minimum is not None and not value >= minimum:
+        raise UsageError(
+            "config.too_small",
+            "{key} = {value} is too small; the least is {minimum}.",
+            key=key,
+            value=value,
+            minimum=minimum,
+        )
+    if below is not None and not value < below:
+        raise UsageError(
+            "config.bad_range",
+            "{key} = {value} is not valid; it must be at least {minimum} and less than {below}.",
+            key=key,
+            value=value,
+            minimum=minimum or 0,
+            below=below,
+        )
 
 
 def _number(value: Any, kind: type) -> int | float | None:
@@ -518,7 +614,7 @@ def _checked_training(name: str, value: Any, annotation: str) -> Any:
     if value is None:
         if "None" in annotation:
             return None
-        raise UsageError("config.bad_type", key=name, value="null", expected=render("type.value"))
+        raise bad_type(name, "null", Phrase("a value"))
     if value is False and "Strategy" in annotation:
         return "no"  # what YAML makes of `eval_strategy: no`
     for word, kind in (("float", float), ("int", int), ("bool", bool)):
@@ -526,22 +622,29 @@ def _checked_training(name: str, value: Any, annotation: str) -> Any:
             value = convert(name, value, kind)
     if annotation in ("<class 'str'>", "str | None") and type(value) in (int, float):
         value = str(value)  # `--run_name 7`
-    minimum = TRAINING_MINIMUM.get(name)
-    if minimum is not None and value < minimum:
-        raise UsageError("config.too_small", key=name, value=value, minimum=minimum)
-    below = TRAINING_BELOW.get(name)
-    if below is not None and value >= below:
-        raise UsageError("config.bad_range", key=name, value=value, minimum=minimum or 0, below=below)
+    _check_range(name, value, TRAINING_MINIMUM.get(name), TRAINING_BELOW.get(name))
     if name == "lr_scheduler_kwargs" and isinstance(value, Mapping):  # YAML reads 1e-6 as text
         numbers = {part: _number(text, float) for part, text in value.items() if isinstance(text, str)}
         value = {**value, **{part: number for part, number in numbers.items() if number is not None}}
     return value
 
 
-def _kind_name(kind: type | tuple[type, ...]) -> str:
-    codes = {str: "type.str", int: "type.int", float: "type.float", bool: "type.bool", list: "type.list"}
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    return f" {render('type.or')} ".join(render(codes[item]) for item in kinds)
+def _kind_name(kind: type | tuple[type, ...]) -> Phrase:
+    first, *others = kind if isinstance(kind, tuple) else (kind,)
+    name = KINDS[first]
+    for other in others:
+        name = Phrase("{first} or {second}", first=name, second=KINDS[other])
+    return name
+
+
+KINDS = {
+    str: Phrase("text"),
+    int: Phrase("integer"),
+    float: Phrase("number"),
+    bool: Phrase("true or false"),
+    list: Phrase("list"),
+}
+"""What the types of values are called."""
 
 
 def _flat_fields(section: Any) -> dict[str, Any]:
@@ -561,11 +664,23 @@ def refuse_what_is_not_done(config: Config) -> None:
     flat = config.flat()
     for name, treatment in arguments.FIELDS.items():
         if treatment.how == "refused" and arguments.asks_for_something(name, flat.get(name)):
-            raise UsageError(treatment.by, key=name, value=json.dumps(flat[name], default=str))
+            text = arguments.REFUSALS[name].text
+            raise UsageError(f"refused.{name}", text, key=name, value=json.dumps(flat[name], default=str))
     if IN_BACKWARD.fullmatch(str(flat.get("optim"))):
-        raise UsageError("refused.optim", key="optim", value=json.dumps(flat["optim"]))
+        raise UsageError(
+            "refused.optim",
+            "{key} = {value} is not supported: it moves the weights within the backward pass of each microbatch, "
+            "where a step here is clipped, looked at and applied whole. Choose another optimizer.",
+            key="optim",
+            value=json.dumps(flat["optim"]),
+        )
     if "tpu_metrics_debug" in (flat.get("debug") or ""):
-        raise UsageError("refused.debug", key="debug", value=json.dumps(flat["debug"]))
+        raise UsageError(
+            "refused.debug",
+            "{key} = {value} is not supported: there are no TPUs here. Remove it.",
+            key="debug",
+            value=json.dumps(flat["debug"]),
+        )
 
 
 PREFERENCE_KEYS = (*(spec.metadata["key"] for spec in dataclasses.fields(PreferenceConfig)), "max_prompt_length")
@@ -578,9 +693,17 @@ def check_preference(config: Config) -> None:
     if config.task_type != "dpo":
         return
     if not settings.beta:
-        raise UsageError("config.beta_zero", loss=settings.loss)
+        raise UsageError(
+            "config.beta_zero",
+            "beta = 0 leaves preference_loss {loss} without a signal; set it above 0.",
+            loss=settings.loss,
+        )
     if settings.label_smoothing and settings.loss not in SMOOTHED_LOSSES:
-        notice("preference.no_smoothing", loss=settings.loss)
+        notice(
+            "preference.no_smoothing",
+            "label_smoothing has no effect with preference_loss {loss}; robust, simpo and cpo use it.",
+            loss=settings.loss,
+        )
 
 
 # Keys that a setting leaves without effect: (setting, its value, keys).
@@ -619,23 +742,45 @@ def note_unused(config: Config, values: Mapping[str, Any]) -> None:
     for name in values:
         treatment = arguments.FIELDS.get(name)
         if treatment is None and name not in own:
-            notice("key.new", key=name)
+            notice(
+                "key.new",
+                "{key} is new in the transformers that is installed: it is handed on, and this version of Firefly may "
+                "not honour it.",
+                key=name,
+            )
         elif treatment and treatment.how == "without effect" and arguments.asks_for_something(name, flat[name]):
-            notice("key.unused", key=name)
+            notice("key.unused", "{key} has no effect: Firefly decides it by itself or has no use for it.", key=name)
     for tracker, names in TRACKER_KEYS.items():
         for name in names if tracker not in str(flat["report_to"]) else ():
             if name in values and arguments.asks_for_something(name, flat[name]):
-                notice("key.no_effect", key=name, setting=f"report_to without {tracker}")
+                notice(
+                    "key.no_effect",
+                    "{key} has no effect with {setting}.",
+                    key=name,
+                    setting=f"report_to without {tracker}",
+                )
     if values.get("optim_target_modules") and not re.match("galore|apollo", str(flat["optim"])):
-        notice("key.no_effect", key="optim_target_modules", setting=f"optim {flat['optim']}")
+        notice(
+            "key.no_effect",
+            "{key} has no effect with {setting}.",
+            key="optim_target_modules",
+            setting=f"optim {flat['optim']}",
+        )
     if config.evaluation.patience is None and config.evaluation.threshold:
-        notice("key.no_effect", key="early_stopping_threshold", setting="early_stopping_patience null")
+        notice(
+            "key.no_effect",
+            "{key} has no effect with {setting}.",
+            key="early_stopping_threshold",
+            setting="early_stopping_patience null",
+        )
     if config.task_type == "dpo":
         loss = config.preference.loss
         for name, losses in LOSSES_OF_KEY.items():
             if values.get(name) and loss not in losses:
-                notice("key.no_effect", key=name, setting=f"preference_loss {loss}")
+                notice(
+                    "key.no_effect", "{key} has no effect with {setting}.", key=name, setting=f"preference_loss {loss}"
+                )
     for setting, value, names in UNUSED:
         for name in names:
             if flat[setting] == value and name in values:
-                notice("key.no_effect", key=name, setting=f"{setting} {value}")
+                notice("key.no_effect", "{key} has no effect with {setting}.", key=name, setting=f"{setting} {value}")

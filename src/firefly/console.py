@@ -14,15 +14,15 @@ import sys
 import time
 import warnings
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from firefly import ranks
-from firefly.messages import render
+from firefly.translation import Phrase, translate
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_notices: list[dict[str, str]] = []
+_notices: list[tuple[str, Phrase]] = []
 
 
 def tolerate_encodings() -> None:
@@ -45,19 +45,22 @@ def print_json(text: str) -> None:
     print(text)
 
 
-def notice(code: str, **values: object) -> None:
+def notice(code: str, text: str, /, **values: object) -> None:
     """Print one line that says what Firefly did differently from what was asked, and remember it for run.json."""
-    text = render(code, **values)
-    _notices.append({"code": code, "message": text})
+    phrase = Phrase(text, **values)
+    _notices.append((code, phrase))
     if not ranks.is_first():
         return
     with suppress(OSError):  # a log file on a full disk: what is said there must not end a run
-        print(f"{render('label.notice')} {text}", file=sys.stderr, flush=True)
+        print(f"{translate('note:')} {phrase}", file=sys.stderr, flush=True)
 
 
-def take_notices() -> list[dict[str, str]]:
-    """Return the notices given so far and forget them, so that each run records its own."""
-    taken = list(_notices)
+def take_notices() -> list[dict[str, Any]]:
+    """Return the notices given so far, as run.json keeps them, and forget them, so that each run records its own.
+
+    `message` is for people who open the file; `text` and `values` let it be shown in another language.
+    """
+    taken = [{"code": code, "message": str(phrase), **phrase.as_json()} for code, phrase in _notices]
     _notices.clear()
     return taken
 
@@ -109,7 +112,7 @@ GPT-2's layout right by itself, and a step that was skipped is a notice of ours.
 
 
 def hush_libraries() -> None:
-    """Silence libraries' notes to their own developers; what concerns the user passes through the catalogue.
+    """Silence libraries' notes to their own developers; what concerns the user is said by notices of ours.
 
     FIREFLY_DEBUG=1 in the environment leaves all as it is, and Python's own PYTHONWARNINGS its warnings.
     """
@@ -133,4 +136,4 @@ def print_error(message: str) -> None:
     if not ranks.is_first():
         time.sleep(OTHERS_WAIT)
         message = f"[rank {ranks.rank()}] {message}"
-    print(f"{render('label.error')} {message}", file=sys.stderr, flush=True)
+    print(f"{translate('error:')} {message}", file=sys.stderr, flush=True)

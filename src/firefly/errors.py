@@ -1,21 +1,34 @@
-"""The three ways a command can end other than well (DESIGN.md, "Errors").
+"""The ways a command can end other than well (DESIGN.md, "Messages")."""
 
-Every error carries a message code of the catalogue (`messages.py`) and the values it names, so that the same
-fault reads well in every language and can be told apart by programs.
-"""
+from __future__ import annotations
 
-from firefly.messages import render
+from collections.abc import Mapping
+
+from firefly.translation import Phrase
 
 
 class FireflyError(Exception):
-    """An error that the user can act on: printed as one message, without a traceback."""
+    """An error that the user can act on: printed as one message, without a traceback.
+
+    Attributes:
+        code: names the fault for programs, whatever the language and the wording.
+        phrase: the message; `str(error)` is its text.
+    """
 
     exit_code = 2
 
-    def __init__(self, code: str, **values: object) -> None:
-        super().__init__(render(code, **values))
+    def __init__(self, code: str, text: str, /, **values: object) -> None:
+        super().__init__(code, text)
         self.code = code
-        self.values = values
+        self.phrase = Phrase(text, **values)
+
+    @property
+    def values(self) -> Mapping[str, object]:
+        """What the message names."""
+        return self.phrase.values
+
+    def __str__(self) -> str:
+        return str(self.phrase)
 
 
 class UsageError(FireflyError):

@@ -159,7 +159,11 @@ def hold(path: Path, waiting: Callable[[Holder], None] | None = None) -> Iterato
     """
     lock = FileLock(path, fallback_to_soft=False, on_acquired=_sign)
     if not _acquire(lock, path, waiting):
-        notice("lock.unavailable", path=path)
+        notice(
+            "lock.unavailable",
+            "{path}: this file system keeps no locks, so nothing prevents two processes from doing the same here.",
+            path=path,
+        )
         yield False
         return
     try:
@@ -227,7 +231,13 @@ def make_cache(folder: Path, variable: str = "FIREFLY_CACHE") -> Path:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise  # the disk is full: the cache is where it should be
         problem = error.strerror or error
-        raise UsageError("cache.unusable", path=folder, problem=problem, variable=variable) from None
+        raise UsageError(
+            "cache.unusable",
+            "the cache at {path} cannot be made or written: {problem}. Set {variable} to a folder that can.",
+            path=folder,
+            problem=problem,
+            variable=variable,
+        ) from None
     return folder
 
 

@@ -21,7 +21,7 @@ from typing import Any, NoReturn, TypeVar
 from firefly.console import notice
 from firefly.errors import UsageError
 from firefly.files import first_line, make_cache
-from firefly.messages import render
+from firefly.translation import Phrase
 
 T = TypeVar("T")
 
@@ -107,7 +107,16 @@ def incomplete(name: str, problem: str) -> UsageError:
     """What to say of a copy that lacks something."""
     from huggingface_hub import constants
 
-    return UsageError("hub.incomplete", name=name, hub=constants.ENDPOINT, problem=problem)
+    return UsageError(
+        "hub.incomplete",
+        "model_name_or_path = {name}: the copy in the cache is not whole ({problem}), and the hub {hub} could not be "
+        "asked for the rest.\n"
+        'Set HF_ENDPOINT to a mirror that can be reached (such as https://hf-mirror.com), use ModelScope ("hub": '
+        '"modelscope"), or give a local folder.',
+        name=name,
+        hub=constants.ENDPOINT,
+        problem=problem,
+    )
 
 
 @contextmanager
@@ -126,7 +135,16 @@ def offline() -> Iterator[None]:
 
 
 def unreachable(key: str, name: str, hub: str, problem: object) -> NoReturn:
-    raise UsageError("hub.unreachable", key=key, name=name, hub=hub, problem=problem) from None
+    raise UsageError(
+        "hub.unreachable",
+        "{key} = {name} is not a local path, and the hub {hub} could not be reached: {problem}\n"
+        'Set HF_ENDPOINT to a mirror that can be reached (such as https://hf-mirror.com), use ModelScope ("hub": '
+        '"modelscope", pip install modelscope), or give a local folder or file that was downloaded elsewhere.',
+        key=key,
+        name=name,
+        hub=hub,
+        problem=problem,
+    ) from None
 
 
 def _ask(question: Callable[[float], T], key: str, name: str, revision: str | None, copy: Path | None) -> T:
@@ -150,25 +168,51 @@ def _ask(question: Callable[[float], T], key: str, name: str, revision: str | No
         RevisionNotFoundError,
     )
 
-    values: dict[str, Any] = {"key": key, "name": name, "hub": constants.ENDPOINT}
+    asked: dict[str, Any] = {"key": key, "name": name, "hub": constants.ENDPOINT}
     try:
         return _patiently(question)
     except NoAnswer as error:
-        code, values["problem"] = "hub.unreachable", error
+        problem, refusal = error, None
     except RevisionNotFoundError:
-        raise UsageError("hub.no_revision", revision=revision, **values) from None
+        raise UsageError(
+            "hub.no_revision",
+            "{key} = {name}: the hub {hub} has no revision {revision} of it.",
+            revision=revision,
+            **asked,
+        ) from None
     except HfHubHTTPError as error:
-        status = values["status"] = error.response.status_code
-        values["problem"] = f"HTTP {status}"
+        status = error.response.status_code
+        problem, refusal = f"HTTP {status}", None
         if isinstance(error, GatedRepoError) or status == 403:
-            code = "hub.refused"
-        else:
-            known = isinstance(error, RepositoryNotFoundError) or status in (401, 404)
-            code = "hub.missing" if known else "hub.unreachable"
+            refusal = UsageError(
+                "hub.refused",
+                "{key} = {name}: the hub {hub} does not give it to you (HTTP {status}).\n"
+                "Accept its conditions at {hub}/{name}, and log in: hf auth login, or set HF_TOKEN.",
+                status=status,
+                **asked,
+            )
+        elif isinstance(error, RepositoryNotFoundError) or status in (401, 404):
+            refusal = UsageError(
+                "hub.missing",
+                "{key} = {name} is not a local path, and the hub {hub} does not know it, or keeps it private (HTTP "
+                "{status}).\n"
+                "Check the path or the name (org/name; the built-in model is smollm2-135m-instruct). For a private "
+                "one log in: hf auth login, or set HF_TOKEN.",
+                status=status,
+                **asked,
+            )
     if copy is None:
-        raise UsageError(code, **values)
-    notice("hub.copy", name=name, hub=constants.ENDPOINT, problem=values["problem"])
-    raise NoAnswer(values["problem"])
+        if refusal is not None:
+            raise refusal
+        unreachable(problem=problem, **asked)
+    notice(
+        "hub.copy",
+        "the hub {hub} could not be reached ({problem}); of {name} the copy in the cache is used.",
+        name=name,
+        hub=constants.ENDPOINT,
+        problem=problem,
+    )
+    raise NoAnswer(problem)
 
 
 def _model_answers(name: str, revision: str | None, seconds: float) -> None:
@@ -187,7 +231,7 @@ def _model_answers(name: str, revision: str | None, seconds: float) -> None:
         HfApi().model_info(name, revision=revision, timeout=seconds)
         return
     if found.commit_hash is None:
-        raise NoAnswer(render("hub.no_hub"))
+        raise NoAnswer(Phrase("what answers there is no hub (a proxy's or a login page, or a wrong HF_ENDPOINT)"))
 
 
 def _modelscope_answers(seconds: float) -> None:
@@ -211,7 +255,7 @@ def _patiently(question: Callable[[float], T]) -> T:
     while True:
         answer = _within(end - time.monotonic(), question)
         if answer is None:
-            raise NoAnswer(render("hub.no_answer", seconds=f"{limit:g}"))
+            raise NoAnswer(Phrase("no answer within {seconds} s", seconds=f"{limit:g}"))
         found, error = answer
         if error is None:
             return found  # type: ignore[return-value]
@@ -261,11 +305,24 @@ def _copy_or_place(key: str, name: str, revision: str | None, kind: str, offline
     try:
         validate_repo_id(name)
     except HFValidationError:
-        raise UsageError("hub.bad_id", key=key, name=name) from None
+        raise UsageError(
+            "hub.bad_id",
+            "{key} = {name} is not a local path, and no name that a hub could know. Check the path, or give an id "
+            "(org/name).",
+            key=key,
+            name=name,
+        ) from None
     kept = Path(constants.HF_HUB_CACHE)
     copy = _named_snapshot(kept / repo_folder_name(repo_id=name, repo_type=kind), revision or "main")
     if copy is None and offline:
-        raise UsageError("hub.offline", key=key, name=name, path=kept)
+        raise UsageError(
+            "hub.offline",
+            "{key} = {name} is not a local path and not in the cache {path}, and HF_HUB_OFFLINE forbids to ask a hub. "
+            "Unset it, or give a local folder or file.",
+            key=key,
+            name=name,
+            path=kept,
+        )
     if copy is None:
         make_cache(kept, "HF_HOME")
     return copy
@@ -296,11 +353,26 @@ def snapshot_of(folder: Path, revision: str | None = None) -> Path:
     there = sorted((root / "snapshots").glob("*/"), key=lambda path: path.stat().st_mtime)
     there = [path for path in there if any(path.iterdir())]
     found = _named_snapshot(root, revision or "main")
-    if found is None and (revision or not there):
-        missing = f"refs/{revision}" if revision else "snapshots/*"
-        raise UsageError("hub.no_snapshot", path=folder, missing=missing, there=", ".join(p.name for p in there) or "–")
-    found = found or there[-1]
-    if dangling := [str(path.relative_to(found)) for path in found.rglob("*") if not path.exists()]:
-        raise UsageError("hub.no_snapshot", path=folder, missing=", ".join(sorted(dangling)[:5]), there=found.name)
-    notice("hub.followed", path=folder, snapshot=found, count=len(there))
+    if found is None and not revision and there:
+        found = there[-1]
+    if found is None:
+        missing = [f"refs/{revision}" if revision else "snapshots/*"]
+    else:
+        missing = [str(path.relative_to(found)) for path in found.rglob("*") if not path.exists()]
+    if found is None or missing:
+        raise UsageError(
+            "hub.no_snapshot",
+            "{path} is a folder of a hub's cache, and what is needed is not in it: {missing} (snapshots there: "
+            "{there}). Download it again, or copy it whole (cp -rL follows its links).",
+            path=folder,
+            missing=", ".join(sorted(missing)[:5]),
+            there=", ".join(path.name for path in there) or "–",
+        )
+    notice(
+        "hub.followed",
+        "{path} is a folder of a hub's cache with {count} snapshot(s); {snapshot} is read.",
+        path=folder,
+        snapshot=found,
+        count=len(there),
+    )
     return found

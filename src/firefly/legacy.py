@@ -76,7 +76,12 @@ def translate(given: Mapping[str, Any], known: list[str], notice: Callable[..., 
     if "activation_checkpointing" in values:
         other = values.pop("activation_checkpointing")
         if values.setdefault("gradient_checkpointing", other) != other:
-            notice("legacy.both", old="activation_checkpointing", new="gradient_checkpointing")
+            notice(
+                "legacy.both",
+                "{old} is ignored: {new} is set too.",
+                old="activation_checkpointing",
+                new="gradient_checkpointing",
+            )
     for name, value in given.items():
         if name in known:
             continue
@@ -84,19 +89,19 @@ def translate(given: Mapping[str, Any], known: list[str], notice: Callable[..., 
             new = RENAMED[name]
             # Files sometimes carry both: today's spelling wins, but for warmup_steps 0, which used to mean "not set".
             if new in given and not (name == "warmup_ratio" and given[new] == 0):
-                notice("legacy.both", old=name, new=new)
+                notice("legacy.both", "{old} is ignored: {new} is set too.", old=name, new=new)
             else:
                 values[new] = value
-                notice("legacy.renamed", old=name, new=new)
+                notice("legacy.renamed", "{old} is read as {new}, its name today.", old=name, new=new)
         elif name in IGNORED and value not in (None, False, "", -1):
-            notice("legacy.ignored", old=name)
+            notice("legacy.ignored", "{old} has no effect any more and is ignored.", old=name)
         elif name == "adafactor" and value:
             values["optim"] = "adafactor"
-            notice("legacy.value", key="adafactor", old=True, new='optim "adafactor"')
+            notice("legacy.value", "{key} {old} is read as {new}.", key="adafactor", old=True, new='optim "adafactor"')
     optim = values.get("optim")
     if isinstance(optim, str) and optim in OPTIMIZERS:
         values["optim"] = OPTIMIZERS[optim]
-        notice("legacy.value", key="optim", old=optim, new=OPTIMIZERS[optim])
+        notice("legacy.value", "{key} {old} is read as {new}.", key="optim", old=optim, new=OPTIMIZERS[optim])
     if "report_to" in values and values["report_to"] in (None, []):
         values["report_to"] = "none"
     return values

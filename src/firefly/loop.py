@@ -25,7 +25,6 @@ from firefly.data.batching import ExampleList, Step, StepLoader
 from firefly.distributed.model import TrainableModel
 from firefly.errors import UsageError
 from firefly.evaluation import evaluate, held_out_steps
-from firefly.messages import render
 from firefly.models.adapters import transformers_model
 from firefly.models.checkpointing import decoder_layers, install_checkpointing
 from firefly.run import Run
@@ -44,6 +43,7 @@ from firefly.saving import (
     what_is_safe,
 )
 from firefly.tasks.base import ComputedStep, OutOfMemory
+from firefly.translation import Phrase, translate
 
 NAMED_ROWS = 20
 """Rows that a message names."""
@@ -190,13 +190,31 @@ def with_less_memory(
     tokens = int(steps.plan.counts.lengths[list(rows)].sum())
     if len(rows) > 1:
         choices = replace(choices, tokens_per_microbatch=min(tokens // 2, choices.tokens_per_microbatch))
-        notice("memory.halved", step=number, budget=choices.tokens_per_microbatch)
+        notice(
+            "memory.halved",
+            "step {step} ran out of memory and is retried; from now on microbatches hold up to {budget:,} tokens "
+            "(tokens_per_microbatch). What is trained stays the same.",
+            step=number,
+            budget=choices.tokens_per_microbatch,
+        )
     elif choices.checkpointed_layers < layers:
         choices = replace(choices, checkpointed_layers=layers)
-        notice("memory.checkpointed", step=number, tokens=tokens)
+        notice(
+            "memory.checkpointed",
+            "step {step} ran out of memory on one example of {tokens:,} tokens and is retried; from now on all layers "
+            "are recomputed in backward (gradient_checkpointing).",
+            step=number,
+            tokens=tokens,
+        )
     elif model.device.type == "cuda" and layers and not choices.offload:
         choices = replace(choices, offload=True)
-        notice("memory.offloaded", step=number, tokens=tokens)
+        notice(
+            "memory.offloaded",
+            "step {step} ran out of memory on one example of {tokens:,} tokens and is retried; from now on the inputs "
+            "of layers are kept in CPU memory, which is slower.",
+            step=number,
+            tokens=tokens,
+        )
     else:
         raise torch.OutOfMemoryError(f"one example of {tokens:,} tokens does not fit")
     model.choices = choices
@@ -234,7 +252,13 @@ def leave_out(going: Fit, computed: ComputedStep, before: RandomState) -> None:
     before.restore()
     if run.config.step.on_nonfinite_loss == "skip":
         progress.leave_out()
-        notice("loss.skipped", step=step, rows=rows)
+        notice(
+            "loss.skipped",
+            "step {step} is left out: its loss or the norm of its gradients is infinite or not a number. Its rows: "
+            "{rows}.",
+            step=step,
+            rows=rows,
+        )
         return
     # DeepSpeed has applied it already if its loss was finite, and its gradients alone were not.
     moved = model.backend.deepspeed and not computed.refused
@@ -242,7 +266,17 @@ def leave_out(going: Fit, computed: ComputedStep, before: RandomState) -> None:
         save_checkpoint(run.folder, model, run.tokenizer, going.observers)
     going.observers.tell("on_train_end")
     safe, command = what_is_safe(run.folder), resume_command(run.folder)
-    raise UsageError("loss.nonfinite", step=step, rows=rows, safe=safe, command=command)
+    raise UsageError(
+        "loss.nonfinite",
+        "step {step}: its loss or the norm of its gradients is infinite or not a number. No weight was changed by it. "
+        "{safe} Look at its rows: {rows}. If they are sound, start a new run with a lower learning_rate or "
+        "max_grad_norm, or with bf16 or fp32 in place of fp16. To go on without such steps: {command} "
+        "--on_nonfinite_loss skip",
+        step=step,
+        rows=rows,
+        safe=safe,
+        command=command,
+    )
 
 
 def name_rows(examples: ExampleList, computed: ComputedStep, world_size: int = 1) -> str:
@@ -260,7 +294,7 @@ def name_rows(examples: ExampleList, computed: ComputedStep, world_size: int = 1
     found = sorted(set(found), key=lambda source: (source.file, source.line))
     named = ", ".join(str(source) for source in found[:NAMED_ROWS])
     rest = len(found) - NAMED_ROWS
-    return named if rest <= 0 else render("loss.more_rows", rows=named, count=rest)
+    return named if rest <= 0 else translate("{rows} and {count} more", rows=named, count=rest)
 
 
 def stop_asked(going: Fit, signal: int) -> None:
@@ -276,8 +310,23 @@ def stop_asked(going: Fit, signal: int) -> None:
     going.observers.tell("on_train_end")
     command = resume_command(folder)
     if saved:
-        raise Interrupted("interrupted.saved", signal, step=step, path=checkpoint_folder(folder, step), command=command)
-    raise Interrupted("interrupted.not_saved", signal, step=step, safe=what_is_safe(folder), command=command)
+        raise Interrupted(
+            "interrupted.saved",
+            "stopped by {signal} after step {step}; {path} is saved. Go on with: {command}",
+            signal,
+            step=step,
+            path=checkpoint_folder(folder, step),
+            command=command,
+        )
+    raise Interrupted(
+        "interrupted.not_saved",
+        "stopped by {signal} after step {step}, whose checkpoint could not be written. {safe} Free some space, then "
+        "go on with: {command}",
+        signal,
+        step=step,
+        safe=what_is_safe(folder),
+        command=command,
+    )
 
 
 # ---- what observers ask for ----
@@ -381,7 +430,19 @@ def finish(going: Fit) -> dict[str, Any]:
                 shutil.rmtree(path, ignore_errors=True)
     going.observers.tell("on_train_end")
     if run.checkpoint and not progress.counts.steps:
-        notice("resume.nothing_left", path=run.checkpoint, steps=state.global_step)
+        notice(
+            "resume.nothing_left",
+            "{path} is the last of the {steps} steps already, so nothing was trained and the results stay as they "
+            "were. To train on, raise num_train_epochs or max_steps.",
+            path=run.checkpoint,
+            steps=state.global_step,
+        )
     if args.load_best_model_at_end and best and not checkpoint_folder(run.folder, best).is_dir():
-        notice("save.best_lost", step=best, used=kept or render("save.last_step"))
+        notice(
+            "save.best_lost",
+            "the best evaluation was at step {step}, of which there is no checkpoint: the result is {used}; let "
+            "save_steps be eval_steps.",
+            step=best,
+            used=kept or Phrase("what the last step left"),
+        )
     return going.recorder.results(metrics, progress.skipped, model.device)

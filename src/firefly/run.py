@@ -137,7 +137,11 @@ def open_run(config: Config) -> Iterator[Run]:
         check_positions(settled.model, data)
         check_best_metric(settled, kind.METRICS, data)
         if device.type == "cpu" and ranks.started_alone():
-            notice("engine.one_process")
+            notice(
+                "engine.one_process",
+                "accelerate launch started one process, which trains alone. On CPUs it starts several with "
+                "--multi_gpu, or use torchrun --nproc_per_node=N.",
+            )
         keep_few_kernels(kernels_kept(settled.task_type, data.train.counts.lengths, data.train.counts.targets))
         args = join_ranks(settled, backend, precision, device)
         checkpoint = ranks.from_first(find_checkpoint(folder, settled.resume_from_checkpoint))

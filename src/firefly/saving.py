@@ -24,13 +24,13 @@ from firefly.console import notice
 from firefly.distributed.model import TrainableModel
 from firefly.errors import UsageError
 from firefly.files import first_line, free_space, is_write_failure, make_empty, unfinished
-from firefly.messages import render
 from firefly.models.adapters import transformers_model
 from firefly.runs.checkpoints import checkpoints, newest_complete, seal_checkpoint, stored_plan
 from firefly.runs.folders import RESULT, move_into, rotate
 from firefly.runs.interruption import resume_command
 from firefly.runs.observers import Observers
 from firefly.runs.progress import Progress
+from firefly.translation import translate
 
 
 def attempt(model: TrainableModel, parts: Sequence[Callable[[], Any]]) -> str | None:
@@ -50,7 +50,7 @@ def attempt(model: TrainableModel, parts: Sequence[Callable[[], Any]]) -> str | 
                 break
     if not model.any_rank(problem is not None):
         return None
-    return problem or render("save.other_rank")
+    return problem or translate("another rank could not write")
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
@@ -97,7 +97,15 @@ def save_checkpoint(
                 setattr(state, name, value)
         if writes:
             shutil.rmtree(partial, ignore_errors=True)
-        notice("save.failed", path=folder, problem=problem, free=free_space(output_dir), safe=what_is_safe(output_dir))
+        notice(
+            "save.failed",
+            "{path} could not be written ({problem}; {free} free) and is left out; training goes on. {safe} Free some "
+            "space, or lower save_total_limit.",
+            path=folder,
+            problem=problem,
+            free=free_space(output_dir),
+            safe=what_is_safe(output_dir),
+        )
         return False
     if not model_only:
         progress.saved_at = step
@@ -111,7 +119,9 @@ def save_checkpoint(
 def what_is_safe(output_dir: Path) -> str:
     """A sentence on what a run has on the disk."""
     newest = newest_complete(output_dir)
-    return render("save.nothing_safe") if newest is None else render("save.safe", path=newest)
+    return (
+        translate("There is no complete checkpoint.") if newest is None else translate("{path} is safe.", path=newest)
+    )
 
 
 def save_result(output_dir: Path, model: TrainableModel, tokenizer: Any) -> None:
@@ -138,6 +148,8 @@ def save_result(output_dir: Path, model: TrainableModel, tokenizer: Any) -> None
             shutil.rmtree(gathered, ignore_errors=True)
         raise UsageError(
             "save.result_failed",
+            "the result could not be written to {path} ({problem}; {free} free). {safe} Free some space, then go on "
+            "with: {command}",
             path=output_dir,
             problem=problem,
             free=free_space(output_dir),

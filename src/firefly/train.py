@@ -7,7 +7,6 @@ from pathlib import Path
 from firefly.config import Config
 from firefly.console import stderr_console
 from firefly.loop import fit
-from firefly.messages import render
 from firefly.run import open_run
 from firefly.runs.memory import keep_freed_memory
 from firefly.runs.passport import recorded_end
@@ -15,6 +14,7 @@ from firefly.saving import save_result
 from firefly.setup.banner import show_before_training
 from firefly.setup.build import build_model
 from firefly.setup.records import write_records, write_results
+from firefly.translation import translate
 
 
 def train(config: Config) -> Path:
@@ -34,5 +34,5 @@ def train(config: Config) -> Path:
             results = fit(run, model)
             save_result(run.folder, model, run.tokenizer)
             write_results(run, facts, results)
-        stderr_console().print(render("train.done", path=run.folder), soft_wrap=True)
+        stderr_console().print(translate("done: the result is in {path}", path=run.folder), soft_wrap=True)
         return run.folder

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from firefly.config import DataConfig
 from firefly.data import dataset, preparation
-from firefly.data.dataset import cache_folder, fingerprint, hash_file, load_split
+from firefly.data.dataset import cache_folder, cache_key, hash_file, load_split
 from firefly.data.encoding import Encoder
 from firefly.data.examples import Examples
 from firefly.data.ledger import Ledger
@@ -25,7 +25,6 @@ from firefly.data.preparation import fit
 from firefly.data.schema import IGNORE, Tokens
 from firefly.data.templates import bind_template
 from firefly.errors import UsageError
-from firefly.messages import render
 
 
 @pytest.fixture
@@ -158,8 +157,8 @@ def test_the_ledger_is_the_same_after_writing_and_reading(write, encoder):
     ledger = load_examples(
         write(chat("q", "a"), "{", chat("q", "a" * 500)), DataConfig(max_seq_length=64, **FREE), encoder
     ).ledger
-    stored = json.loads(json.dumps(ledger.as_dict()))
-    assert Ledger.from_dict(stored) == ledger
+    stored = json.loads(json.dumps(ledger.stored()))
+    assert Ledger.from_stored(stored) == ledger
     assert stored["format"] == "firefly"
 
 
@@ -391,10 +390,10 @@ def test_a_second_load_reads_the_cache_and_tokenises_nothing(write, encoder, mon
 
 def test_the_cache_knows_everything_that_shapes_an_example(write, encoder, chatml_tokenizer, monkeypatch):
     path = Path(write(chat("q", "a")))
-    seen = {fingerprint(path, DataConfig(), encoder, "sft", None, hash_file(path))}
+    seen = {cache_key(path, DataConfig(), encoder, "sft", None, hash_file(path))}
 
     def is_new(config: DataConfig = DataConfig(), changed: Encoder = encoder) -> bool:  # noqa: B008
-        key = fingerprint(path, config, changed, "sft", None, hash_file(path))
+        key = cache_key(path, config, changed, "sft", None, hash_file(path))
         new = key not in seen
         seen.add(key)
         return new
@@ -420,7 +419,7 @@ def test_the_cache_knows_everything_that_shapes_an_example(write, encoder, chatm
     monkeypatch.setenv("LC_ALL", "C")
     assert not is_new()  # English, as before
     monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
-    assert is_new()
+    assert not is_new()  # findings are stored as phrases
     path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     assert is_new()
     monkeypatch.setattr(dataset, "code_hash", lambda: "other code")
@@ -432,9 +431,13 @@ def test_findings_of_the_cache_are_in_the_language_of_the_reader(write, encoder,
     config = DataConfig(max_malformed_rows=1)
     english = load_examples(path, config, encoder).ledger.findings[0].message
     monkeypatch.setenv("FIREFLY_LANG", "zh")
-    chinese = load_examples(path, config, encoder).ledger.findings[0].message
+    monkeypatch.setattr(preparation, "prepare", None)  # what was prepared in English is shown in Chinese
+    monkeypatch.setattr(dataset, "prepare", None)
+    split = load_split(replace(config, train_file=path), encoder)
+    finding = split.train.ledger.findings[0]
     assert english.startswith("not valid JSON")
-    assert chinese.startswith("不是有效的 JSON")
+    assert finding.message.startswith("不是有效的 JSON")
+    assert split.report()["findings"][0]["message"] == finding.message
 
 
 def test_a_preparation_that_fails_leaves_nothing_behind(write, encoder, monkeypatch, tmp_path):
@@ -504,11 +507,9 @@ def test_the_first_token_is_no_target_for_nothing_predicts_it(write, encoder):
     assert examples.targets.tolist() == [3, 2]
 
 
-def test_the_ledger_message_is_rendered_from_the_catalogue():
+def test_the_summary_of_a_ledger_is_one_line():
     ledger = Ledger("f", rows=3, kept=3, examples=3, tokens=1000, target_tokens=250)
-    assert ledger.summary() == render(
-        "data.summary", file="f", rows=3, kept=3, cut=0, lost="0", tokens="1,000", share="25%"
-    )  # fmt: skip
+    assert ledger.summary() == "data: f: 3 rows, 3 kept, 0 cut, lost: 0; 1,000 tokens, 25% trained"
 
 
 # ---- held-out rows ----

@@ -395,9 +395,9 @@ def test_texts_keep_their_order_whichever_way_they_are_encoded(encoder):
 def test_the_signs_that_mark_typed_text_cannot_be_typed_themselves(encoder):
     stop = encoder.template.stop_tokens[0]
     for typed in (f"{ALIAS}{stop}{ALIAS}", f"<{BREAK}|im_end|>", ALIAS, OPEN, f"a{CLOSE}b"):
-        with pytest.raises(TemplateFailure, match="set aside for programs"):
+        with pytest.raises(TemplateFailure, match="reserved for internal use"):
             encode(encoder, turns(typed, "a"))
-        with pytest.raises(TemplateFailure, match="set aside for programs"):
+        with pytest.raises(TemplateFailure, match="reserved for internal use"):
             encoder.encode_prompt(turns(typed, "a")[:1])
 
 

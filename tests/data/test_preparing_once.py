@@ -46,7 +46,7 @@ def test_the_others_wait_and_take_what_the_first_has_made(
         assert waits.wait(30)
         original(*arguments)
 
-    def note(code: str, **values: Any) -> None:
+    def note(code: str, text: str, **values: Any) -> None:
         said.append((code, values["file"]))
         if len(said) == 2:
             waits.set()

@@ -138,9 +138,9 @@ def test_duplicates_overlap_and_empty_or_repeated_answers_are_findings(write, en
     assert (ledger.rows, ledger.kept) == (16, 16)
     said = {(finding.cause, finding.line): finding.message for finding in ledger.findings}
     assert said[("duplicate", 3)] == f"the same as {train}:1"
-    assert said[("in_eval_file", 4)] == f"the same as {held}:1, which is held out"
+    assert said[("in_eval_file", 4)] == f"the same as {held}:1 of the evaluation data"
     assert ("empty_answer", 2) in said
-    assert said[("repeated_answer", 5)] == "this answer stands in 12 rows"
+    assert said[("repeated_answer", 5)] == "this answer occurs in 12 rows"
     assert len(said) == 4
     assert split.held_out is not None
     assert split.held_out.ledger.counts == {"duplicate": 1}

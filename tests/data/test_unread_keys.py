@@ -52,7 +52,7 @@ def test_a_key_without_a_reader_is_one_finding_with_its_name_and_how_many_rows_h
     assert (ledger.kept, ledger.counts["unread_key"]) == (4, 4)
     keys = "explanation (1 row(s)), messages[].note (1 row(s)), nested (1 row(s)), kind (2 row(s))"
     assert f"not read: what stands under {keys}" in ledger.summary()
-    assert Ledger.from_dict(json.loads(json.dumps(ledger.as_dict()))) == ledger
+    assert Ledger.from_stored(json.loads(json.dumps(ledger.stored()))) == ledger
 
 
 def test_the_summary_of_several_files_adds_their_rows_up_and_stays_one_line(tmp_path: Path) -> None:

@@ -360,7 +360,9 @@ def test_the_adapters_own_settings_hold_and_what_differs_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[dict[str, Any]] = []
-    monkeypatch.setattr("firefly.models.adapters.notice", lambda code, **values: said.append({"code": code} | values))
+    monkeypatch.setattr(
+        "firefly.models.adapters.notice", lambda code, text, **values: said.append({"code": code} | values)
+    )
     folder = saved(attach_adapter(tiny_model("llama"), replace(LORA, target=("q_proj",))), tmp_path / "adapter")
     attach_adapter(tiny_model("llama"), AdapterConfig(mode="lora", name_or_path=str(folder)))
     assert said == []

@@ -207,10 +207,10 @@ class Listed:
     """Documents of these lengths, of two sources."""
 
     def __init__(self, lengths: list[int], sources: list[int]) -> None:
-        self.index = np.array([(n,) for n in lengths], dtype=[("length", "<i4")])
+        self.index = np.array([(n, 0) for n in lengths], dtype=[("length", "<i4"), ("digest", "<u8")])
         self.sources = np.array(sources)
         self.files, self.ledgers, self.ledger, self.names = [], [], None, []
-        self.content = self.fingerprint = ""
+        self.fingerprint, self.hashes = "", {}
 
 
 @pytest.mark.parametrize("isolated", [True, False])

@@ -13,9 +13,12 @@ import pytest
 
 import firefly
 from firefly.cli import main
+from firefly.console import notice, take_notices
+from firefly.errors import UsageError
 from firefly.reports.run_diff import compare_losses, compare_runs, shortened
 from firefly.reports.runs import BLOCKS, clock, sparkline
-from firefly.runs.records import open_run
+from firefly.runs.passport import describe_error
+from firefly.runs.records import open_run, read_object
 from run_folders import CONFIG, PASSPORT, RESULTS, write_run
 
 LOSSES = {step: 3.0 - step / 10 for step in range(1, 21)}
@@ -123,6 +126,23 @@ def test_a_failed_run_shows_its_error(capsys):
     write_run(Path("run"), LOSSES, state="failed", error=error)
     assert "cli.out_of_memory: no [bytes] left" in run(capsys, "show", "run")[1]
     assert json.loads(run(capsys, "show", "run", "--json")[1])["error"] == error
+
+
+def test_what_a_run_recorded_is_shown_in_the_language_of_the_reader(capsys, monkeypatch):
+    monkeypatch.setenv("FIREFLY_LANG", "en")
+    take_notices()
+    notice("resume.from", "resuming from {path}.", path=Path("out/checkpoint-8"))
+    told = [*take_notices(), {"code": "old", "message": "of an earlier version"}, {"text": "{x}", "values": 3}]
+    error = describe_error(
+        UsageError("config.no_file", "configuration file {path} does not exist.", path=Path("x.json"))
+    )
+    write_run(Path("run"), LOSSES, state="failed", notices=told, error=error)
+    monkeypatch.setenv("FIREFLY_LANG", "zh")
+    shown = run(capsys, "show", "run")[1]
+    assert "从 out/checkpoint-8 继续训练。" in shown
+    assert "config.no_file: 配置文件 x.json 不存在。" in shown
+    assert "of an earlier version" in shown
+    assert read_object(Path("run/run.json"))["notices"][0]["message"] == "resuming from out/checkpoint-8."
 
 
 def test_a_run_as_json_has_its_files_and_curves(capsys):
@@ -239,7 +259,7 @@ def test_what_changes_training_comes_first_and_most_telling_first(capsys):
     assert "base model 4444444444… 8888888888…" in out
     assert "the same: task, train_mode, template, tokenizer, hardware" in out
     assert "examples per step 8 16" in out
-    assert "rows, examples, tokens and targets are equal in number" in out
+    assert "the hash of the data covers the prepared examples" in out
 
 
 def test_runs_that_differ_in_nothing_say_so(capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -15,12 +16,15 @@ import pytest
 import torch
 
 from firefly.config import load_config
+from firefly.data import dataset, preparation
 from firefly.data.batching import StepPlan, StepSettings
 from firefly.data.examples import ExampleCounts
+from firefly.data.schema import Tokens
 from firefly.errors import UsageError
 from firefly.runs.checkpoints import checkpoints
 from firefly.runs.metrics import read_metrics
 from firefly.saving import load_random_state
+from firefly.setup import identity
 from firefly.train import train
 from runs.forking import Run
 from tiny import prepared, random_examples, save_tiny_model, tiny_tokenizer, write_rows
@@ -111,7 +115,7 @@ def test_steps_of_the_past_are_not_planned_again() -> None:
     assert time.perf_counter() - began < 2
 
 
-def test_a_resumed_run_plans_only_what_it_trains(run: Run, stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_identity_only_what_it_trains(run: Run, stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planned: list[int] = []
     original = StepPlan.plan
 
@@ -151,6 +155,70 @@ def test_a_run_goes_on_with_the_day_on_which_it_began(
     assert json.loads((third / "run.json").read_text())["template"]["date"] != today.isoformat()
 
 
+def test_a_run_that_began_in_english_goes_on_in_chinese(
+    run: Run, stopped: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert os.environ["FIREFLY_LANG"] == "en"
+    monkeypatch.setenv("FIREFLY_LANG", "zh")
+    out = run(resume_from_checkpoint=True)
+    assert "继续训练" in notices(out)["resume.from"]
+    assert result(out) == result(whole)
+    assert losses(out) == losses(whole)
+
+
+def count_preparations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    prepared: list[str] = []
+    original = dataset.prepare
+
+    def prepare(records: Any, file: str, *arguments: Any) -> None:
+        prepared.append(file)
+        original(records, file, *arguments)
+
+    monkeypatch.setattr(dataset, "prepare", prepare)
+    return prepared
+
+
+def patch_data_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (dataset, identity):
+        monkeypatch.setattr(module, "code_hash", lambda: "patched")
+
+
+def test_a_patch_of_data_code_that_leaves_the_examples_alone_goes_on(
+    run: Run, stopped: Path, whole: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patch_data_code(monkeypatch)
+    prepared = count_preparations(monkeypatch)
+    out = run(resume_from_checkpoint=True)
+    assert prepared == [str(place / "train.jsonl")]  # the cache is of the old code
+    assert result(out) == result(whole)
+
+
+def test_a_patch_of_data_code_that_changes_the_examples_is_refused_as_such(
+    run: Run, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FIREFLY_CACHE", str(tmp_path / "cache"))
+    patch_data_code(monkeypatch)
+    original = preparation.fit
+
+    def fit(tokens: Tokens, *arguments: Any) -> Tokens | None:
+        return original(Tokens(tokens.input_ids[1:], tokens.labels[1:]), *arguments)
+
+    monkeypatch.setattr(preparation, "fit", fit)
+    with pytest.raises(UsageError) as refusal:
+        run(resume_from_checkpoint=True)
+    assert refusal.value.code == "resume.changed"
+    assert "(code: " in str(refusal.value)
+    assert "→ patched)" in str(refusal.value)
+
+
+def test_the_same_rows_at_another_place_are_the_same_data(
+    run: Run, stopped: Path, whole: Path, place: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text("\n" + (place / "train.jsonl").read_text())  # a blank line is no row
+    assert result(run(resume_from_checkpoint=True, train_file=str(moved))) == result(whole)
+
+
 # ---- what differs, by name ----
 
 
@@ -165,7 +233,7 @@ def folder_with_other_tokenizer(model: Path, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("what", "named"),
     [
-        ("data", "data: "),
+        ("data", "{place}/train.jsonl: "),
         ("template", "template: "),
         ("tokenizer", "tokenizer: "),
         ("base weights", "base_weights: "),
@@ -204,7 +272,7 @@ def test_what_changed_is_named_and_nothing_else(
         if what == "data":
             (place / "train.jsonl").write_bytes(original)
     said = str(refusal.value)
-    assert f"({named}" in said
+    assert f"({named.format(place=place)}" in said
     assert said.count("→") == 1
     assert "resume_anyway: true" in said
 

@@ -95,11 +95,17 @@ def test_a_run_from_before_states_were_recorded_is_finished_if_its_results_are_n
     [
         (None, "finished", None),
         (KeyboardInterrupt(), "interrupted", None),
-        (Stopped("cli.interrupted"), "interrupted", None),
+        (Stopped("cli.interrupted", "interrupted."), "interrupted", None),
         (
-            UsageError("config.no_file", path="x"),
+            UsageError("config.no_file", "configuration file {path} does not exist.", path="x"),
             "failed",
-            {"code": "config.no_file", "type": "UsageError", "message": "configuration file x does not exist."},
+            {
+                "code": "config.no_file",
+                "type": "UsageError",
+                "message": "configuration file x does not exist.",
+                "text": "configuration file {path} does not exist.",
+                "values": {"path": "x"},
+            },
         ),
         (
             torch.OutOfMemoryError("too much"),
@@ -115,7 +121,7 @@ def test_the_end_of_a_run_is_in_its_passport_and_an_error_goes_on(tmp_path, erro
 
     def end() -> None:
         with recorded_end(folder):
-            notice("plots.failed", path="loss.png", problem="no ink")
+            notice("plots.failed", "{path} could not be drawn: {problem}.", path="loss.png", problem="no ink")
             if error:
                 raise error
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from firefly.data.examples import ExampleCounts, Examples
+from firefly.data.examples import ExampleCounts, Examples, digest
 from firefly.data.schema import Source, Tokens
 
 
@@ -16,6 +16,7 @@ class Blocks:
 
     Attributes:
         documents: the documents, each ending in EOS.
+        fingerprint: hash of the blocks in their order, as that of `Examples`.
         isolated: whether a document (or the part of one that a block holds) is a segment of its own; otherwise a block
             is one segment and documents see those before them, as classic pretraining has it.
     """
@@ -25,8 +26,7 @@ class Blocks:
         self.size = size
         self.isolated = isolated
         self.files, self.ledgers, self.ledger = documents.files, documents.ledgers, documents.ledger
-        self.names, self.content = documents.names, documents.content
-        self.fingerprint = f"{documents.fingerprint}-{size}-{'isolated' if isolated else 'joined'}"
+        self.names, self.hashes = documents.names, documents.hashes
         lengths = documents.index["length"].astype(np.int64)
         self._ends = np.cumsum(lengths)  # of documents in the stream
         self._starts = self._ends - lengths
@@ -36,6 +36,8 @@ class Blocks:
         self._first = np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)  # each block's place
         lasts = [np.append(span[1:], opens[n + 1]) for n, span in enumerate(spans)]
         self._last = np.concatenate(lasts) if lasts else np.zeros(0, dtype=np.int64)
+        stream = digest(documents.index["digest"], self._first, self._last)
+        self.fingerprint = f"{stream}-{'isolated' if isolated else 'joined'}"
         source_of = [np.full(len(span), documents.sources[borders[n]]) for n, span in enumerate(spans)]
         self.sources = np.concatenate(source_of).astype(np.int32) if spans else np.zeros(0, dtype=np.int32)
         self.counts = self._count()

@@ -137,8 +137,17 @@ def recheck(folder: Path, encoder: Encoder, force: bool = False) -> None:
         return
     values = {"path": folder / FILE_NAME, "name": encoder.template.name, "trained": stored.get("template")}
     if not force:
-        raise UsageError("certificate.mismatch", **values)
-    notice("certificate.forced", **values)
+        raise UsageError(
+            "certificate.mismatch",
+            "{path}: this model was trained with the template {trained}; with {name} its prompts would be other ids "
+            "than those it learnt. Use the template and tokenizer saved with it (--template_name auto), or --force.",
+            **values,
+        )
+    notice(
+        "certificate.forced",
+        "{path}: trained with the template {trained}, used with {name}: the prompts differ from those it learnt.",
+        **values,
+    )
 
 
 def read_certificate(folder: Path) -> dict[str, Any] | None:

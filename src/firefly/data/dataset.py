@@ -31,7 +31,6 @@ from firefly.data.schema import RawRecord
 from firefly.data.sources import DataSource, find_sources, repeat
 from firefly.errors import UsageError
 from firefly.files import cache_folder
-from firefly.messages import language
 
 PREPARATION_KEYS = (
     "train_file",
@@ -48,7 +47,7 @@ PREPARATION_KEYS = (
     "train_on",
     "allow_special_in_content",
 )
-"""Configuration keys that an examples' fingerprint is a hash of, beside files, template and tokenizer."""
+"""Configuration keys that shape examples, beside files, template and tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +87,24 @@ def load_split(config: DataConfig, encoder: Encoder, task: TaskName = "sft", hub
         UsageError: no such place, a file that is not what its name says, or a key with an impossible value.
     """
     if not config.train_file:
-        raise UsageError("config.missing_key", key="train_file")
+        raise UsageError(
+            "config.missing_key", "required: {key}. Set it in the configuration or as --key value.", key="train_file"
+        )
     if config.data_format not in ("auto", *FORMATS):
         known = ", ".join(("auto", *FORMATS))
-        raise UsageError("config.bad_choice", key="data_format", value=json.dumps(config.data_format), choices=known)
+        raise UsageError(
+            "config.bad_choice",
+            "{key} = {value} is not valid; choose one of: {choices}.",
+            key="data_format",
+            value=json.dumps(config.data_format),
+            choices=known,
+        )
     if task == "pretrain" and encoder.tokenizer.eos_token_id is None:
-        raise UsageError("data.no_eos")
+        raise UsageError(
+            "data.no_eos",
+            "task_type pretrain puts the tokenizer's EOS token between documents, and this tokenizer has none. Set "
+            "eos_token in its tokenizer_config.json.",
+        )
     limit_tokenizer_threads(config.tokenize_num_workers)
     loader = _Loader(config, encoder, task)
     sources = find_sources(config.train_file, "train_file", hub)
@@ -117,7 +128,12 @@ def _blocks(config: DataConfig, documents: Examples) -> Blocks:
 def _hold_out(examples: Examples, ratio: float) -> tuple[Examples, Examples]:
     trained, held = examples.hold_out(ratio)
     if not len(trained):
-        raise UsageError("data.hold_out_all", ratio=ratio, count=examples.ledger.rows)
+        raise UsageError(
+            "data.hold_out_all",
+            "eval_ratio = {ratio} leaves no example to train: the data has {count} row(s). Lower it, or set eval_file.",
+            ratio=ratio,
+            count=examples.ledger.rows,
+        )
     return trained, held
 
 
@@ -134,17 +150,12 @@ def _mix(sources: list[DataSource], loaded: list[list[_Loaded]]) -> Examples:
         count = sum(len(file.examples) for file in files)
         order.append(start + repeat(count, source.weight, seed=_seed(source.name)))
         start += count
-    shape = [
-        [source.name, source.weight, [file.shape for file in files]]
-        for source, files in zip(sources, loaded, strict=True)
-    ]
     return Examples(
         files=[file.examples for files in loaded for file in files],
         order=np.concatenate(order),
-        fingerprint=_digest(shape),
         names=[source.name for source in sources],
         source_of_file=[number for number, files in enumerate(loaded) for _ in files],
-        content=_digest([file.content for files in loaded for file in files]),
+        hashes={file.examples.ledger.file: file.content for files in loaded for file in files},
     )
 
 
@@ -155,10 +166,9 @@ def _seed(name: str) -> int:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """The examples of one data file, the key they are cached under, and the hash of the file's bytes."""
+    """The examples of one data file, and the hash of the file's bytes."""
 
     examples: ExampleFile
-    shape: str
     content: str
 
 
@@ -183,7 +193,7 @@ class _Loader:
     def _load_file(self, path: Path, max_rows: int | None, key: str) -> _Loaded:
         records = read_records(path, key, self.config.text_documents)  # names a missing file before it is hashed
         content = hash_file(path)
-        shape = fingerprint(path, self.config, self.encoder, self.task, max_rows, content)
+        shape = cache_key(path, self.config, self.encoder, self.task, max_rows, content)
         folder = cache_folder() / "examples" / shape
 
         def make() -> None:
@@ -191,8 +201,8 @@ class _Loader:
 
         if not (folder / "ledger.json").is_file():
             prepare_once(folder, str(path), make)
-        ledger = Ledger.from_dict(json.loads((folder / "ledger.json").read_text(encoding="utf-8")))
-        return _Loaded(ExampleFile(folder, ledger), shape, content)
+        ledger = Ledger.from_stored(json.loads((folder / "ledger.json").read_text(encoding="utf-8")))
+        return _Loaded(ExampleFile(folder, ledger), content)
 
 
 def _first(records: Iterator[RawRecord], count: int | None) -> Iterator[RawRecord]:
@@ -217,16 +227,17 @@ def find_task(config: DataConfig, hub: str = "huggingface") -> TaskName:
     return "sft"
 
 
-def fingerprint(
+def cache_key(
     path: Path, config: DataConfig, encoder: Encoder, task: TaskName, max_rows: int | None, content: str
 ) -> str:
-    """Hash of everything that shapes the examples of a file (its name included: findings name it).
+    """What a file's examples are cached under: a hash of everything that may shape them, the text of the programs that
+    do included, and of its name, which findings have. Whether a run is the same is judged by the examples themselves.
 
     Args:
         content: hash of the file's bytes.
     """
     template = encoder.template
-    return _digest(
+    shape = json.dumps(
         [
             str(path),
             content,
@@ -249,14 +260,10 @@ def fingerprint(
             config.on_too_long,
             config.train_on,
             config.allow_special_in_content,
-            language(),  # findings are stored as text
             code_hash(),
         ]
     )
-
-
-def _digest(parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(shape.encode()).hexdigest()[:32]
 
 
 def hash_file(path: Path) -> str:

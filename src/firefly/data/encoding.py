@@ -24,7 +24,6 @@ from firefly.data.schema import IGNORE, Conversation, Message, Rendered, Tokens
 from firefly.data.templates import ChatTemplate, TemplateFailure
 from firefly.data.tokenizers import BREAK, SlowTokenizer, tokenizer_hash
 from firefly.errors import UsageError
-from firefly.messages import render as message
 
 # Another private-use character: it starts the second spelling of a special token.
 ALIAS = "\U000f5a20"
@@ -55,7 +54,11 @@ class Encoder:
         if isinstance(self.tokenizer, SlowTokenizer):
             return
         if not getattr(self.tokenizer, "is_fast", False):
-            raise UsageError("tokenizer.not_fast", name=type(self.tokenizer).__name__)
+            raise UsageError(
+                "tokenizer.not_fast",
+                "the tokenizer {name} has no fast implementation, which this version needs for exact labels.",
+                name=type(self.tokenizer).__name__,
+            )
         # Some tokenizer.json files carry a truncation or padding that would silently apply to every text.
         self.tokenizer.backend_tokenizer.no_truncation()
         self.tokenizer.backend_tokenizer.no_padding()
@@ -238,7 +241,9 @@ class Encoder:
         else:
             return text
         if BREAK in text or ALIAS in text:
-            raise TemplateFailure(message("row.reserved_character"))
+            raise TemplateFailure(
+                "the text holds a character reserved for internal use (U+FDD0, U+FDD1, U+F5A1F or U+F5A20)"
+            )
         return text if self.allow_special_in_content else self._special.sub(_broken, text)
 
     def _alias(self, rendered: Rendered) -> Rendered:

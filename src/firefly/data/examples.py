@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from firefly.data.schema import Example, Source, TokenPair, Tokens
 
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
 FIELDS = ("length", "targets", "line", "row", "prompt", "chosen", "chosen_targets")
-INDEX = np.dtype([(name, "<i4") for name in FIELDS])
+INDEX = np.dtype([*((name, "<i4") for name in FIELDS), ("digest", "<u8")])
 """An example: its tokens, its trained tokens, the line of its row and the row's number among those kept; of a
-preference pair also the tokens of prompt and chosen answer, and how many of the latter are trained (0 otherwise). Kept
-beside the tokens, so that planning the steps of a run does not read them."""
+preference pair also the tokens of prompt and chosen answer, and how many of the latter are trained (0 otherwise); and a
+hash of ids, labels and the pair's borders. Kept beside the tokens, so that planning the steps of a run, and telling
+whether it is the same run, does not read them."""
 ROWS = np.dtype([("line", "<i4"), ("content", "<u8"), ("answer", "<u8")])
 """A kept row: its line, and hashes of what is trained of it and of its last answer (0: none)."""
 
@@ -91,8 +93,8 @@ class Examples:
         index: as in ExampleFile, over all examples.
         names: the names of the sources.
         sources: the source of each example, an index into `names`, int32 (examples,).
-        fingerprint: hash of everything that shaped the examples.
-        content: hash of the bytes of the data files alone.
+        fingerprint: hash of the examples in their order: ids, labels and borders, wherever they came from.
+        hashes: the hash of the bytes of each data file, by its path.
         ledger: the sum of the files' ledgers.
     """
 
@@ -100,13 +102,11 @@ class Examples:
         self,
         files: Sequence[ExampleFile],
         order: np.ndarray,
-        fingerprint: str,
         names: Sequence[str] = (),
         source_of_file: Sequence[int] = (),
-        content: str = "",
+        hashes: Mapping[str, str] | None = None,
     ) -> None:
-        self.fingerprint = fingerprint
-        self.content = content
+        self.hashes = dict(hashes or {})
         self.files = list(files)
         self.ledgers = [file.ledger for file in files]
         self.ledger = Ledger.total(self.ledgers)
@@ -114,6 +114,7 @@ class Examples:
         self._order = order
         self._starts = np.cumsum([0, *(len(file) for file in files)])
         self.index = np.concatenate([file.index for file in files])[order] if files else np.zeros(0, INDEX)
+        self.fingerprint = digest(self.index["digest"])
         self._file_of = np.searchsorted(self._starts, order, side="right") - 1
         self._source_of_file = list(source_of_file or [0] * len(self.files))
         given = np.asarray(self._source_of_file, dtype=np.int32)
@@ -152,10 +153,9 @@ class Examples:
         """File and line of an example's row."""
         return Source(self.files[int(self._file_of[index])].ledger.file, int(self.index["line"][index]))
 
-    def part(self, chosen: np.ndarray, name: str) -> Examples:
-        """The examples at `chosen` (indices in order); `name` tells the part in its fingerprint."""
-        fingerprint = f"{self.fingerprint}-{name}"
-        part = Examples(self.files, self._order[chosen], fingerprint, self.names, self._source_of_file, self.content)
+    def part(self, chosen: np.ndarray) -> Examples:
+        """The examples at `chosen` (indices in order)."""
+        part = Examples(self.files, self._order[chosen], self.names, self._source_of_file, self.hashes)
         part.ledgers, part.ledger = self.ledgers, self.ledger
         return part
 
@@ -171,7 +171,7 @@ class Examples:
         held = np.zeros(len(first), dtype=bool)
         held[np.argsort(first)[drawn[: max(1, round(share * len(first)))]]] = True  # rows in order of appearance
         inside = held[row_of]
-        return self.part(np.flatnonzero(~inside), f"train{share}"), self.part(np.flatnonzero(inside), f"eval{share}")
+        return self.part(np.flatnonzero(~inside)), self.part(np.flatnonzero(inside))
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,26 @@ class _Batch:
 def index_entry(example: Example, line: int, row: int) -> tuple[int, ...]:
     """An example's line of INDEX; `row` is the number of its row among those kept."""
     pair = (example.prompt, example.chosen, example.chosen_targets) if isinstance(example, TokenPair) else (0, 0, 0)
-    return (len(example.input_ids), example.num_targets, line, row, *pair)
+    content = hashlib.blake2b(repr(pair[:2]).encode(), digest_size=8)
+    content.update(np.ascontiguousarray(example.input_ids, dtype="<i4").data)
+    content.update(np.ascontiguousarray(example.labels, dtype="<i4").data)
+    return (
+        len(example.input_ids),
+        example.num_targets,
+        line,
+        row,
+        *pair,
+        int.from_bytes(content.digest(), "little"),
+    )
+
+
+def digest(*columns: np.ndarray) -> str:
+    """A hash of arrays, each with its length."""
+    found = hashlib.sha256()
+    for column in columns:
+        found.update(str(len(column)).encode())
+        found.update(np.ascontiguousarray(column).data)
+    return found.hexdigest()[:32]
 
 
 def record_batch(examples: Sequence[Example]) -> pa.RecordBatch:

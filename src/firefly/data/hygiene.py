@@ -9,7 +9,7 @@ import numpy as np
 from firefly.data.examples import ExampleFile
 from firefly.data.ledger import DUPLICATE, IN_EVAL, MOST_FINDINGS, REPEATED_ANSWER
 from firefly.data.schema import Source
-from firefly.messages import render
+from firefly.translation import Phrase
 
 REPEATED_SHARE, REPEATED_LEAST = 0.01, 10
 """An answer is a finding when it stands in that share of the rows, and in that many."""
@@ -34,7 +34,7 @@ def note_duplicates(files: Sequence[ExampleFile]) -> None:
     original = order[starts[np.cumsum(first) - 1]] if len(order) else order
     repeated = ~first
     rows, earlier = _by_row(order[repeated], original[repeated])
-    place.note_all(rows, DUPLICATE, lambda i: render("finding.duplicate", place=place.source(int(earlier[i]))))
+    place.note_all(rows, DUPLICATE, lambda i: Phrase("the same as {place}", place=str(place.source(int(earlier[i])))))
 
 
 def note_repeated_answers(files: Sequence[ExampleFile]) -> None:
@@ -43,7 +43,7 @@ def note_repeated_answers(files: Sequence[ExampleFile]) -> None:
     values, first, counts = np.unique(answers, return_index=True, return_counts=True)
     often = (counts >= max(REPEATED_LEAST, REPEATED_SHARE * len(answers))) & (values != 0)
     rows, counts = _by_row(first[often], counts[often])
-    place.note_all(rows, REPEATED_ANSWER, lambda i: render("finding.repeated_answer", count=int(counts[i])))
+    place.note_all(rows, REPEATED_ANSWER, lambda i: Phrase("this answer occurs in {count} rows", count=int(counts[i])))
 
 
 def note_overlap(files: Sequence[ExampleFile], held_out: Sequence[ExampleFile]) -> None:
@@ -56,7 +56,13 @@ def note_overlap(files: Sequence[ExampleFile], held_out: Sequence[ExampleFile]) 
     at = np.searchsorted(values, content)
     if len(values):
         rows = np.flatnonzero(values[np.minimum(at, len(values) - 1)] == content)
-        place.note_all(rows, IN_EVAL, lambda i: render("finding.in_eval", place=other.source(int(first[at[rows[i]]]))))
+        place.note_all(
+            rows,
+            IN_EVAL,
+            lambda i: Phrase(
+                "the same as {place} of the evaluation data", place=str(other.source(int(first[at[rows[i]]])))
+            ),
+        )
 
 
 def _by_row(rows: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +87,7 @@ class _Places:
         file = self._files[number]
         return Source(file.ledger.file, int(file.rows["line"][row - self._starts[number]]))
 
-    def note_all(self, rows: np.ndarray, cause: str, describe: Callable[[int], str]) -> None:
+    def note_all(self, rows: np.ndarray, cause: str, describe: Callable[[int], Phrase]) -> None:
         """Note rows (in order); `describe(i)` is the message of the i-th, asked for where a ledger will keep it."""
         ends = np.searchsorted(rows, self._starts)
         for file, first, end in zip(self._files, ends[:-1].tolist(), ends[1:].tolist(), strict=True):

@@ -9,7 +9,7 @@ from typing import Any
 
 from firefly.data.schema import Source
 from firefly.errors import UsageError
-from firefly.messages import render
+from firefly.translation import Phrase, translate
 
 # Causes that lose a row. Malformed rows are the data's fault and stop a run; the others are limited by a share.
 MALFORMED, REFUSED, NO_TARGET, TOO_LONG = "malformed", "refused", "no_target", "too_long"
@@ -53,18 +53,27 @@ MOST_KEYS = 8
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing worth knowing about one row."""
+    """One thing worth knowing about one row: a cause for programs, and a phrase that says it in the user's language."""
 
     file: str
     line: int
     cause: str
-    message: str
+    phrase: Phrase
+
+    @property
+    def message(self) -> str:
+        return str(self.phrase)
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.message}"
 
     def as_dict(self) -> dict[str, Any]:
+        """What people read in data_report.json."""
         return {"file": self.file, "line": self.line, "cause": self.cause, "message": self.message}
+
+    def stored(self) -> dict[str, Any]:
+        """What a cache keeps: the same in every language."""
+        return {"file": self.file, "line": self.line, "cause": self.cause, "phrase": self.phrase.as_json()}
 
 
 @dataclass
@@ -89,17 +98,18 @@ class Ledger:
     """Rows that hold text (or a message's number) under a key that their format does not read, the key with
     most text first."""
 
-    def lose(self, source: Source, cause: str, message: str) -> None:
+    def lose(self, source: Source, cause: str, phrase: Phrase) -> None:
         """Account for a row that will not be trained."""
         self.lost[cause] += 1
-        self.note(source, cause, message)
+        self.note(source, cause, phrase)
 
-    def note(self, source: Source, cause: str, message: str) -> None:
+    def note(self, source: Source, cause: str, phrase: Phrase) -> None:
         self.counts[cause] += 1
         if self.counts[cause] <= MOST_FINDINGS:
-            self.findings.append(Finding(source.file, source.line, cause, message))
+            self.findings.append(Finding(source.file, source.line, cause, phrase))
 
     def as_dict(self) -> dict[str, Any]:
+        """What data_report.json says, its findings in the language of now."""
         return {
             "file": self.file,
             "format": self.formats.most_common(1)[0][0] if self.formats else None,
@@ -118,11 +128,17 @@ class Ledger:
             "unread_keys": dict(self.unread_keys),
         }
 
+    def stored(self) -> dict[str, Any]:
+        """What a cache keeps: the same in every language."""
+        return self.as_dict() | {"findings": [finding.stored() for finding in self.findings]}
+
     @classmethod
-    def from_dict(cls, stored: dict[str, Any]) -> Ledger:
+    def from_stored(cls, stored: dict[str, Any]) -> Ledger:
         values = {name: value for name, value in stored.items() if name != "format"}
         values |= {name: Counter(values[name]) for name in ("lost", "formats", "counts", "unread_keys")}
-        values["findings"] = [Finding(**finding) for finding in values["findings"]]
+        values["findings"] = [
+            Finding(**finding | {"phrase": Phrase.from_json(finding["phrase"])}) for finding in values["findings"]
+        ]
         return cls(**values)
 
     @classmethod
@@ -151,21 +167,44 @@ class Ledger:
         if self.lost[MALFORMED] > max_malformed_rows:
             raise UsageError(
                 "data.malformed",
+                "{count} malformed row(s) in {file}; max_malformed_rows allows {allowed}. Nothing was trained.{rows}\n"
+                "Correct or remove them, or raise max_malformed_rows to leave them out.",
                 count=self.lost[MALFORMED],
                 file=self.file,
                 rows=self.list(MALFORMED),
                 allowed=max_malformed_rows,
             )
         if on_too_long == "error" and self.lost[TOO_LONG]:
-            raise UsageError("data.too_long", count=self.lost[TOO_LONG], file=self.file, rows=self.list(TOO_LONG))
+            raise UsageError(
+                "data.too_long",
+                "{count} row(s) of {file} are longer than max_seq_length, and on_too_long is error. Nothing was "
+                "trained.{rows}\n"
+                "Raise max_seq_length, or set on_too_long to cut_turns, cut or drop.",
+                count=self.lost[TOO_LONG],
+                file=self.file,
+                rows=self.list(TOO_LONG),
+            )
         if not self.rows:
-            raise UsageError("data.no_rows", file=self.file)
+            raise UsageError(
+                "data.no_rows",
+                "{file} is empty: it holds no row. Write data into it, or name another file.",
+                file=self.file,
+            )
         if not self.examples:
-            raise UsageError("data.nothing_left", file=self.file, rows=self.list(*self.lost))
+            raise UsageError(
+                "data.nothing_left",
+                "no row of {file} can be trained.{rows}\nCheck the file, its format and max_seq_length.",
+                file=self.file,
+                rows=self.list(*self.lost),
+            )
         lost = sum(self.lost.values()) - self.lost[MALFORMED]
         if lost > max(1, max_lost_share * self.rows):
             raise UsageError(
                 "data.lost_share",
+                "{lost} of {total} rows ({share}) of {file} would not be trained; max_lost_share allows "
+                "{allowed}.{rows}\n"
+                "Correct or leave out these rows, raise max_seq_length where they are too long, or raise "
+                "max_lost_share.",
                 lost=lost,
                 total=self.rows,
                 file=self.file,
@@ -178,8 +217,8 @@ class Ledger:
         """One line: rows kept, cut and lost, and tokens; below it the rows that lost something, and other findings."""
         lost = ", ".join(f"{cause} {count}" for cause, count in self.lost.items()) or "0"
         share = f"{self.target_tokens / max(self.tokens, 1):.0%}"
-        line = render(
-            "data.summary",
+        line = translate(
+            "data: {file}: {rows} rows, {kept} kept, {cut} cut, lost: {lost}; {tokens} tokens, {share} trained",
             file=self.file,
             rows=self.rows,
             kept=self.kept,
@@ -195,18 +234,18 @@ class Ledger:
         """One line for all of them: most are labels and identifiers, which no one needs to train on."""
         if not self.unread_keys:
             return ""
-        keys = [render("data.unread_key", key=key, rows=rows) for key, rows in self.unread_keys.items()]
+        keys = [translate("{key} ({rows} row(s))", key=key, rows=rows) for key, rows in self.unread_keys.items()]
         shown = [
             *keys[:MOST_KEYS],
-            *([render("data.more_rows", count=left)] if (left := len(keys) - MOST_KEYS) > 0 else []),
+            *([translate("… and {count} more", count=left)] if (left := len(keys) - MOST_KEYS) > 0 else []),
         ]
-        return "\n  " + render("data.unread_keys", keys=", ".join(shown))
+        return "\n  " + translate("not read: what stands under {keys}", keys=", ".join(shown))
 
     def list(self, *causes: str, most: int = 10) -> str:
         """Findings of some causes, a line each, lost rows before cut ones."""
         chosen = [str(finding) for cause in causes for finding in self.findings if finding.cause == cause]
         left = sum(self.counts[cause] for cause in causes) - min(len(chosen), most)
-        more = [render("data.more_rows", count=left)] if left else []
+        more = [translate("… and {count} more", count=left)] if left else []
         return "".join(f"\n  {line}" for line in [*chosen[:most], *more])
 
 

@@ -28,7 +28,7 @@ class PairEncoder:
         """
         sides = [self.encoder.render(side) for side in (pair.chosen, pair.rejected)]
         if any(len(texts) != 1 for texts in sides):
-            raise MalformedRecord("row.no_target")
+            raise MalformedRecord("nothing in it is trained (no reply, or none that is selected)")
         return [texts[0] for texts in sides]
 
     def cut_prompt(self, pair: PreferencePair, limit: int) -> TokenPair | None:

@@ -61,7 +61,7 @@ from firefly.data.schema import (
 )
 from firefly.data.templates import TemplateFailure
 from firefly.files import Held, Holder, atomic_folder, hold, make_cache
-from firefly.messages import render
+from firefly.translation import Phrase, translate
 
 CHUNK, CHUNK_CHARACTERS = 1000, 1 << 24
 """Rows, and characters of text, that are tokenised in one call and written as one Arrow batch."""
@@ -86,7 +86,7 @@ def prepare(
                     rows.append(np.array([(row.source.line, row.content, row.answer) for row in chunk], dtype=ROWS))
         np.save(scratch / "index.npy", np.concatenate(index) if index else np.zeros(0, INDEX))
         np.save(scratch / "rows.npy", np.concatenate(rows) if rows else np.zeros(0, ROWS))
-        stored = json.dumps(preparation.ledger.as_dict(), ensure_ascii=False)
+        stored = json.dumps(preparation.ledger.stored(), ensure_ascii=False)
         (scratch / "ledger.json").write_text(stored, encoding="utf-8", errors="backslashreplace")
 
 
@@ -103,7 +103,13 @@ def prepare_once(folder: Path, file: str, make: Callable[[], None]) -> None:
     def waiting(holder: Holder) -> None:
         nonlocal told
         if not told:  # whoever waits may find that another waiter was quicker
-            notice("data.waiting", file=file, pid=holder.pid, host=holder.host)
+            notice(
+                "data.waiting",
+                "{file} is being prepared by process {pid} on {host}; waiting for it.",
+                file=file,
+                pid=holder.pid,
+                host=holder.host,
+            )
         told = True
 
     with hold(_lock_of(folder), waiting) as held:
@@ -132,9 +138,7 @@ def remove_scratch(own: Path) -> None:
 
 def with_progress(records: Iterator[RawRecord], file: str) -> Iterator[RawRecord]:
     """Count the rows on a terminal, once preparation has taken a while."""
-    return iter(
-        tqdm(records, desc=Path(file).name, unit=f" {render('progress.row')}", delay=2, disable=None, leave=False)
-    )
+    return iter(tqdm(records, desc=Path(file).name, unit=f" {translate('rows')}", delay=2, disable=None, leave=False))
 
 
 def _index(chunk: Sequence[KeptRow], start: int) -> np.ndarray:
@@ -216,17 +220,47 @@ class Preparation:
             self.ledger.unread_keys[shown] += found.rows
             if found.characters:
                 counts = {"rows": found.rows, "characters": f"{found.characters:,}"}
-                message = render("finding.unread_key", key=shown, **counts)
+                message = Phrase(
+                    "text under the key {key} is not read: {characters} characters in {rows} row(s), this one the "
+                    "first",
+                    key=shown,
+                    **counts,
+                )
             else:
-                message = render("finding.unread_numbers", key=shown, rows=found.rows)
+                message = Phrase(
+                    "the number, true or false under the key {key} is not read, in {rows} row(s), this one the first",
+                    key=shown,
+                    rows=found.rows,
+                )
             self.ledger.note(found.source, UNREAD_KEY, message)
         for key, found in self.unheeded.items():
-            self.ledger.note(found.source, UNHEEDED_KEY, render("finding.unheeded_key", key=key, rows=found.rows))
+            self.ledger.note(
+                found.source,
+                UNHEEDED_KEY,
+                Phrase(
+                    "{key} asks for a loss on messages that are no replies, in {rows} row(s), this one the first: "
+                    "they stay context",
+                    key=key,
+                    rows=found.rows,
+                ),
+            )
         for (chosen, rejected), found in self.outscored.items():
-            message = render("finding.outscored", chosen=chosen, rejected=rejected, rows=found.rows)
+            message = Phrase(
+                "{chosen} and {rejected} prefer the rejected answer, in {rows} row(s), this one the first: chosen is "
+                "taken for the better one",
+                chosen=chosen,
+                rejected=rejected,
+                rows=found.rows,
+            )
             self.ledger.note(found.source, OUTSCORED, message)
         if self.lines is not None and self.lines.first is not None and self.lines.are_wrapped:
-            message = render("finding.wrapped_text", count=self.lines.unended, lines=self.lines.lines)
+            message = Phrase(
+                "{count} of {lines} lines are short and end within a sentence, and each line is a document of its "
+                "own: where they are parts of longer documents, write each document on one line, or set "
+                "text_documents to file",
+                count=self.lines.unended,
+                lines=self.lines.lines,
+            )
             self.ledger.note(self.lines.first, WRAPPED_TEXT, message)
 
     def _chunks(self, records: Iterator[RawRecord]) -> Iterator[list[_Row]]:
@@ -253,28 +287,28 @@ class Preparation:
     def _read(self, record: RawRecord) -> _Row | None:
         """Parse and render one record; None for one that is lost."""
         if record.blank:
-            self.ledger.note(record.source, BLANK, render("finding.blank_line"))
+            self.ledger.note(record.source, BLANK, Phrase("a blank line"))
             return None
         self.ledger.rows += 1
         try:
             if record.problem is not None:
-                raise _Problem(record.problem)
+                raise MalformedRecord(record.problem.text, **record.problem.values)
             read = self._parse(record)
             parsed = read.parsed
             if isinstance(parsed, Document) and not parsed.text.strip():  # what a blank line is in a text file
                 self.ledger.rows -= 1
-                self.ledger.note(record.source, BLANK, render("finding.blank_document"))
+                self.ledger.note(record.source, BLANK, Phrase("a document without text"))
                 return None
             if self.lines is not None and isinstance(parsed, Document):
                 self.lines.see(record.source, parsed.text)
             row = self._render(record.source, parsed)
             return replace(row, condemned=read.condemned) if read.condemned else row
         except RecursionError:
-            self.ledger.lose(record.source, MALFORMED, render("row.too_deep"))
+            self.ledger.lose(record.source, MALFORMED, Phrase("nested too deeply"))
         except MalformedRecord as error:
-            self.ledger.lose(record.source, MALFORMED, str(error))
+            self.ledger.lose(record.source, MALFORMED, error.phrase)
         except TemplateFailure as error:
-            self.ledger.lose(record.source, REFUSED, str(error))
+            self.ledger.lose(record.source, REFUSED, error.phrase)
         return None
 
     def _parse(self, record: RawRecord) -> ReadRecord:
@@ -307,7 +341,11 @@ class Preparation:
             for side in ("chosen", "rejected"):
                 last = getattr(parsed, side).messages[-1]
                 if _is_empty(last):
-                    self.ledger.note(source, EMPTY_ANSWER, render("finding.empty_side", side=side))
+                    self.ledger.note(
+                        source,
+                        EMPTY_ANSWER,
+                        Phrase("the {side} answer is empty: only its stop token is trained", side=side),
+                    )
             texts = self.pairs.render(parsed)
             self._note_identifiers(source, parsed.chosen)
             return _Row(source, texts, pair=parsed, answer=_answer(parsed.chosen))
@@ -315,7 +353,11 @@ class Preparation:
             return _Row(source, [], document=self.encoder.protect_document(parsed.text))
         vocabulary = len(self.encoder.tokenizer)
         if parsed.input_ids.max() >= vocabulary:
-            raise MalformedRecord("row.id_too_large", id=int(parsed.input_ids.max()), vocabulary=vocabulary)
+            raise MalformedRecord(
+                "id {id} is not in the vocabulary of {vocabulary}",
+                id=int(parsed.input_ids.max()),
+                vocabulary=vocabulary,
+            )
         return _Row(source, [], ready=parsed)
 
     @cached_property
@@ -326,14 +368,27 @@ class Preparation:
     def _note_identifiers(self, source: Source, conversation: Conversation) -> None:
         if replaced := self.encoder.template.count_replaced_identifiers(conversation):
             name = self.encoder.template.name
-            self.ledger.note(source, REPLACED_IDS, render("finding.replaced_call_ids", count=replaced, name=name))
+            self.ledger.note(
+                source,
+                REPLACED_IDS,
+                Phrase(
+                    "identifiers of tool calls that the chat template {name} does not take, replaced in calls and "
+                    "results: {count}",
+                    count=replaced,
+                    name=name,
+                ),
+            )
 
     def _note_unanswered_end(self, source: Source, conversations: Sequence[Conversation]) -> None:
         """Say what stands behind the last reply, which no template's text needs to hold; once a row."""
         behind = [message for conversation in conversations for message in _behind_last_reply(conversation)]
         if behind:
             roles = ", ".join(dict.fromkeys(message.role for message in behind))
-            message = render("finding.unanswered_end", count=len(behind), roles=roles)
+            message = Phrase(
+                "behind the last reply {count} message(s) ({roles}) have no answer: they are not trained",
+                count=len(behind),
+                roles=roles,
+            )
             self.ledger.note(source, UNANSWERED_END, message)
 
     def _note_empty_replies(self, source: Source, conversation: Conversation) -> None:
@@ -342,10 +397,13 @@ class Preparation:
         for item in conversation.messages:
             turn += item.role == "user"
             if _is_empty(item):
-                code = "finding.empty_reply_untrained"
-                if item.trained:
-                    code = "finding.empty_reply_thought" if item.reasoning else "finding.empty_reply"
-                self.ledger.note(source, EMPTY_ANSWER, render(code, turn=max(turn, 1), turns=max(turns, 1)))
+                if not item.trained:
+                    found = "turn {turn} of {turns}: the reply is empty; it is not trained"
+                elif item.reasoning:
+                    found = "turn {turn} of {turns}: the reply is empty; only its reasoning and stop token are trained"
+                else:
+                    found = "turn {turn} of {turns}: the reply is empty; only its stop token is trained"
+                self.ledger.note(source, EMPTY_ANSWER, Phrase(found, turn=max(turn, 1), turns=max(turns, 1)))
 
     def _finish(self, rows: list[_Row], encoded: Future[_Encoded]) -> list[KeptRow]:
         done = encoded.result()
@@ -366,7 +424,15 @@ class Preparation:
             else:
                 fitted = self._fit(row.source, examples, row.condemned)
             if fitted and joined:
-                self.ledger.note(row.source, JOINED, render("finding.joined_to_prompt", count=joined))
+                self.ledger.note(
+                    row.source,
+                    JOINED,
+                    Phrase(
+                        "replies encoded behind their prompts, as they are served: {count} (one tokenisation would "
+                        "join the two, as a rule by the white space between them)",
+                        count=joined,
+                    ),
+                )
             if fitted:
                 parts = [text.text.encode() for text in row.texts] or [item.input_ids.tobytes() for item in examples]
                 kept.append(KeptRow(row.source, fitted, _hash(parts), row.answer))
@@ -383,7 +449,14 @@ class Preparation:
         whole_or_not = self.config.on_too_long in ("drop", "error")
         if not kept or (whole_or_not and any(tokens is None for tokens in fitted)):
             if condemned:
-                self.ledger.lose(source, NO_TARGET, render("row.condemned", field=condemned))
+                self.ledger.lose(
+                    source,
+                    NO_TARGET,
+                    Phrase(
+                        "nothing in it is trained: {field} condemns its answer, and SFT trains no condemned one",
+                        field=condemned,
+                    ),
+                )
             else:
                 self._lose(source, examples)
             return []
@@ -404,7 +477,11 @@ class Preparation:
             if policy not in ("drop", "error"):
                 cut = self.pairs.cut_prompt(row.pair, most) if row.pair else self.pairs.cut_tokens(pair, most)
             if cut is None:
-                message = render("row.prompt_too_long", tokens=pair.prompt, limit=most)
+                message = Phrase(
+                    "the prompt has {tokens} tokens and cannot be cut to max_prompt_length {limit} (null: no limit)",
+                    tokens=pair.prompt,
+                    limit=most,
+                )
                 self.ledger.lose(row.source, TOO_LONG, message)
                 return []
             pair = cut
@@ -415,10 +492,17 @@ class Preparation:
             return []
         kept = [side for side in fitted if side is not None]
         if np.array_equal(kept[0].input_ids, kept[1].input_ids):
-            self.ledger.note(row.source, SAME_ANSWERS, render("finding.same_answers"))
+            self.ledger.note(row.source, SAME_ANSWERS, Phrase("chosen and rejected are the same: nothing to prefer"))
         cuts = [_cut_of(pair.sides[n], kept[n], limit, name) for n, name in enumerate(SIDES)]
         if whole.prompt > pair.prompt:
-            cuts.insert(0, render("row.prompt_cut", tokens=whole.prompt - pair.prompt, limit=most))
+            cuts.insert(
+                0,
+                Phrase(
+                    "{tokens} tokens cut out of the prompt, oldest first (max_prompt_length {limit})",
+                    tokens=whole.prompt - pair.prompt,
+                    limit=most,
+                ),
+            )
         self._account(row.source, whole.sides, kept, examples=1, cuts=[cut for cut in cuts if cut])
         return [TokenPair.of(*kept)]
 
@@ -426,12 +510,17 @@ class Preparation:
         """Write down why nothing of a row is trained; of a pair, on which sides."""
         if any(tokens.num_targets for tokens in examples):
             longest = max(len(tokens.input_ids) for tokens in examples)
-            code = "row.too_long" if self.config.on_too_long in ("cut_turns", "cut") else "row.over_limit"
-            cause, message = TOO_LONG, render(code, tokens=longest, limit=self.config.max_seq_length)
+            cause, limit = TOO_LONG, self.config.max_seq_length
+            if self.config.on_too_long in ("cut_turns", "cut"):
+                message = Phrase(
+                    "{tokens} tokens; no reply begins within max_seq_length {limit}", tokens=longest, limit=limit
+                )
+            else:
+                message = Phrase("{tokens} tokens, more than max_seq_length {limit}", tokens=longest, limit=limit)
         else:
-            cause, message = NO_TARGET, render("row.no_target")
+            cause, message = NO_TARGET, Phrase("nothing in it is trained (no reply, or none that is selected)")
         self.ledger.lose(
-            source, cause, render("row.side", side=", ".join(sides), message=message) if sides else message
+            source, cause, Phrase("{side}: {message}", side=", ".join(sides), message=message) if sides else message
         )
 
     def _account(
@@ -440,7 +529,7 @@ class Preparation:
         given: Sequence[Tokens],
         kept: Sequence[Tokens],
         examples: int,
-        cuts: Sequence[str] | None = None,
+        cuts: Sequence[Phrase] | None = None,
     ) -> None:
         """Count a kept or cut row and its examples; `cuts` says what was cut of a pair."""
         ledger = self.ledger
@@ -450,7 +539,9 @@ class Preparation:
             ledger.cut += 1
             ledger.cut_tokens += total - left
             ledger.cut_turns += sum(map(count_turns, given)) - sum(map(count_turns, kept))
-            message = _cut(given, kept, self.config.max_seq_length) if cuts is None else "; ".join(cuts)
+            message, *more = [_cut(given, kept, self.config.max_seq_length)] if cuts is None else cuts
+            for other in more:
+                message = Phrase("{first}; {second}", first=message, second=other)
             ledger.note(source, CUT, message)
         else:
             ledger.kept += 1
@@ -459,20 +550,27 @@ class Preparation:
         ledger.target_tokens += trained
 
 
-def _cut(given: Sequence[Tokens], kept: Sequence[Tokens], limit: int) -> str:
+def _cut(given: Sequence[Tokens], kept: Sequence[Tokens], limit: int) -> Phrase:
     """What was cut of a row's examples."""
     tokens, left = (sum(len(item.input_ids) for item in some) for some in (given, kept))
     targets, targets_left = (sum(item.num_targets for item in some) for some in (given, kept))
     turns, turns_left = (sum(map(count_turns, some)) for some in (given, kept))
     lost = {"targets": targets - targets_left, "turns": turns - turns_left}
-    return render("row.cut", tokens=tokens, kept=left, limit=limit, **lost)
+    return Phrase(
+        "cut from {tokens} to {kept} tokens ({targets} trained tokens and {turns} whole replies lost; max_seq_length "
+        "{limit})",
+        tokens=tokens,
+        kept=left,
+        limit=limit,
+        **lost,
+    )
 
 
-def _cut_of(given: Tokens, kept: Tokens, limit: int, side: str) -> str:
-    """What was cut of one side of a pair; empty if nothing was."""
+def _cut_of(given: Tokens, kept: Tokens, limit: int, side: str) -> Phrase | None:
+    """What was cut of one side of a pair; None if nothing was."""
     if len(kept.input_ids) == len(given.input_ids):
-        return ""
-    return render("row.side", side=side, message=_cut([given], [kept], limit))
+        return None
+    return Phrase("{side}: {message}", side=side, message=_cut([given], [kept], limit))
 
 
 @dataclass(frozen=True)
@@ -494,13 +592,6 @@ def _young_garbage_only() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-class _Problem(MalformedRecord):
-    """A record that its reader could not read, already explained."""
-
-    def __init__(self, text: str) -> None:
-        Exception.__init__(self, text)
 
 
 def _hash(parts: Sequence[bytes]) -> int:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from firefly.translation import Phrase
+
 Role = Literal["system", "user", "assistant", "tool"]
 
 IGNORE = -100
@@ -32,7 +34,7 @@ class RawRecord:
 
     source: Source
     value: Any = None
-    problem: str | None = None
+    problem: Phrase | None = None
     blank: bool = False
 
 

@@ -40,12 +40,14 @@ def find_sources(value: Any, key: str, hub: str = "huggingface") -> list[DataSou
     """
     entries = list(value) if isinstance(value, list | tuple) else [value]
     if not entries:
-        raise UsageError("config.missing_key", key=key)
+        raise UsageError(
+            "config.missing_key", "required: {key}. Set it in the configuration or as --key value.", key=key
+        )
     sources = [_source(entry, key, hub) for entry in entries]
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
-            raise UsageError("config.bad_source", key=key, value=json.dumps(name), problem="name (twice)")
+            raise _bad_source(key, json.dumps(name), "name (twice)")
     return sources
 
 
@@ -54,18 +56,29 @@ def _source(entry: Any, key: str, hub: str) -> DataSource:
         entry = {"path": entry}
     shown = json.dumps(entry, ensure_ascii=False, default=str)
     if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str) or not entry["path"]:
-        raise UsageError("config.bad_source", key=key, value=shown, problem="path")
+        raise _bad_source(key, shown, "path")
     for name in entry:
         if name not in KEYS:
-            raise UsageError("config.bad_source", key=key, value=shown, problem=name)
+            raise _bad_source(key, shown, name)
     weight, rows, name = entry.get("weight", 1.0), entry.get("max_rows"), entry.get("name", entry["path"])
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        raise UsageError("config.bad_source", key=key, value=shown, problem="weight")
+        raise _bad_source(key, shown, "weight")
     if rows is not None and (type(rows) is not int or rows < 1):
-        raise UsageError("config.bad_source", key=key, value=shown, problem="max_rows")
+        raise _bad_source(key, shown, "max_rows")
     if not isinstance(name, str) or not name:
-        raise UsageError("config.bad_source", key=key, value=shown, problem="name")
+        raise _bad_source(key, shown, "name")
     return DataSource(name, tuple(find_files(entry["path"], key, hub)), float(weight), rows)
+
+
+def _bad_source(key: str, shown: str, problem: object) -> UsageError:
+    return UsageError(
+        "config.bad_source",
+        '{key}: {value} is not valid: {problem}. An entry is a path or {{"path", "weight" > 0, "max_rows" ≥ 1, '
+        '"name"}}, each name once.',
+        key=key,
+        value=shown,
+        problem=problem,
+    )
 
 
 def repeat(count: int, weight: float, seed: int) -> np.ndarray:

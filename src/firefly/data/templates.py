@@ -23,7 +23,7 @@ from firefly.data.rendering import ReservedCharacter, render_chat
 from firefly.data.schema import Conversation, Message, Rendered
 from firefly.data.tool_calls import CallStyle, find_call_style
 from firefly.errors import UsageError
-from firefly.messages import render as message
+from firefly.translation import Phrase
 
 __all__ = ["TEMPLATES", "ChatTemplate", "TemplateFailure", "TemplateSpec", "bind_template", "read_template"]
 
@@ -38,7 +38,11 @@ SystemRole = Literal["rendered", "refused", "dropped"]
 
 
 class TemplateFailure(Exception):
-    """The template cannot render this conversation; the text says why."""
+    """The template cannot render this conversation; `phrase` says why."""
+
+    def __init__(self, text: str, /, **values: object) -> None:
+        self.phrase = Phrase(text, **values)
+        super().__init__(self.phrase)
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,11 @@ class ChatTemplate:
         if first.role != "system" or self.system_role == "rendered":
             return conversation
         if self.on_system == "error" or not rest or rest[0].role != "user":
-            raise TemplateFailure(message("template.no_system", name=self.name))
+            raise TemplateFailure(
+                "the chat template {name} has no place for a system prompt (on_system: merge puts it into the first "
+                "user turn)",
+                name=self.name,
+            )
         merged = replace(rest[0], content=f"{first.content}\n\n{rest[0].content}")
         return replace(conversation, messages=(merged, *rest[1:]))
 
@@ -197,7 +205,7 @@ class ChatTemplate:
         variables = {"tools": [dict(tool) for tool in conversation.tools]} if conversation.tools else {}
         if any("tool_calls" in item for item in messages):
             if self.call_style is None:
-                raise TemplateFailure(message("template.no_tool_calls", name=self.name))
+                raise TemplateFailure("the chat template {name} does not write tool calls", name=self.name)
             messages = self.call_style.apply(messages)
         return self._render(messages, variables, prompt=prompt)
 
@@ -248,7 +256,11 @@ class ChatTemplate:
     def _whole(self, conversation: Conversation, replies: int) -> Rendered:
         text, marked = self.render_text(conversation, prompt=False)
         if len(marked) != replies:
-            raise TemplateFailure(message("template.span_count", spans=len(marked), replies=replies))
+            raise TemplateFailure(
+                "the chat template marks {spans} trained spans for {replies} replies",
+                spans=len(marked),
+                replies=replies,
+            )
         spans = [self._end_at_stop(text, span) for span in marked]
         if conversation.messages[-1].role == "assistant":
             text, spans[-1] = self._closed(text, spans[-1])
@@ -259,7 +271,9 @@ class ChatTemplate:
         prompt = self.render_text(conversation, prompt=True, upto=index)[0]
         text, marked = self.render_text(conversation, prompt=False, upto=index + 1)
         if len(marked) != number:
-            raise TemplateFailure(message("template.span_count", spans=len(marked), replies=number))
+            raise TemplateFailure(
+                "the chat template marks {spans} trained spans for {replies} replies", spans=len(marked), replies=number
+            )
         text, (start, end) = self._closed(text, self._end_at_stop(text, marked[-1]))
         reply = conversation.messages[index]
         if _lost_thought(reply, text[start:end]):
@@ -267,7 +281,10 @@ class ChatTemplate:
         if text.startswith(prompt):
             return Rendered(text, ((max(start, len(prompt)), end),))
         if prompt.rstrip().endswith(END_OF_THOUGHT) and END_OF_THOUGHT in text[start:end]:
-            raise TemplateFailure(message("template.thought_closed"))
+            raise TemplateFailure(
+                "the chat template ends the thought in its generation prompt, and this reply thinks (thinking: strip "
+                "leaves the reasoning out)"
+            )
         return _behind(prompt, text[start:end])
 
     def _served_unmarked(self, conversation: Conversation, index: int, number: int) -> Rendered:
@@ -281,7 +298,7 @@ class ChatTemplate:
         if END_OF_THOUGHT in content and _lost_thought(reply, official[len(_common(prompt, official)) :]):
             return _behind(prompt, content + self.stop_tokens[0])
         if not official.startswith(prompt):
-            raise TemplateFailure(message("template.no_prefix"))
+            raise TemplateFailure("the chat template writes a reply that does not continue its own generation prompt")
         # A prompt may have opened the thought that the content opens again.
         opened = next((x for x in OPENED_THOUGHTS if prompt.endswith(x) and content.startswith(x)), "")
         place = official.find(content, len(prompt) - len(opened))
@@ -289,7 +306,7 @@ class ChatTemplate:
             content = content.strip()
             place = official.find(content, len(prompt) - len(opened))
         if place < 0:
-            raise TemplateFailure(message("template.content_changed"))
+            raise TemplateFailure("the chat template changes the text of a reply")
         after = place + len(content)
         ends = [place + len(stop) for stop in self.stop_tokens if (place := official.find(stop, after)) >= 0]
         if ends:
@@ -386,17 +403,31 @@ class ChatTemplate:
 
     def _dropped(self, item: Mark, conversation: Conversation) -> TemplateFailure:
         if item.index is None:
-            return TemplateFailure(message("template.no_tools", name=self.name))
+            return TemplateFailure("the chat template {name} does not show the functions in tools", name=self.name)
         dropped = conversation.messages[item.index]
         if item.part == "reasoning":
-            return TemplateFailure(message("template.no_reasoning", name=self.name))
+            return TemplateFailure(
+                "the chat template {name} does not write the reasoning of a reply (thinking: strip leaves it out)",
+                name=self.name,
+            )
         if item.part == "call":
             functions = ", ".join(call["function"]["name"] for call in dropped.tool_calls)
             values = {"name": self.name, "functions": functions, "number": item.index}
-            return TemplateFailure(message("template.call_dropped", **values))
+            return TemplateFailure(
+                "the chat template {name} does not write the calls of message {number} ({functions})", **values
+            )
         if dropped.role == "assistant":
-            return TemplateFailure(message("template.no_text_beside_calls", name=self.name, text=dropped.content[:40]))
-        return TemplateFailure(message("template.dropped", name=self.name, role=dropped.role, number=item.index))
+            return TemplateFailure(
+                "the chat template {name} does not write the text of a reply that calls a function: {text!r}",
+                name=self.name,
+                text=dropped.content[:40],
+            )
+        return TemplateFailure(
+            "the chat template {name} drops message {number} ({role})",
+            name=self.name,
+            role=dropped.role,
+            number=item.index,
+        )
 
     def _render(
         self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], *, prompt: bool
@@ -407,11 +438,15 @@ class ChatTemplate:
         try:
             return render_chat(self.text, messages, values, prompt=prompt)
         except ReservedCharacter:
-            raise TemplateFailure(message("row.reserved_character")) from None
+            raise TemplateFailure(
+                "the text holds a character reserved for internal use (U+FDD0, U+FDD1, U+F5A1F or U+F5A20)"
+            ) from None
         except RecursionError as error:
-            raise TemplateFailure(message("row.too_deep")) from error
+            raise TemplateFailure("nested too deeply") from error
         except Exception as error:  # a template is a program from outside: whatever it raises is its refusal
-            raise TemplateFailure(message("template.refused", name=self.name, problem=error)) from error
+            raise TemplateFailure(
+                "the chat template {name} refuses this conversation: {problem}", name=self.name, problem=error
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -443,7 +478,7 @@ def _behind(prompt: str, reply: str) -> Rendered:
         TemplateFailure: the prompt has opened a thought, and the reply has none to close it.
     """
     if prompt.endswith(OPENED_THOUGHTS) and END_OF_THOUGHT not in reply:
-        raise TemplateFailure(message("template.no_prefix"))
+        raise TemplateFailure("the chat template writes a reply that does not continue its own generation prompt")
     for opened in OPENED_THOUGHTS:
         if prompt.endswith(opened) and reply.startswith(opened):
             reply = reply[len(opened) :]
@@ -505,7 +540,11 @@ def bind_template(
     text, stops, stable = _find_template(name, tokenizer)
     if not stops:
         if tokenizer.eos_token is None:
-            raise UsageError("template.no_stop", name=name)
+            raise UsageError(
+                "template.no_stop",
+                "template_name = {name} ends a reply with the tokenizer's EOS token, and this tokenizer has none.",
+                name=name,
+            )
         stops = (tokenizer.eos_token,)
     ids: dict[str, int] = {}
     for stop in stops:
@@ -513,7 +552,13 @@ def bind_template(
         if len(encoded) == 1 and (encoded[0] != tokenizer.unk_token_id or stop == tokenizer.unk_token):
             ids[stop] = encoded[0]
         elif stop == stops[0]:
-            raise UsageError("template.stop_not_one_token", name=name, stop=stop)
+            raise UsageError(
+                "template.stop_not_one_token",
+                "template_name = {name} ends a reply with {stop!r}, which is not one token of this tokenizer: the "
+                "model could not stop on it. Use the template of this model's family, or auto.",
+                name=name,
+                stop=stop,
+            )
     template = ChatTemplate(
         name=name,
         text=text,
@@ -540,7 +585,9 @@ def parse_date(date: str) -> datetime.date:
     try:
         return datetime.date.fromisoformat(date)
     except ValueError:
-        raise UsageError("template.bad_date", value=date) from None
+        raise UsageError(
+            "template.bad_date", "template_date = {value!r} is no date; write YYYY-MM-DD.", value=date
+        ) from None
 
 
 def _variables(tokenizer: Any) -> dict[str, Any]:
@@ -562,16 +609,26 @@ def _find_template(name: str, tokenizer: Any) -> tuple[str, tuple[str, ...], boo
         if isinstance(text, dict):
             text = text.get("default")
         if not text:
-            raise UsageError("template.tokenizer_has_none", known=", ".join(family_names()))
+            raise UsageError(
+                "template.tokenizer_has_none",
+                "template_name = auto uses the tokenizer's own chat template, and this tokenizer has none. Name one: "
+                "{known}, or a path to a .jinja file.",
+                known=", ".join(family_names()),
+            )
         return text, _own_stops(name, text, tokenizer), None
     if name.endswith(".jinja"):
         path = Path(name).expanduser()
         if not path.is_file():
-            raise UsageError("template.no_file", path=path)
+            raise UsageError("template.no_file", "template_name = {path} does not exist.", path=path)
         try:
             text = path.read_text(encoding="utf-8").removesuffix("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError("template.unusable", name=name, problem=error) from None
+            raise UsageError(
+                "template.unusable",
+                "template_name = {name} cannot be used: {problem}. Correct the template, or name another.",
+                name=name,
+                problem=error,
+            ) from None
         return text, _own_stops(name, text, tokenizer), None
     raise unknown_template(name, extra=("auto",))
 
@@ -580,7 +637,13 @@ def unknown_template(name: str, extra: tuple[str, ...] = ()) -> UsageError:
     """The error that names the nearest known template."""
     known = [*family_names(), *extra]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return UsageError("template.unknown", name=name, near=near[0], known=", ".join(known))
+    return UsageError(
+        "template.unknown",
+        "template_name = {name!r} is unknown; did you mean {near!r}? Known: {known}, or a path to a .jinja file.",
+        name=name,
+        near=near[0],
+        known=", ".join(known),
+    )
 
 
 def _own_stops(name: str, text: str, tokenizer: Any) -> tuple[str, ...]:
@@ -598,9 +661,19 @@ def _own_stops(name: str, text: str, tokenizer: Any) -> tuple[str, ...]:
         if answer not in shown:
             shown = probe._render(turns[:2], {}, prompt=False)[0]
     except TemplateFailure as error:
-        raise UsageError("template.unusable", name=name, problem=error) from None
+        raise UsageError(
+            "template.unusable",
+            "template_name = {name} cannot be used: {problem}. Correct the template, or name another.",
+            name=name,
+            problem=error,
+        ) from None
     if answer not in shown:
-        raise UsageError("template.unusable", name=name, problem=message("template.content_changed"))
+        raise UsageError(
+            "template.unusable",
+            "template_name = {name} cannot be used: {problem}. Correct the template, or name another.",
+            name=name,
+            problem=Phrase("the chat template changes the text of a reply"),
+        )
     tail = shown.split(answer)[-1]
     specials = [token for token in tokenizer.all_special_tokens if token]
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]

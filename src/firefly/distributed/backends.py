@@ -119,13 +119,13 @@ def resolve_backend(config: Config) -> Backend:
     if not fsdp and "fsdp" in launched:
         fsdp, fsdp_config = True, launched["fsdp"]
     if deepspeed and fsdp:
-        raise UsageError("engine.two")
+        raise UsageError("engine.two", "both deepspeed and fsdp are asked for; keep one of them.")
     if deepspeed:
         backend = _deepspeed_backend(deepspeed)
         _one_rank_of_its_own()
     elif ranks.world_size() == 1:
         if fsdp:
-            notice("engine.fsdp_alone")
+            notice("engine.fsdp_alone", "fsdp is ignored: there is one process, and nothing to shard.")
         backend = BACKENDS["single"]
         _leave_one_rank_group()
     elif fsdp:
@@ -139,14 +139,33 @@ def resolve_backend(config: Config) -> Backend:
 def _refuse(backend: Backend, config: Config) -> None:
     """What a backend cannot do, by name."""
     if backend.shards_weights and config.adapter.mode == "qlora":
-        raise UsageError("engine.no_qlora", engine=backend.name)
+        raise UsageError(
+            "engine.no_qlora",
+            "train_mode qlora cannot run with {engine}, which shards weights over ranks: 4-bit weights cannot be "
+            "sharded. Use train_mode lora, or plain torchrun (DDP) or ZeRO-2 with qlora.",
+            engine=backend.name,
+        )
     if backend.deepspeed and config.step.on_nonfinite_loss == "skip":
-        raise UsageError("engine.no_skip", engine=backend.name)
+        raise UsageError(
+            "engine.no_skip",
+            'on_nonfinite_loss "skip" cannot run with {engine}: DeepSpeed updates the weights within backward. Use '
+            '"stop".',
+            engine=backend.name,
+        )
     compiled = any(config.training.get(f"torch_compile{part}") for part in ("", "_backend", "_mode"))
     if backend.shards and compiled:
-        raise UsageError("engine.no_compile", engine=backend.name)
+        raise UsageError(
+            "engine.no_compile",
+            "torch_compile cannot run with {engine}; remove the key, or use plain torchrun (DDP).",
+            engine=backend.name,
+        )
     if backend.shards_weights and config.adapter.mode != "full" and config.adapter.use_dora:
-        raise UsageError("engine.no_dora", engine=backend.name)
+        raise UsageError(
+            "engine.no_dora",
+            "use_dora cannot run with {engine}, which shards weights over ranks; remove the key, or use plain "
+            "torchrun (DDP) or ZeRO-2.",
+            engine=backend.name,
+        )
 
 
 def refuse_uneven_passes(config: Config, layout: str, backend: Backend) -> None:
@@ -157,7 +176,12 @@ def refuse_uneven_passes(config: Config, layout: str, backend: Backend) -> None:
     """
     apart = layout == "solo" and config.task_type == "pretrain" and config.data.document_attention == "isolated"
     if backend.shards_weights and apart:
-        raise UsageError("engine.documents_apart", engine=backend.name)
+        raise UsageError(
+            "engine.documents_apart",
+            "{engine} shards the weights, and this model takes each document of a block by itself: ranks would wait "
+            'for each other for ever. Set "document_attention": "joined", or leave fsdp and ZeRO-3 out.',
+            engine=backend.name,
+        )
 
 
 # ---- DeepSpeed ----
@@ -168,18 +192,28 @@ def _deepspeed_backend(given: Any) -> Backend:
     try:
         import deepspeed  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise UsageError("engine.no_deepspeed") from None
+        raise UsageError(
+            "engine.no_deepspeed",
+            "the key deepspeed needs the package deepspeed, which is not installed: pip install --no-build-isolation "
+            'deepspeed. Without it: remove the key (DDP), or set "fsdp": true.',
+        ) from None
     # On CPUs it would compile an extension, which takes a compiler and a minute, for what gloo does as well.
     compatible = getattr(getattr(deepspeed, "ops", None), "__compatible_ops__", {})
     compatible["deepspeed_shm_comm"] = False
     overruled = [name for name in DECIDED_ELSEWHERE if _says_something(settings.get(name))]
     for name in overruled:
-        notice("engine.overruled", key=name, keys=DECIDED_ELSEWHERE[name])
+        notice("engine.overruled", "{key} is ignored: {keys} decides.", key=name, keys=DECIDED_ELSEWHERE[name])
     settings = {name: value for name, value in settings.items() if name not in DECIDED_ELSEWHERE or name == "fp16"}
     zero = dict(settings.get("zero_optimization", {}))
     stage = zero.get("stage", 0)
     if f"zero{stage}" not in BACKENDS:
-        raise UsageError("config.bad_choice", key="zero_optimization.stage", value=stage, choices="0, 1, 2, 3")
+        raise UsageError(
+            "config.bad_choice",
+            "{key} = {value} is not valid; choose one of: {choices}.",
+            key="zero_optimization.stage",
+            value=stage,
+            choices="0, 1, 2, 3",
+        )
     if stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True  # the files that one process would leave
     settings |= {
@@ -208,11 +242,20 @@ def _read_settings(key: str, given: Any) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError("engine.no_file", key=key, path=path) from None
+        raise UsageError(
+            "engine.no_file",
+            "{key}: the file {path} does not exist (paths are taken from the folder that the command runs in).",
+            key=key,
+            path=path,
+        ) from None
     except (OSError, ValueError) as error:
-        raise UsageError("config.unreadable", path=path, problem=error) from None
+        raise UsageError(
+            "config.unreadable", "cannot read configuration {path}: {problem}.", path=path, problem=error
+        ) from None
     if not isinstance(found, dict):
-        raise UsageError("config.not_an_object", path=path)
+        raise UsageError(
+            "config.not_an_object", '{path} must hold one object of keys and values: {{"key": value, …}}.', path=path
+        )
     return found
 
 
@@ -273,15 +316,35 @@ def _fsdp_settings(fsdp: Any, config: Any) -> dict[str, Any]:
             settings.setdefault("cpu_offload", True)
         elif word not in ("auto_wrap", "true"):
             choices = "true, full_shard, shard_grad_op, offload, auto_wrap"
-            raise UsageError("config.bad_choice", key="fsdp", value=json.dumps(word), choices=choices)
+            raise UsageError(
+                "config.bad_choice",
+                "{key} = {value} is not valid; choose one of: {choices}.",
+                key="fsdp",
+                value=json.dumps(word),
+                choices=choices,
+            )
     if str(settings.get("version", 2)) != "2":
-        notice("engine.fsdp2")
+        notice("engine.fsdp2", "fsdp_config asks for FSDP 1, which transformers is about to drop; FSDP2 is used.")
     if str(settings.get("state_dict_type", "FULL_STATE_DICT")) != "FULL_STATE_DICT":
-        notice("engine.overruled", key="fsdp_config.state_dict_type", keys="FULL_STATE_DICT")
+        notice(
+            "engine.overruled",
+            "{key} is ignored: {keys} decides.",
+            key="fsdp_config.state_dict_type",
+            keys="FULL_STATE_DICT",
+        )
     if str(settings.pop("activation_checkpointing", False)).lower() == "true":
-        notice("engine.overruled", key="fsdp_config.activation_checkpointing", keys="gradient_checkpointing")
+        notice(
+            "engine.overruled",
+            "{key} is ignored: {keys} decides.",
+            key="fsdp_config.activation_checkpointing",
+            keys="gradient_checkpointing",
+        )
     if str(settings.pop("cpu_ram_efficient_loading", False)).lower() == "true":
-        notice("engine.loads_whole")
+        notice(
+            "engine.loads_whole",
+            "fsdp_config.cpu_ram_efficient_loading is ignored: every rank loads the model into CPU memory, where it "
+            "is tested, before it is sharded.",
+        )
     known = ("reshard_after_forward", "cpu_offload", "auto_wrap_policy", "min_num_params")
     kept = {name: settings[name] for name in (*known, "transformer_layer_cls_to_wrap") if name in settings}
     return {"fsdp": True, "fsdp_config": kept | {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
@@ -296,13 +359,17 @@ def _take_launcher_settings() -> dict[str, Any]:
     for name, key in LAUNCHER_SETTINGS.items():
         value = environment.pop(name, "")
         if value.lower() not in NOTHING:
-            notice("engine.overruled", key=name, keys=key)
+            notice("engine.overruled", "{key} is ignored: {keys} decides.", key=name, keys=key)
     if environment.pop("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         found["deepspeed"] = environment.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", "") or _launched_zero()
     if environment.pop("ACCELERATE_USE_FSDP", "false").lower() == "true":
         found["fsdp"] = _launched_fsdp()
     if environment.pop("ACCELERATE_USE_MEGATRON_LM", "false").lower() == "true":
-        raise UsageError("engine.no_megatron")
+        raise UsageError(
+            "engine.no_megatron",
+            "accelerate is configured for Megatron-LM, which Firefly does not run; choose DDP, FSDP or DeepSpeed "
+            "there.",
+        )
     return found
 
 

@@ -112,7 +112,9 @@ class TrainableModel:
             optimizer = create_optimizer(self.module, self.args)
         except ValueError as error:  # the model lacks what `optim_target_modules` names, for one
             problem, name = " ".join(str(error).split()), OptimizerNames(self.args.optim).value
-            raise UsageError("config.optimizer", value=name, problem=problem) from error
+            raise UsageError(
+                "config.optimizer", "optim = {value!r} cannot be built: {problem}", value=name, problem=problem
+            ) from error
         self.wrapped, self.optimizer = self.accelerator.prepare(self.module, optimizer)
         # accelerate's wrapper looks for a package on the disk in every step; only DeepSpeed and loss scaling need it.
         if self.accelerator.scaler is None and not self.backend.deepspeed:

@@ -104,15 +104,31 @@ def merge(
     """
     for option, value, choices in (("onto", onto, ONTO), ("dtype", dtype, ("auto", *TYPES))):
         if value not in choices:
-            raise UsageError("merge.bad_choice", option=option, value=value, choices=", ".join(choices))
+            raise UsageError(
+                "merge.bad_choice",
+                "--{option} = {value!r}; choose one of: {choices}.",
+                option=option,
+                value=value,
+                choices=", ".join(choices),
+            )
     saved = open_adapter(adapter)
     model = base_of_adapter(adapter, model)
     quantised = trained_in_4_bits(adapter)
     if onto == "dequantized" and not quantised:
-        raise UsageError("merge.not_quantised", path=adapter)
+        raise UsageError(
+            "merge.not_quantised",
+            "--onto dequantized is for adapters of a QLoRA run; {path} was not trained on 4-bit weights.",
+            path=adapter,
+        )
     target = folder_to_write(save_path, keep=(adapter, model.name_or_path))
     weights = base_type(model) if dtype == "auto" else TYPES[dtype]
-    notice("merge.merging", adapter=adapter, base=model.name_or_path, dtype=str(weights).removeprefix("torch."))
+    notice(
+        "merge.merging",
+        "merging {adapter} into {base} ({dtype})",
+        adapter=adapter,
+        base=model.name_or_path,
+        dtype=str(weights).removeprefix("torch."),
+    )
 
     tokenizer = load_tokenizer(model, tokenizer_source(model, adapter))
     certificate = check_template(tokenizer, saved.folder, force)
@@ -131,7 +147,13 @@ def merge(
     rounding = rounding_gap(trained, prompts)
     tuned = [logits for ids, logits in zip(prompts, expected, strict=True) if ids in known]
     if not brought and not has_effect(untrained, tuned, rounding):
-        raise VerificationError("merge.no_effect", adapter=adapter, gap=largest_gap(untrained, tuned))
+        raise VerificationError(
+            "merge.no_effect",
+            "the adapter {adapter} changes nothing: the logits are those of the base model (largest gap {gap:.2e}, no "
+            "more than rounding). Nothing was written. Was it trained, and is this its base?",
+            adapter=adapter,
+            gap=largest_gap(untrained, tuned),
+        )
     if weights != torch.float32:  # what a choice between two tokens may turn on where the model is served
         rounding = rounding_gap(trained, prompts, as_served=True)
     updates = sample_updates(trained)
@@ -143,14 +165,20 @@ def merge(
     except Exception as error:
         if is_write_failure(error):
             problem, free = first_line(error), free_space(target)
-            raise UsageError("merge.write_failed", path=partial, problem=problem, free=free) from error
+            raise UsageError(
+                "merge.write_failed",
+                "{path} could not be written: {problem}; {free} are free. Free some space, or choose another folder.",
+                path=partial,
+                problem=problem,
+                free=free,
+            ) from error
         raise
     if certificate:
         write_json(partial / CERTIFICATE, certificate)
     del trained
     gc.collect()
 
-    notice("merge.verifying")
+    notice("merge.verifying", "reloading from disk and comparing with the unmerged model …")
     written = ModelConfig(name_or_path=str(partial), trust_remote_code=model.trust_remote_code)
     merged = load_model(written, "lora", Precision(weights), pick_device()).eval()
     found, wrong = compare(expected, all_logits(merged, prompts), prompts, rounding), wrong_updates(merged, updates)
@@ -161,15 +189,38 @@ def merge(
         shutil.rmtree(partial)
         if wrong:
             name, share = next(iter(wrong.items()))
-            raise VerificationError("merge.wrong_update", count=len(wrong), name=name, share=share, report=failed)
-        raise VerificationError("merge.failed", path=target, report=failed, **vars(found))
+            raise VerificationError(
+                "merge.wrong_update",
+                "{count} merged weights are not what the adapter makes of them: {name} got {share:.2%} of its update. "
+                "The merged model was removed; the figures are in {report}.",
+                count=len(wrong),
+                name=name,
+                share=share,
+                report=failed,
+            )
+        raise VerificationError(
+            "merge.failed",
+            "the merged model differs from the trained one: largest logit gap {gap:.2e} (rounding alone: "
+            "{rounding:.2e}), mean KL {kl:.2e}, top-1 agreement {agreement:.2%} of {positions} positions, ties left "
+            "out: {ties}. It was removed; the figures are in {report}, and what was in {path} before is as it was.",
+            path=target,
+            report=failed,
+            **vars(found),
+        )
     if quantised and onto == "original":
         report["distance_to_4bit"] = vars(distance_to_4bit(model, saved, weights, merged, prompts, rounding))
     files = sorted(path.name for path in partial.iterdir())
     write_json(partial / REPORT, report | {"passed": True, "files": [*files, REPORT]})
     remove_earlier(target)
     move_into(partial, target)
-    notice("merge.done", path=target, prompts=len(prompts), **vars(found))
+    notice(
+        "merge.done",
+        "merged model in {path}; verified on {prompts} prompts ({positions} positions): largest logit gap {gap:.2e} "
+        "(rounding alone: {rounding:.2e}), mean KL {kl:.2e}, top-1 agreement {agreement:.2%}, ties left out: {ties}",
+        path=target,
+        prompts=len(prompts),
+        **vars(found),
+    )
     return target
 
 
@@ -198,15 +249,18 @@ def folder_to_write(save_path: str, keep: tuple[str, ...] = ()) -> Path:
     """
     path = Path(save_path).expanduser()
     kept = [Path(name).expanduser().resolve() for name in keep]
-    if any(path.resolve() in (folder, *folder.parents) for folder in kept):
-        raise UsageError("merge.save_path", path=path)
-    if path.exists() and not path.is_dir():
-        raise UsageError("merge.save_path", path=path)
-    path.mkdir(parents=True, exist_ok=True)
-    # What merges left that were killed, or failed.
-    held = {entry.name for entry in path.iterdir()} - {unfinished(path / RESULT).name, FAILED_REPORT}
-    if held and REPORT not in held:
-        raise UsageError("merge.save_path", path=path)
+    taken = any(path.resolve() in (folder, *folder.parents) for folder in kept) or (path.exists() and not path.is_dir())
+    if not taken:
+        path.mkdir(parents=True, exist_ok=True)
+        # What merges left that were killed, or failed.
+        held = {entry.name for entry in path.iterdir()} - {unfinished(path / RESULT).name, FAILED_REPORT}
+        taken = bool(held) and REPORT not in held
+    if taken:
+        raise UsageError(
+            "merge.save_path",
+            "save_path = {path} is not empty, or holds the base or the adapter. Choose another folder.",
+            path=path,
+        )
     return path
 
 
@@ -289,7 +343,11 @@ def merge_layers(model: Any, seed: int = 0) -> None:
                 magnitude = layer.lora_magnitude_vector[name_of].weight.float()
                 total = with_magnitude(total, magnitude, layer.fan_in_fan_out)
             if not torch.isfinite(total).all():
-                raise VerificationError("merge.not_finite", layer=name)
+                raise VerificationError(
+                    "merge.not_finite",
+                    "merging {layer} gives numbers that are not finite. Check the adapter, or try --dtype float32.",
+                    layer=name,
+                )
             weight.copy_(round_unbiased(total, weight.dtype, generator))
         if (own := bias_of_adapter(layer, name_of)) is not None:
             bias = layer.get_base_layer().bias
@@ -335,7 +393,13 @@ def refuse_unmergeable(model: Any, adapter: str) -> None:
     for name, layer in layers:
         biased = any(bias_of_adapter(layer, one) is not None for one in layer.active_adapters)
         if biased and getattr(layer.get_base_layer(), "bias", None) is None:
-            raise UsageError("merge.lora_bias", path=adapter, layer=name.removeprefix(OUR_PREFIX))
+            raise UsageError(
+                "merge.lora_bias",
+                "the adapter {path} has a bias (lora_bias) on {layer}, and that layer of the model has none to merge "
+                "it into. It can be used unmerged (firefly chat --adapter_name_or_path).",
+                path=adapter,
+                layer=name.removeprefix(OUR_PREFIX),
+            )
 
 
 def weights_and_deltas(layer: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -401,5 +465,11 @@ def distance_to_4bit(
     """Information, not a verdict: QLoRA trained on 4-bit weights, and the original ones are not the same."""
     trained = load_adapter(load_model(model, "qlora", Precision(weights), pick_device()), saved).eval()
     found = compare(all_logits(trained, prompts), all_logits(merged, prompts), prompts, rounding)
-    notice("merge.distance", kl=found.kl, agreement=found.agreement)
+    notice(
+        "merge.distance",
+        "for information: the merged model against the 4-bit model that was trained: mean KL {kl:.2e}, top-1 "
+        "agreement {agreement:.2%} (--onto dequantized merges onto the weights as they were trained).",
+        kl=found.kl,
+        agreement=found.agreement,
+    )
     return found

@@ -11,7 +11,7 @@ from pathlib import Path
 from firefly.data.schema import Message
 from firefly.data.templates import TemplateFailure
 from firefly.inference.engine import Engine, GenerationSettings
-from firefly.messages import render
+from firefly.translation import translate
 
 COMMANDS = ("/reset", "/system", "/save", "/exit")
 
@@ -19,11 +19,18 @@ COMMANDS = ("/reset", "/system", "/save", "/exit")
 def chat(engine: Engine, settings: GenerationSettings, system: str | None = None) -> None:
     """Talk until /exit or the end of input."""
     enable_line_editing()
-    print(render("chat.welcome", name=engine.name), file=sys.stderr)
+    print(
+        translate(
+            "Chatting with {name}. /reset forgets, /system TEXT sets the system prompt, /save FILE keeps the "
+            "conversation, /exit leaves; Ctrl-C stops an answer.",
+            name=engine.name,
+        ),
+        file=sys.stderr,
+    )
     conversation = ChatSession(engine, settings, system)
     while True:
         try:
-            line = input(render("chat.user")).strip()
+            line = input(translate("User: ")).strip()
         except EOFError:
             print()
             return
@@ -31,13 +38,23 @@ def chat(engine: Engine, settings: GenerationSettings, system: str | None = None
             print()
             continue
         if "\ufffd" in line:
-            print(render("chat.undecodable", encoding=getattr(sys.stdin, "encoding", None)), file=sys.stderr)
+            print(
+                translate(
+                    "this line has bytes that are not {encoding}; each was replaced. Set PYTHONIOENCODING to the "
+                    "encoding that the input has.",
+                    encoding=getattr(sys.stdin, "encoding", None),
+                ),
+                file=sys.stderr,
+            )
         if line == "/exit":
             return
         if line.startswith("/") and line.split()[0] in COMMANDS:
             conversation.command(line)
         elif line.startswith("/") and " " not in line and line[1:].isalpha():
-            print(render("chat.unknown", command=line, known=" ".join(COMMANDS)), file=sys.stderr)
+            print(
+                translate("unknown command {command}; known: {known}", command=line, known=" ".join(COMMANDS)),
+                file=sys.stderr,
+            )
         elif line:
             conversation.ask(line)
 
@@ -68,7 +85,7 @@ class ChatSession:
         """Print the answer as it comes; what was said before a Ctrl-C stays in the history."""
         self.history.append(Message("user", question))
         stop, pieces = threading.Event(), []
-        print(render("chat.assistant"), end="", flush=True)
+        print(translate("Firefly: "), end="", flush=True)
         answer = self.engine.stream(self.messages, self.settings, stop)
         try:
             for piece in answer:
@@ -79,10 +96,10 @@ class ChatSession:
         except KeyboardInterrupt:
             stop.set()
             answer.close()
-            print(f" {render('chat.stopped')}", end="")
+            print(f" {translate('[stopped]')}", end="")
         except TemplateFailure as error:
             self.history.pop()
-            print(f"\n{render('chat.refused', problem=error)}", file=sys.stderr)
+            print(f"\n{translate('this cannot be sent: {problem}', problem=error)}", file=sys.stderr)
             return
         print()
         self.history.append(Message("assistant", "".join(pieces).strip()))
@@ -96,25 +113,36 @@ class ChatSession:
             return
         self.history.clear()
         if name == "/reset":
-            print(render("chat.reset"), file=sys.stderr)
+            print(translate("history forgotten."), file=sys.stderr)
         else:
             self.system = rest or None
-            print(render("chat.system" if rest else "chat.system_off"), file=sys.stderr)
+            print(
+                translate(
+                    "system prompt set; history forgotten." if rest else "system prompt removed; history forgotten."
+                ),
+                file=sys.stderr,
+            )
 
     def _save(self, target: str) -> None:
         """Write the conversation as one record in OpenAI's form, which `train` reads."""
         if not target:
-            print(render("chat.save_usage"), file=sys.stderr)
+            print(translate("usage: /save FILE"), file=sys.stderr)
             return
         path = Path(target).expanduser()
         if path.exists() and path.resolve() not in self.saved:
-            print(render("chat.save_exists", path=path), file=sys.stderr)
+            print(
+                translate("{path} exists already and is left as it is: choose another name.", path=path),
+                file=sys.stderr,
+            )
             return
         record = {"messages": [{"role": item.role, "content": item.content} for item in self.messages]}
         try:
             path.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
         except OSError as error:
-            print(render("chat.save_failed", path=path, problem=error.strerror or error), file=sys.stderr)
+            print(
+                translate("cannot write {path}: {problem}.", path=path, problem=error.strerror or error),
+                file=sys.stderr,
+            )
             return
         self.saved.add(path.resolve())
-        print(render("chat.saved", path=path), file=sys.stderr)
+        print(translate("saved to {path}.", path=path), file=sys.stderr)

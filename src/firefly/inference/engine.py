@@ -47,7 +47,13 @@ class GenerationSettings:
             ("repetition_penalty", self.repetition_penalty > 0, "> 0"),
         ):
             if not valid:
-                raise UsageError("chat.bad_setting", option=name, value=getattr(self, name), expected=expected)
+                raise UsageError(
+                    "chat.bad_setting",
+                    "--{option} = {value} is not valid: {expected}.",
+                    option=name,
+                    value=getattr(self, name),
+                    expected=expected,
+                )
 
     def generate_options(self) -> dict[str, Any]:
         """Keyword arguments of transformers' `generate`."""
@@ -91,7 +97,11 @@ class Engine:
                 model was trained with.
         """
         if adapter is None and not model.name_or_path:
-            raise UsageError("chat.no_model")
+            raise UsageError(
+                "chat.no_model",
+                "no model given. Name one with --model_name_or_path (a folder, a hub id or smollm2-135m-instruct), or "
+                "a trained adapter with --adapter_name_or_path.",
+            )
         if adapter is None and is_adapter(model.name_or_path):
             adapter, model = model.name_or_path, replace(model, name_or_path="")
         saved = open_adapter(adapter) if adapter else None

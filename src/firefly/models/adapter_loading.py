@@ -13,11 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 from firefly.console import notice
 from firefly.errors import UsageError
-from firefly.messages import render
 from firefly.models.kernels.expert_linear import install_expert_kernels
 from firefly.models.kernels.token_rows import install_token_rows
 from firefly.models.saved_adapter import OUR_PREFIX, SavedAdapter, is_exact_start, module_of, open_adapter
 from firefly.models.tokens import is_tied, resize_embeddings, vocabulary_ends
+from firefly.translation import Phrase
 
 FACTORS = r"lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
 TAIL = re.compile(rf"(?P<path>.+?)(?:\.base_layer)*\.(?P<tail>{FACTORS}|token_adapter\..+)")
@@ -40,7 +40,12 @@ def load_adapter(base: Any, adapter: str | SavedAdapter, *, dropout: float | Non
 
     saved = open_adapter(adapter) if isinstance(adapter, str) else adapter
     if saved.folder.parent == saved.given:
-        notice("adapter.in_subfolder", path=saved.given, found=saved.folder.name)
+        notice(
+            "adapter.in_subfolder",
+            "{path} holds one adapter, in its folder {found}: that one is used.",
+            path=saved.given,
+            found=saved.folder.name,
+        )
     placed = _place(base, saved)
     settings = _settings_for(base, saved, placed)
     settings.inference_mode = dropout is None
@@ -56,13 +61,15 @@ def load_adapter(base: Any, adapter: str | SavedAdapter, *, dropout: float | Non
         state = {f"{OUR_PREFIX}{name}": value for name, value in placed.named().items()}
         result = set_peft_model_state_dict(wrapped, state)
     except KeyError as error:  # peft's word for a module trained whole without its tensors
-        raise _mismatch(saved, base, render("adapter.lacks_tensor", name=error)) from error
+        raise _mismatch(saved, base, Phrase("its file has no tensor for {name}", name=error)) from error
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise _mismatch(saved, base, str(error)) from error
+        raise _mismatch(saved, base, " ".join(str(error).strip().splitlines()[:3])) from error
     lost = [*result.unexpected_keys, *_without_tensor(wrapped, set(result.missing_keys))]
     if lost:
         first = min(lost).removeprefix(OUR_PREFIX)
-        raise _mismatch(saved, base, render("adapter.no_counterpart", count=len(lost), name=first))
+        raise _mismatch(
+            saved, base, Phrase("{count} weights have no counterpart, such as {name}", count=len(lost), name=first)
+        )
     if dropout is None:
         wrapped.eval()
     install_expert_kernels(wrapped)  # peft's own forward cannot read experts in 4 bit
@@ -139,15 +146,27 @@ def _place(base: Any, saved: SavedAdapter) -> _Placed:
         leaf = name.rpartition(".")[2]
         parameter = getattr(modules[target], leaf, None)
         if not isinstance(parameter, Tensor):
-            raise _mismatch(saved, base, render("adapter.no_parameter", name=name))
+            raise _mismatch(saved, base, Phrase("it has no parameter for {name}", name=name))
         whole[f"{target}.{leaf}"] = tensors[name]
     placed = _Placed(factors, whole, experts, {target: path for path, target in places.items()})
     if len(placed.source) != len(places):
         twice = next(path for path, target in places.items() if placed.source[target] != path)
-        raise _mismatch(saved, base, render("adapter.shared_place", name=twice))
+        raise _mismatch(
+            saved,
+            base,
+            Phrase("two of the adapter's layers match one layer of the model, {name} among them", name=twice),
+        )
     if placed.renamed:
         target, path = min(placed.renamed.items())
-        notice("adapter.renamed", path=saved.folder, count=len(placed.renamed), saved=path, found=target)
+        notice(
+            "adapter.renamed",
+            "the adapter {path} names {count} layers differently from the base model, {saved} for {found}: they are "
+            "the same layers with another prefix, and are taken for them.",
+            path=saved.folder,
+            count=len(placed.renamed),
+            saved=path,
+            found=target,
+        )
     return placed
 
 
@@ -197,10 +216,10 @@ def _find_places(
             if candidates:
                 break
         if not candidates:
-            raise _mismatch(saved, base, render("adapter.no_place", name=members[0]))
+            raise _mismatch(saved, base, Phrase("it has no layer {name}, nor one whose path ends so", name=members[0]))
         if len(candidates) > 1:
             named = ", ".join(candidate[members[0]] for candidate in candidates[:3])
-            raise _mismatch(saved, base, render("adapter.many_places", name=members[0], found=named))
+            raise _mismatch(saved, base, Phrase("{name} may be any of {found}", name=members[0], found=named))
         found |= candidates[0]
     return found
 
@@ -232,7 +251,14 @@ def _settings_for(base: Any, saved: SavedAdapter, placed: _Placed) -> Any:
     if not is_exact_start(settings.init_lora_weights):
         settings.init_lora_weights = True
     elif any(getattr(parameter, "quant_state", None) is not None for parameter in base.parameters()):
-        raise UsageError("adapter.start_in_4_bit", path=saved.folder, start=settings.init_lora_weights)
+        raise UsageError(
+            "adapter.start_in_4_bit",
+            "the adapter {path} began with init_lora_weights = {start!r}, which takes a part out of the base's "
+            "weights; that cannot be done in 4 bits. Load the base in 16 bits (train_mode lora; chat without "
+            "--load_in_4bit), or merge it.",
+            path=saved.folder,
+            start=settings.init_lora_weights,
+        )
     settings.velora_config = None
     if placed.renamed:
         settings.rank_pattern = _pattern_for(settings.rank_pattern, placed)
@@ -246,7 +272,15 @@ def _settings_for(base: Any, saved: SavedAdapter, placed: _Placed) -> Any:
     elsewhere = {name for name in without if tuple(name.split(".")[: _stack_length(name.split("."))]) not in stacks}
     if without - elsewhere:
         missing = sorted(without - elsewhere)
-        raise _mismatch(saved, base, render("adapter.layers_without_tensors", count=len(missing), name=missing[0]))
+        raise _mismatch(
+            saved,
+            base,
+            Phrase(
+                "{count} layers that its settings name have no tensors, such as {name}",
+                count=len(missing),
+                name=missing[0],
+            ),
+        )
     # What `target_parameters` names is adapted without being a target module: stacks of experts, for one.
     ends = tuple(f".{name}" for name in settings.target_parameters or ())
     parameters = {
@@ -257,7 +291,13 @@ def _settings_for(base: Any, saved: SavedAdapter, placed: _Placed) -> Any:
     if asked == placed.adapted - parameters:
         return settings
     if elsewhere:
-        notice("adapter.not_adapted", count=len(elsewhere), name=min(elsewhere))
+        notice(
+            "adapter.not_adapted",
+            "{count} layers that the adapter's settings would match have no tensors in it, all of them in other parts "
+            "of the model, such as {name}: they stay as they are in the base.",
+            count=len(elsewhere),
+            name=min(elsewhere),
+        )
     settings.target_modules = sorted(placed.adapted - parameters)
     settings.exclude_modules = settings.layers_to_transform = settings.layers_pattern = None
     return settings
@@ -294,15 +334,31 @@ def _fit_rows(base: Any, saved: SavedAdapter, placed: _Placed) -> None:
         return
     if len(set(asked.values())) > 1:
         described = ", ".join(f"{name}: {count}" for name, count in sorted(asked.items()))
-        raise _mismatch(saved, base, render("adapter.two_vocabularies", sizes=described))
+        raise _mismatch(saved, base, Phrase("its vocabulary has two sizes ({sizes})", sizes=described))
     rows, before = next(iter(asked.values())), present[next(iter(asked))]
     held = [_holds_rows(name, placed) for name in ends]
     if rows > before and not (any(held) if is_tied(base) else all(held)):
         unknown = set(range(before, rows)) - saved.token_rows
         if unknown:
-            raise UsageError("adapter.rows_unknown", path=saved.folder, count=len(unknown), rows=rows, base=before)
+            raise UsageError(
+                "adapter.rows_unknown",
+                "the adapter {path} was trained with a vocabulary of {rows} rows, the base model has {base}, and the "
+                "values of {count} new rows are in no file. Save the adapter again with them: save_pretrained(…, "
+                "save_embedding_layers=True), or modules_to_save with the embedding and the head.",
+                path=saved.folder,
+                count=len(unknown),
+                rows=rows,
+                base=before,
+            )
     resize_embeddings(base, rows)
-    notice("adapter.resized", path=saved.folder, rows=rows, base=before)
+    notice(
+        "adapter.resized",
+        "the adapter {path} was trained with a vocabulary of {rows} rows; the base model has {base} and is made the "
+        "same.",
+        path=saved.folder,
+        rows=rows,
+        base=before,
+    )
 
 
 def _holds_rows(name: str, placed: _Placed) -> bool:
@@ -320,6 +376,11 @@ def _rows_of(name: str, placed: _Placed) -> int:
     return 0
 
 
-def _mismatch(saved: SavedAdapter, base: Any, problem: str) -> UsageError:
-    lines = " ".join(problem.strip().splitlines()[:3])
-    return UsageError("model.adapter_mismatch", path=saved.folder, base=base.config.name_or_path, problem=lines)
+def _mismatch(saved: SavedAdapter, base: Any, problem: Phrase | str) -> UsageError:
+    return UsageError(
+        "model.adapter_mismatch",
+        "the adapter {path} does not fit the base model {base}: {problem}",
+        path=saved.folder,
+        base=base.config.name_or_path,
+        problem=problem,
+    )

@@ -40,7 +40,7 @@ def attach_adapter(
     given: Collection[str] = (),
     added_tokens: Sequence[int] = (),
     unreached: Unreached | None = None,
-    tell: Callable[..., None] = notice,
+    notify: Callable[..., None] = notice,
 ) -> Any:
     """Return the model ready to train: itself with fp32 weights (full), or wrapped by peft with fp32 adapters.
 
@@ -52,14 +52,14 @@ def attach_adapter(
         added_tokens: those of the new tokens that this run gave to the tokenizer: an adapter to start from has never
             seen them.
         unreached: what text does not reach in the model; None: found by a short row.
-        tell: is given a message's code and values for what was left out.
+        notify: is given what `notice` takes, for what was left out.
 
     Raises:
         UsageError: a name that matches no layer or one that cannot have an adapter, or an adapter to start from that is
             none or does not fit.
     """
     unreached = known_unreached(model) if unreached is None else unreached
-    _tell_unreached(model, unreached, tell)
+    _note_unreached(model, unreached, notify)
     if config.mode == "full":
         model.requires_grad_(True)
         for name, parameter in model.named_parameters():
@@ -73,19 +73,29 @@ def attach_adapter(
         return wrapped
     from peft import get_peft_model
 
-    settings = _settings(model, config, new_tokens, unreached, tell)
+    settings = _settings(model, config, new_tokens, unreached, notify)
     try:
         wrapped = get_peft_model(model, settings, autocast_adapter_dtype=True)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise UsageError("adapter.peft_refuses", value=config.target, problem=_one_line(error)) from error
+        raise UsageError(
+            "adapter.peft_refuses",
+            "peft refuses this adapter (lora_target = {value}): {problem}",
+            value=config.target,
+            problem=_one_line(error),
+        ) from error
     _refuse_zero_rows(wrapped)
     return _ready_to_train(wrapped, config.dropout)
 
 
-def _tell_unreached(model: PreTrainedModel, unreached: Unreached, tell: Callable[..., None]) -> None:
+def _note_unreached(model: PreTrainedModel, unreached: Unreached, notify: Callable[..., None]) -> None:
     count = sum(numbers_in(p) for name, p in model.named_parameters() if name in unreached.parameters)
     if count:
-        tell("adapter.unreached", names=_listed(unreached.roots(model)), count=count)
+        notify(
+            "adapter.unreached",
+            "text never reaches {names} ({count:,} parameters): they stay as they are, without adapters.",
+            names=_listed(unreached.roots(model)),
+            count=count,
+        )
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -101,16 +111,21 @@ def _settings(
     config: AdapterConfig,
     new_tokens: Sequence[int],
     unreached: Unreached,
-    tell: Callable[..., None],
+    notify: Callable[..., None],
 ) -> Any:
     """peft's configuration of a new adapter."""
     from peft import LoraConfig
 
     saved = saved_modules(model, config.modules_to_save, unreached)
-    targets = target_layers(model, config.target, saved, unreached, tell)
+    targets = target_layers(model, config.target, saved, unreached, notify)
     parameters = target_parameters(model, config.target, saved, unreached)
     if parameters and config.use_dora:
-        raise UsageError("adapter.dora_experts", names=", ".join(parameters[:4]))
+        raise UsageError(
+            "adapter.dora_experts",
+            "use_dora has no form for what is adapted by its parameter here ({names}). Set it to false, or name other "
+            "layers in lora_target.",
+            names=", ".join(parameters[:4]),
+        )
     ends = [name for name, module in model.named_modules() if module in vocabulary_ends(model)]
     # A tied embedding that is trained whole stays the head's weight, as it was in the base. peft finds such a pair by
     # the name of the head, whichever of the two was asked for.
@@ -119,7 +134,11 @@ def _settings(
     rows = _token_layers(model, saved) if new_tokens else []
     adapted = [name for name in rows if _names(targets, name)]
     if adapted:
-        raise UsageError("tokens.adapted", names=", ".join(adapted))
+        raise UsageError(
+            "tokens.adapted",
+            "lora_target names {names}, whose rows for new tokens are trained; leave it out, or use modules_to_save.",
+            names=", ".join(adapted),
+        )
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
@@ -157,7 +176,11 @@ def _refuse_zero_rows(wrapped: Any) -> None:
     lengths = {name: p for name, p in wrapped.get_base_model().named_parameters() if "lora_magnitude_vector" in name}
     empty = [name.partition(".lora_magnitude_vector")[0] for name, p in lengths.items() if (p == 0).any()]
     if empty:
-        raise UsageError("adapter.dora_zero_rows", names=", ".join(empty[:4]))
+        raise UsageError(
+            "adapter.dora_zero_rows",
+            "use_dora: {names} has rows of zeros, whose direction DoRA cannot keep. Take it out of lora_target.",
+            names=", ".join(empty[:4]),
+        )
 
 
 def install_forwards(wrapped: Any) -> list[str]:
@@ -183,7 +206,11 @@ def _set_dropout(wrapped: nn.Module, probability: float, left_to_peft: list[str]
             for adapter in module.lora_dropout:
                 module.lora_dropout[adapter] = nn.Dropout(probability)
     if left_to_peft:
-        notice("adapter.experts_no_dropout", count=len(left_to_peft))
+        notice(
+            "adapter.experts_no_dropout",
+            "lora_dropout does not apply to {count} stacks of experts: the way they compute leaves no place for it.",
+            count=len(left_to_peft),
+        )
 
 
 # ---- an adapter that exists ----
@@ -212,7 +239,13 @@ def _continued(
     else:
         unknown = set(new_tokens) - saved.token_rows
     if unknown:
-        raise UsageError("tokens.new_to_adapter", path=str(config.name_or_path), count=len(unknown))
+        raise UsageError(
+            "tokens.new_to_adapter",
+            "{count} tokens are new to the adapter {path}, and a saved adapter gets no more rows. Merge it first, and "
+            "train a new one on the result.",
+            path=str(config.name_or_path),
+            count=len(unknown),
+        )
     return _ready_to_train(wrapped, config.dropout, whole_vocabulary)
 
 
@@ -229,7 +262,13 @@ def _note_differences(config: AdapterConfig, settings: Any, given: Collection[st
     ):
         said = key in given and asked != ALL_LINEAR  # whose layers an adapter has by their names
         if asked != found and (said or asked != standard):
-            notice("adapter.its_own", key=key, value=asked, found=found)
+            notice(
+                "adapter.its_own",
+                "{key} = {value} differs from the adapter's setting; the adapter's value is used: {found}.",
+                key=key,
+                value=asked,
+                found=found,
+            )
 
 
 def _sorted(names: Any) -> Any:
@@ -250,11 +289,11 @@ def target_layers(
     request: str | Sequence[str],
     saved: Collection[str] = (),
     unreached: Unreached = REACHED,
-    tell: Callable[..., None] = notice,
+    notify: Callable[..., None] = notice,
 ) -> list[str]:
     """The layers that `lora_target` asks for, in the shortest names that mean them, but those that are trained whole.
 
-    "all-linear" leaves out what peft refuses, and `tell` is told so.
+    "all-linear" leaves out what peft refuses, and it is told to `notify`.
 
     Args:
         request: "all-linear", names (a list, or separated by commas), or one regular expression for whole paths.
@@ -266,15 +305,36 @@ def target_layers(
     refused = _refused_by_peft(chosen, model)
     if refused and request != ALL_LINEAR:
         names, problem = ", ".join(sorted({_last(name) for name in refused})), next(iter(refused.values()))
-        raise UsageError("adapter.target_refused", value=request, names=names, problem=problem)
+        raise UsageError(
+            "adapter.target_refused",
+            "lora_target = {value}: peft refuses {names} here. Take it out, or use all-linear. peft says: {problem}",
+            value=request,
+            names=names,
+            problem=problem,
+        )
     if refused:
         names = ", ".join(sorted({_last(name) for name in refused}))
-        tell("adapter.refused_layers", names=names, count=len(refused), architecture=type(model).__name__)
+        notify(
+            "adapter.refused_layers",
+            "lora_target: {names} ({count} layers) get no adapter; peft refuses them in {architecture}.",
+            names=names,
+            count=len(refused),
+            architecture=type(model).__name__,
+        )
         chosen -= refused.keys()
     if request == ALL_LINEAR and (passed := _passed_by(model, saved, unreached)):
-        tell("adapter.passed_by", names=_listed(alike(passed)), count=len(passed))
+        notify(
+            "adapter.passed_by",
+            "lora_target: {names} ({count} layers) get no adapter; the model uses their weights without calling them.",
+            names=_listed(alike(passed)),
+            count=len(passed),
+        )
     if not chosen:
-        raise UsageError("adapter.no_layers", value=request)
+        raise UsageError(
+            "adapter.no_layers",
+            "lora_target = {value} leaves no layer to adapt: all of them are trained whole, or belong to experts.",
+            value=request,
+        )
     plain = chosen - _taken_for_experts(chosen, model)
     return _shortest(plain, [name for name, _ in model.named_modules()])
 
@@ -347,7 +407,12 @@ def _matching(layers: Sequence[str], request: str | Sequence[str], unreached: Un
         try:
             found = {name for name in layers if re.fullmatch(str(request), name)}
         except re.error as error:
-            raise UsageError("adapter.bad_pattern", value=request, problem=error) from None
+            raise UsageError(
+                "adapter.bad_pattern",
+                "lora_target = {value!r} is not a valid regular expression: {problem}.",
+                value=request,
+                problem=error,
+            ) from None
         if not found:
             raise _no_layer("lora_target", str(request), layers)
         return _without_unreached(found, "lora_target", str(request), unreached)
@@ -368,7 +433,14 @@ def _without_unreached(found: set[str], key: str, wanted: str, unreached: Unreac
     """
     kept = {name for name in found if not unreached.has(name)}
     if not kept:
-        raise UsageError("adapter.only_unreached", key=key, value=wanted, names=", ".join(sorted(found)[:3]))
+        raise UsageError(
+            "adapter.only_unreached",
+            "{key}: {value!r} means only {names}, which text never reaches, or whose weights the model uses without "
+            "calling the module: an adapter there would learn nothing. Take it out.",
+            key=key,
+            value=wanted,
+            names=", ".join(sorted(found)[:3]),
+        )
     return kept
 
 
@@ -397,7 +469,12 @@ def saved_modules(
             raise _no_layer("modules_to_save", wanted, list(modules))
         found = _without_unreached(found, "modules_to_save", wanted, unreached)
         if any(not p.is_floating_point() for name in found for p in modules[name].parameters()):
-            raise UsageError("adapter.save_quantised", name=wanted)
+            raise UsageError(
+                "adapter.save_quantised",
+                "modules_to_save: {name!r} is held in 4 bits and cannot be trained whole. Use train_mode lora, or "
+                "drop it.",
+                name=wanted,
+            )
         chosen |= found
     # peft compares the ends of paths without regard to their dots: `norm` would be `input_layernorm` too.
     short = {name.rpartition(".")[2] for name in chosen}
@@ -409,7 +486,13 @@ def _no_layer(key: str, wanted: str, layers: Collection[str]) -> UsageError:
     """Names of the model that are most like the wrong one: last parts first, as they are mostly given."""
     last = sorted({name.rpartition(".")[2] for name in layers if not name.rpartition(".")[2].isdigit()})
     near = difflib.get_close_matches(wanted, last, n=3, cutoff=0.4) or last
-    return UsageError("adapter.no_layer", key=key, value=wanted, near=", ".join(near[:8]))
+    return UsageError(
+        "adapter.no_layer",
+        "{key}: {value!r} matches no layer of this model. Nearest: {near}.",
+        key=key,
+        value=wanted,
+        near=", ".join(near[:8]),
+    )
 
 
 def _names(names: Collection[str], path: str) -> bool:

@@ -50,7 +50,12 @@ def refuse_textless(model: Any) -> None:
         raise
     except Exception as error:  # code that a model brings along may raise anything
         problem = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise UsageError("model.not_for_text", name=type(model).__name__, problem=problem) from error
+        raise UsageError(
+            "model.not_for_text",
+            "{name} cannot be trained on text alone: {problem}",
+            name=type(model).__name__,
+            problem=problem,
+        ) from error
 
 
 class UnsupportedAttention(RuntimeError):
@@ -142,7 +147,12 @@ def refuse_other_models(model: PreTrainedModel) -> None:
         UsageError: one of the two does not hold.
     """
     if model.config.model_type == "reformer":  # what it hides from autograd's graph, no probe of the graph would find
-        raise UsageError("model.reversible", kind=model.config.model_type)
+        raise UsageError(
+            "model.reversible",
+            "model_type {kind}: its layers are reversible, with gradients that they compute outside of autograd's "
+            "graph, and attend by random hashes. Such a model is not trained.",
+            kind=model.config.model_type,
+        )
     ids = _probe_ids(model)[1]
     half = ids.shape[1] // 2
     embedded: list[Tensor] = []
@@ -161,8 +171,20 @@ def refuse_other_models(model: PreTrainedModel) -> None:
         problem, kind = " ".join(str(error).split())[:300], model.config.model_type
         if model.dtype != torch.float32 and any(word in problem for word in ("dtype", "scalar type")):
             name = str(model.dtype).removeprefix("torch.")
-            raise UsageError("precision.only_fp32", kind=kind, name=name, problem=problem) from error
-        raise UsageError("model.not_text_alone", kind=kind, problem=f"{type(error).__name__}: {problem}") from error
+            raise UsageError(
+                "precision.only_fp32",
+                'model_type {kind}: its code does not run in {name} ({problem}). Write "bf16": false.',
+                kind=kind,
+                name=name,
+                problem=problem,
+            ) from error
+        raise UsageError(
+            "model.not_text_alone",
+            "model_type {kind}: the model cannot be computed from tokens alone ({problem}). Only causal language "
+            "models of text are trained.",
+            kind=kind,
+            problem=f"{type(error).__name__}: {problem}",
+        ) from error
     finally:
         watch.remove()
     # Weighed unevenly, so that a norm behind it does not make the sum nearly the same whatever comes in.
@@ -178,8 +200,21 @@ def refuse_other_models(model: PreTrainedModel) -> None:
         other = torch.cat([ids[:, :half], ids[:, half:].flip(1)], dim=1)
         moved = (model(input_ids=other, use_cache=False).logits[:, :half].float() - logits.detach()).abs().max()
     if moved > 1e-6 * logits.detach().abs().max():
-        encoder = getattr(model.config, "is_decoder", None) is False
-        raise UsageError("model.encoder" if encoder else "model.not_causal", kind=model.config.model_type)
+        kind = model.config.model_type
+        if getattr(model.config, "is_decoder", None) is False:
+            raise UsageError(
+                "model.encoder",
+                "model_type {kind}: an encoder, whose tokens see the tokens behind them, so that a loss on the next "
+                'token would read its own answer. To train it as a decoder, write "is_decoder": true into its '
+                "config.json.",
+                kind=kind,
+            )
+        raise UsageError(
+            "model.not_causal",
+            "model_type {kind}: its tokens see the tokens behind them, so a loss on the next token would read its own "
+            "answer. It is no causal language model and is not trained.",
+            kind=kind,
+        )
 
 
 def _declared_fault(model: PreTrainedModel) -> str | None:

@@ -46,7 +46,11 @@ def install_checkpointing(model: Any, chosen: Checkpointing) -> None:
     """
     layers = decoder_layers(model)
     if chosen.layers and not layers:
-        raise UsageError("step.no_checkpointing", architecture=type(model).__name__)
+        raise UsageError(
+            "step.no_checkpointing",
+            "gradient_checkpointing: {architecture} has no layers that can be recomputed. Set it to false.",
+            architecture=type(model).__name__,
+        )
     plain = plain_layers(model, layers[: chosen.layers])
     for number, layer in enumerate(layers):
         switched: Any = layer

@@ -50,7 +50,13 @@ def compile_layers(model: Any, backend: str | None = None, mode: str | None = No
         UsageError: this torch would compile wrong gradients.
     """
     if TORCH < OLDEST:
-        raise UsageError("compile.old_torch", version=torch.__version__, oldest=".".join(map(str, OLDEST)))
+        raise UsageError(
+            "compile.old_torch",
+            "torch_compile needs torch {oldest} or newer: compiled by torch {version}, gradients of adapters are "
+            "wrong. Remove the key, or update torch.",
+            version=torch.__version__,
+            oldest=".".join(map(str, OLDEST)),
+        )
     layers: list[Any] = decoder_layers(decoder(transformers_model(model)))
     if not layers:
         return 0

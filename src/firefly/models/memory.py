@@ -24,6 +24,7 @@ from firefly.models.kernels.segment_attention import BLOCK
 from firefly.models.kernels.token_nll import ROWS_AT_A_TIME, chunk_bytes
 from firefly.ranks import local_world_size
 from firefly.segments import Segment
+from firefly.translation import Phrase
 
 PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
 """Lengths of the two examples that are measured on: the first that divides no size in the model, so that a dimension
@@ -74,6 +75,22 @@ class Peak:
     @property
     def total(self) -> int:
         return self.activations + self.head + self.gradients
+
+
+PARTS = {
+    "weights": Phrase("weights"),
+    "adapter": Phrase("adapter (fp32)"),
+    "optimizer": Phrase("optimizer state"),
+    "gradients": Phrase("gradients"),
+    "activations": Phrase("activations"),
+    "head": Phrase("head: logits of a chunk"),
+    "cache": Phrase("cache of 4-bit weights in 16 bit"),
+    "reference": Phrase("reference model"),
+    "libraries": Phrase("libraries"),
+    "kernels": Phrase("code made for 16-bit products"),
+    "allocator": Phrase("unused between blocks (allocator)"),
+}
+"""What the parts of a forecast are called."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from torch import nn
 
 from firefly.config import AdapterConfig, Config, ModelConfig
 from firefly.errors import UsageError
-from firefly.messages import render
 from firefly.models.adapters import attach_adapter, transformers_model
 from firefly.models.attention import choose_layout, refuse_textless
 from firefly.models.dry_run import NoDryRun, unreached_without_numbers
@@ -31,6 +30,7 @@ from firefly.models.precision import Precision
 from firefly.models.reach import Unreached, unreached_like
 from firefly.models.saved_adapter import adapter_settings
 from firefly.models.verdicts import known_unreached
+from firefly.translation import translate
 
 WITNESS_VOCABULARY, WITNESS_INNER = 512, 128
 """Numbers of tokens, and the width of feed-forward blocks: no trial depends on them, and most of a model lies there."""
@@ -72,7 +72,11 @@ def outline(config: Config, precision: Precision, rows: int = 0, new_tokens: Seq
             lengths are computed from weights.
     """
     if config.adapter.use_dora and config.adapter.mode != "full":
-        raise UsageError("plan.no_dora")
+        raise UsageError(
+            "plan.no_dora",
+            "use_dora = true cannot be planned: what it adds is computed from the weights. Plan with --use_dora "
+            "false: DoRA takes a little more.",
+        )
     described = read_config(config.model)
     dtype = torch.float32 if config.adapter.mode == "full" else precision.compute
     with torch.device("meta"):
@@ -93,11 +97,11 @@ def outline(config: Config, precision: Precision, rows: int = 0, new_tokens: Seq
             new_tokens,
             config.given,
             unreached=unreached,
-            tell=lambda code, **values: notes.append(render(code, **values)),
+            notify=lambda _, text, **values: notes.append(translate(text, **values)),
         )
     if config.adapter.mode != "full":
         small_adapter = AdapterConfig(mode="lora", rank=4, dropout=config.adapter.dropout)
-        witness = attach_adapter(witness, small_adapter, unreached=of_witness, tell=lambda *_, **__: None)
+        witness = attach_adapter(witness, small_adapter, unreached=of_witness, notify=lambda *_, **__: None)
     head = install_training_forwards(witness)
     inner, small = transformers_model(model), transformers_model(witness)
     inner.set_attn_implementation(str(small.config._attn_implementation))

@@ -56,13 +56,26 @@ def resolve_precision(request: PrecisionConfig, device: torch.device) -> Precisi
         return Precision(torch.float32)
     if has_bf16(device):
         if request.fp16:
-            notice("precision.fp16_to_bf16")
+            notice(
+                "precision.fp16_to_bf16",
+                "fp16 was asked for; this hardware has bf16, which needs no loss scaling and is used instead.",
+            )
         return Precision(torch.bfloat16)
     asked = "bf16" if request.bf16 else "fp16"
     if device.type == "cuda":
         if request.bf16:
-            notice("precision.replaced", asked=asked, used="fp16")
+            notice(
+                "precision.replaced",
+                "{asked} was asked for; this hardware lacks it, so {used} is used.",
+                asked=asked,
+                used="fp16",
+            )
         return Precision(torch.float16, scaled=True)
     if request.bf16 or request.fp16:
-        notice("precision.replaced", asked=asked, used="fp32")
+        notice(
+            "precision.replaced",
+            "{asked} was asked for; this hardware lacks it, so {used} is used.",
+            asked=asked,
+            used="fp32",
+        )
     return Precision(torch.float32)

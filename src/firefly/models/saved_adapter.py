@@ -78,19 +78,39 @@ class SavedAdapter:
                 raise ValueError("no table of tensors")
         except Exception as error:  # whatever a damaged file makes its reader say
             problem = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UsageError("adapter.unreadable_weights", path=self.weights, problem=problem) from error
+            raise UsageError(
+                "adapter.unreadable_weights",
+                "the adapter's weights {path} cannot be read: {problem}. Copy or save them again.",
+                path=self.weights,
+                problem=problem,
+            ) from error
         found: dict[str, Tensor] = {}
         for key, value in loaded.items():
             name = _plain_name(key)
             if ".original_module." in name:
                 continue  # peft's copy of what a module trained whole was before
             if name in found and not torch.equal(found[name], value):
-                raise UsageError("adapter.two_tensors", path=self.weights, name=name)
+                raise UsageError(
+                    "adapter.two_tensors",
+                    "the adapter's weights {path} hold two different tensors for {name}. Save the adapter again.",
+                    path=self.weights,
+                    name=name,
+                )
             if value.is_floating_point() and not torch.isfinite(value).all():
-                raise UsageError("adapter.not_finite", path=self.weights, name=name)
+                raise UsageError(
+                    "adapter.not_finite",
+                    "the adapter's weights {path} hold numbers that are not finite, in {name} for one. Its training "
+                    "diverged, or the file is damaged: take an earlier checkpoint.",
+                    path=self.weights,
+                    name=name,
+                )
             found[name] = value
         if not found:
-            raise UsageError("adapter.no_tensors", path=self.weights)
+            raise UsageError(
+                "adapter.no_tensors",
+                "the adapter's weights {path} hold no tensor. Save the adapter again.",
+                path=self.weights,
+            )
         return found
 
     def holds_vocabulary(self, base: Any) -> bool:
@@ -160,8 +180,18 @@ def adapter_folder(adapter: str) -> Path:
     if len(named) == 1:
         return named[0]
     if inside:
-        raise UsageError("adapter.several", path=folder, names=", ".join(path.name for path in inside))
-    raise UsageError("model.no_adapter", path=adapter)
+        raise UsageError(
+            "adapter.several",
+            "{path} holds no adapter itself, but these folders in it do: {names}. Name one of them.",
+            path=folder,
+            names=", ".join(path.name for path in inside),
+        )
+    raise UsageError(
+        "model.no_adapter",
+        "{path} holds no adapter (adapter_config.json is missing). Give the output_dir or a checkpoint of a LoRA or "
+        "QLoRA run.",
+        path=adapter,
+    )
 
 
 def adapter_settings(adapter: str) -> Any:
@@ -187,27 +217,64 @@ def open_adapter(adapter: str) -> SavedAdapter:
         if not isinstance(written, dict):
             raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
-        raise UsageError("adapter.unreadable", path=adapter, problem=error) from error
+        raise UsageError(
+            "adapter.unreadable",
+            "the adapter_config.json of {path} cannot be read: {problem}",
+            path=adapter,
+            problem=error,
+        ) from error
     kind = str(written.get("peft_type"))
     if kind != "LORA":
-        raise UsageError("adapter.not_lora", path=adapter, kind=kind)
+        raise UsageError(
+            "adapter.not_lora",
+            "the adapter {path} is of the kind {kind}; only LoRA adapters can be trained on, merged and served. Use "
+            "it with the tool that made it, or train a LoRA adapter.",
+            path=adapter,
+            kind=kind,
+        )
     _refuse_start(adapter, written.get("init_lora_weights", True))
     try:
         settings: Any = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError, ImportError) as error:
-        raise UsageError("adapter.unreadable", path=adapter, problem=" ".join(str(error).split())) from error
+        raise UsageError(
+            "adapter.unreadable",
+            "the adapter_config.json of {path} cannot be read: {problem}",
+            path=adapter,
+            problem=" ".join(str(error).split()),
+        ) from error
     _refuse_variants(adapter, settings, written)
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
-        raise UsageError("adapter.no_weights", path=folder, names=", ".join(WEIGHTS))
+        raise UsageError(
+            "adapter.no_weights",
+            "{path} has an adapter_config.json but no weights ({names}).",
+            path=folder,
+            names=", ".join(WEIGHTS),
+        )
     return SavedAdapter(Path(adapter).expanduser(), folder, settings, weights)
 
 
 def _refuse_start(adapter: str, start: Any) -> None:
     if not isinstance(start, str) or start.lower() in (*PLAIN_STARTS, "true", "false") or is_exact_start(start):
         return
-    known = start.lower().startswith(CHANGING_STARTS)
-    raise UsageError("adapter.start" if known else "adapter.start_unknown", path=adapter, start=start)
+    if start.lower().startswith(CHANGING_STARTS):
+        raise UsageError(
+            "adapter.start",
+            "the adapter {path} began with init_lora_weights = {start!r}, which changed the base model's weights in a "
+            "way that its files do not hold, so its own weights mean nothing without that changed base. Convert it to "
+            "a plain LoRA adapter with the tool that trained it: peft's save_pretrained(…, "
+            "path_initial_model_for_weight_conversion=…); LLaMA-Factory's pissa_convert: true; of loftq, give the "
+            "quantised base it was saved with and set init_lora_weights to true in adapter_config.json.",
+            path=adapter,
+            start=start,
+        )
+    raise UsageError(
+        "adapter.start_unknown",
+        "the adapter {path} began with init_lora_weights = {start!r}, which is not known here: it may have changed "
+        "the base model. If it did not, set init_lora_weights to true in its adapter_config.json.",
+        path=adapter,
+        start=start,
+    )
 
 
 def is_exact_start(start: Any) -> bool:
@@ -225,7 +292,13 @@ def _refuse_variants(adapter: str, settings: Any, written: Mapping[str, Any]) ->
     for name, value in written.items():
         switch = value is True or (isinstance(value, dict | list) and bool(value))
         if (name in refused and value) or (name not in known and switch):
-            raise UsageError("adapter.variant", path=adapter, key=name)
+            raise UsageError(
+                "adapter.variant",
+                "the adapter {path} uses {key}, a variant of LoRA that computes in another way than a merged or "
+                "served model would. Train it without {key}.",
+                path=adapter,
+                key=name,
+            )
 
 
 # ---- what belongs to an adapter: its base, its run, its tokenizer ----
@@ -246,7 +319,11 @@ def base_of_adapter(adapter: str, model: ModelConfig) -> ModelConfig:
         return replace(model, name_or_path=run["model_name_or_path"], hub=hub, revision=revision)
     name = open_adapter(str(folder)).settings.base_model_name_or_path
     if not name:
-        raise UsageError("model.no_base", path=adapter)
+        raise UsageError(
+            "model.no_base",
+            "the adapter {path} does not say which base model it belongs to; give --model_name_or_path.",
+            path=adapter,
+        )
     return replace(model, name_or_path=name)
 
 
@@ -302,5 +379,17 @@ def check_base(adapter: str, model: ModelConfig, force: bool, found: Mapping[str
         return
     values = {"path": adapter, "base": model.name_or_path, "count": len(differing), "total": len(recorded["groups"])}
     if not force:
-        raise UsageError("adapter.other_base", **values, name=differing[0])
-    notice("adapter.other_base_forced", **values)
+        raise UsageError(
+            "adapter.other_base",
+            "the adapter {path} was trained on other weights than those of {base}: {count} of {total} layers and "
+            "tensors differ, {name} first. Give the base it was trained on, or go on with --force (training: "
+            "adapter_on_other_base: true).",
+            **values,
+            name=differing[0],
+        )
+    notice(
+        "adapter.other_base_forced",
+        "the adapter {path} was trained on other weights than those of {base} ({count} of {total} layers and tensors "
+        "differ), and is used all the same.",
+        **values,
+    )

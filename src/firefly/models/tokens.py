@@ -21,7 +21,11 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str] | None) -> list[int]:
     if not tokens:
         return []
     if not tokenizer.is_fast:
-        raise UsageError("tokens.slow_tokenizer", name=tokenizer.name_or_path)
+        raise UsageError(
+            "tokens.slow_tokenizer",
+            "add_tokens: the tokenizer {name} is Python code with fixed special tokens; none can be added.",
+            name=tokenizer.name_or_path,
+        )
     from tokenizers import AddedToken
 
     known = tokenizer.get_vocab()
@@ -30,7 +34,11 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str] | None) -> list[int]:
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing], special_tokens=True)
     there = [token for token in dict.fromkeys(tokens) if token in known]
     if there:
-        notice("tokens.known", tokens=", ".join(there))
+        notice(
+            "tokens.known",
+            "add_tokens: the tokenizer has {tokens} already; their embeddings are left as they are.",
+            tokens=", ".join(there),
+        )
     return [tokenizer.convert_tokens_to_ids(token) for token in missing]
 
 
@@ -51,7 +59,12 @@ def fit_embeddings(model: Any, tokenizer: Any, added: Sequence[int] = ()) -> lis
     for weight in _matrices(model):
         with torch.no_grad():
             weight[new] = weight[:used].float().mean(0).to(weight.dtype)
-    notice("tokens.grown", count=len(new), rows=model.get_input_embeddings().weight.shape[0])
+    notice(
+        "tokens.grown",
+        "{count} tokens are new to the model; the embedding has {rows} rows.",
+        count=len(new),
+        rows=model.get_input_embeddings().weight.shape[0],
+    )
     return new
 
 

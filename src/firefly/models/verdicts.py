@@ -53,7 +53,12 @@ def known_unreached(model: Any) -> Unreached:
         try:
             unreached = find_unreached(model)
         except Exception as error:  # code that a model brings along may raise anything
-            notice("adapter.reach_unknown", problem=f"{type(error).__name__}: {error}".partition("\n")[0])
+            notice(
+                "adapter.reach_unknown",
+                "the model does not run on a short row of text, so what text reaches in it is not known and all of it "
+                "is trained: {problem}",
+                problem=f"{type(error).__name__}: {error}".partition("\n")[0],
+            )
             return Unreached()
         found = {"modules": sorted(unreached.modules), "parameters": sorted(unreached.parameters)}
         _write(path, found)
@@ -78,7 +83,14 @@ def known_activations(model: Any, layout: str, autocast: torch.dtype | None, lon
             if autocast is None:
                 raise
             kind, name = model.config.model_type, str(autocast).removeprefix("torch.")
-            raise UsageError("precision.no_autocast", kind=kind, name=name, problem=str(error)) from error
+            raise UsageError(
+                "precision.no_autocast",
+                "model_type {kind}: its code does not run in {name} beside float32 weights, as full fine-tuning "
+                'computes ({problem}). Write "bf16": false, or train an adapter.',
+                kind=kind,
+                name=name,
+                problem=str(error),
+            ) from error
         _write(path, asdict(measured))
         return measured
     return Activations(**found)

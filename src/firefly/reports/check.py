@@ -20,12 +20,12 @@ from firefly.data.formats import TaskName
 from firefly.data.schema import Tokens
 from firefly.data.templates import ChatTemplate, bind_template, plain_template
 from firefly.errors import UsageError
-from firefly.messages import render
 from firefly.models.loading import EMBEDDED, load_tokenizer, read_config
 from firefly.models.saved_adapter import tokenizer_source
 from firefly.models.tokens import add_tokens
 from firefly.runs.overview import token_runs
 from firefly.setup.checks import check_positions
+from firefly.translation import translate
 
 PREVIEWED = 5
 
@@ -97,14 +97,24 @@ def note_failed_checks(encoder: Encoder) -> None:
     """Say what the template certificate of a run would not prove."""
     for check in certify(encoder).checks:
         if not check.passed:
-            notice("certificate.failed", name=encoder.template.name, check=check.name, detail=check.detail)
+            notice(
+                "certificate.failed",
+                "the template {name} does not pass {check}: {detail}.",
+                name=encoder.template.name,
+                check=check.name,
+                detail=check.detail,
+            )
 
 
 def named_model(config: Config) -> Config:
     """Tokens are counted with the model's own tokenizer; without a model, with the embedded one's."""
     if config.model.name_or_path:
         return config
-    notice("check.embedded_tokenizer", name=EMBEDDED)
+    notice(
+        "check.embedded_tokenizer",
+        "no model_name_or_path given: tokens are counted with the tokenizer and template of {name}.",
+        name=EMBEDDED,
+    )
     return replace(config, model=replace(config.model, name_or_path=EMBEDDED))
 
 
@@ -145,15 +155,25 @@ def show_check(check: DataCheck, console: Any) -> None:
     for ledger in {id(ledger): ledger for ledger in ledgers}.values():  # eval_ratio holds out rows of the same files
         console.print(ledger.summary(), soft_wrap=True)
     if data.held_out is not None:
-        console.print(render("check.held_out", held_out=len(data.held_out), trained=len(data.train)))
+        console.print(
+            translate(
+                "{trained:,} examples to train, {held_out:,} held out",
+                held_out=len(data.held_out),
+                trained=len(data.train),
+            )
+        )
     formats = ", ".join(f"{name} {count}" for name, count in data.train.ledger.formats.items()) or "–"
     template = "–" if check.task == "pretrain" else check.template.name
-    console.print(render("check.format", formats=formats, task=check.task, template=template))
+    console.print(
+        translate(
+            "format: {formats}; task {task}; template {template}", formats=formats, task=check.task, template=template
+        )
+    )
     tokens = data.train.counts.input_tokens  # as the ledger counts them: the prompt of a pair once for each answer
     for title, bars in (
-        (render("check.lengths"), [(f"{b['from']}–{b['to']}", b["count"]) for b in histogram(tokens)]),
+        (translate("tokens per example"), [(f"{b['from']}–{b['to']}", b["count"]) for b in histogram(tokens)]),
         (
-            render("check.target_share"),
+            translate("share of trained tokens per example"),
             [(f"{b['from']:.0%}–{b['to']:.0%}", int(b["count"])) for b in target_shares(tokens, data.train.targets)],
         ),
     ):
@@ -191,7 +211,7 @@ def write_html(check: DataCheck, path: Path) -> None:
     )
     summary = html.escape(check.data.train.ledger.summary().splitlines()[0])
     page = PAGE.format(
-        title=render("check.title"),
+        title=translate("Data check"),
         summary=summary,
         problem=html.escape(check.problem or ""),
         previews="".join(parts),
@@ -200,7 +220,12 @@ def write_html(check: DataCheck, path: Path) -> None:
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise UsageError("check.html_failed", path=path, problem=error.strerror or error) from None
+        raise UsageError(
+            "check.html_failed",
+            "--html {path} cannot be written: {problem}.",
+            path=path,
+            problem=error.strerror or error,
+        ) from None
 
 
 PAGE = """<!doctype html>

@@ -10,9 +10,9 @@ import torch
 
 from firefly.config import PrecisionConfig
 from firefly.errors import UsageError
-from firefly.messages import render
 from firefly.models.memory import free_memory
 from firefly.models.precision import Precision, pick_device, resolve_precision
+from firefly.translation import translate
 
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 DEVICES = ("cpu", "cuda")
@@ -47,7 +47,11 @@ def parse_memory(text: str) -> int:
     unit = UNITS.get(found[2].upper()) if found else None
     size = int(float(found[1]) * unit) if found and unit else 0
     if not size:
-        raise UsageError("plan.bad_memory", value=text)
+        raise UsageError(
+            "plan.bad_memory",
+            "--memory {value!r} is not valid: write a number with its unit, such as 24GB or 80GiB.",
+            value=text,
+        )
     return size
 
 
@@ -61,18 +65,34 @@ def describe_machine(memory: str, device: str, use_cpu: bool) -> Machine:
         UsageError: an impossible size, an unknown device, or a card without its memory on a machine that has none.
     """
     if device and device not in DEVICES:
-        raise UsageError("plan.bad_device", value=device, choices=", ".join(DEVICES))
+        raise UsageError(
+            "plan.bad_device",
+            "--device {value!r} is unknown; choose one of: {choices}.",
+            value=device,
+            choices=", ".join(DEVICES),
+        )
     own = pick_device(use_cpu or device == "cpu")
     if not memory:
         if device == "cuda" and own.type != "cuda":
-            raise UsageError("plan.no_card")
+            raise UsageError(
+                "plan.no_card",
+                "--device cuda: this machine has no CUDA GPU; give the memory of the one to plan for, such as "
+                "--memory 24GB.",
+            )
         return Machine(own.type, free_memory(own), here=True)
     size = parse_memory(memory)
     if device:
         return Machine(device, size, here=device == own.type)
     if use_cpu:
         return Machine("cpu", size, here=own.type == "cpu")
-    return Machine("cuda", size, here=own.type == "cuda", assumed=render("plan.assumed_card", memory=memory))
+    return Machine(
+        "cuda",
+        size,
+        here=own.type == "cuda",
+        assumed=translate(
+            "--memory {memory} without --device: planned for a CUDA GPU (--device cpu plans for a CPU).", memory=memory
+        ),
+    )
 
 
 def precision_on(machine: Machine, request: PrecisionConfig) -> Precision:

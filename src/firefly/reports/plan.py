@@ -17,7 +17,6 @@ from firefly.data.dataset import Split, load_split
 from firefly.distributed.backends import BACKENDS
 from firefly.errors import UsageError
 from firefly.files import first_line
-from firefly.messages import render
 from firefly.models import choices as choosing
 from firefly.models.adapters import count_body, count_parameters, transformers_model
 from firefly.models.checkpointing import Checkpointing, decoder_layers, install_checkpointing
@@ -48,6 +47,7 @@ from firefly.reports.work import Work, assumed_work, work_of
 from firefly.setup.checks import bind_encoder, check_positions
 from firefly.tasks import TASKS
 from firefly.tasks.preference_losses import PREFERENCE_LOSSES
+from firefly.translation import translate
 
 EFFICIENCY, EFFICIENCY_16_BIT = {"cpu": 0.6, "cuda": 0.65}, {"cpu": 0.5}
 """The share of the rate of matrix products that a run reaches (docs/performance.md): on a CPU 0.57 to 0.66 in fp32 and
@@ -172,12 +172,26 @@ def make_plan(
                 config.data, bind_encoder(config, tokenizer, task.CHATS), config.task_type, config.model.hub
             )
             if not len(data.train):
-                raise UsageError("plan.no_examples")
+                raise UsageError(
+                    "plan.no_examples",
+                    "train_file has no example to train; `firefly check` says what became of its rows.",
+                )
             check_positions(config.model, data)
         else:
-            notes.append(render("plan.no_data", length=config.data.max_seq_length))
+            notes.append(
+                translate(
+                    "no train_file, so lengths are not known: every example is taken to have {length} tokens "
+                    "(max_seq_length).",
+                    length=config.data.max_seq_length,
+                )
+            )
     if data is None and (most := positions_for(config.model, config.data.max_seq_length).most) is not None:
-        notes.append(render("plan.positions", most=most))
+        notes.append(
+            translate(
+                "the model has {most:,} positions: rows longer than that are refused, whatever max_seq_length says.",
+                most=most,
+            )
+        )
     work = assumed_work(config) if data is None else work_of(data.train)
     rate = None if teraflops is None else teraflops * 1e12
     return forecast(config, machine, work, rate, rows, tuple(new), tuple(notes)), data
@@ -192,7 +206,13 @@ def _with_known_shape(config: Config, notes: list[str]) -> Config:
         if shape is None or error.code not in NOT_TO_BE_HAD:
             raise
         reason = first_line(error)
-        notes.append(render("plan.known_shape", name=config.model.name_or_path, reason=reason))
+        notes.append(
+            translate(
+                "the shapes of {name} are those that Firefly brings along: {reason}",
+                name=config.model.name_or_path,
+                reason=reason,
+            )
+        )
         return replace(config, model=replace(config.model, name_or_path=str(shape), hub="huggingface", revision=None))
     return config
 
@@ -207,7 +227,13 @@ def _tokenizer_of(config: Config, notes: list[str]) -> Any:
         except UsageError as error:
             if error.code not in ("model.unreadable", *NOT_TO_BE_HAD):
                 raise
-    notes.append(render("plan.no_tokenizer", length=config.data.max_seq_length))
+    notes.append(
+        translate(
+            "the model has no tokenizer here, so lengths are not known: every example is taken to have {length} "
+            "tokens (max_seq_length).",
+            length=config.data.max_seq_length,
+        )
+    )
     return None
 
 
@@ -236,7 +262,12 @@ def forecast(
         choices = sizing.choose()
         peak = sizing.peak(choices)
     except NoDryRun:
-        unknown = render("plan.no_dry_run", architecture=skeleton.architecture)
+        unknown = translate(
+            "{architecture}: what it computes depends on numbers (as a router's choice of experts does), so "
+            "activations cannot be counted without computing. They are missing above; a run measures them at its "
+            "start.",
+            architecture=skeleton.architecture,
+        )
         peak = Peak(0, 0, sizing.trained_bytes)
     return Plan(
         config=config,

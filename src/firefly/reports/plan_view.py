@@ -8,26 +8,11 @@ from typing import Any
 
 from rich.console import Console
 
-from firefly.messages import render
-from firefly.models.memory import Forecast
+from firefly.models.memory import PARTS, Forecast
 from firefly.reports.advice import Advice
 from firefly.reports.plan import Duration, Plan
 from firefly.reports.probe import Probe
-
-PARTS = {
-    "weights": "part.weights",
-    "adapter": "part.adapter",
-    "optimizer": "part.optimizer",
-    "gradients": "part.gradients",
-    "activations": "part.activations",
-    "head": "part.head",
-    "cache": "part.cache",
-    "reference": "part.reference",
-    "libraries": "part.libraries",
-    "kernels": "part.kernels",
-    "allocator": "part.allocator",
-}
-"""What each part of a forecast is called, as codes of the catalogue."""
+from firefly.translation import translate
 
 
 def as_json(plan: Plan, advice: Sequence[Advice], probe: Probe | None) -> str:
@@ -43,7 +28,7 @@ def show_plan(plan: Plan, advice: Sequence[Advice], probe: Probe | None, console
     trained, total = plan.parameters
     say(
         console,
-        "plan.title",
+        "plan: {architecture}, {trained} of {total} parameters trained; {device}, {precision}, layout {layout}",
         architecture=plan.architecture,
         total=f"{total:,}",
         trained=f"{trained:,}",
@@ -59,7 +44,8 @@ def show_plan(plan: Plan, advice: Sequence[Advice], probe: Probe | None, console
     if plan.choices is not None:
         say(
             console,
-            "plan.choices",
+            "microbatches of at most {budget} tokens (longest example: {longest}); {again} layers recomputed in "
+            "backward; {cached} 4-bit weights cached",
             budget=plan.choices.tokens_per_microbatch,
             longest=plan.work.longest,
             again=plan.choices.checkpointed_layers,
@@ -71,51 +57,75 @@ def show_plan(plan: Plan, advice: Sequence[Advice], probe: Probe | None, console
     numbers = {"total": gib(plan.forecast.total), "available": gib(plan.forecast.available)}
     if plan.fits:
         close = plan.forecast.total > 0.85 * plan.forecast.available
-        say(console, "plan.close" if close else "plan.fits_part" if plan.unknown else "plan.fits", **numbers)
+        say(
+            console,
+            "it fits, but closely: {total} GiB of {available} GiB, and a forecast may be off by 15 %."
+            if close
+            else "what is known fits: {total} GiB of {available} GiB; activations come on top."
+            if plan.unknown
+            else "it fits: {total} GiB of {available} GiB.",
+            **numbers,
+        )
     else:
-        say(console, "plan.too_large", style="red", **numbers)
+        say(console, "it does not fit: {total} GiB are needed, {available} GiB available.", style="red", **numbers)
         show_advice(console, advice)
 
 
 def show_parts(console: Console, forecast: Forecast) -> None:
     """One line for each part, its size and its share."""
     for name, size in forecast.parts.items():
-        console.print(f"  {gib(size):>9} GiB  {size / forecast.total:4.0%}  {render(PARTS[name])}", soft_wrap=True)
+        console.print(f"  {gib(size):>9} GiB  {size / forecast.total:4.0%}  {PARTS[name]}", soft_wrap=True)
 
 
 def show_advice(console: Console, advice: Sequence[Advice]) -> None:
     if not advice:
-        say(console, "advice.none")
+        say(
+            console,
+            "nothing that could be changed in the configuration spares memory: take a smaller model or a larger "
+            "machine.",
+        )
         return
-    say(console, "advice.title")
+    say(console, "what would spare memory, cheapest first (each by itself):")
     for each in advice:
         change = f"{each.key} = {json.dumps(each.value)}" if each.key else str(each.value)
         spared = "" if each.spared is None else f"−{gib(each.spared)} GiB"
-        enough = f"  {render('advice.enough')}" if each.fits else ""
+        enough = f"  {translate('(suffices)')}" if each.fits else ""
         console.print(f"  {change:<34} {spared:>11}  {each.cost}{enough}", soft_wrap=True)
 
 
 def _show_time(console: Console, duration: Duration) -> None:
     if duration.rate is None or duration.step_seconds is None:
-        say(console, "plan.no_time")
+        say(console, "time: not estimated for another machine; --tflops N gives the rate of its matrix products.")
         return
     numbers = {
         "flops": f"{duration.flops / 1e9:,.0f}",
         "rate": f"{duration.rate / 1e9:,.0f}",
-        "source": render("plan.rate_measured" if duration.measured else "plan.rate_told"),
+        "source": translate("measured here" if duration.measured else "as given by --tflops"),
         "efficiency": f"{duration.efficiency:.0%}",
         "step": _span(duration.step_seconds),
     }
     if duration.seconds is None:
-        say(console, "plan.step_time", **numbers)
+        say(
+            console,
+            "time: about {step} for a step: {flops} GFLOP, at {efficiency} of {rate} GFLOP/s ({source}).",
+            **numbers,
+        )
     else:
-        say(console, "plan.time", steps=duration.steps, whole=_span(duration.seconds), **numbers)
+        say(
+            console,
+            "time: about {whole} for {steps} steps, {step} each: {flops} GFLOP a step, at {efficiency} of {rate} "
+            "GFLOP/s ({source}). Evaluation and checkpoints come on top.",
+            steps=duration.steps,
+            whole=_span(duration.seconds),
+            **numbers,
+        )
 
 
 def _show_probe(console: Console, probe: Probe) -> None:
     say(
         console,
-        "plan.probe",
+        "probe: {steps} steps on the {examples} longest examples took {measured} GiB; predicted {predicted} GiB "
+        "({error})",
         steps=probe.steps,
         examples=probe.examples,
         predicted=gib(probe.predicted),
@@ -124,11 +134,11 @@ def _show_probe(console: Console, probe: Probe) -> None:
     )
     if probe.step_seconds is not None and probe.predicted_seconds is not None:
         seconds = {"predicted": _span(probe.predicted_seconds), "measured": _span(probe.step_seconds)}
-        say(console, "plan.probe_time", **seconds)
+        say(console, "probe: a step took {measured}; predicted {predicted}", **seconds)
 
 
-def say(console: Console, code: str, style: str | None = None, **values: object) -> None:
-    console.print(render(code, **values), soft_wrap=True, style=style)
+def say(console: Console, text: str, /, style: str | None = None, **values: object) -> None:
+    console.print(translate(text, **values), soft_wrap=True, style=style)
 
 
 def gib(size: int) -> str:

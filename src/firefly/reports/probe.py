@@ -58,7 +58,11 @@ def probe(plan: Plan, data: Split | None, steps: int = STEPS) -> Probe:
         UsageError: another machine is planned for, there are no data, or the steps failed; what they said is shown.
     """
     if not plan.machine.here or data is None or plan.choices is None:
-        raise UsageError("plan.no_probe")
+        raise UsageError(
+            "plan.no_probe",
+            "--probe trains two steps, so it needs train_file, the model's tokenizer and weights, and this machine: "
+            "leave --device and --memory out, or --probe.",
+        )
     config, examples = plan.config, data.train
     count = min(steps * config.step.examples_per_rank, len(examples))
     # The longest last: it then finds a heap with the holes that others left, as in a run.
@@ -120,7 +124,12 @@ def run_probe(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, env=environment, encoding="utf-8", errors="replace")
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
-        raise UsageError("plan.probe_failed", exit_code=done.returncode, problem=_last_line(done.stderr))
+        raise UsageError(
+            "plan.probe_failed",
+            "the two steps of --probe ended with exit code {exit_code}: {problem}",
+            exit_code=done.returncode,
+            problem=_last_line(done.stderr),
+        )
     return json.loads(lines[-1])
 
 

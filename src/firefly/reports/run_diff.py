@@ -18,9 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from firefly.config import TRAINING_DEFAULTS, UNUSED, own_fields
-from firefly.messages import render
 from firefly.reports.runs import clock, compact, nearby, number, paragraph, size, state_name
 from firefly.runs.records import RunRecord, finite, mapping, series
+from firefly.translation import translate
 
 # Configuration keys that say how something is computed. Whatever is in neither list counts as changing what is trained.
 COMPUTING_KEYS = {
@@ -393,40 +393,48 @@ def show_diff(diff: RunDiff, console: Console) -> None:
     for label, run in (("A", diff.a), ("B", diff.b)):
         console.print(Text.assemble((f"{label}  ", "bold"), nearby(run.folder), (f"  {state_name(run.state)}", "dim")))
     names = part_names()
-    show_differences(console, render("runs.heading_trained"), diff.trained, names)
-    show_differences(console, render("runs.heading_computed"), diff.computed, names)
-    show_differences(console, render("runs.heading_idle"), diff.idle, names)
+    show_differences(console, translate("what is trained differs"), diff.trained, names)
+    show_differences(console, translate("how it is computed differs (rounding, mostly)"), diff.computed, names)
+    show_differences(console, translate("differs without an effect on training"), diff.idle, names)
     summary = []
     if diff.same:
-        summary.append(render("runs.same", parts=", ".join(names[part] for part in diff.same)))
+        summary.append(translate("the same: {parts}", parts=", ".join(names[part] for part in diff.same)))
     if diff.unknown:
-        summary.append(render("runs.unknown", parts=", ".join(names[part] for part in diff.unknown)))
+        summary.append(
+            translate("recorded by one of them only: {parts}", parts=", ".join(names[part] for part in diff.unknown))
+        )
     if any(item.what == "data" for item in diff.trained):
-        summary.append(render("runs.data_hash"))
-        if all(diff.a.data.get(count) == diff.b.data.get(count) for count in COUNTS):
-            summary.append(render("runs.same_counts"))
+        summary.append(
+            translate("the hash of the data covers the prepared examples: their token ids, labels and order.")
+        )
     if not diff.trained:
-        summary.append(render("runs.rounding_only" if diff.computed else "runs.all_the_same"))
-    paragraph(console, render("runs.heading_same"), summary)
-    paragraph(console, render("runs.heading_loss"), describe_agreement(diff.agreement))
+        summary.append(
+            translate(
+                "nothing that is trained differs: what the losses differ by comes from how they were computed."
+                if diff.computed
+                else "nothing that shapes training differs, as far as both recorded it."
+            )
+        )
+    paragraph(console, translate("in short"), summary)
+    paragraph(console, translate("loss"), describe_agreement(diff.agreement))
     show_outcome(diff, console)
 
 
 def part_names() -> dict[str, str]:
     """What the parts of a run are called."""
     return {
-        "task": render("runs.part_task"),
-        "mode": render("runs.part_mode"),
-        "base": render("runs.part_base"),
-        "data": render("runs.part_data"),
-        "template": render("runs.part_template"),
-        "tokenizer": render("runs.part_tokenizer"),
-        "eval_data": render("runs.part_eval_data"),
-        "seed": render("runs.part_seed"),
-        "examples_per_step": render("runs.part_examples"),
-        "configuration": render("runs.part_configuration"),
-        "versions": render("runs.part_versions"),
-        "hardware": render("runs.part_hardware"),
+        "task": translate("task"),
+        "mode": translate("train_mode"),
+        "base": translate("base model"),
+        "data": translate("data"),
+        "template": translate("template"),
+        "tokenizer": translate("tokenizer"),
+        "eval_data": translate("evaluation data"),
+        "seed": translate("seed"),
+        "examples_per_step": translate("examples per step"),
+        "configuration": translate("configuration"),
+        "versions": translate("versions"),
+        "hardware": translate("hardware"),
     }
 
 
@@ -441,7 +449,7 @@ def show_differences(console: Console, title: str, items: Sequence[Difference], 
     table.add_column("A", overflow="fold")
     table.add_column("B", overflow="fold")
     for item in items:
-        nothing = "null" if item.what in own else render("runs.not_set")
+        nothing = "null" if item.what in own else translate("not set")
         ours, theirs = (nothing if value is None else shortened(value) for value in (item.a, item.b))
         table.add_row(Text(f"  {names.get(item.what, item.what)}"), Text(ours), Text(theirs))
     console.print(table)
@@ -457,23 +465,39 @@ def shortened(value: Any) -> str:
 def describe_agreement(found: Agreement) -> list[str]:
     """How far the losses agree, in one or two sentences."""
     if not found.steps or found.largest is None:
-        return [render("runs.no_common_steps")]
+        return [translate("no step was logged by both.")]
     if found.first is None:
-        return [render("runs.identical", steps=found.steps, last=found.last)]
+        return [
+            translate(
+                "the losses are identical at all {steps} common logs, up to step {last}.",
+                steps=found.steps,
+                last=found.last,
+            )
+        ]
     step, ours, theirs = found.first
     lines = []
     for tolerance, until in found.until.items():
         if until == found.last:
-            lines.append(render("runs.agree_throughout", tolerance=tolerance, steps=found.steps))
+            lines.append(
+                translate(
+                    "the losses agree to {tolerance} at all {steps} common logs.",
+                    tolerance=tolerance,
+                    steps=found.steps,
+                )
+            )
             break
         if until is not None and until not in list(found.until.values())[: len(lines)]:
-            lines.append(render("runs.agree_until", tolerance=tolerance, step=until))
+            lines.append(
+                translate("the losses agree to {tolerance} until step {step}.", tolerance=tolerance, step=until)
+            )
     if not lines:
-        lines.append(render("runs.never_agree", tolerance=TOLERANCES[-1]))
+        lines.append(
+            translate("the losses do not agree to {tolerance} even at the first common log.", tolerance=TOLERANCES[-1])
+        )
     values = {"a": f"{ours:.7g}", "b": f"{theirs:.7g}", "gap": f"{_gap(ours, theirs):.1e}"}
-    lines.append(render("runs.first_difference", step=step, **values))
+    lines.append(translate("first difference: step {step}, {a} against {b} ({gap} apart).", step=step, **values))
     gap, at = found.largest
-    lines.append(render("runs.largest_difference", gap=f"{gap:.1e}", step=at))
+    lines.append(translate("largest difference: {gap}, at step {step}.", gap=f"{gap:.1e}", step=at))
     return lines
 
 
@@ -483,7 +507,7 @@ def show_outcome(diff: RunDiff, console: Console) -> None:
     if not rows:
         return
     console.print()
-    console.print(Text(render("runs.heading_outcome"), style="bold"))
+    console.print(Text(translate("outcome"), style="bold"))
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     table.add_column("")
     for title in ("A", "B", "B : A"):

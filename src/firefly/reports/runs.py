@@ -16,9 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from firefly.config import TRAINING_DEFAULTS, own_fields
-from firefly.messages import render
 from firefly.runs.records import RunRecord, finite, finite_values, mapping, series
 from firefly.runs.state import FAILED, FINISHED, INTERRUPTED, RUNNING
+from firefly.translation import Phrase, translate
 
 STYLES = {RUNNING: "bold cyan", FINISHED: "green", INTERRUPTED: "yellow", FAILED: "bold red"}
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -40,13 +40,19 @@ def list_as_json(records: Sequence[RunRecord]) -> str:
 def show_list(records: Sequence[RunRecord], folders: Sequence[str], console: Console) -> None:
     """Print two lines for each run: name, state, loss, time; and below them model, steps, held-out loss, duration."""
     if not records:
-        console.print(render("runs.none", folders=", ".join(folders)))
+        console.print(
+            translate(
+                "no runs in: {folders}. A run is a folder with the run.json that firefly train writes; name other "
+                "folders to search there.",
+                folders=", ".join(folders),
+            )
+        )
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column(render("runs.head_run"), overflow="fold", ratio=1)
-    table.add_column(render("runs.head_state"), no_wrap=True)
-    table.add_column(render("runs.head_loss"), no_wrap=True, justify="right")
-    table.add_column(render("runs.head_started"), no_wrap=True)
+    table.add_column(translate("run"), overflow="fold", ratio=1)
+    table.add_column(translate("state, steps"), no_wrap=True)
+    table.add_column(translate("loss, eval"), no_wrap=True, justify="right")
+    table.add_column(translate("started, took"), no_wrap=True)
     for record in records:
         table.add_row(
             two_lines(nearby(record.folder), f"  {describe_task(record)}", "bold"),
@@ -88,24 +94,32 @@ def show_run(record: RunRecord, console: Console) -> None:
     console.print(
         Text.assemble(
             (state_name(record.state), STYLES[record.state]),
-            f"  {render('runs.steps', steps=steps_of(record))}  {moment(record.started)}  {clock(record.seconds)}",
+            f"  {translate('step {steps}', steps=steps_of(record))}  {moment(record.started)}  {clock(record.seconds)}",
         )
     )
     console.print(describe_task(record))
     if record.error:
         code = record.error.get("code") or record.error.get("type")
-        console.print(Text(f"{code}: {record.error.get('message')}", style="red"))
+        console.print(Text(f"{code}: {message_of(record.error)}", style="red"))
     if resumed := passport.get("resumed_from"):
-        console.print(render("runs.resumed", path=resumed))
-    section(console, render("runs.heading_configuration"), changed_keys(record.config))
-    section(console, render("runs.heading_choices"), mapping(passport.get("resolved")))
+        console.print(translate("resumed from {path}", path=resumed))
+    section(console, translate("configuration, where it is not the default"), changed_keys(record.config))
+    section(console, translate("chosen for this run"), mapping(passport.get("resolved")))
     show_data(record, console)
     show_curves(record, console)
-    section(console, render("runs.heading_results"), {k: readable(k, v) for k, v in record.results.items()})
-    paragraph(console, render("runs.heading_checkpoints"), checkpoint_names(record))
-    notices = [str(mapping(item).get("message")) for item in passport.get("notices") or []]
-    paragraph(console, render("runs.heading_notices"), notices)
-    paragraph(console, render("runs.heading_environment"), environment(passport))
+    section(console, translate("results"), {k: readable(k, v) for k, v in record.results.items()})
+    paragraph(console, translate("checkpoints"), checkpoint_names(record))
+    notices = [message_of(mapping(item)) for item in passport.get("notices") or []]
+    paragraph(console, translate("notes"), notices)
+    paragraph(console, translate("versions and hardware"), environment(passport))
+
+
+def message_of(recorded: Mapping[str, Any]) -> str:
+    """A notice or an error of run.json in the reader's language; as the run wrote it, where it kept no phrase."""
+    try:
+        return str(Phrase.from_json(recorded))
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return str(recorded.get("message"))
 
 
 def changed_keys(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,23 +145,38 @@ def show_data(record: RunRecord, console: Console) -> None:
     tokens, targets = data.get("tokens"), data.get("target_tokens")
     lost = ", ".join(f"{cause} {count}" for cause, count in mapping(data.get("lost")).items()) or "0"
     share = f"{targets / tokens:.0%}" if isinstance(targets, int) and isinstance(tokens, int) and tokens else "–"
-    lines = [render("data.summary", **counts, lost=lost, tokens=grouped(tokens), share=share)]
+    lines = [
+        translate(
+            "data: {file}: {rows} rows, {kept} kept, {cut} cut, lost: {lost}; {tokens} tokens, {share} trained",
+            **counts,
+            lost=lost,
+            tokens=grouped(tokens),
+            share=share,
+        )
+    ]
     if isinstance(data.get("train_examples"), int):
         trained, held_out = data["train_examples"], data.get("held_out_examples", 0)
-        lines.append(render("check.held_out", trained=trained, held_out=held_out))
+        lines.append(
+            translate("{trained:,} examples to train, {held_out:,} held out", trained=trained, held_out=held_out)
+        )
     formats = ", ".join(f"{name} {count}" for name, count in mapping(data.get("formats")).items()) or "–"
     template = mapping(passport.get("template")).get("name") or "–"
     lines.append(
-        render("check.format", formats=formats, task=record.config.get("task_type", "–"), template=template),
+        translate(
+            "format: {formats}; task {task}; template {template}",
+            formats=formats,
+            task=record.config.get("task_type", "–"),
+            template=template,
+        ),
     )
-    paragraph(console, render("runs.heading_data"), lines)
+    paragraph(console, translate("data"), lines)
 
 
 def show_curves(record: RunRecord, console: Console) -> None:
     curves = {name: series(record.metrics, name) for name in ("loss", "eval_loss", "rewards/margins")}
     width = max((len(name) for name, points in curves.items() if points), default=0)
     lines = [describe_curve(f"{name:{width}}", points) for name, points in curves.items() if points]
-    paragraph(console, render("runs.heading_loss"), lines)
+    paragraph(console, translate("loss"), lines)
 
 
 def describe_curve(name: str, points: Mapping[int, float]) -> str:
@@ -158,7 +187,7 @@ def describe_curve(name: str, points: Mapping[int, float]) -> str:
     if len(known) < 2 or "loss" not in name:
         return shape
     lowest = min(known, key=known.__getitem__)
-    return f"{shape}  {render('runs.lowest', value=number(known[lowest]), step=lowest)}"
+    return f"{shape}  {translate('lowest {value} at step {step}', value=number(known[lowest]), step=lowest)}"
 
 
 def sparkline(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
@@ -174,7 +203,9 @@ def sparkline(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
 
 def checkpoint_names(record: RunRecord) -> list[str]:
     """One line that names the checkpoints by step; those that were interrupted while they were saved are marked."""
-    names = [str(step) if complete else render("runs.incomplete", step=step) for step, complete in record.checkpoints]
+    names = [
+        str(step) if complete else translate("{step} (incomplete)", step=step) for step, complete in record.checkpoints
+    ]
     return [", ".join(names)] if names else []
 
 
@@ -187,7 +218,7 @@ def environment(passport: Mapping[str, Any]) -> list[str]:
         parts.insert(2, size(machine["memory_bytes"]))
     ranks = passport.get("world_size")
     if isinstance(ranks, int):
-        parts.append(render("runs.ranks", count=ranks))
+        parts.append(translate("{count} rank(s)", count=ranks))
     commits = [
         f"{name} {passport[name]}" for name in ("firefly_commit", "git_commit") if isinstance(passport.get(name), str)
     ]
@@ -228,10 +259,10 @@ def paragraph(console: Console, title: str, lines: Iterable[str]) -> None:
 
 def state_name(state: str) -> str:
     names = {
-        RUNNING: render("runs.running"),
-        FINISHED: render("runs.finished"),
-        INTERRUPTED: render("runs.interrupted"),
-        FAILED: render("runs.failed"),
+        RUNNING: translate("running"),
+        FINISHED: translate("finished"),
+        INTERRUPTED: translate("interrupted"),
+        FAILED: translate("failed"),
     }
     return names[state]
 

@@ -45,18 +45,27 @@ def read_request(source: str) -> dict[str, Any]:
     Raises:
         UsageError: no such file, no JSON, or no list of messages in it.
     """
+    request: Any = None
     try:
         data = sys.stdin.buffer.read() if source == "-" else Path(source).expanduser().read_bytes()
         request = json.loads(data.decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         problem = getattr(error, "strerror", None) or error
-        raise UsageError("templates.not_messages", path=source, problem=problem) from None
-    messages = request.get("messages") if isinstance(request, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise UsageError("templates.not_messages", path=source, problem="messages")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UsageError("templates.not_messages", path=source, problem="role")
+    else:
+        messages = request.get("messages") if isinstance(request, dict) else None
+        if not isinstance(messages, list) or not messages:
+            problem = "messages"
+        elif any(not isinstance(item, dict) or not isinstance(item.get("role"), str) for item in messages):
+            problem = "role"
+        else:
+            problem = None
+    if problem is not None:
+        raise UsageError(
+            "templates.not_messages",
+            '{path} must hold {{"messages": [{{"role", "content"}}, …], …}} as JSON: {problem}.',
+            path=source,
+            problem=problem,
+        )
     return request
 
 
@@ -91,7 +100,12 @@ def render_request(
     try:
         text, spans = template.render_messages(messages, prompt=add_generation_prompt)
     except TemplateFailure as error:
-        raise UsageError("template.unusable", name=name, problem=error) from None
+        raise UsageError(
+            "template.unusable",
+            "template_name = {name} cannot be used: {problem}. Correct the template, or name another.",
+            name=name,
+            problem=error,
+        ) from None
     return {"text": text, "spans": [list(span) for span in spans]}
 
 
@@ -99,6 +113,16 @@ def merge_system(messages: list[dict[str, Any]], name: str) -> list[dict[str, An
     """The system prompt in front of the first user turn, a blank line between."""
     first, *rest = messages
     if not rest or rest[0]["role"] != "user":
-        raise UsageError("template.unusable", name=name, problem="system")
-    notice("template.merges_system", name=name)
+        raise UsageError(
+            "template.unusable",
+            "template_name = {name} cannot be used: {problem}. Correct the template, or name another.",
+            name=name,
+            problem="system",
+        )
+    notice(
+        "template.merges_system",
+        "the chat template {name} has no system role; a system prompt is put in front of the first user turn "
+        "(on_system: error refuses instead).",
+        name=name,
+    )
     return [{**rest[0], "content": f"{first.get('content')}\n\n{rest[0].get('content')}"}, *rest[1:]]

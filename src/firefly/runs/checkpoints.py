@@ -36,6 +36,7 @@ class RunPlan:
     seed: int
     shuffle: bool
     data: str
+    """Hash of the prepared examples, in order: what they are, not what made them."""
     task_type: str
     objective: dict[str, Any]
     """Keys that shape the loss of this task, with their values."""
@@ -54,7 +55,8 @@ class RunPlan:
     adapter: str | None = None
     """Hash of the adapter that the run starts from."""
     prepared: dict[str, Any] = field(default_factory=dict)
-    """What `data` is a hash of, part by part: hashes of data files, template and tokenizer, and keys with values."""
+    """What made the examples, to name the cause where `data` differs: hashes of template and tokenizer, of the data
+    files with their paths, of the code that prepares them, and configuration keys with their values."""
     training: dict[str, Any] = field(default_factory=dict)
     """Keys that shape every step, and the precision, with their values."""
     total_steps: int = 0
@@ -135,25 +137,54 @@ def find_checkpoint(output_dir: Path, request: bool | str | None) -> Path | None
         path = Path(request).expanduser()
         if not path.exists():
             found = ", ".join(map(str, checkpoints(output_dir))) or "–"
-            raise UsageError("resume.absent", path=path, folder=output_dir, found=found)
+            raise UsageError(
+                "resume.absent",
+                "resume_from_checkpoint = {path} does not exist. Complete checkpoints in {folder}: {found}. Use true "
+                "for the newest.",
+                path=path,
+                folder=output_dir,
+                found=found,
+            )
         missing = missing_files(path)
         if missing:
-            raise UsageError("resume.incomplete", path=path, missing=", ".join(missing))
+            raise UsageError(
+                "resume.incomplete",
+                "resume_from_checkpoint = {path} is no complete checkpoint (missing: {missing}). Use true for the "
+                "newest complete one.",
+                path=path,
+                missing=", ".join(missing),
+            )
         if is_model_only(path):
-            raise UsageError("resume.model_only", path=path)
+            raise UsageError(
+                "resume.model_only",
+                "resume_from_checkpoint = {path} holds the model alone (save_only_model), without the state that "
+                "training needs to continue. Choose another checkpoint, or start a new run from this one "
+                "(adapter_name_or_path or model_name_or_path).",
+                path=path,
+            )
         return path
     for path in leftovers(output_dir):
-        notice("resume.unfinished", path=path)
+        notice("resume.unfinished", "{path} was interrupted while it was written and is skipped.", path=path)
     for path in reversed(checkpoints(output_dir)):
         missing = missing_files(path)
         if missing:
-            notice("resume.skipped", path=path, missing=", ".join(missing))
+            notice(
+                "resume.skipped",
+                "{path} is not complete (missing: {missing}) and is skipped.",
+                path=path,
+                missing=", ".join(missing),
+            )
         elif is_model_only(path):
-            notice("resume.skipped_model", path=path)
+            notice(
+                "resume.skipped_model",
+                "{path} holds the model alone (save_only_model), without the state that training needs to continue, "
+                "and is skipped.",
+                path=path,
+            )
         else:
-            notice("resume.from", path=path)
+            notice("resume.from", "resuming from {path}.", path=path)
             return path
-    notice("resume.none", path=output_dir)
+    notice("resume.none", "no complete checkpoint in {path}: training starts from the beginning.", path=output_dir)
     return None
 
 
@@ -216,20 +247,55 @@ def check_same_run(checkpoint: Path, plan: RunPlan, anyway: bool = False) -> Non
         told = "; ".join(f"{name}: {_short(before)} → {_short(now)}" for name, (before, now) in differing.items())
         structure = [name for name in differing if name in STRUCTURE]
         if structure:
-            raise UsageError("resume.other_weights", path=checkpoint, keys=", ".join(structure), differences=told)
+            raise UsageError(
+                "resume.other_weights",
+                "{path} has other weights than this run would train ({differences}), which nothing can override. "
+                "Restore {keys}, or start a new run with resume_from_checkpoint: false.",
+                path=checkpoint,
+                keys=", ".join(structure),
+                differences=told,
+            )
         if not anyway:
-            raise UsageError("resume.changed", path=checkpoint, differences=told)
-        notice("resume.anyway", path=checkpoint, differences=told)
+            raise UsageError(
+                "resume.changed",
+                "{path} belongs to a different run ({differences}). Restore the configuration and data, start a new "
+                "run with resume_from_checkpoint: false, or continue nevertheless with resume_anyway: true.",
+                path=checkpoint,
+                differences=told,
+            )
+        notice(
+            "resume.anyway",
+            "{path} belongs to a different run and is continued nevertheless because of resume_anyway ({differences}).",
+            path=checkpoint,
+            differences=told,
+        )
     for name, value in plan.optimizer.items():
         before = stored.get("optimizer", {}).get(name, value)
         if before != value:
-            notice("resume.kept", key=name, value=value, before=before)
+            notice(
+                "resume.kept",
+                "{key} = {value} has no effect on a resumed run: the checkpoint's optimizer state has {before}.",
+                key=name,
+                value=value,
+                before=before,
+            )
     before = stored.get("total_steps", plan.total_steps)
     if before != plan.total_steps:
-        notice("resume.schedule", before=before, steps=plan.total_steps)
+        notice(
+            "resume.schedule",
+            "the run has {steps} steps now, not {before}: from now on the learning rate follows the new schedule.",
+            before=before,
+            steps=plan.total_steps,
+        )
     before = stored.get("world_size", plan.world_size)
     if before != plan.world_size:
-        notice("resume.ranks", before=before, ranks=plan.world_size)
+        notice(
+            "resume.ranks",
+            "the checkpoint is of {before} rank(s), this run has {ranks}: each step has the same examples, but its "
+            "rounding and its dropout masks differ.",
+            before=before,
+            ranks=plan.world_size,
+        )
 
 
 WHOLE = ("single", "ddp")
@@ -239,9 +305,24 @@ WHOLE = ("single", "ddp")
 def _check_engine(checkpoint: Path, stored: Mapping[str, Any], plan: RunPlan) -> None:
     before, ranks = stored.get("engine", "single"), stored.get("world_size", plan.world_size)
     if before != plan.engine and not (before in WHOLE and plan.engine in WHOLE):
-        raise UsageError("resume.engine", path=checkpoint, before=before, now=plan.engine)
+        raise UsageError(
+            "resume.engine",
+            "{path} was written by {before}, whose optimizer {now} cannot read. Resume with the same engine, or start "
+            "a new run from its weights.",
+            path=checkpoint,
+            before=before,
+            now=plan.engine,
+        )
     if plan.engine.startswith("zero") and ranks != plan.world_size:
-        raise UsageError("resume.divided", path=checkpoint, before=ranks, engine=before, ranks=plan.world_size)
+        raise UsageError(
+            "resume.divided",
+            "{path} was written by {before} processes under {engine}, which shards the optimizer state over them; "
+            "{ranks} cannot read it. Resume with {before}.",
+            path=checkpoint,
+            before=ranks,
+            engine=before,
+            ranks=plan.world_size,
+        )
 
 
 def _short(value: Any) -> Any:
@@ -259,13 +340,24 @@ def differences(stored: Mapping[str, Any], plan: RunPlan) -> dict[str, tuple[Any
         then, today = before.get(part, now[part] if part == "training" else {}), now[part]
         keys = dict.fromkeys((*then, *today))
         found |= {key: (then.get(key), today.get(key)) for key in keys if then.get(key) != today.get(key)}
-    if "data" in found and "prepared" in stored:
-        then, today = stored["prepared"], now["prepared"]
-        parts = {key: (then.get(key), value) for key, value in today.items() if then.get(key) != value}
-        if parts:
-            del found["data"]
-            found = parts | found
+    if "prepared" in stored:
+        causes = _causes(stored["prepared"], now["prepared"])
+        if "data" not in found:  # these are saved with the model, whatever they make of the examples
+            causes = {name: pair for name, pair in causes.items() if name in ("template", "tokenizer")}
+        if causes:
+            found.pop("data", None)
+            found = causes | found
     return found
+
+
+def _causes(then: Mapping[str, Any], today: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Why other examples were prepared: settings and files that differ, or else the code that prepares them."""
+    settings = {name: (then.get(name), value) for name, value in today.items() if name not in ("data", "code")}
+    before, now = dict(then["data"]), dict(today["data"])
+    files = {name: (before.get(name), now.get(name)) for name in dict.fromkeys((*before, *now))}
+    differing = {name: pair for name, pair in (settings | files).items() if pair[0] != pair[1]}
+    code = then.get("code"), today["code"]
+    return differing or ({"code": code} if code[0] != code[1] else {})
 
 
 def set_aside_old_checkpoints(output_dir: Path, start: Path | None = None) -> None:
@@ -284,4 +376,6 @@ def set_aside_old_checkpoints(output_dir: Path, start: Path | None = None) -> No
     aside.mkdir()
     for path in old:
         path.rename(aside / path.name)
-    notice("resume.set_aside", count=len(old), path=aside)
+    notice(
+        "resume.set_aside", "{count} checkpoint(s) of an earlier run were moved to {path}.", count=len(old), path=aside
+    )

@@ -46,7 +46,7 @@ def remove_leftovers(output_dir: Path) -> None:
         return
     for path in leftovers(output_dir):
         shutil.rmtree(path, ignore_errors=True)
-        notice("resume.leftover", path=path)
+        notice("resume.leftover", "{path} was never finished and has been removed.", path=path)
     for path in output_dir.glob(".*.json*.*"):  # of `atomic_file`: run.json and its kin, metrics.jsonl
         path.unlink(missing_ok=True)
 

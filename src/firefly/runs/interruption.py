@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from firefly.errors import FireflyError
-from firefly.messages import render
+from firefly.translation import translate
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """Ctrl-C; what schedulers send before they kill; what Slurm sends ahead of time (`--signal=USR1@60`)."""
@@ -27,8 +27,8 @@ ECHO_SECONDS = 5
 class Interrupted(FireflyError):
     """A signal ended the run between two steps. The exit code is 128 + its number, as shells have it."""
 
-    def __init__(self, code: str, number: int, **values: object) -> None:
-        super().__init__(code, signal=signal.Signals(number).name, **values)
+    def __init__(self, code: str, text: str, number: int, /, **values: object) -> None:
+        super().__init__(code, text, signal=signal.Signals(number).name, **values)
         self.exit_code = 128 + number
 
 
@@ -70,9 +70,12 @@ class Interruption:
                 signal.signal(other, signal.SIG_DFL)
         # Data workers were forked with this handler. They go on serving the step that is computed, without a word.
         if os.getpid() == self._process:
-            said = render("interrupted.asked", signal=signal.Signals(number).name)
+            said = translate(
+                "{signal}: the present step is finished and a checkpoint saved. Another signal ends the run at once.",
+                signal=signal.Signals(number).name,
+            )
             # Not print: the signal may have come in the middle of one.
-            os.write(2, f"\n{render('label.notice')} {said}\n".encode())
+            os.write(2, f"\n{translate('note:')} {said}\n".encode())
 
 
 def resume_command(output_dir: Path) -> str:

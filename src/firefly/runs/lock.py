@@ -27,6 +27,12 @@ def only_run(output_dir: Path) -> Iterator[None]:
             except Held as held:
                 who = held.holder
                 raise UsageError(
-                    "run.locked", path=output_dir, pid=who.pid, host=who.host, started=who.started
+                    "run.locked",
+                    "output_dir = {path} is in use by another run (process {pid} on {host}, started {started}). Wait "
+                    "for it, stop it, or choose another output_dir.",
+                    path=output_dir,
+                    pid=who.pid,
+                    host=who.host,
+                    started=who.started,
                 ) from None
         yield

@@ -21,13 +21,13 @@ from transformers import TrainerCallback
 
 from firefly.console import notice
 from firefly.files import atomic_file, first_line
-from firefly.messages import render
 from firefly.ranks import is_first
 from firefly.runs.memory import memory_in_use, peak_memory
 from firefly.runs.plots import LAST_DRAWING_SECONDS, draw_loss
 from firefly.runs.progress import Counts
 from firefly.runs.records import read_metrics
 from firefly.runs.state import HEARTBEAT_SECONDS
+from firefly.translation import translate
 
 REDRAW_SECONDS = 30
 """The least time between two drawings of loss.png while a run goes on."""
@@ -180,7 +180,12 @@ class RunRecorder(TrainerCallback):
         except Exception as error:  # a full disk, or whatever a library that draws or sends may raise
             if what not in self.failed:
                 self.failed.add(what)
-                notice("report.failed", what=what, problem=first_line(error))
+                notice(
+                    "report.failed",
+                    "{what} could not be written and is incomplete from now on: {problem}. Training goes on.",
+                    what=what,
+                    problem=first_line(error),
+                )
 
     def results(self, metrics: dict[str, Any], skipped_steps: int, device: torch.device) -> dict[str, Any]:
         """The numbers of this process's training, for train_results.json."""
@@ -208,7 +213,12 @@ def draw_result(folder: Path) -> None:
     try:
         draw_loss(folder, LAST_DRAWING_SECONDS)
     except Exception as error:  # whatever a library that draws may raise: the result is there
-        notice("report.failed", what="loss.png", problem=first_line(error))
+        notice(
+            "report.failed",
+            "{what} could not be written and is incomplete from now on: {problem}. Training goes on.",
+            what="loss.png",
+            problem=first_line(error),
+        )
 
 
 class Guarded(TrainerCallback):
@@ -273,8 +283,8 @@ class ProgressLine(TrainerCallback):
                 self.bar.set_postfix_str(", ".join(pace), refresh=False)
             pace = []
         elif pace:
-            pace.append(render("progress.left", time=tqdm.format_interval(logs["seconds_left"])))
-        place = f"{render('progress.step')} {state.global_step}/{state.max_steps}"
+            pace.append(translate("{time} left", time=tqdm.format_interval(logs["seconds_left"])))
+        place = f"{translate('step')} {state.global_step}/{state.max_steps}"
         with suppress(OSError):
             tqdm.write("  ".join([place, *learnt, *pace]), file=sys.stderr)
 
@@ -308,7 +318,7 @@ def _pace(logs: dict[str, Any]) -> list[str]:
     if "tokens_per_second" not in logs:
         return []
     return [
-        render("progress.speed", speed=f"{logs['tokens_per_second']:,.0f}"),
-        render("progress.share", share=f"{logs['target_share']:.0%}"),
+        translate("{speed} tokens/s", speed=f"{logs['tokens_per_second']:,.0f}"),
+        translate("{share} targets", share=f"{logs['target_share']:.0%}"),
         f"{logs['memory_bytes'] / 2**30:.1f} GiB",
     ]

@@ -9,16 +9,16 @@ from rich.panel import Panel
 from rich.text import Text
 
 from firefly.data.schema import IGNORE, Example, Tokens
-from firefly.messages import render
+from firefly.translation import translate
 
 
 def show_example(console: Console, example: Example, tokenizer: Any) -> None:
     """Print an example as the model sees it; tokens with a loss are green and underlined ([ ] without colours)."""
     if isinstance(example, Tokens):
-        _show_tokens(console, example, tokenizer, render("overview.example"))
+        _show_tokens(console, example, tokenizer, translate("first example: trained tokens are green"))
         return
     for name, side in zip(("chosen", "rejected"), example.sides, strict=True):
-        _show_tokens(console, side, tokenizer, f"{render('overview.example')}: {name}")
+        _show_tokens(console, side, tokenizer, f"{translate('first example: trained tokens are green')}: {name}")
 
 
 def _show_tokens(console: Console, tokens: Tokens, tokenizer: Any, title: str, most: int = 400) -> None:
@@ -50,4 +50,11 @@ def show_peak(console: Console, found: dict[str, int]) -> None:
     expected, measured = found["forecast_memory_bytes"], found["run_memory_bytes"]
     told = {"measured": f"{measured / 2**30:.2f}", "forecast": f"{expected / 2**30:.2f}"}
     error = f"{expected / max(measured, 1) - 1:+.0%}"
-    console.print(render("overview.peak", **told, error=error), soft_wrap=True)
+    console.print(
+        translate(
+            "memory: {measured} GiB at the peak above what imports took, forecast {forecast} GiB ({error})",
+            **told,
+            error=error,
+        ),
+        soft_wrap=True,
+    )

@@ -74,8 +74,11 @@ def recorded_end(output_dir: Path) -> Iterator[None]:
 
 
 def describe_error(error: BaseException) -> dict[str, Any]:
-    """What run.json says of a failure: its code in the message catalogue (None: it has none), type and message."""
-    code = error.code if isinstance(error, FireflyError) else None
+    """What run.json says of a failure: its code (None: it has none), type and message, and of an error of ours what
+    the message is made of."""
+    if isinstance(error, FireflyError):
+        return {"code": error.code, "type": type(error).__name__, "message": str(error), **error.phrase.as_json()}
+    code = None
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         code = "cli.out_of_memory"
     return {"code": code, "type": type(error).__name__, "message": str(error)}

@@ -43,11 +43,21 @@ def draw_loss(folder: Path, wait_seconds: float = 0.0) -> subprocess.Popen[bytes
         )
         _, complaint = process.communicate(timeout=wait_seconds) if wait_seconds else (None, b"")
     except (OSError, subprocess.SubprocessError) as error:
-        notice("plots.failed", path=folder / "loss.png", problem=error)
+        notice(
+            "plots.failed",
+            "{path} could not be drawn: {problem}. The run itself is not affected; metrics.jsonl has the numbers.",
+            path=folder / "loss.png",
+            problem=error,
+        )
         return None
     if process.returncode:
         lines = complaint.decode(errors="replace").strip().splitlines()
-        notice("plots.failed", path=folder / "loss.png", problem=lines[-1] if lines else process.returncode)
+        notice(
+            "plots.failed",
+            "{path} could not be drawn: {problem}. The run itself is not affected; metrics.jsonl has the numbers.",
+            path=folder / "loss.png",
+            problem=lines[-1] if lines else process.returncode,
+        )
     return process
 
 

@@ -114,7 +114,7 @@ class RunRecord:
 
     @property
     def error(self) -> dict[str, Any]:
-        """Of a failed run: `code` (of the message catalogue, or None), `type` and `message`."""
+        """Of a failed run: `code` (of the message, or None), `type` and `message`."""
         return mapping(self.passport.get("error")) if self.state == FAILED else {}
 
     @cached_property
@@ -155,7 +155,12 @@ def open_run(path: str | Path) -> RunRecord:
     folder = Path(path).expanduser()
     record = read_run(folder.parent if folder.is_file() and folder.name == "run.json" else folder)
     if record is None:
-        raise UsageError("runs.not_a_run", path=path)
+        raise UsageError(
+            "runs.not_a_run",
+            "{path} holds no run: there is no run.json of firefly train in it. Give the output_dir of a run; `firefly "
+            "runs list` shows them.",
+            path=path,
+        )
     return record
 
 
@@ -177,7 +182,7 @@ def find_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
     for name in folders:
         root = Path(name).expanduser()
         if not root.is_dir():
-            raise UsageError("runs.no_folder", path=name)
+            raise UsageError("runs.no_folder", "{path} is no folder. Give folders that hold runs.", path=name)
         for folder in _folders(root):
             if record := read_run(folder):
                 found[folder.resolve()] = record

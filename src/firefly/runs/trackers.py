@@ -63,7 +63,13 @@ def choose_trackers(asked: Any, given: bool) -> list[str]:
         UsageError: no such tracker, or it is not installed.
     """
     if not isinstance(asked, (str, list, tuple)):
-        raise UsageError("config.bad_type", key="report_to", value=json.dumps(asked), expected="a list of names")
+        raise UsageError(
+            "config.bad_type",
+            "{key} = {value} is not valid: expected {expected}.",
+            key="report_to",
+            value=json.dumps(asked),
+            expected="a list of names",
+        )
     names = names_in(asked) if given else []
     if given and names in ([], ["none"]):
         return []
@@ -74,7 +80,10 @@ def choose_trackers(asked: Any, given: bool) -> list[str]:
     if "tensorboard" in names:
         return names
     if not _installed("tensorboard"):
-        notice("tracker.no_tensorboard")
+        notice(
+            "tracker.no_tensorboard",
+            "tensorboard is not installed, so no events are written (pip install tensorboard).",
+        )
         return names
     return ["tensorboard", *names]
 
@@ -83,14 +92,36 @@ def _check(name: str) -> None:
     if name not in INTEGRATION_TO_CALLBACK:
         known = sorted(INTEGRATION_TO_CALLBACK)
         near = difflib.get_close_matches(str(name), known, n=1, cutoff=0)[0]
-        raise UsageError("tracker.unknown", name=name, near=near, known=", ".join(known))
+        raise UsageError(
+            "tracker.unknown",
+            "report_to: {name!r} is unknown; did you mean {near!r}? Known: {known}, all, none.",
+            name=name,
+            near=near,
+            known=", ".join(known),
+        )
     if not _installed(name):
-        raise UsageError("tracker.not_installed", name=name, package=PACKAGES[name][1])
+        raise UsageError(
+            "tracker.not_installed",
+            "report_to: {name} is not installed. Install it with: pip install {package}",
+            name=name,
+            package=PACKAGES[name][1],
+        )
     if name == "swanlab" and not _swanlab_fits():
-        raise UsageError("tracker.unfit", name=name, package=PACKAGES[name][1])
+        raise UsageError(
+            "tracker.unfit",
+            "report_to: the installed {name} does not go with this version of transformers. Install one that does: "
+            "pip install {package}",
+            name=name,
+            package=PACKAGES[name][1],
+        )
     variable = REQUIRED_VARIABLES.get(name)
     if variable and not os.environ.get(variable):
-        raise UsageError("tracker.no_variable", name=name, variable=variable)
+        raise UsageError(
+            "tracker.no_variable",
+            "report_to: {name} needs the environment variable {variable}. Set it, or leave {name} out.",
+            name=name,
+            variable=variable,
+        )
 
 
 def _installed(name: str) -> bool:
@@ -121,7 +152,13 @@ def never_ask(trackers: Sequence[str]) -> None:
     for name in trackers:
         if name in ASKING and not ASKING[name]():
             os.environ[f"{name.upper()}_MODE"] = "offline"
-            notice("tracker.offline", name=name, variable=f"{name.upper()}_API_KEY")
+            notice(
+                "tracker.offline",
+                "{name} has no key here, so the run is kept offline: upload it later with {name} sync. To report at "
+                "once, run {name} login first, or set {variable}.",
+                name=name,
+                variable=f"{name.upper()}_API_KEY",
+            )
 
 
 def _wandb_knows() -> bool:

@@ -31,9 +31,14 @@ def join_ranks(config: Config, backend: Backend, precision: Precision, device: t
     """TrainingArguments of this run; to make them forms the process group, where there are several ranks."""
     args = training_arguments(resolved_arguments(config, precision, device) | backend.arguments(precision))
     if device.type == "cpu" and args.world_size > 1 and "ddp_timeout" in config.given:  # transformers leaves it out
-        notice("key.no_effect", key="ddp_timeout", setting="use_cpu")
+        notice("key.no_effect", "{key} has no effect with {setting}.", key="ddp_timeout", setting="use_cpu")
     if args.n_gpu > 1:  # one process: transformers would split each batch among the cards (DataParallel)
-        notice("engine.one_card", count=args.n_gpu)
+        notice(
+            "engine.one_card",
+            "this machine has {count} GPUs and this run uses one. To use them all: torchrun --nproc_per_node={count} "
+            "train.py --train_args_file CONFIG",
+            count=args.n_gpu,
+        )
         args._n_gpu = 1
     load_whole(args)
     check_schedule(args)
@@ -53,7 +58,12 @@ def check_schedule(args: TrainingArguments) -> None:
         get_scheduler(args.lr_scheduler_type, optimizer, 10, 100, options)
     except (TypeError, ValueError) as error:
         kind, problem = SchedulerType(args.lr_scheduler_type), " ".join(str(error).split())
-        raise UsageError("config.schedule", value=kind.value, problem=problem) from error
+        raise UsageError(
+            "config.schedule",
+            "lr_scheduler_type = {value!r} cannot be built: {problem}; see lr_scheduler_kwargs.",
+            value=kind.value,
+            problem=problem,
+        ) from error
 
 
 def check_optimizer(args: TrainingArguments) -> None:
@@ -69,7 +79,12 @@ def check_optimizer(args: TrainingArguments) -> None:
         Trainer.get_optimizer_cls_and_kwargs(asked, torch.nn.Sequential(torch.nn.Linear(1, 1)))  # type: ignore[arg-type]
     except (ImportError, ValueError, TypeError) as error:
         problem = " ".join(str(error).split())
-        raise UsageError("config.optimizer", value=OptimizerNames(args.optim).value, problem=problem) from error
+        raise UsageError(
+            "config.optimizer",
+            "optim = {value!r} cannot be built: {problem}",
+            value=OptimizerNames(args.optim).value,
+            problem=problem,
+        ) from error
 
 
 def resolved_arguments(config: Config, precision: Precision, device: torch.device) -> dict[str, Any]:
@@ -107,7 +122,12 @@ def resolved_arguments(config: Config, precision: Precision, device: torch.devic
     optim = str(values.get("optim", ""))
     if device.type == "cpu" and optim.startswith("paged_"):
         values["optim"] = "adamw_torch_fused" if optim == "paged_adamw_32bit" else optim.removeprefix("paged_")
-        notice("optim.paged", asked=optim, used=values["optim"])
+        notice(
+            "optim.paged",
+            "optim {asked} pages GPU memory; on this CPU the same optimizer runs without paging ({used}).",
+            asked=optim,
+            used=values["optim"],
+        )
     if device.type == "cpu" and values.get("dataloader_pin_memory") is None:
         values["dataloader_pin_memory"] = False
     return values
@@ -118,7 +138,11 @@ def training_arguments(values: Mapping[str, Any]) -> TrainingArguments:
     try:
         return TrainingArguments(**values)
     except (ValueError, TypeError, KeyError, ImportError) as error:
-        raise UsageError("config.training_arguments", problem=" ".join(str(error).split())) from error
+        raise UsageError(
+            "config.training_arguments",
+            "the training arguments are not valid: {problem}",
+            problem=" ".join(str(error).split()),
+        ) from error
 
 
 def total_steps(args: TrainingArguments, per_epoch: int) -> int:

@@ -89,7 +89,12 @@ def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
     new_tokens = fit_embeddings(module, run.tokenizer, run.added_tokens)
     module = attach_adapter(module, config.adapter, new_tokens, config.given, run.added_tokens)
     if noisy := quiet_routers(module):
-        notice("router.quiet", count=len(noisy))
+        notice(
+            "router.quiet",
+            "{count} routers choose without the random noise that their architecture adds in training, so that a step "
+            "does not depend on how it is packed.",
+            count=len(noisy),
+        )
     head = install_training_forwards(module)
     base = identify_base(identified, module)
     identity = identify_run(run, layout[0], base)
@@ -102,7 +107,12 @@ def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
     choices, forecast = resolve_choices(run, args, module, layout[0])
     choosing.apply(choices, transformers_model(module), run.precision.compute)
     if choices.unpaged_optimizer and args.optim in PAGED_ADAM:
-        notice("optim.unpaged", asked=args.optim.value, used=FUSED_ADAM.value)
+        notice(
+            "optim.unpaged",
+            "optim {asked}: its state fits into the GPU's memory, so {used} computes the same update without paging.",
+            asked=args.optim.value,
+            used=FUSED_ADAM.value,
+        )
         args = with_optimizer(args, FUSED_ADAM)
     run.task.attach(module, run.precision)
     shard_weights(run.backend, module, args)
@@ -159,6 +169,15 @@ def compile_model(config: Config, module: Any) -> None:
     """Compile what can be, and say what that is."""
     backend, mode = config.training.get("torch_compile_backend"), config.training.get("torch_compile_mode")
     if count := compile_layers(module, backend, mode):
-        notice("compile.layers", count=count)
+        notice(
+            "compile.layers",
+            "torch_compile: each of {count} decoder layers is compiled when it first runs, which can take minutes; "
+            "attention stays uncompiled.",
+            count=count,
+        )
     else:
-        notice("compile.nothing", name=type(transformers_model(module)).__name__)
+        notice(
+            "compile.nothing",
+            "torch_compile has no effect: {name} has no decoder layers that could be compiled one by one.",
+            name=type(transformers_model(module)).__name__,
+        )

@@ -28,7 +28,13 @@ def refuse_own_source(config: Config, output_dir: Path) -> None:
             continue
         place, output = Path(source).expanduser().resolve(), output_dir.resolve()
         if place == output or (place.parent == output and place.name.startswith("checkpoint-")):
-            raise UsageError("config.output_is_source", key=key, path=output_dir)
+            raise UsageError(
+                "config.output_is_source",
+                "{key} is output_dir, {path}, or one of its checkpoints: the run would overwrite what it starts from. "
+                "Choose another output_dir.",
+                key=key,
+                path=output_dir,
+            )
 
 
 def make_output_dir(path: Path) -> None:
@@ -42,9 +48,20 @@ def make_output_dir(path: Path) -> None:
         probe.touch()
         probe.unlink()
     except UnicodeEncodeError as error:
-        raise UsageError("cli.unencodable", name=path, encoding=error.encoding) from None
+        raise UsageError(
+            "cli.unencodable",
+            "{name}: the encoding {encoding} has no such file name. Use a UTF-8 locale, set PYTHONUTF8=1, or give the "
+            "file or folder another name.",
+            name=path,
+            encoding=error.encoding,
+        ) from None
     except OSError as error:
-        raise UsageError("config.output_dir", path=path, problem=error.strerror or error) from None
+        raise UsageError(
+            "config.output_dir",
+            "output_dir = {path} cannot be written: {problem}. Choose another folder.",
+            path=path,
+            problem=error.strerror or error,
+        ) from None
 
 
 def on_its_first_day(config: Config, output_dir: Path) -> Config:
@@ -73,7 +90,12 @@ def bind_encoder(config: Config, tokenizer: Any, chats: bool) -> Encoder:
         data.template_name, tokenizer, on_system=data.on_system, thinking=data.thinking, date=data.template_date
     )
     if template.system_role != "rendered" and data.on_system == "merge":
-        notice("template.merges_system", name=template.name)
+        notice(
+            "template.merges_system",
+            "the chat template {name} has no system role; a system prompt is put in front of the first user turn "
+            "(on_system: error refuses instead).",
+            name=template.name,
+        )
     tokenizer.chat_template = template.text
     return Encoder(tokenizer, template, config.data.allow_special_in_content)
 
@@ -91,9 +113,23 @@ def check_positions(model: ModelConfig, data: Split) -> None:
     longest, index = examples.longest_text()
     found, place = positions_for(model, longest), examples.place(index)
     if found.most is not None and longest > found.most:
-        raise UsageError("data.beyond_positions", place=place, longest=longest, most=found.most)
+        raise UsageError(
+            "data.beyond_positions",
+            "{place} has {longest:,} tokens, and the model has {most:,} positions. Set max_seq_length to {most} or "
+            "less (on_too_long says what is done with longer rows), or take a model for longer texts.",
+            place=place,
+            longest=longest,
+            most=found.most,
+        )
     if found.trained is not None and longest > found.trained:
-        notice("data.beyond_trained", place=place, longest=longest, trained=found.trained)
+        notice(
+            "data.beyond_trained",
+            "the longest text has {longest:,} tokens ({place}), more than the {trained:,} positions that the model is "
+            "made for: what it makes of those beyond is not known.",
+            place=place,
+            longest=longest,
+            trained=found.trained,
+        )
 
 
 def prove_template(encoder: Encoder) -> Certificate:
@@ -101,7 +137,13 @@ def prove_template(encoder: Encoder) -> Certificate:
     certificate = certify(encoder, encoder.template.stop_ids)
     for check in certificate.checks:
         if not check.passed:
-            notice("certificate.failed", name=encoder.template.name, check=check.name, detail=check.detail)
+            notice(
+                "certificate.failed",
+                "the template {name} does not pass {check}: {detail}.",
+                name=encoder.template.name,
+                check=check.name,
+                detail=check.detail,
+            )
     return certificate
 
 
@@ -112,4 +154,10 @@ def check_best_metric(config: Config, metrics: Sequence[str], data: Split) -> No
     known = [*metrics, *(f"loss/{name}" for name in sources if len(sources) > 1)]
     if asked and asked.removeprefix("eval_") not in known:
         choices = ", ".join(map(json.dumps, known))
-        raise UsageError("config.bad_choice", key="metric_for_best_model", value=json.dumps(asked), choices=choices)
+        raise UsageError(
+            "config.bad_choice",
+            "{key} = {value} is not valid; choose one of: {choices}.",
+            key="metric_for_best_model",
+            value=json.dumps(asked),
+            choices=choices,
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from firefly.config import SMOOTHED_LOSSES, AdapterConfig, Config, names_in
-from firefly.data.dataset import PREPARATION_KEYS
+from firefly.data.dataset import PREPARATION_KEYS, code_hash
 from firefly.models.adapters import transformers_model
 from firefly.run import Run
 from firefly.runs.checkpoints import OPTIMIZER_SETTINGS, TRAINING_SETTINGS, RunPlan
@@ -24,11 +24,12 @@ def identify_run(run: Run, layout: str, base: dict[str, Any]) -> RunPlan:
     config, args, encoder, examples, steps = run.config, run.args, run.encoder, run.data.train, run.steps
     adapted = config.adapter.mode != "full"
     prepared: dict[str, Any] = {
-        "data": examples.content,
         "template": encoder.template.hash,
         "tokenizer": encoder.tokenizer_hash,
+        "date": encoder.template.date and encoder.template.date.isoformat(),
+        "data": sorted(examples.hashes.items()),
+        "code": code_hash(),
     }
-    prepared["date"] = encoder.template.date and encoder.template.date.isoformat()
     return RunPlan(
         examples_per_step=steps.examples_per_step,
         seed=steps.seed,

@@ -22,12 +22,12 @@ from firefly.distributed.backends import Backend
 from firefly.distributed.model import TrainableModel
 from firefly.errors import UsageError
 from firefly.files import cache_folder
-from firefly.messages import render
 from firefly.models.precision import Precision
 from firefly.tasks import reference
 from firefly.tasks.base import Forward, Task, resting
 from firefly.tasks.preference_losses import PREFERENCE_LOSSES, PairLogps, nll_weight, rewards
 from firefly.tasks.reference import AdapterOff, FrozenAdapter, FrozenModel, Reference, Untrained
+from firefly.translation import translate
 
 SUMMED = (
     "rewards/chosen",
@@ -87,12 +87,21 @@ class PreferenceTask(Task):
         adapter, settings = config.adapter, config.preference
         if adapter.mode != "full" and adapter.dropout:
             if "lora_dropout" in config.given:
-                notice("preference.no_dropout", value=adapter.dropout)
+                notice(
+                    "preference.no_dropout",
+                    "lora_dropout {value} is switched off: preference training compares two passes of the same model.",
+                    value=adapter.dropout,
+                )
             config = replace(config, adapter=replace(adapter, dropout=0.0))
         needed = bool(PREFERENCE_LOSSES[settings.loss].reference)
         second = adapter.mode == "full" or adapter.name_or_path
         if needed and second and backend.shards_weights and not settings.precompute_reference:
-            notice("engine.reference_first", engine=backend.name)
+            notice(
+                "engine.reference_first",
+                "precompute_reference is switched on: {engine} shards the weights, and every rank would hold the "
+                "whole reference model.",
+                engine=backend.name,
+            )
             config = replace(config, preference=replace(settings, precompute_reference=True))
         return config
 
@@ -196,7 +205,14 @@ class PreferenceTask(Task):
             key = reference.cache_key([*parts, examples.fingerprint])
             found = ranks.from_first(reference.cached(key))
             if found is None and checkpoint is not None and model.backend.shards_weights:
-                raise UsageError("engine.no_reference", path=cache_folder(), engine=model.backend.name)
+                raise UsageError(
+                    "engine.no_reference",
+                    "this run's log-probabilities of the reference are gone from the cache ({path}), and under "
+                    "{engine} they cannot be computed any more once training has begun. Start a new run, or resume "
+                    "without {engine}.",
+                    path=cache_folder(),
+                    engine=model.backend.name,
+                )
             if found is None:
                 found = reference.store(key, self._all_logps(model, examples, held_out), ranks.is_first())
             self.precomputed[held_out] = found
@@ -208,7 +224,7 @@ class PreferenceTask(Task):
         settings = StepSettings(ASKED_TOGETHER, shuffle=False)
         plan = StepPlan(examples.counts, settings, model.budget, share=model.share)
         loader = step_loader(PackedExamples(examples, self.packing(held_out, model.solo)), plan)
-        said = {"desc": render("progress.reference"), "total": len(loader), "disable": None, "leave": False}
+        said = {"desc": translate("reference log-probabilities"), "total": len(loader), "disable": None, "leave": False}
         for step in tqdm(loader, **said):
             for rows, batch in zip(step.rows, step.microbatches, strict=True):
                 found = self.reference_logps(model, batch.to(model.device))

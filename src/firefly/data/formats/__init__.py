@@ -48,6 +48,7 @@ from firefly.data.formats.preference import (
 )
 from firefly.data.formats.texts import SPELLINGS, is_texts
 from firefly.data.schema import IGNORE, Conversation, Document, PreferencePair, TokenPair, Tokens
+from firefly.translation import Phrase
 
 __all__ = [
     "FORMATS",
@@ -117,10 +118,14 @@ class TokensFormat:
     def parse(self, record: Fields) -> Tokens:
         ids, labels = _integers(record, "input_ids"), _integers(record, "labels")
         if len(ids) != len(labels):
-            raise MalformedRecord("row.lengths_differ", ids=len(ids), labels=len(labels))
+            raise MalformedRecord(
+                "input_ids has {ids} numbers and labels {labels}; they must have the same length",
+                ids=len(ids),
+                labels=len(labels),
+            )
         ids = _ids(record, "input_ids")
         if np.any((labels != IGNORE) & (labels != ids)):
-            raise MalformedRecord("row.labels_differ")
+            raise MalformedRecord("a label is neither -100 nor the id at its position (labels are not shifted)")
         return Tokens(ids, labels)
 
 
@@ -142,16 +147,20 @@ class TokenPairFormat:
 def _ids(record: Fields, name: str) -> np.ndarray:
     ids = _integers(record, name)
     if not len(ids):
-        raise MalformedRecord("row.empty_field", field=name)
+        raise MalformedRecord("{field} is empty", field=name)
     if ids.min() < 0:
-        raise MalformedRecord("row.wrong_type", field=name, expected="ids ≥ 0", got=str(ids.min()))
+        raise MalformedRecord(
+            "{field} must be {expected}, not {got}", field=name, expected="ids ≥ 0", got=str(ids.min())
+        )
     return ids
 
 
 def _integers(record: Fields, name: str) -> np.ndarray:
     value = record[name]
     if not isinstance(value, list) or not all(type(item) is int and abs(item) < 2**31 for item in value):
-        raise MalformedRecord("row.wrong_type", field=name, expected="list of integers", got=kind_of(value))
+        raise MalformedRecord(
+            "{field} must be {expected}, not {got}", field=name, expected="list of integers", got=kind_of(value)
+        )
     return np.asarray(value, dtype=np.int32)
 
 
@@ -254,11 +263,19 @@ def _detect(value: Record, task: TaskName | None) -> tuple[str, tuple[str, ...]]
         # repr: a key may hold anything, also what no terminal or file takes.
         keys = ", ".join(map(repr, sorted(value)[:8])) or "–"
         if missing := _one_key_short(there):
-            raise MalformedRecord("row.one_key_short", keys=keys, missing=missing)
-        raise MalformedRecord("row.unknown_format", keys=keys, known=", ".join(FORMATS))
+            raise MalformedRecord(
+                "no known format has the keys {keys} alone; missing is one of: {missing}", keys=keys, missing=missing
+            )
+        raise MalformedRecord(
+            "no known format has the keys {keys} (known formats: {known})", keys=keys, known=", ".join(FORMATS)
+        )
     if len(fitting) > 1:
         by = "; ".join(" + ".join(map(repr, keys)) for keys in fitting.values())
-        raise MalformedRecord("row.two_formats", formats=", ".join(fitting), keys=by)
+        raise MalformedRecord(
+            "the record fits several formats: {formats} (by {keys}); say which with data_format",
+            formats=", ".join(fitting),
+            keys=by,
+        )
     return next(iter(fitting.items()))
 
 
@@ -294,7 +311,7 @@ def _structured(value: Any) -> Record:
     of two answers must be lists of messages: one alone may be an answer in JSON.
     """
     if not isinstance(value, Mapping):
-        raise MalformedRecord("row.not_an_object", got=kind_of(value))
+        raise MalformedRecord("a record must be an object, not {got}", got=kind_of(value))
     changed: dict[str, Any] = {}
     for names in AS_JSON_TEXT:
         if all(name in value for name in names):
@@ -338,23 +355,33 @@ def read_record(value: Any, task: TaskName | None = None, data_format: str = "au
             value = small
     entry = FORMATS[name]
     if task is not None and entry.task != task:
-        raise MalformedRecord("row.other_task", format=name, task=entry.task, wanted=task)
+        raise MalformedRecord(
+            "a record of the format {format} is for task_type {task}, not {wanted}: set task_type to {task} for it",
+            format=name,
+            task=entry.task,
+            wanted=task,
+        )
     # A null that decides is a fault to be named; any other says as little as no key.
     fields = Fields({key: item for key, item in value.items() if item is not None or key in keys})
     try:
         parsed = entry.format.parse(fields)
     except KeyError as error:  # a format that was forced on a record without its keys
-        problem = str(MalformedRecord("row.missing_field", field=error.args[0]))
+        problem = Phrase("{field} is missing", field=error.args[0])
     except MalformedRecord as error:
-        problem = str(error)
+        problem = error.phrase
     else:
         said = verdicts(value) if name in ("labelled_messages", "labelled_answer") else {}
         condemned = next((key for key, wanted in said.items() if not wanted), None)
         better = outscored(fields) if entry.task == "dpo" else None
         return ReadRecord(name, parsed, _left_out(fields.unread(), parsed), fields.unheeded(), condemned, better)
     if keys:
-        raise MalformedRecord("row.taken_as", problem=problem, format=name, keys=", ".join(map(repr, keys)))
-    raise MalformedRecord("row.forced_as", problem=problem, format=name)
+        raise MalformedRecord(
+            "{problem} (read as {format}, because it has {keys})",
+            problem=problem,
+            format=name,
+            keys=", ".join(map(repr, keys)),
+        )
+    raise MalformedRecord("{problem} (read as {format}, as data_format says)", problem=problem, format=name)
 
 
 def _left_out(unread: Mapping[str, Sequence[str]], parsed: Parsed) -> dict[str, int]:

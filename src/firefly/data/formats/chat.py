@@ -201,7 +201,7 @@ def read_question(record: Fields, question: str, answer: str) -> Conversation:
     """The conversation of a question and its answer, behind what stands beside them; lists under both are turns."""
     for name in (question, answer):
         if name not in record:
-            raise MalformedRecord("row.missing_field", field=name)
+            raise MalformedRecord("{field} is missing", field=name)
     asked, answered = record.peek(question), record.peek(answer)
     listed = _listed_question(record, question, answered) if is_texts(answered) else None
     if listed is not None:
@@ -226,7 +226,11 @@ def _turns_in_parallel(record: Fields, lead: str, question: str, answer: str) ->
     asked, answered = read_list(record, question), read_list(record, answer)
     if len(asked) != len(answered):
         raise MalformedRecord(
-            "row.turns_differ", question=question, questions=len(asked), answer=answer, answers=len(answered)
+            "{question} has {questions} turn(s) and {answer} {answers}; they must have the same number",
+            question=question,
+            questions=len(asked),
+            answer=answer,
+            answers=len(answered),
         )
     beside = [name for name in dict.fromkeys((lead, *FIRST, *ASKED, *ABOUT)) if name != question]
     messages: list[Message] = []
@@ -309,11 +313,16 @@ def _judged(record: Fields, conversation: Conversation) -> Conversation:
     if wanted is None:
         name = record.first_of(LABELS)
         if name is None:
-            raise MalformedRecord("row.missing_field", field=LABELS[0])
-        raise MalformedRecord("row.wrong_type", field=name, expected="true or false", got=kind_of(record.peek(name)))
+            raise MalformedRecord("{field} is missing", field=LABELS[0])
+        raise MalformedRecord(
+            "{field} must be {expected}, not {got}",
+            field=name,
+            expected="true or false",
+            got=kind_of(record.peek(name)),
+        )
     said = verdicts(record)
     for name in said:
         record.get(name)
     if len(set(said.values())) > 1:
-        raise MalformedRecord("row.verdicts_disagree", fields=", ".join(said))
+        raise MalformedRecord("{fields} disagree on whether the answer is a good one", fields=", ".join(said))
     return conversation if wanted else Conversation(tuple(untrained(conversation.messages)), conversation.tools)

@@ -9,16 +9,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from firefly.data.schema import Message
-from firefly.messages import render
+from firefly.translation import Phrase
 
 Record = Mapping[str, Any]
 
 
 class MalformedRecord(Exception):
-    """The record has its format's keys but not its shape; the text says what is wrong with which field."""
+    """The record has its format's keys but not its shape; `phrase` says what is wrong with which field."""
 
-    def __init__(self, code: str, **values: object) -> None:
-        super().__init__(render(code, **values))
+    def __init__(self, text: str, /, **values: object) -> None:
+        self.phrase = Phrase(text, **values)
+        super().__init__(self.phrase)
 
 
 class Fields(Mapping[str, Any]):
@@ -91,7 +92,9 @@ class Fields(Mapping[str, Any]):
             MalformedRecord: it is none.
         """
         if not isinstance(value, Mapping):
-            raise MalformedRecord("row.wrong_type", field=place, expected="object", got=kind_of(value))
+            raise MalformedRecord(
+                "{field} must be {expected}, not {got}", field=place, expected="object", got=kind_of(value)
+            )
         found = Fields(value, place, is_message=is_message)
         self._inner.append(found)
         return found
@@ -164,18 +167,18 @@ def holds_numbers(value: Any) -> bool:
 def read_text(record: Fields, name: str) -> str:
     """A field that must be text, all of it characters."""
     if name not in record:
-        raise MalformedRecord("row.missing_field", field=record.at(name))
+        raise MalformedRecord("{field} is missing", field=record.at(name))
     return check_text(record[name], record.at(name))
 
 
 def check_text(value: Any, place: str) -> str:
     if not isinstance(value, str):
-        raise MalformedRecord("row.wrong_type", field=place, expected="text", got=kind_of(value))
+        raise MalformedRecord("{field} must be {expected}, not {got}", field=place, expected="text", got=kind_of(value))
     if not value.isascii():
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:
-            raise MalformedRecord("row.surrogate", field=place) from None
+            raise MalformedRecord("{field} has a lone surrogate, which is no character", field=place) from None
     return value
 
 
@@ -189,16 +192,16 @@ def read_list(record: Fields, name: str) -> list[Any]:
     """A field that must be a list with something in it; a table's cell may hold it as JSON text."""
     place = record.at(name)
     if name not in record:
-        raise MalformedRecord("row.missing_field", field=place)
+        raise MalformedRecord("{field} is missing", field=place)
     value = record[name]
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         value = parse_json(value, place)
     if isinstance(value, Mapping):
         value = _rows(value) or value
     if not isinstance(value, list):
-        raise MalformedRecord("row.wrong_type", field=place, expected="list", got=kind_of(value))
+        raise MalformedRecord("{field} must be {expected}, not {got}", field=place, expected="list", got=kind_of(value))
     if not value:
-        raise MalformedRecord("row.empty_field", field=place)
+        raise MalformedRecord("{field} is empty", field=place)
     return value
 
 
@@ -275,7 +278,10 @@ def is_trained(item: Fields) -> bool:
         if (weight := item.get(name)) is not None:
             said[name] = _weight(weight, item.at(name))
     if item.get(PARTIAL):
-        raise MalformedRecord("row.partial_loss", field=item.at(PARTIAL))
+        raise MalformedRecord(
+            "{field} leaves out a part of the message; this version trains a reply or leaves it out",
+            field=item.at(PARTIAL),
+        )
     return _agreed(said, item)
 
 
@@ -305,14 +311,20 @@ def is_record_trained(record: Fields) -> bool:
 def _flag(flag: Any, name: str, place: str) -> bool:
     """True or false, also as 1 and 0; but a number under `loss` may have been measured."""
     if not isinstance(flag, bool) and (name == "loss" or not isinstance(flag, int | float) or flag not in (0, 1)):
-        raise MalformedRecord("row.wrong_type", field=place, expected="true or false", got=kind_of(flag))
+        raise MalformedRecord(
+            "{field} must be {expected}, not {got}", field=place, expected="true or false", got=kind_of(flag)
+        )
     return bool(flag)
 
 
 def _weight(weight: Any, place: str) -> bool:
     if not isinstance(weight, int | float) or weight not in (0, 1):
         got = repr(weight) if isinstance(weight, int | float) else kind_of(weight)
-        raise MalformedRecord("row.partial_weight", field=place, got=got)
+        raise MalformedRecord(
+            "{field} must be 0 or 1, not {got}: a reply is trained or left out, other weights are not applied",
+            field=place,
+            got=got,
+        )
     return bool(weight)
 
 
@@ -328,7 +340,7 @@ def number_in(value: Any) -> float | None:
 
 def _agreed(said: Mapping[str, bool], item: Fields) -> bool:
     if len(set(said.values())) > 1:
-        raise MalformedRecord("row.losses_disagree", fields=", ".join(map(item.at, said)))
+        raise MalformedRecord("{fields} disagree on whether it is trained", fields=", ".join(map(item.at, said)))
     return all(said.values())
 
 
@@ -346,7 +358,7 @@ def read_tools(record: Fields) -> tuple[Record, ...]:
     if isinstance(value, Mapping):  # one alone
         return (_tool(value, key),)
     if not isinstance(value, list):
-        raise MalformedRecord("row.wrong_type", field=key, expected="list", got=kind_of(value))
+        raise MalformedRecord("{field} must be {expected}, not {got}", field=key, expected="list", got=kind_of(value))
     return tuple(_tool(item, f"{key}[{number}]") for number, item in enumerate(value))
 
 
@@ -368,7 +380,9 @@ def _tool(item: Any, place: str) -> Record:
 def check_object(value: Any, place: str) -> Record:
     """An object that is taken whole, whatever keys it has."""
     if not isinstance(value, Mapping):
-        raise MalformedRecord("row.wrong_type", field=place, expected="object", got=kind_of(value))
+        raise MalformedRecord(
+            "{field} must be {expected}, not {got}", field=place, expected="object", got=kind_of(value)
+        )
     return value
 
 
@@ -398,15 +412,20 @@ def _tool_call(record: Fields, value: Any, place: str) -> Record:
         function = call.inner(call["function"], f"{place}.function")
     name = check_text(function["name"], f"{place}.name") if "name" in function else None
     if name is None:
-        raise MalformedRecord("row.missing_field", field=f"{place}.name")
+        raise MalformedRecord("{field} is missing", field=f"{place}.name")
     held = (call,) if function is call else (function, call)
     arguments = read_arguments(*held)
     for item in held:
         for key in item:
             if key not in CALL_KEYS and not item.has_read(key) and not says_nothing(item.peek(key)):
-                raise MalformedRecord("row.unknown_call_key", field=item.at(key), known=", ".join(ARGUMENTS))
+                raise MalformedRecord(
+                    "{field} is no part of a tool call that is read: a call has name, id and its arguments (under one "
+                    "of {known})",
+                    field=item.at(key),
+                    known=", ".join(ARGUMENTS),
+                )
     if function is not call and call.get("name") not in (None, name):
-        raise MalformedRecord("row.calls_disagree", fields=f"{place}.name, {place}.function.name")
+        raise MalformedRecord("{fields} disagree on what is called", fields=f"{place}.name, {place}.function.name")
     call.get("index")
     read: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
     if call.peek("type") == "function":
@@ -437,7 +456,7 @@ def read_arguments(*held: Fields) -> dict[str, Any]:
                 found[item.at(key)] = arguments
     read = list(found.values())
     if any(other != read[0] for other in read[1:]):
-        raise MalformedRecord("row.calls_disagree", fields=", ".join(found))
+        raise MalformedRecord("{fields} disagree on what is called", fields=", ".join(found))
     return read[0] if read else {}
 
 
@@ -461,7 +480,7 @@ def parse_json(text: str, place: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         problem = getattr(error, "msg", None) or type(error).__name__
-        raise MalformedRecord("row.bad_json_field", field=place, problem=problem) from None
+        raise MalformedRecord("{field} is not valid JSON: {problem}", field=place, problem=problem) from None
 
 
 def check_json(value: Any, place: str) -> None:
@@ -475,9 +494,11 @@ def json_text(value: Any, place: str) -> str:
         text = json.dumps(value, ensure_ascii=False)
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise MalformedRecord("row.surrogate", field=place) from None
+        raise MalformedRecord("{field} has a lone surrogate, which is no character", field=place) from None
     except (TypeError, ValueError, RecursionError):
-        raise MalformedRecord("row.wrong_type", field=place, expected="JSON", got=kind_of(value)) from None
+        raise MalformedRecord(
+            "{field} must be {expected}, not {got}", field=place, expected="JSON", got=kind_of(value)
+        ) from None
     return text
 
 

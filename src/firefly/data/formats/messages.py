@@ -99,7 +99,7 @@ def _read_turn(turn: Fields, first: bool) -> list[Message]:
     """One question and its answer; a system prompt may stand in the first turn (XTuner)."""
     system = system_beside(turn)
     if system and not first:
-        raise MalformedRecord("row.two_systems", field=turn.at("system"))
+        raise MalformedRecord("{field} is a system prompt beside the one under system", field=turn.at("system"))
     question = turn.first_of(QUESTION_KEYS) or "human"
     answer = turn.first_of(ANSWER_KEYS) or "assistant"
     asked = Message("user", question_text(turn, question))
@@ -139,7 +139,9 @@ def read_message(item: Fields) -> Message:
     role = "assistant" if plain in CALLS else ROLES.get(plain)
     if role is None:
         known = ", ".join([*ROLES, *CALLS])
-        raise MalformedRecord("row.unknown_role", field=item.at(role_key), role=spelled, known=known)
+        raise MalformedRecord(
+            "{field} = {role!r} is unknown; roles are {known}", field=item.at(role_key), role=spelled, known=known
+        )
     if role != "assistant":
         if trained:
             item.leave_unheeded([name for name in item.present(TRUE_FOR_LOSS) if item.peek(name)])
@@ -151,7 +153,7 @@ def read_message(item: Fields) -> Message:
     reasoning = None if reasoning_key is None else read_text(item, reasoning_key)
     if plain in CALLS:
         if content_key not in item:
-            raise MalformedRecord("row.missing_field", field=place)
+            raise MalformedRecord("{field} is missing", field=place)
         calls = read_tool_calls(item, item[content_key], place)
         return Message("assistant", "", trained, reasoning=reasoning, tool_calls=calls)
     called = next((key for key in ("tool_calls", "function_call") if item.peek(key)), None)
@@ -163,7 +165,9 @@ def read_message(item: Fields) -> Message:
     if called:
         calls = (*calls, *read_tool_calls(item, item[called], item.at(called)))
     if reasoning is not None and thought is not None:
-        raise MalformedRecord("row.part_order", field=place)
+        raise MalformedRecord(
+            "{field} is out of order: a reply is its reasoning, then its text, then its calls", field=place
+        )
     return Message(role, content, trained, reasoning=reasoning or thought, tool_calls=calls)
 
 
@@ -179,7 +183,7 @@ def _read_content(item: Fields, key: str, role: Role) -> tuple[str, str | None, 
         MalformedRecord: parts that are no text, or that a chat template could not write in their order.
     """
     if key not in item:
-        raise MalformedRecord("row.missing_field", field=item.at(key))
+        raise MalformedRecord("{field} is missing", field=item.at(key))
     value, place = item[key], item.at(key)
     if role == "tool" and isinstance(value, dict):
         return json_text(value, place), None, ()
@@ -195,17 +199,21 @@ def _read_content(item: Fields, key: str, role: Role) -> tuple[str, str | None, 
         kind = part.get("type", "text")
         if kind in TEXT_PARTS:
             if calls:
-                raise MalformedRecord("row.part_order", field=at)
+                raise MalformedRecord(
+                    "{field} is out of order: a reply is its reasoning, then its text, then its calls", field=at
+                )
             texts.append(read_text(part, part.first_of(PART_KEYS) or "text"))
         elif kind in REASONING_PARTS and role == "assistant":
             if texts or calls:
-                raise MalformedRecord("row.part_order", field=at)
+                raise MalformedRecord(
+                    "{field} is out of order: a reply is its reasoning, then its text, then its calls", field=at
+                )
             reasoning.append(read_text(part, part.first_of((*REASONING_PARTS, *PART_KEYS)) or "text"))
         elif kind in CALLS and role == "assistant":
             held = part.first_of((*CALLS, *PART_KEYS)) or "value"
             calls += read_tool_calls(part, part.get(held), part.at(held))
         else:
-            raise MalformedRecord("row.not_text_part", field=at, type=kind)
+            raise MalformedRecord("{field} is of type {type!r}; this version trains on text", field=at, type=kind)
     return "".join(texts), "".join(reasoning) or None, tuple(calls)
 
 
@@ -223,7 +231,9 @@ def read_history(record: Fields) -> list[Message]:
     for number, pair in enumerate(items):
         place = f"history[{number}]"
         if not isinstance(pair, list) or len(pair) != 2:
-            raise MalformedRecord("row.wrong_type", field=place, expected="[question, answer]", got=kind_of(pair))
+            raise MalformedRecord(
+                "{field} must be {expected}, not {got}", field=place, expected="[question, answer]", got=kind_of(pair)
+            )
         messages.append(Message("user", check_text(pair[0], f"{place}[0]")))
         messages.append(Message("assistant", check_text(pair[1], f"{place}[1]")))
     return messages
@@ -241,10 +251,10 @@ def behind_beginning(record: Fields, messages: list[Message], place: str) -> lis
             system = []  # said twice
     if messages and messages[0].role == "system" and (system or history):
         if system:
-            raise MalformedRecord("row.two_systems", field=f"{place}[0]")
+            raise MalformedRecord("{field} is a system prompt beside the one under system", field=f"{place}[0]")
         system, messages = [messages[0]], messages[1:]
     if system and history and history[0].role == "system":
-        raise MalformedRecord("row.two_systems", field="history[0]")
+        raise MalformedRecord("{field} is a system prompt beside the one under system", field="history[0]")
     return [*system, *history, *messages]
 
 

@@ -29,7 +29,7 @@ class MossFormat:
     def parse(self, record: Fields) -> Conversation:
         chat = record.inner(record["chat"], "chat")
         if not chat:
-            raise MalformedRecord("row.empty_field", field="chat")
+            raise MalformedRecord("{field} is empty", field="chat")
         messages = system_messages(record.get("meta_instruction"), "meta_instruction")
         parameters = dict(PARAMETERS)
         if messages:
@@ -43,7 +43,9 @@ class MossFormat:
     def _number(name: str) -> int:
         match = re.fullmatch(r"turn_(\d{1,9})", name)
         if match is None:
-            raise MalformedRecord("row.wrong_type", field="chat", expected="turn_1, turn_2, …", got=repr(name))
+            raise MalformedRecord(
+                "{field} must be {expected}, not {got}", field="chat", expected="turn_1, turn_2, …", got=repr(name)
+            )
         return int(match[1])
 
     def _turn(self, turn: Fields, parameters: dict[str, str]) -> list[Message]:
@@ -57,11 +59,17 @@ class MossFormat:
         if commands is None and results is None:
             return [asked, replace(reply, reasoning=thought)]
         if commands is None or results is None:
-            raise MalformedRecord("row.plugin", field=turn.at("Tool Responses" if commands is None else "Commands"))
+            raise MalformedRecord(
+                '{field} is not a MOSS plug-in\'s call with its results, such as Search("x") and Search("x") => …',
+                field=turn.at("Tool Responses" if commands is None else "Commands"),
+            )
         calls = _read_calls(commands, parameters)
         answers = _read_results(results, calls)
         if answers is None:
-            raise MalformedRecord("row.plugin", field=turn.at("Commands"))
+            raise MalformedRecord(
+                '{field} is not a MOSS plug-in\'s call with its results, such as Search("x") and Search("x") => …',
+                field=turn.at("Commands"),
+            )
         called = Message("assistant", "", trained, reasoning=thought, tool_calls=tuple(call for _, call in calls))
         return [asked, called, *answers, reply]
 

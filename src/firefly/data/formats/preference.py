@@ -51,7 +51,9 @@ def make_pair(
     """Only the two answers are compared; replies inside the prompt carry no loss."""
     for answer, name in zip((chosen, rejected), names, strict=True):
         if answer.role != "assistant":
-            raise MalformedRecord("row.role_order", field=name, expected="assistant", got=answer.role)
+            raise MalformedRecord(
+                "{field} should be from {expected}, not {got}", field=name, expected="assistant", got=answer.role
+            )
     if not is_record_trained(record):
         chosen, rejected = untrained([chosen, rejected])
     tools, asked = read_tools(record), untrained(prompt)
@@ -73,7 +75,7 @@ def _prompt(record: Fields) -> list[Message]:
     # `messages` may be the better conversation once more (UltraFeedback), so a prompt beside it comes first.
     key = record.first_of(MESSAGE_KEYS[1:]) or question_key(record) or record.first_of(MESSAGE_KEYS)
     if key is None:
-        raise MalformedRecord("row.missing_field", field="prompt")
+        raise MalformedRecord("{field} is missing", field="prompt")
     if key in MESSAGE_KEYS or isinstance(record.peek(key), list):
         return behind_beginning(record, read_messages(record, key), key)
     return behind_beginning(record, [Message("user", question_text(record, key))], key)
@@ -91,7 +93,7 @@ def _read_pair(record: Fields, sides: tuple[str, str]) -> PreferencePair:
         prompt = longer[:-1]
         chosen, rejected = (side if side is longer else [*prompt, *side] for side in (chosen, rejected))
     if _said(chosen[:-1]) != _said(rejected[:-1]):
-        raise MalformedRecord("row.prompts_differ")
+        raise MalformedRecord("chosen and rejected do not continue the same prompt")
     prompt = behind_beginning(record, chosen[:-1], whole[0]) if whole else chosen[:-1]
     return make_pair(record, prompt, chosen[-1], rejected[-1], sides)
 
@@ -126,7 +128,7 @@ def _sides(record: Fields) -> tuple[str, str]:
     sides = sides_of(record)
     if sides is None:
         missing = next((name for name in SIDES[0] if name not in record), SIDES[0][0])
-        raise MalformedRecord("row.missing_field", field=missing)
+        raise MalformedRecord("{field} is missing", field=missing)
     return sides
 
 
@@ -190,15 +192,17 @@ class ListPairFormat:
     def parse(self, record: Fields) -> PreferencePair:
         keys = question_and_answer(record)
         if keys is None:
-            raise MalformedRecord("row.missing_field", field="output")
+            raise MalformedRecord("{field} is missing", field="output")
         question, answer = keys
         answers = record[answer]
         if not is_texts(answers) or len(answers) != 2:
             got = f"{len(answers)}" if isinstance(answers, list) else type(answers).__name__
-            raise MalformedRecord("row.wrong_type", field=answer, expected="[chosen, rejected]", got=got)
+            raise MalformedRecord(
+                "{field} must be {expected}, not {got}", field=answer, expected="[chosen, rejected]", got=got
+            )
         for number, text in enumerate(answers):
             if not check_text(text, f"{answer}[{number}]").strip():
-                raise MalformedRecord("row.empty_field", field=f"{answer}[{number}]")
+                raise MalformedRecord("{field} is empty", field=f"{answer}[{number}]")
         better = _better_of_two(record, answer)
         chosen, rejected = (Message("assistant", answers[number]) for number in (better, 1 - better))
         if isinstance(record.peek(question), list):
@@ -238,10 +242,12 @@ def _better_of_two(record: Fields, answer: str) -> int:
         ]
         if len(found) != 2 or len(numbers) != 2 or numbers[0] == numbers[1]:
             got = json_text(record[name], name)
-            raise MalformedRecord("row.wrong_type", field=name, expected="two different numbers", got=got)
+            raise MalformedRecord(
+                "{field} must be {expected}, not {got}", field=name, expected="two different numbers", got=got
+            )
         preferred[name] = int((numbers[1] > numbers[0]) == (measure not in RANKS))
     if len(set(preferred.values())) > 1:
-        raise MalformedRecord("row.verdicts_disagree", fields=", ".join(preferred))
+        raise MalformedRecord("{fields} disagree on whether the answer is a good one", fields=", ".join(preferred))
     return next(iter(preferred.values()), 0)
 
 
@@ -268,7 +274,7 @@ class TranscriptPairFormat:
     def parse(self, record: Fields) -> PreferencePair:
         chosen, rejected = (read_transcript(read_text(record, name), name) for name in _sides(record))
         if _said(chosen[:-1]) != _said(rejected[:-1]):
-            raise MalformedRecord("row.prompts_differ")
+            raise MalformedRecord("chosen and rejected do not continue the same prompt")
         return make_pair(record, behind_beginning(record, chosen[:-1], "chosen"), chosen[-1], rejected[-1])
 
 
@@ -276,7 +282,7 @@ def read_transcript(text: str, place: str) -> list[Message]:
     """Split a transcript at its speakers' names."""
     head, *pieces = HUMAN_OR_ASSISTANT.split("\n\n" + text.lstrip("\n"))
     if head.strip() or not pieces:
-        raise MalformedRecord("row.no_transcript", field=place)
+        raise MalformedRecord("{field} does not begin with Human: or Assistant:", field=place)
     return [
         Message("user" if speaker == "Human" else "assistant", content.strip())
         for speaker, content in zip(pieces[::2], pieces[1::2], strict=True)

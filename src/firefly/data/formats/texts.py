@@ -105,7 +105,7 @@ def answer_text(record: Fields, answer: str) -> str:
         if not isinstance(texts, list):
             return read_text(spans, "text")
         if not texts:
-            raise MalformedRecord("row.empty_field", field=spans.at("text"))
+            raise MalformedRecord("{field} is empty", field=spans.at("text"))
         return check_text(texts[0], f"{spans.at('text')}[0]")  # unread: the others may say something else
     if is_texts(value) and len(value) == 1:
         return check_text(record[answer][0], f"{record.at(answer)}[0]")

@@ -47,14 +47,33 @@ def read_records(
     try:
         path.open("rb").close()
     except FileNotFoundError:
-        raise UsageError("data.no_file", key=key, path=path) from None
+        raise UsageError(
+            "data.no_file",
+            "{key} = {path} does not exist. Check the path (relative paths start where the command runs).",
+            key=key,
+            path=path,
+        ) from None
     except IsADirectoryError:
-        raise UsageError("data.is_folder", path=path) from None
+        raise UsageError(
+            "data.is_folder", "{path} is a folder where one file is needed. Give a file in it.", path=path
+        ) from None
     except OSError as error:
-        raise UsageError("data.unreadable", key=key, path=path, problem=error.strerror or error) from None
+        raise UsageError(
+            "data.unreadable",
+            "{key} = {path} cannot be read: {problem}.",
+            key=key,
+            path=path,
+            problem=error.strerror or error,
+        ) from None
     suffix = known_suffix(path.name)
     if suffix is None:
-        raise UsageError("data.unknown_suffix", path=path, suffix=path.suffix, known=", ".join(READERS))
+        raise UsageError(
+            "data.unknown_suffix",
+            "{path}: files named *{suffix} are not read by this version; it reads {known}.",
+            path=path,
+            suffix=path.suffix,
+            known=", ".join(READERS),
+        )
     return read_text(path, documents) if suffix == ".txt" else READERS[suffix](path)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from firefly.data.readers.opening import open_text, stops_at_damage
 from firefly.data.schema import RawRecord, Source
 from firefly.errors import UsageError
-from firefly.messages import render
+from firefly.translation import Phrase
 
 CHUNK = 1 << 16
 """Bytes that a window reads at a time."""
@@ -86,11 +86,11 @@ def _read_list(window: _Window) -> Iterator[RawRecord]:
     while (character := window.skip(SPACE_OR_COMMA)) != "]":
         source = window.source
         if not character:
-            raise UsageError("data.broken_list", place=source, problem=render("row.array_not_closed"))
+            raise _broken_list(source, Phrase("the JSON list is not closed by ]"))
         yield RawRecord(source, _decode_element(window))
     window.advance(window.position + 1)
     if window.skip(SPACE):
-        raise UsageError("data.broken_list", place=window.source, problem=render("row.after_array"))
+        raise _broken_list(window.source, Phrase("there is more text after the closing ]"))
 
 
 def _decode_element(window: _Window) -> Any:
@@ -98,9 +98,19 @@ def _decode_element(window: _Window) -> Any:
         return window.decode()
     except json.JSONDecodeError as error:
         source, column = window.place(error.pos)
-        raise UsageError("data.broken_list", place=source, problem=_problem(error, column)) from None
+        raise _broken_list(source, _problem(error, column)) from None
     except (ValueError, RecursionError) as error:
-        raise UsageError("data.broken_list", place=window.source, problem=_problem(error)) from None
+        raise _broken_list(window.source, _problem(error)) from None
+
+
+def _broken_list(place: Source, problem: Phrase) -> UsageError:
+    return UsageError(
+        "data.broken_list",
+        "{place}: {problem}. What follows in this JSON list cannot be read. Correct it, or give one object a line "
+        "(.jsonl).",
+        place=place,
+        problem=problem,
+    )
 
 
 def _read_single(window: _Window) -> RawRecord | None:
@@ -180,7 +190,12 @@ class _Window:
     def _grow(self) -> None:
         """Drop what has been read and read on: as much again as is left, so that a long value is tried few times."""
         if self._undecodable:
-            raise UsageError("data.not_utf8", place=self._undecodable)
+            raise UsageError(
+                "data.not_utf8",
+                "{place}: the text is not UTF-8. Save the file as UTF-8 (for example: iconv -f GB18030 -t UTF-8 OLD > "
+                "NEW).",
+                place=self._undecodable,
+            )
         newline = self.text.rfind("\n", 0, self.position)
         self._cut = self.position - newline - 1 if newline >= 0 else self._cut + self.position
         kept, self.position = self.text[self.position :], 0
@@ -193,12 +208,13 @@ class _Window:
             self._undecodable = Source(self._name, self.line + self.text.count("\n"))
 
 
-def _problem(error: ValueError | RecursionError, column: int | None = None) -> str:
+def _problem(error: ValueError | RecursionError, column: int | None = None) -> Phrase:
     """What is wrong with a text that json cannot read."""
     if isinstance(error, RecursionError):
-        return render("row.too_deep")
+        return Phrase("nested too deeply")
     if isinstance(error, UnicodeDecodeError):
-        return render("row.not_utf8", position=error.start)
+        return Phrase("not UTF-8 text (byte {position})", position=error.start)
     if isinstance(error, json.JSONDecodeError):
-        return render("row.bad_json", problem=error.msg, column=column or error.colno)
-    return render("row.bad_json", problem=error, column=1)  # an integer of thousands of digits
+        return Phrase("not valid JSON: {problem} (column {column})", problem=error.msg, column=column or error.colno)
+    # An integer of thousands of digits.
+    return Phrase("not valid JSON: {problem} (column {column})", problem=error, column=1)

@@ -45,7 +45,12 @@ def open_text(path: Path) -> io.BufferedReader:
     refuse_pointer(path, head)
     if b"\0" in head.partition(b"\n")[0] or head[:4] in (b"PK\x03\x04", b"PAR1") or head[:2] == b"\x1f\x8b":
         file.close()
-        raise UsageError("data.not_text", path=path)
+        raise UsageError(
+            "data.not_text",
+            "{path} is not a text file: it begins like an archive, a binary file or UTF-16. Unpack it, or save it as "
+            "UTF-8.",
+            path=path,
+        )
     if head.startswith(BOM):
         file.read(len(BOM))
     return file
@@ -58,7 +63,11 @@ def refuse_pointer(path: Path, head: bytes) -> None:
         UsageError: `head` begins such a file.
     """
     if head.startswith(LFS_POINTER):
-        raise UsageError("data.lfs_pointer", path=path)
+        raise UsageError(
+            "data.lfs_pointer",
+            "{path} is a Git LFS pointer, not the data itself. Fetch the data with: git lfs pull",
+            path=path,
+        )
 
 
 def stops_at_damage(reader: Reader[Options]) -> Reader[Options]:
@@ -72,6 +81,12 @@ def stops_at_damage(reader: Reader[Options]) -> Reader[Options]:
                 yield record
         except (OSError, EOFError, zlib.error) as error:
             place = record.source if record else Source(str(path), 1)
-            raise UsageError("data.damaged", place=place, problem=first_line(error).rstrip(".")) from error
+            raise UsageError(
+                "data.damaged",
+                "{place}: from about here the file cannot be read: {problem}. It is damaged or incomplete, or not "
+                "what its name says. Copy or download it again.",
+                place=place,
+                problem=first_line(error).rstrip("."),
+            ) from error
 
     return records

@@ -57,8 +57,20 @@ def find_files(place: str, key: str, hub: str = "huggingface", revision: str | N
     if DATASET_ID.fullmatch(place) and not known_suffix(place.partition(":")[0]):
         return _fetch(place, key, hub, revision)
     if _is_glob(path):
-        raise UsageError("data.no_match", key=key, place=place, found=_few(_neighbours(path)) or "–")
-    raise UsageError("data.no_file", key=key, path=place)
+        raise UsageError(
+            "data.no_match",
+            "{key} = {place} matches no file. Check the pattern (** stands for folders of any depth); found there: "
+            "{found}.",
+            key=key,
+            place=place,
+            found=_few(_neighbours(path)) or "–",
+        )
+    raise UsageError(
+        "data.no_file",
+        "{key} = {path} does not exist. Check the path (relative paths start where the command runs).",
+        key=key,
+        path=place,
+    )
 
 
 def _is_glob(path: str) -> bool:
@@ -81,7 +93,13 @@ def _list_folder(root: str, key: str) -> list[str]:
     try:
         return _walk(root)
     except OSError as error:
-        raise UsageError("data.unreadable", key=key, path=error.filename or root, problem=error.strerror) from None
+        raise UsageError(
+            "data.unreadable",
+            "{key} = {path} cannot be read: {problem}.",
+            key=key,
+            path=error.filename or root,
+            problem=error.strerror,
+        ) from None
 
 
 def _walk(root: str) -> list[str]:
@@ -108,10 +126,22 @@ def _known(place: str, key: str, names: list[str]) -> list[str]:
     others = [name for name in data if not known_suffix(name)]
     if not known:
         raise UsageError(
-            "data.no_known_files", key=key, place=place, known=", ".join(READERS), found=_few(others or names) or "–"
+            "data.no_known_files",
+            "{key} = {place} holds no data file. Known kinds: {known}; found there: {found}.",
+            key=key,
+            place=place,
+            known=", ".join(READERS),
+            found=_few(others or names) or "–",
         )
     if others:
-        notice("data.unknown_kinds", key=key, place=place, count=len(others), names=_few(others))
+        notice(
+            "data.unknown_kinds",
+            "{key} = {place}: {count} file(s) of other kinds are not read: {names}.",
+            key=key,
+            place=place,
+            count=len(others),
+            names=_few(others),
+        )
     return known
 
 
@@ -138,9 +168,22 @@ def _choose(place: str, key: str, names: list[str], *, from_hub: bool = False) -
     if len(different) > 1 and (held_out or from_hub):
         start = f"{place}:" if from_hub else f"{place.rstrip('/')}/"
         listed = "".join(f"\n  {start}{pattern}" for pattern in different)
-        raise UsageError("data.many_splits", key=key, place=place, splits=listed)
+        raise UsageError(
+            "data.many_splits",
+            "{key} = {place} has several splits. Name one of them:{splits}",
+            key=key,
+            place=place,
+            splits=listed,
+        )
     if left := [name for name in known if name not in set(chosen)]:
-        notice("data.split_chosen", key=key, place=place, taken=_few(_patterns(chosen)), left=_few(_patterns(left)))
+        notice(
+            "data.split_chosen",
+            "{key} = {place}: reading {taken}; leaving out {left}.",
+            key=key,
+            place=place,
+            taken=_few(_patterns(chosen)),
+            left=_few(_patterns(left)),
+        )
     return chosen
 
 
@@ -208,7 +251,14 @@ def _select(place: str, key: str, names: list[str], pattern: str) -> list[str]:
         return _choose(place, key, names, from_hub=True)
     matching = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
     if not matching:
-        raise UsageError("data.no_match", key=key, place=place, found=_few(names) or "–")
+        raise UsageError(
+            "data.no_match",
+            "{key} = {place} matches no file. Check the pattern (** stands for folders of any depth); found there: "
+            "{found}.",
+            key=key,
+            place=place,
+            found=_few(names) or "–",
+        )
     return _known(place, key, matching)
 
 
@@ -229,7 +279,7 @@ def _modelscope(place: str, key: str, name: str, revision: str | None, patterns:
     try:  # by name: an optional package is not there for the type checker either
         download = importlib.import_module("modelscope").dataset_snapshot_download
     except ImportError:
-        raise UsageError("model.no_modelscope") from None
+        raise UsageError("model.no_modelscope", "hub = modelscope needs a package: pip install modelscope.") from None
     try:
         hubs.ask_modelscope()
     except hubs.NoAnswer as error:
@@ -245,4 +295,13 @@ def _hub_errors(place: str, key: str, hub: str) -> Iterator[None]:
     except UsageError:
         raise
     except Exception as error:
-        raise UsageError("data.hub_failed", key=key, place=place, hub=hub, problem=first_line(error)) from error
+        raise UsageError(
+            "data.hub_failed",
+            "{key} = {place} is neither a path here nor a dataset that {hub} gives out: {problem}\n"
+            "Check the name (org/name, or org/name:GLOB for some of its files) and the network, log in for a private "
+            'or gated one, set HF_ENDPOINT to a mirror, or use "hub": "modelscope".',
+            key=key,
+            place=place,
+            hub=hub,
+            problem=first_line(error),
+        ) from error

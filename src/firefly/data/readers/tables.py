@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from firefly.data.readers.opening import HEAD, open_bytes, open_text, refuse_pointer, stops_at_damage
 from firefly.data.schema import RawRecord, Source
 from firefly.errors import UsageError
-from firefly.messages import render
+from firefly.translation import Phrase
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -57,8 +57,8 @@ def _read_delimited(path: Path, delimiter: str) -> Iterator[RawRecord]:
             yield _row_record(Source(name, line), columns, cells)
 
 
-def _rows(name: str, reader: Any) -> Iterator[tuple[int, list[str] | str]]:
-    """Line and cells of each row that is not blank; text instead of cells says why they cannot be told apart."""
+def _rows(name: str, reader: Any) -> Iterator[tuple[int, list[str] | Phrase]]:
+    """Line and cells of each row that is not blank; a phrase instead of cells says why they cannot be told apart."""
     while True:
         line = reader.line_num + 1
         try:
@@ -67,21 +67,36 @@ def _rows(name: str, reader: Any) -> Iterator[tuple[int, list[str] | str]]:
             return
         except csv.Error as error:
             if reader.line_num > line:
-                raise UsageError("data.broken_table", place=Source(name, line), problem=error) from None
-            yield line, render("row.bad_cells", problem=error)
+                raise _broken_row(Source(name, line), error) from None
+            yield line, Phrase("the row cannot be read: {problem}", problem=error)
         else:
             if cells:
                 yield line, cells
 
 
-def _columns(name: str, rows: Iterator[tuple[int, list[str] | str]]) -> list[str]:
+def _broken_row(place: Source, problem: object) -> UsageError:
+    return UsageError(
+        "data.broken_table",
+        "{place}: the row that begins here cannot be told from those after it: {problem}. Correct its quotation "
+        'marks (a cell with "quotes" is written "a cell with ""quotes""").',
+        place=place,
+        problem=problem,
+    )
+
+
+def _columns(name: str, rows: Iterator[tuple[int, list[str] | Phrase]]) -> list[str]:
     """The names in the header, the first row."""
     line, cells = next(rows, (1, []))
     place = Source(name, line)
-    if isinstance(cells, str):
-        raise UsageError("data.broken_table", place=place, problem=cells)
+    if isinstance(cells, Phrase):
+        raise _broken_row(place, cells)
     if not _is_unicode("".join(cells)):
-        raise UsageError("data.not_utf8", place=place)
+        raise UsageError(
+            "data.not_utf8",
+            "{place}: the text is not UTF-8. Save the file as UTF-8 (for example: iconv -f GB18030 -t UTF-8 OLD > "
+            "NEW).",
+            place=place,
+        )
     columns = [cell.strip() for cell in cells]
     _refuse_duplicates(place, [column for column in columns if column])
     return columns
@@ -90,21 +105,33 @@ def _columns(name: str, rows: Iterator[tuple[int, list[str] | str]]) -> list[str
 def _refuse_duplicates(place: Source, columns: list[str]) -> None:
     for number, column in enumerate(columns):
         if column in columns[:number]:
-            raise UsageError("data.duplicate_column", place=place, column=column)
+            raise UsageError(
+                "data.duplicate_column",
+                "{place}: duplicate column {column!r}. Rename or remove one.",
+                place=place,
+                column=column,
+            )
 
 
-def _row_record(source: Source, columns: list[str], cells: list[str] | str) -> RawRecord:
-    if isinstance(cells, str):
+def _row_record(source: Source, columns: list[str], cells: list[str] | Phrase) -> RawRecord:
+    if isinstance(cells, Phrase):
         return RawRecord(source, problem=cells)
     if len(cells) != len(columns):
-        return RawRecord(source, problem=render("row.cell_count", cells=len(cells), columns=len(columns)))
+        return RawRecord(
+            source,
+            problem=Phrase(
+                "{cells} cells under a header of {columns} (a cell with the separator in it needs quotation marks)",
+                cells=len(cells),
+                columns=len(columns),
+            ),
+        )
     row = "".join(cells)
     if "\0" in row:
         field = next(column for column, cell in zip(columns, cells, strict=True) if "\0" in cell)
-        return RawRecord(source, problem=render("row.nul", field=field))
+        return RawRecord(source, problem=Phrase("{field} has a NUL byte, which is no text", field=field))
     if not _is_unicode(row):
         field = next(column for column, cell in zip(columns, cells, strict=True) if not _is_unicode(cell))
-        return RawRecord(source, problem=render("row.field_not_utf8", field=field))
+        return RawRecord(source, problem=Phrase("{field} is not UTF-8 text", field=field))
     return RawRecord(source, {column: cell for column, cell in zip(columns, cells, strict=True) if column and cell})
 
 
@@ -143,7 +170,7 @@ def read_parquet(path: Path) -> Iterator[RawRecord]:
         raise OSError(str(error)) from error
 
 
-def _parquet_rows(file: pq.ParquetFile) -> Iterator[dict[str, Any] | str]:
+def _parquet_rows(file: pq.ParquetFile) -> Iterator[dict[str, Any] | Phrase]:
     """Each row's values, or what is wrong with them."""
     for batch in file.iter_batches(batch_size=BATCH, use_threads=False):
         try:
@@ -152,20 +179,20 @@ def _parquet_rows(file: pq.ParquetFile) -> Iterator[dict[str, Any] | str]:
             yield from (_single_row(batch, index) for index in range(batch.num_rows))
 
 
-def _single_row(batch: pa.RecordBatch, index: int) -> dict[str, Any] | str:
+def _single_row(batch: pa.RecordBatch, index: int) -> dict[str, Any] | Phrase:
     row = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
             row[name] = column[index].as_py()
         except UnicodeDecodeError:
-            return render("row.field_not_utf8", field=name)
+            return Phrase("{field} is not UTF-8 text", field=name)
         except (ValueError, OverflowError) as error:  # a date beyond Python's calendar
-            return render("row.bad_cells", problem=f"{name}: {error}")
+            return Phrase("the row cannot be read: {problem}", problem=f"{name}: {error}")
     return row
 
 
-def _parquet_record(source: Source, row: dict[str, Any] | str, plain: dict[str, Callable[[Any], Any]]) -> RawRecord:
-    if isinstance(row, str):
+def _parquet_record(source: Source, row: dict[str, Any] | Phrase, plain: dict[str, Callable[[Any], Any]]) -> RawRecord:
+    if isinstance(row, Phrase):
         return RawRecord(source, problem=row)
     record = {}
     for name, value in row.items():
@@ -174,7 +201,7 @@ def _parquet_record(source: Source, row: dict[str, Any] | str, plain: dict[str, 
         try:
             record[name] = plain[name](value) if name in plain else value
         except ValueError as error:
-            return RawRecord(source, problem=render("row.bad_cells", problem=f"{name}: {error}"))
+            return RawRecord(source, problem=Phrase("the row cannot be read: {problem}", problem=f"{name}: {error}"))
     return RawRecord(source, record)
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from firefly.data.readers.opening import open_text, stops_at_damage
 from firefly.data.schema import RawRecord, Source
-from firefly.messages import render
+from firefly.translation import Phrase
 
 SHORT_LINE, FEWEST_LINES, UNENDED_SHARE = 160, 12, 0.5
 """A file is taken for hard-wrapped if it has that many lines, and that share of them is at most that many characters
@@ -65,9 +65,10 @@ def _document(name: str, line: int, data: bytes) -> RawRecord:
     except UnicodeDecodeError as error:
         source = Source(name, line + data.count(b"\n", 0, error.start))
         position = error.start - (data.rfind(b"\n", 0, error.start) + 1)
-        return RawRecord(source, problem=render("row.not_utf8", position=position))
+        return RawRecord(source, problem=Phrase("not UTF-8 text (byte {position})", position=position))
     if "\0" in text:
         return RawRecord(
-            Source(name, line + text[: text.index("\0")].count("\n")), problem=render("row.nul", field="text")
+            Source(name, line + text[: text.index("\0")].count("\n")),
+            problem=Phrase("{field} has a NUL byte, which is no text", field="text"),
         )
     return RawRecord(Source(name, line), {"text": text})

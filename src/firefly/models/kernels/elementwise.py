@@ -46,7 +46,11 @@ def _liger_works(device: torch.device) -> bool:
     except Exception as error:  # Triton needs a C compiler and a fitting driver, and fails in many ways without
         fault = f"{type(error).__name__}: {error}"
     if fault is not None:
-        notice("kernels.liger_failed", reason=" ".join(fault.split())[:300])
+        notice(
+            "kernels.liger_failed",
+            "liger-kernel fails on this GPU ({reason}); PyTorch computes norms, rotary positions and gates instead.",
+            reason=" ".join(fault.split())[:300],
+        )
     return fault is None
 
 

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from firefly.messages import render
 from firefly.models.kernels.varlen_attention import attend_varlen, device_has_kernel, is_supported
 from firefly.segments import Segment
+from firefly.translation import translate
 
 BLOCK = 256
 """Query rows that are computed together; keys beyond a block's last query are never touched."""
@@ -125,8 +125,8 @@ def describe_attention(device: torch.device, dtype: torch.dtype) -> str:
     if dtype in (torch.bfloat16, torch.float16) and device_has_kernel(device):
         return "varlen_attn"
     if device.type == "cpu" and dtype == torch.bfloat16:
-        return render("attention.products", tokens=_crossover)
-    return render("attention.sdpa")
+        return translate("matrix products up to {tokens} tokens, else sdpa", tokens=_crossover)
+    return translate("sdpa per segment")
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: Any, dropout: float) -> Tensor:
