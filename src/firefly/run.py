@@ -18,7 +18,7 @@ from firefly.console import notice
 from firefly.data.batching import StepSettings, steps_per_epoch
 from firefly.data.dataset import Split, load_split
 from firefly.data.encoding import Encoder
-from firefly.distributed.backends import Backend, resolve_backend
+from firefly.distributed.backends import Backend, resolve_backend, settle_rank_variables, take_launcher_settings
 from firefly.errors import UsageError
 from firefly.models.loading import load_tokenizer
 from firefly.models.memory import kernels_kept
@@ -112,7 +112,8 @@ def open_run(config: Config) -> Iterator[Run]:
         UsageError: the configuration, the data or the checkpoint to continue from is at fault.
     """
     started = time.time()
-    backend = resolve_backend(config)
+    backend = resolve_backend(config, take_launcher_settings())
+    settle_rank_variables(backend)
     folder = Path(config.output_dir).expanduser()
     refuse_own_source(config, folder)
     make_output_dir(folder)

@@ -14,7 +14,14 @@ import torch
 
 from firefly.config import load_config
 from firefly.console import take_notices
-from firefly.distributed.backends import BACKENDS, Backend, refuse_uneven_passes, resolve_backend
+from firefly.distributed.backends import (
+    BACKENDS,
+    Backend,
+    refuse_uneven_passes,
+    resolve_backend,
+    settle_rank_variables,
+    take_launcher_settings,
+)
 from firefly.errors import UsageError
 from firefly.models.memory import Forecast
 from firefly.models.precision import Precision
@@ -40,7 +47,8 @@ def resolve(ranks: int = 2, **changes: Any) -> tuple[Backend, list[str]]:
     settings = {"model_name_or_path": "m", "train_file": "f", "output_dir": "o", "train_mode": "lora", **changes}
     config = load_config(settings)
     take_notices()
-    engine = resolve_backend(config)
+    engine = resolve_backend(config, take_launcher_settings())
+    settle_rank_variables(engine)
     return engine, [item["message"] for item in take_notices()]
 
 

@@ -107,13 +107,15 @@ LAUNCHER_SETTINGS: Mapping[str, str] = {
 NOTHING = ("", "no", "none", "false", "1", "1.0", "auto")
 
 
-def resolve_backend(config: Config) -> Backend:
+def resolve_backend(config: Config, launched: Mapping[str, Any]) -> Backend:
     """The backend of this run, with its settings.
+
+    Args:
+        launched: what `take_launcher_settings` found.
 
     Raises:
         UsageError: a settings file that cannot be read, two backends at once, or something the backend cannot do.
     """
-    launched = _take_launcher_settings()
     deepspeed = config.training.get("deepspeed") or launched.get("deepspeed")
     fsdp, fsdp_config = config.training.get("fsdp"), config.training.get("fsdp_config")
     if not fsdp and "fsdp" in launched:
@@ -122,12 +124,10 @@ def resolve_backend(config: Config) -> Backend:
         raise UsageError("engine.two", "both deepspeed and fsdp are asked for; keep one of them.")
     if deepspeed:
         backend = _deepspeed_backend(deepspeed)
-        _one_rank_of_its_own()
     elif ranks.world_size() == 1:
         if fsdp:
             notice("engine.fsdp_alone", "fsdp is ignored: there is one process, and nothing to shard.")
         backend = BACKENDS["single"]
-        _leave_one_rank_group()
     elif fsdp:
         backend = replace(BACKENDS["fsdp2"], settings=_fsdp_settings(fsdp, fsdp_config))
     else:
@@ -353,7 +353,7 @@ def _fsdp_settings(fsdp: Any, config: Any) -> dict[str, Any]:
 # ---- launchers ----
 
 
-def _take_launcher_settings() -> dict[str, Any]:
+def take_launcher_settings() -> dict[str, Any]:
     """What `accelerate launch` was configured to do, taken out of the environment: one place decides from here on."""
     environment, found = os.environ, {}
     for name, key in LAUNCHER_SETTINGS.items():
@@ -397,18 +397,18 @@ def _launched_fsdp() -> dict[str, Any]:
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
 
 
-def _leave_one_rank_group() -> None:
-    """torchrun with one process asks for a process group of one; a run without it does the same work with less."""
-    for name in RANK_VARIABLES:
-        os.environ.pop(name, None)
+def settle_rank_variables(backend: Backend) -> None:
+    """Let the environment, which torch and DeepSpeed read, name the ranks that the backend has.
 
-
-def _one_rank_of_its_own() -> None:
-    """DeepSpeed wants a process group even where it was started without a launcher."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    own = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    os.environ.update(own | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    torchrun with one process asks for a process group of one; a run without it does the same work with less. DeepSpeed
+    wants a group even where it was started without a launcher.
+    """
+    if backend.name == "single":
+        for name in RANK_VARIABLES:
+            os.environ.pop(name, None)
+    elif backend.deepspeed and "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        own = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        os.environ.update(own | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
