@@ -66,11 +66,13 @@ class Listed:
     def __init__(self, examples: list[Tokens]) -> None:
         self.examples = examples
         index = np.array([index_entry(example, 0, row) for row, example in enumerate(examples)], dtype=INDEX)
-        length, targets, prompt, chosen = (
-            index[name].astype(np.int64) for name in ("length", "targets", "prompt", "chosen_targets")
+        length, targets, prompt, chosen, chosen_targets = (
+            index[name].astype(np.int64) for name in ("length", "targets", "prompt", "chosen", "chosen_targets")
         )
         self.names: list[str] = []
-        self.counts = ExampleCounts(length, targets, length + prompt, prompt, chosen, np.zeros(len(examples), np.int64))
+        self.counts = ExampleCounts(
+            length, targets, length + prompt, prompt, chosen, chosen_targets, np.zeros(len(examples), np.int64)
+        )
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -682,6 +682,15 @@ def test_a_checkpoint_given_by_its_path_is_the_one_that_is_continued(run: Run, u
     assert_same(weights(second), weights(uninterrupted), 0)
 
 
+def test_a_run_that_is_refused_sets_no_checkpoint_aside(run: Run) -> None:
+    """Not even where the fault is found behind the model, as that of an optimizer's modules is."""
+    out = run(save_strategy="steps", save_steps=1)
+    before = sorted(path.name for path in out.iterdir())
+    with pytest.raises(UsageError):
+        run(resume_from_checkpoint=str(out / "checkpoint-2"), optim_target_modules=["nowhere"], optim="galore_adamw")
+    assert sorted(path.name for path in out.iterdir()) == before
+
+
 def test_checkpoints_behind_the_one_that_is_continued_by_its_path_are_set_aside(
     run: Run, out: Path, uninterrupted: Path
 ) -> None:

@@ -7,7 +7,6 @@ once, and applied; then the observers of the run say whether to log, evaluate, s
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +27,6 @@ from firefly.evaluation import evaluate, held_out_steps
 from firefly.models.adapters import transformers_model
 from firefly.models.checkpointing import decoder_layers, install_checkpointing
 from firefly.run import Run
-from firefly.runs.checkpoints import checkpoints
 from firefly.runs.interruption import Interrupted, Interruption, resume_command
 from firefly.runs.metrics import RunRecorder
 from firefly.runs.observers import Observers, make_observers
@@ -50,7 +48,7 @@ NAMED_ROWS = 20
 
 
 @dataclass(frozen=True)
-class Fit:
+class Training:
     """A run in its loop: what it is, what it trains, how far it is, who looks on."""
 
     run: Run
@@ -62,21 +60,29 @@ class Fit:
     began: float
 
 
-def fit(run: Run, model: TrainableModel) -> dict[str, Any]:
-    """Train from where the checkpoint stood to the last step; returns the numbers of train_results.json.
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run: the numbers of train_results.json, and its best checkpoint, if evaluations chose one."""
+
+    results: dict[str, Any]
+    best: Path | None
+
+
+def fit(run: Run, model: TrainableModel) -> Outcome:
+    """Train from where the checkpoint stood to the last step.
 
     Raises:
         UsageError: a loss or a gradient was not a number. Nothing moved by it, and a checkpoint is there.
         Interrupted: a signal stopped the run between two steps, and left a checkpoint.
     """
-    going = begin(run, model)
-    steps, progress, tell = going.steps, going.progress, going.observers.tell
+    training = begin(run, model)
+    steps, progress, tell = training.steps, training.progress, training.observers.tell
     state = progress.state
     interruption = Interruption(model.ranks)
     with interruption.watched():
         tell("on_train_begin")
         if run.args.eval_on_start:
-            evaluate_now(going)
+            evaluate_now(training)
         first_epoch, done = divmod(state.global_step, len(steps))
         for epoch in range(first_epoch, state.num_train_epochs):
             if state.global_step >= state.max_steps:  # killed between its last checkpoint and its result
@@ -96,9 +102,10 @@ def fit(run: Run, model: TrainableModel) -> dict[str, Any]:
                 norm = None if computed.refused else model.clip_gradients(run.args.max_grad_norm)
                 finite, signal = look_at(model, computed, norm, interruption.signal or 0)
                 if not finite:
-                    leave_out(going, computed, before)  # or stop
+                    leave_out(training, computed, before)  # or stop
                 tell("on_pre_optimizer_step")
-                model.optimizer.step()
+                if finite or model.accelerator.scaler is not None:  # a scaler takes note of what it leaves out
+                    model.optimizer.step()
                 tell("on_optimizer_step")
                 rate = model.learning_rate()
                 model.next_rate()
@@ -109,31 +116,35 @@ def fit(run: Run, model: TrainableModel) -> dict[str, Any]:
                 state.global_step += 1
                 state.epoch = epoch + number / len(steps)
                 tell("on_step_end")
-                log_and_evaluate(going, norm if finite else None, rate)
+                log_and_evaluate(training, norm if finite else None, rate)
                 ends = progress.control.should_epoch_stop or progress.control.should_training_stop
                 if ends or number == len(steps):
-                    # What is saved now has seen the evaluation at the epoch's end: a run that goes on from it begins
-                    # with the next epoch.
+                    # The checkpoint waits for the evaluation at the epoch's end, so that a run that goes on from it
+                    # begins with the next epoch.
                     save = progress.control.should_save
                     tell("on_epoch_end")
                     progress.control.should_save |= save
-                    log_and_evaluate(going, norm if finite else None, rate)
+                    log_and_evaluate(training, norm if finite else None, rate)
                 if progress.control.should_save:
-                    save_checkpoint(going.run.folder, model, run.tokenizer, going.observers, run.args.save_only_model)
-                    tell("on_save")
+                    saved = save_checkpoint(
+                        run.folder, model, run.tokenizer, training.observers, run.args.save_only_model
+                    )
+                    training.recorder.pace.resume()
+                    if saved:
+                        tell("on_save")
                 if model.ranks == 1:
                     signal = interruption.signal or 0  # it may have come since
                 if signal and not progress.control.should_training_stop:  # a run at its end may as well finish
-                    stop_asked(going, signal)
+                    stop_asked(training, signal)
                 if ends:
                     break
             done = 0
             if progress.control.should_training_stop:
                 break
-    return finish(going)
+    return finish(training)
 
 
-def begin(run: Run, model: TrainableModel) -> Fit:
+def begin(run: Run, model: TrainableModel) -> Training:
     """The steps of a run, its state as a checkpoint left it, and its observers."""
     steps = run.task.steps(run.data.train, run.steps, model, **run.loading)
     if run.checkpoint:
@@ -163,7 +174,7 @@ def begin(run: Run, model: TrainableModel) -> Fit:
         observers.take_up_states()
     if DebugOption.UNDERFLOW_OVERFLOW in run.args.debug:
         DebugUnderflowOverflow(model.module)
-    return Fit(run, model, steps, progress, recorder, observers, time.time())
+    return Training(run, model, steps, progress, recorder, observers, time.time())
 
 
 # ---- a step that does not go as planned ----
@@ -229,7 +240,7 @@ def look_at(model: TrainableModel, computed: ComputedStep, norm: Any, signal: in
 
     All work of the step is queued, and this is the one time that it waits for the device.
     """
-    if computed.refused:
+    if computed.refused:  # by all ranks together, and every one of them stops
         return False, signal
     finite = torch.isfinite(computed.loss)
     if model.accelerator.scaler is None and norm is not None:  # under loss scaling infinite gradients are all right
@@ -240,13 +251,13 @@ def look_at(model: TrainableModel, computed: ComputedStep, norm: Any, signal: in
     return not bad, signal
 
 
-def leave_out(going: Fit, computed: ComputedStep, before: RandomState) -> None:
+def leave_out(training: Training, computed: ComputedStep, before: RandomState) -> None:
     """Let no weight move by a step that is not finite: all is as before it.
 
     Raises:
         UsageError: `on_nonfinite_loss` is stop; what can be saved has been.
     """
-    run, model, progress = going.run, going.model, going.progress
+    run, model, progress = training.run, training.model, training.progress
     step, rows = progress.state.global_step + 1, name_rows(run.data.train, computed, model.ranks)
     model.zero_gradients()  # an optimizer passes over what has no gradient
     before.restore()
@@ -260,12 +271,23 @@ def leave_out(going: Fit, computed: ComputedStep, before: RandomState) -> None:
             rows=rows,
         )
         return
-    # DeepSpeed has applied it already if its loss was finite, and its gradients alone were not.
+    # DeepSpeed may have applied it already if its loss was finite, and its gradients alone were not.
     moved = model.backend.deepspeed and not computed.refused
     if progress.state.global_step and progress.saved_at != progress.state.global_step and not moved:
-        save_checkpoint(run.folder, model, run.tokenizer, going.observers)
-    going.observers.tell("on_train_end")
+        save_checkpoint(run.folder, model, run.tokenizer, training.observers)
+    training.observers.tell("on_train_end")
     safe, command = what_is_safe(run.folder), resume_command(run.folder)
+    if moved:
+        raise UsageError(
+            "loss.nonfinite_moved",
+            "step {step}: its gradients are infinite or not numbers, and DeepSpeed may have moved weights by them; "
+            "they are not saved. {safe} Look at its rows: {rows}. If they are sound, go on from there with a lower "
+            "learning_rate or max_grad_norm, or with bf16 or fp32 in place of fp16: {command}",
+            step=step,
+            rows=rows,
+            safe=safe,
+            command=command,
+        )
     raise UsageError(
         "loss.nonfinite",
         "step {step}: its loss or the norm of its gradients is infinite or not a number. No weight was changed by it. "
@@ -297,17 +319,17 @@ def name_rows(examples: ExampleList, computed: ComputedStep, world_size: int = 1
     return named if rest <= 0 else translate("{rows} and {count} more", rows=named, count=rest)
 
 
-def stop_asked(going: Fit, signal: int) -> None:
+def stop_asked(training: Training, signal: int) -> None:
     """End the run between two steps, as a signal asked.
 
     Raises:
         Interrupted: always; it says whether the last step is on the disk.
     """
-    folder, step = going.run.folder, going.progress.state.global_step
-    saved = going.progress.saved_at == step or save_checkpoint(
-        folder, going.model, going.run.tokenizer, going.observers
+    folder, step = training.run.folder, training.progress.state.global_step
+    saved = training.progress.saved_at == step or save_checkpoint(
+        folder, training.model, training.run.tokenizer, training.observers
     )
-    going.observers.tell("on_train_end")
+    training.observers.tell("on_train_end")
     command = resume_command(folder)
     if saved:
         raise Interrupted(
@@ -332,9 +354,9 @@ def stop_asked(going: Fit, signal: int) -> None:
 # ---- what observers ask for ----
 
 
-def log_and_evaluate(going: Fit, norm: Any, rate: float) -> None:
+def log_and_evaluate(training: Training, norm: Any, rate: float) -> None:
     """A line for the steps since the last one, and the held-out metrics, if they are asked for."""
-    progress, model, args = going.progress, going.model, going.run.args
+    progress, model, args = training.progress, training.model, training.run.args
     state, control = progress.state, progress.control
     if control.should_log and state.global_step > progress.logged_at:
         loss = float(model.summed(progress.loss) / model.ranks)  # from here on numbers leave the device
@@ -347,43 +369,45 @@ def log_and_evaluate(going: Fit, norm: Any, rate: float) -> None:
         progress.logged_at = state.global_step
         count_flops(progress, model)
         if progress.sums is not None and progress.summed_examples:
-            logs |= going.run.task.training_metrics(model.summed(progress.sums).tolist(), progress.summed_examples)
+            logs |= training.run.task.training_metrics(model.summed(progress.sums).tolist(), progress.summed_examples)
             progress.sums.zero_()
             progress.summed_examples = 0
-        write_log(going, logs, training=True)
+        write_log(training, logs, of_steps=True)
     if progress.control.should_evaluate:
-        metrics = evaluate_now(going)
+        metrics = evaluate_now(training)
         if model.waits_for_metric:
-            model.scheduler.step(metrics[best_metric(args)])
-        better = take_best(going, metrics)
+            model.scheduler.step(metrics[best_metric_name(args)])
+        better = take_best(training, metrics)
         if args.save_strategy == SaveStrategy.BEST:
             progress.control.should_save = better
 
 
-def evaluate_now(going: Fit) -> dict[str, float]:
+def evaluate_now(training: Training) -> dict[str, float]:
     """Evaluate the held-out examples, and tell."""
-    held_out = going.run.data.held_out
+    held_out = training.run.data.held_out
     assert held_out is not None
-    metrics = evaluate(going.run.task, going.model, held_out, lambda: going.observers.tell("on_prediction_step"))
-    write_log(going, metrics)
-    going.observers.tell("on_evaluate", metrics=metrics)
+    metrics = evaluate(
+        training.run.task, training.model, held_out, lambda: training.observers.tell("on_prediction_step")
+    )
+    write_log(training, metrics)
+    training.observers.tell("on_evaluate", metrics=metrics)
     return metrics
 
 
-def write_log(going: Fit, logs: dict[str, float], training: bool = False) -> None:
+def write_log(training: Training, logs: dict[str, float], of_steps: bool = False) -> None:
     """Keep a line in the state, and tell it to the observers."""
-    state, args = going.progress.state, going.run.args
+    state, args = training.progress.state, training.run.args
     if state.epoch is not None:
         logs["epoch"] = state.epoch
     if args.include_num_input_tokens_seen != "no":
         logs["num_input_tokens_seen"] = state.num_input_tokens_seen
-        if training:
-            logs |= speed_metrics("train", going.began, num_tokens=going.progress.counts.tokens)
+        if of_steps:
+            logs |= speed_metrics("train", training.began, num_tokens=training.progress.counts.tokens)
     state.log_history.append({**logs, "step": state.global_step})
-    going.observers.tell("on_log", logs=logs)
+    training.observers.tell("on_log", logs=logs)
 
 
-def best_metric(args: Any) -> str:
+def best_metric_name(args: Any) -> str:
     return (
         args.metric_for_best_model
         if args.metric_for_best_model.startswith("eval_")
@@ -391,12 +415,12 @@ def best_metric(args: Any) -> str:
     )
 
 
-def take_best(going: Fit, metrics: dict[str, float]) -> bool:
+def take_best(training: Training, metrics: dict[str, float]) -> bool:
     """Whether an evaluation is the best so far; the state remembers it."""
-    args, state = going.run.args, going.progress.state
+    args, state = training.run.args, training.progress.state
     if args.metric_for_best_model is None:
         return False
-    found, best = metrics[best_metric(args)], state.best_metric
+    found, best = metrics[best_metric_name(args)], state.best_metric
     if best is None:
         best = state.best_metric = -math.inf if args.greater_is_better else math.inf
     if not (found > best if args.greater_is_better else found < best):
@@ -407,28 +431,24 @@ def take_best(going: Fit, metrics: dict[str, float]) -> bool:
     return True
 
 
-def finish(going: Fit) -> dict[str, Any]:
+def finish(training: Training) -> Outcome:
     """The numbers of what was trained; the best weights in place, if they are to be the result."""
-    run, model, progress, args = going.run, going.model, going.progress, going.run.args
+    run, model, progress, args = training.run, training.model, training.progress, training.run.args
     state = progress.state
     trained = state.global_step - progress.begun_at
     total = progress.logged_loss + float(model.summed(progress.loss) / model.ranks)
     whole = state.max_steps * run.steps.examples_per_step
     examples = whole if args.max_steps > 0 else len(run.data.train) * args.num_train_epochs
     metrics = speed_metrics(
-        "train", going.began, num_samples=examples * trained / max(state.max_steps, 1), num_steps=trained
+        "train", training.began, num_samples=examples * trained / max(state.max_steps, 1), num_steps=trained
     )
     count_flops(progress, model)
     metrics |= {"total_flos": state.total_flos, "train_loss": total / max(trained, 0.001)}
-    write_log(going, metrics)
+    write_log(training, metrics)
     best, kept = state.best_global_step, state.best_model_checkpoint
     if args.load_best_model_at_end and kept is not None:
         model.load_best(Path(kept))
-    if args.should_save and kept is not None and args.save_total_limit == 1:
-        for path in checkpoints(run.folder):
-            if path.resolve() != Path(kept).resolve():
-                shutil.rmtree(path, ignore_errors=True)
-    going.observers.tell("on_train_end")
+    training.observers.tell("on_train_end")
     if run.checkpoint and not progress.counts.steps:
         notice(
             "resume.nothing_left",
@@ -445,4 +465,6 @@ def finish(going: Fit) -> dict[str, Any]:
             step=best,
             used=kept or Phrase("what the last step left"),
         )
-    return going.recorder.results(metrics, progress.skipped, model.device)
+    return Outcome(
+        training.recorder.results(metrics, progress.skipped, model.device), None if kept is None else Path(kept)
+    )

@@ -72,7 +72,8 @@ def save_checkpoint(
     partial = unfinished(folder)
     best = state.best_global_step
     if best and (best == step or checkpoint_folder(output_dir, best).is_dir()):
-        state.best_model_checkpoint = str(checkpoint_folder(output_dir, best))  # where it is, or will be
+        # The folder that this save is about to make, if it is the best: undone below if that fails.
+        state.best_model_checkpoint = str(checkpoint_folder(output_dir, best))
     model.rest()  # schedule-free optimizers keep the weights that are evaluated apart from those that are trained
 
     def complete() -> None:
@@ -124,8 +125,11 @@ def what_is_safe(output_dir: Path) -> str:
     )
 
 
-def save_result(output_dir: Path, model: TrainableModel, tokenizer: Any) -> None:
+def save_result(output_dir: Path, model: TrainableModel, tokenizer: Any, best: Path | None = None) -> None:
     """Write the trained model into output_dir, each file whole or not at all.
+
+    Args:
+        best: the best checkpoint, which `save_total_limit` 1 leaves alone once the result is on the disk.
 
     Raises:
         UsageError: it could not be written; names what is safe and how to go on.
@@ -156,6 +160,8 @@ def save_result(output_dir: Path, model: TrainableModel, tokenizer: Any) -> None
             safe=what_is_safe(output_dir),
             command=resume_command(output_dir),
         )
+    if writes and best is not None and model.args.save_total_limit == 1:
+        rotate(checkpoints(output_dir), 1, [best])
 
 
 # ---- what a checkpoint keeps of the progress ----
@@ -252,7 +258,9 @@ def load_random_state(model: TrainableModel, checkpoint: Path, step: int) -> Non
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available() and "cuda" in states:
-        if model.ranks > 1:
-            torch.cuda.set_rng_state_all(states["cuda"])
-        else:
-            torch.cuda.set_rng_state(states["cuda"])
+        gpu = states["cuda"]
+        if isinstance(gpu, list):  # of all that this rank saw: it draws on its own alone
+            own = model.device.index or 0
+            gpu = gpu[own] if own < len(gpu) else None
+        if gpu is not None:
+            torch.cuda.set_rng_state(gpu)

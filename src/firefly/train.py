@@ -31,8 +31,8 @@ def train(config: Config) -> Path:
         write_records(run, model, facts)
         keep_freed_memory(run.device)
         with recorded_end(run.folder):
-            results = fit(run, model)
-            save_result(run.folder, model, run.tokenizer)
-            write_results(run, facts, results)
+            outcome = fit(run, model)
+            save_result(run.folder, model, run.tokenizer, outcome.best)
+            write_results(run, facts, outcome.results)
         stderr_console().print(translate("done: the result is in {path}", path=run.folder), soft_wrap=True)
         return run.folder

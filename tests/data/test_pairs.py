@@ -15,6 +15,7 @@ from firefly.data.encoding import Encoder
 from firefly.data.schema import IGNORE, Message, TokenPair
 from firefly.data.templates import bind_template
 from firefly.errors import UsageError
+from firefly.reports.work import work_of
 from tiny import tiny_tokenizer
 
 SYSTEM = "Be brief."
@@ -58,6 +59,16 @@ def test_a_pair_is_the_served_prompt_and_two_answers_with_their_stop_tokens(tmp_
     assert ledger.target_tokens == pair.num_targets == split.train.targets[0]
     assert split.train.counts.input_tokens[0] == ledger.tokens
     assert split.train.counts.chosen_targets[0] == pair.chosen_targets == len("yes, it is") + 1
+
+
+def test_the_longest_text_of_a_pair_counts_answers_whole_though_not_all_of_them_is_trained(tmp_path: Path) -> None:
+    """qwen2.5 writes a newline behind the stop token, which nobody trains."""
+    split = loaded(tmp_path, row(("user", "Is it?"), chosen="no", rejected="certainly not, or so it seems"))
+    pair = split.train[0]
+    assert pair.chosen > pair.chosen_targets
+    longest = max(len(side.input_ids) for side in pair.sides)
+    assert split.train.longest_text() == (longest, 0)
+    assert work_of(split.train).sides.tolist() == [longest]
 
 
 def test_a_prompt_over_its_limit_loses_its_oldest_turns_first_and_keeps_the_system_prompt(tmp_path: Path) -> None:

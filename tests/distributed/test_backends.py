@@ -175,6 +175,15 @@ def test_accelerates_deepspeed_is_taken_over(tmp_path: Path) -> None:
     assert resolve()[0].name == "zero1"
 
 
+BEST_OF_MODELS = {
+    "eval_ratio": 0.1,
+    "eval_strategy": "steps",
+    "save_only_model": True,
+    "load_best_model_at_end": True,
+    "save_strategy": "steps",
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -186,6 +195,8 @@ def test_accelerates_deepspeed_is_taken_over(tmp_path: Path) -> None:
         ({"fsdp": "hybrid_shard"}, "hybrid_shard"),
         ({"fsdp": True, "torch_compile": True}, "torch_compile cannot run with fsdp2"),
         ({"fsdp": True, "use_dora": True}, "use_dora cannot run with fsdp2"),
+        ({"fsdp": True, **BEST_OF_MODELS}, "load_best_model_at_end .* fsdp2"),
+        ({"deepspeed": {"zero_optimization": {"stage": 1}}, **BEST_OF_MODELS}, "load_best_model_at_end .* zero1"),
     ],
 )
 def test_what_an_engine_cannot_do_is_refused_by_name(changes: dict[str, Any], words: str) -> None:

@@ -17,7 +17,7 @@ from firefly.models.adapters import transformers_model
 from firefly.models.attention import choose_layout
 from firefly.models.checkpointing import decoder_layers
 from firefly.models.forwards import install_training_forwards
-from firefly.tasks.base import Forward
+from firefly.tasks.base import Forward, Task
 from firefly.tasks.causal import CausalTask
 from firefly.train import train
 from tasks import test_preference
@@ -143,6 +143,25 @@ def test_dropout_draws_the_masks_of_the_first_attempt_again(tmp_path: Path) -> N
     assert len(attempts) == 2
     torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=0)
     assert_same(found[1], expected[1], 1e-6)
+
+
+def test_the_pass_that_counts_experts_is_begun_again_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, layout, _ = prepared("mixtral", "lora")
+    expected = make_trial(module, tmp_path, EIGHT, 120, layout, "lora").one_step()
+    trial = make_trial(module, tmp_path, EIGHT, 120, layout, "lora")
+    original, attempts = Task._count_experts, []
+
+    def counting(*arguments: Any) -> Any:
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise torch.OutOfMemoryError("no more")
+        return original(*arguments)
+
+    monkeypatch.setattr(Task, "_count_experts", counting)
+    loss, found, _ = trial.one_step()
+    assert len(attempts) == 2
+    torch.testing.assert_close(loss, expected[0], rtol=1e-5, atol=0)
+    assert_same(found, expected[1], 1e-5)
 
 
 def test_preference_metrics_count_each_pair_once(tmp_path: Path) -> None:

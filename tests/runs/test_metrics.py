@@ -44,9 +44,7 @@ def flow(**what: bool) -> Any:
 
 
 def state_at(step: int, max_steps: int = 20) -> Any:
-    return SimpleNamespace(
-        global_step=step, max_steps=max_steps, compute_steps=lambda *_: None, is_world_process_zero=True
-    )
+    return SimpleNamespace(global_step=step, max_steps=max_steps, is_world_process_zero=True)
 
 
 # ---- pace ----

@@ -179,6 +179,38 @@ def test_a_full_disk_costs_one_checkpoint_and_nothing_else(
     assert result(out) == result(undisturbed)
 
 
+def test_trackers_are_told_of_checkpoints_that_are_there_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(
+        "firefly.runs.metrics.RunRecorder.on_save",
+        lambda self, args, state, control, **_: told.append(state.global_step),
+        raising=False,
+    )
+    trouble_at(4, CAUSES["optimizer"], monkeypatch)
+    run()
+    assert told == [2, 6, 8, 10, 12]
+
+
+def test_other_checkpoints_than_the_best_stay_until_the_result_is_written(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rate is so high that the best is not the last."""
+    more = {"eval_file": str(place / "eval.jsonl"), "eval_steps": 2, "load_best_model_at_end": True}
+    more |= {"learning_rate": 0.5, "optim": "sgd", "train_mode": "full", "save_total_limit": 1, "num_train_epochs": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(trained, "save_result", failing_result)
+        with pytest.raises(OSError, match="No space"):
+            run(**more)
+    out = run(**more, resume_from_checkpoint=True)
+    best = json.loads((out / names(out)[0] / "trainer_state.json").read_text())["best_global_step"]
+    assert names(out) == [f"checkpoint-{best}"]
+
+
+def failing_result(folder: Path, *_: Any) -> None:
+    assert "checkpoint-6" in names(folder)
+    raise full()
+
+
 def test_what_is_no_fault_of_the_disk_is_not_taken_for_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*_: Any) -> None:
         raise KeyError("a mistake of ours")
@@ -384,7 +416,9 @@ def test_a_best_step_whose_checkpoint_failed_is_not_the_best(
 ) -> None:
     with monkeypatch.context() as patch:
         trouble_at(12, CAUSES["optimizer"], patch)
-        patch.setattr(trained, "save_result", lambda folder, model, tokenizer: model.save_weights(folder, tokenizer))
+        patch.setattr(
+            trained, "save_result", lambda folder, model, tokenizer, best: model.save_weights(folder, tokenizer)
+        )
         out = run(eval_file=str(place / "eval.jsonl"), eval_steps=2, load_best_model_at_end=True)
     state = json.loads((out / "checkpoint-10" / "trainer_state.json").read_text())
     assert state["best_global_step"] == 10

@@ -153,7 +153,7 @@ Batch = TypeVar("Batch")
 
 @dataclass(frozen=True)
 class Step(Generic[Batch]):
-    """A packed step: what the data loader yields and `training_step` consumes.
+    """A packed step: what the data loader yields and `Task.backward` consumes.
 
     `rows` are the examples of each microbatch of this rank, by their numbers in the data set; `totals` are all ranks'.
     """

@@ -64,7 +64,8 @@ class ExampleCounts:
         lengths: tokens as they are laid out, the prompt of a preference pair once.
         targets: trained tokens.
         input_tokens: tokens as users count them, the prompt of a pair once for each answer.
-        prompt, chosen_targets: of a pair: tokens of its prompt, trained tokens of its chosen answer; 0 otherwise.
+        prompt, chosen, chosen_targets: of a pair: tokens of its prompt, of its chosen answer, and how many of the
+            latter are trained; 0 otherwise.
         sources: the number of each example's source.
     """
 
@@ -72,13 +73,14 @@ class ExampleCounts:
     targets: np.ndarray
     input_tokens: np.ndarray
     prompt: np.ndarray
+    chosen: np.ndarray
     chosen_targets: np.ndarray
     sources: np.ndarray
 
     @property
     def sides(self) -> np.ndarray:
         """Tokens of the longest text in each example: all of it, or a pair's prompt with the longer answer."""
-        return longest_sides(self.lengths, self.prompt, self.chosen_targets)
+        return longest_sides(self.lengths, self.prompt, self.chosen)
 
 
 def longest_sides(lengths: np.ndarray, prompt: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -139,10 +141,10 @@ class Examples:
         return self.counts.targets
 
     def _count(self) -> ExampleCounts:
-        length, targets, prompt, chosen = (
-            self.index[name].astype(np.int64) for name in ("length", "targets", "prompt", "chosen_targets")
+        length, targets, prompt, chosen, chosen_targets = (
+            self.index[name].astype(np.int64) for name in ("length", "targets", "prompt", "chosen", "chosen_targets")
         )
-        return ExampleCounts(length, targets, length + prompt, prompt, chosen, self.sources)
+        return ExampleCounts(length, targets, length + prompt, prompt, chosen, chosen_targets, self.sources)
 
     def longest_text(self) -> tuple[int, int]:
         """(tokens of the longest text, the number of its example); (0, 0) without examples."""

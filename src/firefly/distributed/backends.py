@@ -145,6 +145,14 @@ def _refuse(backend: Backend, config: Config) -> None:
             "sharded. Use train_mode lora, or plain torchrun (DDP) or ZeRO-2 with qlora.",
             engine=backend.name,
         )
+    best = config.training.get("load_best_model_at_end")
+    if (backend.deepspeed or backend.shards) and config.training.get("save_only_model") and best:
+        raise UsageError(
+            "engine.no_best",
+            "load_best_model_at_end (early stopping switches it on) cannot go with save_only_model and {engine}, which "
+            "loads its own checkpoints alone. Leave one of the keys out.",
+            engine=backend.name,
+        )
     if backend.deepspeed and config.step.on_nonfinite_loss == "skip":
         raise UsageError(
             "engine.no_skip",

@@ -210,20 +210,13 @@ class TrainableModel:
 
     def learning_rate(self) -> float:
         """Of the step that comes next."""
-        if self.waits_for_metric:
-            rate = self.optimizer.param_groups[0]["lr"]
-        else:
-            try:
-                rate = self.scheduler.get_last_lr()[0]
-            except AssertionError as error:  # DeepSpeed's, while its first losses are scaled too high for a step
-                if "need to call step" not in str(error):
-                    raise
-                rate = 0.0
+        rate = self.optimizer.param_groups[0]["lr"] if self.waits_for_metric else self.scheduler.get_last_lr()[0]
         return rate.item() if isinstance(rate, Tensor) else rate
 
     def next_rate(self) -> None:
         """Move the schedule on by a step, unless it waits for a metric, or loss scaling left the step out."""
-        skipped = self.accelerator.scaler is not None and self.accelerator.optimizer_step_was_skipped
+        scales = self.accelerator.scaler is not None or self.backend.deepspeed
+        skipped = scales and self.accelerator.optimizer_step_was_skipped
         if not (skipped or self.waits_for_metric):
             self.scheduler.step()
 
@@ -332,7 +325,8 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
     ddp: dict[str, Any] = {
         "find_unused_parameters": args.ddp_find_unused_parameters,
         "bucket_cap_mb": args.ddp_bucket_cap_mb,
-        "broadcast_buffers": args.ddp_broadcast_buffers,
+        # No buffer changes in training; and ranks of the solo layout may call the model unequally often.
+        "broadcast_buffers": bool(args.ddp_broadcast_buffers),
         "static_graph": args.ddp_static_graph,
     }
     return Accelerator(

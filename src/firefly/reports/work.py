@@ -93,13 +93,11 @@ def work_of(examples: ExampleList) -> Work:
     """The sizes of prepared examples."""
     counts = examples.counts
     pairs = counts.input_tokens > counts.lengths  # a pair's prompt counts twice there
-    # Every token of an answer is trained, so the chosen one's targets are its length.
-    chosen = np.where(pairs, np.maximum(counts.chosen_targets, 1), 0)
     return Work(
         counts.lengths.astype(np.int64),
         counts.targets.astype(np.int64),
         np.where(pairs, counts.prompt, 0).astype(np.int64),
-        chosen.astype(np.int64),
+        counts.chosen.astype(np.int64),
         known=True,
     )
 

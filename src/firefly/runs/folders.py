@@ -56,11 +56,11 @@ def rotate(folders: Iterable[Path], limit: int | None, keep: Iterable[Path]) -> 
 
     The oldest by time, not by step: a run that resumed from an earlier checkpoint writes small numbers again.
     """
-    folders, keep = list(folders), set(keep)
+    folders, kept = list(folders), {path.resolve() for path in keep}
     if not limit or limit < 0:
         return
-    spare = sorted((path for path in folders if path not in keep), key=lambda path: path.stat().st_mtime_ns)
-    for path in spare[: max(0, len(folders) - max(limit, len(keep)))]:
+    spare = sorted((path for path in folders if path.resolve() not in kept), key=lambda path: path.stat().st_mtime_ns)
+    for path in spare[: max(0, len(folders) - max(limit, len(kept)))]:
         shutil.rmtree(path, ignore_errors=True)
 
 

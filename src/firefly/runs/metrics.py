@@ -104,8 +104,6 @@ class RunRecorder(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.training_began = self.beat = self.drawn = time.time()
         self.pace.begin(state.global_step)
-        # A checkpoint brings its own logging_steps, eval_steps and save_steps along: today's apply.
-        state.compute_steps(args, state.max_steps)
         if state.global_step >= state.max_steps or not state.is_world_process_zero:
             return  # nothing is left to train, and what was written stays
         lines = read_metrics(self.path) if state.global_step else []
@@ -127,9 +125,6 @@ class RunRecorder(TrainerCallback):
         self._show_life()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.pace.resume()
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.pace.resume()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:

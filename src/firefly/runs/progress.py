@@ -29,13 +29,13 @@ class Counts:
 
 @dataclass
 class Progress:
-    """The one mutable thing of a run besides its model. Only the loop changes it, between two steps.
+    """The one mutable thing of a run besides its model. The loop and saving change it, between two steps.
 
     Attributes:
         state: trainer_state.json, as people and tools know it.
         control: what the observers ask for: log, evaluate, save, stop.
         counts: of this process.
-        begun_at: the step that this process began behind.
+        begun_at: global_step where this process began, plus the steps left out since.
         loss: this rank's losses since the last log, summed on the device.
         logged_at: the step of the last log; steps that were left out move it on, so that means are over the others.
         logged_loss: the losses that have been logged, summed.

@@ -103,7 +103,6 @@ def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
     if checkpoint:
         check_same_run(checkpoint, identity, config.resume_anyway)
         args = with_optimizer(args, stored_optimizer(checkpoint, args.optim))
-    take_over_folder(run, certificate)
     choices, forecast = resolve_choices(run, args, module, layout[0])
     choosing.apply(choices, transformers_model(module), run.precision.compute)
     if choices.unpaged_optimizer and args.optim in PAGED_ADAM:
@@ -116,7 +115,7 @@ def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
         args = with_optimizer(args, FUSED_ADAM)
     run.task.attach(module, run.precision)
     shard_weights(run.backend, module, args)
-    # What was drawn for the adapter and by probes is behind; ranks draw dropout of their own.
+    # Again: building the adapter and probing drew random numbers. Ranks draw dropout of their own.
     enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
     if ranks.rank():
         torch.manual_seed(args.seed + ranks.rank())
@@ -138,6 +137,7 @@ def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
     model.prepare(run.tokenizer, run.total_steps, checkpoint)
     if run.backend.shards_weights:
         run.task.ask_reference(*asked)
+    take_over_folder(run, certificate)  # not before: a run that is refused leaves an earlier one's folder as it was
     return model, ModelFacts(layout, head, parameters, certificate, base, forecast)
 
 
@@ -149,7 +149,7 @@ def with_optimizer(args: TrainingArguments, optimizer: Any) -> TrainingArguments
 
 
 def take_over_folder(run: Run, certificate: Certificate | None) -> None:
-    """Set an earlier run's checkpoints aside; not before this one is known to begin: refused, it leaves them."""
+    """Set an earlier run's checkpoints aside, and write this one's certificate."""
     if run.checkpoint is None or isinstance(run.config.resume_from_checkpoint, str):
         set_aside_old_checkpoints(run.folder, run.checkpoint)
     if certificate:

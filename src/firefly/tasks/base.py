@@ -84,18 +84,21 @@ class Forward:
             self.recorded.append((recorded_logits(result, self.model.router), row.weights()))
         return result
 
-    def router_loss(self, choices: Tensor | None, totals: StepTotals) -> Tensor:
+    def router_loss(self, expert_counts: Tensor | None, totals: StepTotals) -> Tensor:
         """The share of the step's router loss of what was recorded since the last call, a scalar.
 
         Args:
-            choices: which experts the whole step chooses; None where what was recorded is the whole step.
+            expert_counts: how often the whole step chooses each expert; None where what was recorded is the whole step.
         """
         recorded, self.recorded = self.recorded, []
         settings = self.model.router
         assert settings is not None
-        if choices is None:
-            choices = torch.stack([count_choices(logits, settings, weights) for logits, weights in recorded]).sum(0)
-        shares = [router_loss(logits, settings, weights, choices, totals.input_tokens) for logits, weights in recorded]
+        if expert_counts is None:
+            counts = [count_choices(logits, settings, weights) for logits, weights in recorded]
+            expert_counts = torch.stack(counts).sum(0)
+        shares = [
+            router_loss(logits, settings, weights, expert_counts, totals.input_tokens) for logits, weights in recorded
+        ]
         return torch.stack(shares).sum()
 
 
@@ -176,21 +179,20 @@ class Task(ABC):
         model.train()
         batches = [batch.to(model.device) for batch in step.microbatches]
         forward = Forward(model)
-        choices = None
-        if model.router and (len(batches) > 1 or model.ranks > 1):
-            choices = self._count_choices(model, batches)
         total, parts, sums = torch.zeros((), device=model.device), [], None
         # FSDP and ZeRO swap parameter storage between passes, so a cast kept beyond one would be stale.
         casts = casts_kept() if model.backend.name in ("single", "ddp") else nullcontext()
-        failed = None
+        failed, expert_counts = None, None
         with casts:
             for number, batch in enumerate(batches):
                 last = number == len(batches) - 1
                 try:
+                    if model.router and number == 0 and (len(batches) > 1 or model.ranks > 1):
+                        expert_counts = self._count_experts(model, batches)
                     with model.exchanging(last):
                         loss, measured = self.microbatch_loss(forward, batch, step.totals)
                         if model.router:
-                            loss = loss + forward.router_loss(choices, step.totals)
+                            loss = loss + forward.router_loss(expert_counts, step.totals)
                         loss = loss * model.ranks  # backends average gradients over ranks
                         total += loss.detach()
                         parts.append(loss.detach())
@@ -203,14 +205,14 @@ class Task(ABC):
                 except torch.OutOfMemoryError:
                     if model.ranks > 1 or model.backend.deepspeed:
                         raise
-                    failed = number  # what is left to do waits until the traceback lets the pass's tensors go
+                    failed = number  # returned outside of `except`: its traceback keeps the tensors of the failed pass
                     break
         if failed is not None:
             return OutOfMemory(failed)
         return ComputedStep(total, parts, step.rows, sums)
 
     @torch.no_grad()
-    def _count_choices(self, model: TrainableModel, batches: list[Any]) -> Tensor:
+    def _count_experts(self, model: TrainableModel, batches: list[Any]) -> Tensor:
         """Which experts the whole step chooses, by a pass of its own: the loss of its first microbatch needs it.
 
         Without dropout, so that the random state is left for the pass that trains.
