@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    DistributedType,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
     load_fsdp_model,
@@ -34,6 +35,7 @@ from firefly.data.batching import StepTotals
 from firefly.distributed.backends import BACKENDS, Backend, gathered
 from firefly.errors import UsageError
 from firefly.models.adapters import count_body, transformers_model
+from firefly.models.checkpointing import decoder_layers
 from firefly.models.choices import Choices
 from firefly.models.precision import Precision
 from firefly.models.router import router_settings
@@ -108,6 +110,11 @@ class TrainableModel:
             plugin: Any = self.accelerator.state.deepspeed_plugin
             plugin.hf_ds_config.trainer_config_finalize(self.args, self.module, total_steps)
             logger.setLevel(self.args.get_process_log_level())
+        if sharded:
+            # By decoder layers: some models name classes that they do not have, and accelerate gives up there.
+            plugin: Any = self.accelerator.state.fsdp_plugin
+            layers = {type(layer).__name__ for layer in decoder_layers(self.module)}
+            plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or sorted(layers)
         try:
             optimizer = create_optimizer(self.module, self.args)
         except ValueError as error:  # the model lacks what `optim_target_modules` names, for one
@@ -272,7 +279,7 @@ class TrainableModel:
         else:
             gathering = nullcontext()
             if self.backend.name == "fsdp2":
-                state = self.accelerator.get_state_dict(self.module)
+                state = untied(self.accelerator.get_state_dict(self.module), self.module)
         with gathering:
             if not self.args.should_save:
                 return
@@ -329,15 +336,21 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
         "broadcast_buffers": bool(args.ddp_broadcast_buffers),
         "static_graph": args.ddp_static_graph,
     }
-    return Accelerator(
+    plugin = None if sharding is None else FullyShardedDataParallelPlugin(**sharding)
+    accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         deepspeed_plugin=args.deepspeed_plugin,
-        fsdp_plugin=None if sharding is None else FullyShardedDataParallelPlugin(**sharding),
+        fsdp_plugin=plugin,
         gradient_accumulation_plugin=GradientAccumulationPlugin(**accumulation),
         kwargs_handlers=[
             DistributedDataParallelKwargs(**{name: value for name, value in ddp.items() if value is not None})
         ],
     )
+    if plugin is not None and accelerator.state.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate (1.15) passes over the plugin on CPUs, in silence, and would train with DDP.
+        accelerator.state.fsdp_plugin = plugin
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+    return accelerator
 
 
 def create_optimizer(module: Any, args: TrainingArguments) -> Any:
@@ -361,6 +374,18 @@ def create_optimizer(module: Any, args: TrainingArguments) -> Any:
             if isinstance(part, torch.nn.Embedding):  # in 8 bit they do not converge
                 manager.register_module_override(part, "weight", {"optim_bits": 32})
     return optimizer
+
+
+def untied(state: Any, module: Any) -> dict[str, Any]:
+    """Gathered weights without the second names of tied ones: gathered apart, they no longer share their storage."""
+    if hasattr(module, "peft_config"):
+        return state
+    kept = dict(state)
+    for copied, source in module.all_tied_weights_keys.items():
+        if copied in kept:
+            tensor = kept.pop(copied)
+            kept.setdefault(source, tensor)
+    return kept
 
 
 def load_weights(module: Any, folder: Path) -> None:
