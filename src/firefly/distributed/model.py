@@ -204,7 +204,10 @@ class TrainableModel:
 
         None where no gradient is left to measure. DeepSpeed's has been applied already.
         """
-        norm: Any = self.accelerator.clip_grad_norm_(self.parameters, max_norm if max_norm > 0 else math.inf)
+        most = max_norm if max_norm > 0 else math.inf
+        if self.accelerator.scaler is None and self.backend.name in ("single", "ddp"):
+            return torch.nn.utils.clip_grad_norm_(self.parameters, most)
+        norm: Any = self.accelerator.clip_grad_norm_(self.parameters, most)
         if self.backend.deepspeed and isinstance(norm, Tensor):
             return norm.item()
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
