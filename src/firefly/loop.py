@@ -242,12 +242,13 @@ def look_at(model: TrainableModel, computed: ComputedStep, norm: Any, signal: in
     """
     if computed.refused:  # by all ranks together, and every one of them stops
         return False, signal
-    finite = torch.isfinite(computed.loss)
+    looked_at = computed.loss
     if model.accelerator.scaler is None and norm is not None:  # under loss scaling infinite gradients are all right
-        finite = finite & torch.isfinite(torch.as_tensor(norm, device=finite.device))
+        looked_at = looked_at + norm
     if model.ranks == 1:
-        return bool(finite), signal
-    bad, signal = model.highest(torch.stack([(~finite).long(), finite.new_tensor(signal, dtype=torch.long)]))
+        return math.isfinite(looked_at.item()), signal
+    bad = (~torch.isfinite(looked_at)).long()
+    bad, signal = model.highest(torch.stack([bad, bad.new_tensor(signal)]))
     return not bad, signal
 
 

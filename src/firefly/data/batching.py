@@ -372,6 +372,10 @@ class PackedExamples(Dataset[Any]):
 class StepLoader(DataLoader[Any]):
     """A loader of whole steps, an epoch at a time."""
 
+    def __iter__(self) -> Any:
+        """Without workers steps are packed when they are asked for: what torch's loader does about it takes as long."""
+        return map(self.packed, self.plan) if self.num_workers == 0 and not self.pin_memory else super().__iter__()
+
     @property
     def plan(self) -> StepPlan:
         """Which examples are in which step; its budget may change between two steps."""

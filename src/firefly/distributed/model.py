@@ -53,6 +53,7 @@ class TrainableModel:
         full: whether every weight is trained (in fp32, computed under autocast); otherwise an adapter is.
         router: of a mixture of experts, what its load-balancing loss depends on.
         identity: what its checkpoints are bound to, for plan.json.
+        bare: whether torch's own calls do, without accelerate around them.
     """
 
     def __init__(
@@ -82,6 +83,8 @@ class TrainableModel:
         # Products of the body per parameter and token: forward 2, gradient of the input 2, gradient of the weight 2.
         self.flops_per_token = (6 if full else 4) * count_body(module)
         self.accelerator = make_accelerator(args)
+        # Neither sharded nor scaled: what accelerate would do around torch's own calls is nothing, and takes time.
+        self.bare = self.accelerator.scaler is None and backend.name in ("single", "ddp")
         self.optimizer: Any = None
         self.scheduler: Any = None
         self.parameters: list[Any] = [p for p in module.parameters() if p.requires_grad]
@@ -124,7 +127,7 @@ class TrainableModel:
             ) from error
         self.wrapped, self.optimizer = self.accelerator.prepare(self.module, optimizer)
         # accelerate's wrapper looks for a package on the disk in every step; only DeepSpeed and loss scaling need it.
-        if self.accelerator.scaler is None and not self.backend.deepspeed:
+        if self.bare or (sharded and self.accelerator.scaler is None):
             self.optimizer = self.optimizer.optimizer
         self.scheduler = get_scheduler(
             self.args.lr_scheduler_type,
@@ -205,7 +208,7 @@ class TrainableModel:
         None where no gradient is left to measure. DeepSpeed's has been applied already.
         """
         most = max_norm if max_norm > 0 else math.inf
-        if self.accelerator.scaler is None and self.backend.name in ("single", "ddp"):
+        if self.bare:
             return torch.nn.utils.clip_grad_norm_(self.parameters, most)
         norm: Any = self.accelerator.clip_grad_norm_(self.parameters, most)
         if self.backend.deepspeed and isinstance(norm, Tensor):

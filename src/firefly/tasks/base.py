@@ -177,9 +177,13 @@ class Task(ABC):
                 cannot begin a step again.
         """
         model.train()
-        batches = [batch.to(model.device) for batch in step.microbatches]
+        batches = step.microbatches
+        if model.device.type != "cpu":
+            batches = tuple(batch.to(model.device) for batch in batches)
         forward = Forward(model)
-        total, parts, sums = torch.zeros((), device=model.device), [], None
+        parts: list[Tensor] = []
+        total: Any = 0.0
+        sums = None
         # FSDP and ZeRO swap parameter storage between passes, so a cast kept beyond one would be stale.
         casts = casts_kept() if model.backend.name in ("single", "ddp") else nullcontext()
         failed, expert_counts = None, None
@@ -193,15 +197,19 @@ class Task(ABC):
                         loss, measured = self.microbatch_loss(forward, batch, step.totals)
                         if model.router:
                             loss = loss + forward.router_loss(expert_counts, step.totals)
-                        loss = loss * model.ranks  # backends average gradients over ranks
-                        total += loss.detach()
+                        if model.ranks > 1:
+                            loss = loss * model.ranks  # backends average gradients over ranks
                         parts.append(loss.detach())
+                        total = parts[0] if number == 0 else total + parts[-1]
                         if measured is not None:
                             sums = measured if sums is None else sums + measured
                         # DeepSpeed moves the weights at the end of the last backward: its loss is looked at before.
                         if last and model.backend.deepspeed and model.any_rank(not bool(torch.isfinite(total))):
                             return ComputedStep(total, parts, step.rows, sums, refused=True)
-                        model.accelerator.backward(loss)
+                        if model.bare:
+                            loss.backward()
+                        else:
+                            model.accelerator.backward(loss)
                 except torch.OutOfMemoryError:
                     if model.ranks > 1 or model.backend.deepspeed:
                         raise
@@ -212,7 +220,7 @@ class Task(ABC):
         return ComputedStep(total, parts, step.rows, sums)
 
     @torch.no_grad()
-    def _count_experts(self, model: TrainableModel, batches: list[Any]) -> Tensor:
+    def _count_experts(self, model: TrainableModel, batches: Sequence[Any]) -> Tensor:
         """Which experts the whole step chooses, by a pass of its own: the loss of its first microbatch needs it.
 
         Without dropout, so that the random state is left for the pass that trains.

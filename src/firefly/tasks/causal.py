@@ -26,7 +26,8 @@ class CausalTask(Task):
 
     def summed_nll(self, forward: Forward, batch: PackedBatch) -> Tensor:
         """Σ NLL over the targets of one microbatch, a scalar."""
-        return torch.stack([forward(row)["loss"] for row in self.rows_of(batch, forward.solo)]).sum()
+        losses = [forward(row)["loss"] for row in self.rows_of(batch, forward.solo)]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def microbatch_loss(self, forward: Forward, batch: PackedBatch, totals: StepTotals) -> tuple[Tensor, None]:
         return self.summed_nll(forward, batch) / max(totals.targets, 1), None
