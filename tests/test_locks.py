@@ -60,7 +60,7 @@ def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
 
 def test_a_child_of_the_holder_does_not_keep_it(tmp_path: Path) -> None:
     """A data worker outlives a killed run by seconds."""
-    forking = "child = os.fork(); child and print('held', flush=True); time.sleep(30)"
+    forking = "child = os.fork(); child or print('held', flush=True); time.sleep(30)"  # the child, once it runs
     with other_process(tmp_path / "lock", f"import os; {forking}") as process:
         process.kill()
         process.wait()

@@ -382,7 +382,7 @@ def runs_diff(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return its exit code (DESIGN.md, "Errors")."""
+    """Run one command and return its exit code."""
     from firefly.translation import translate
 
     tolerate_encodings()

@@ -1,4 +1,4 @@
-"""The ways a command can end other than well (DESIGN.md, "Messages")."""
+"""The ways a command can end other than well."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from firefly.data.schema import Message
 from firefly.data.templates import TemplateFailure, bind_template
 from firefly.models.adapters import transformers_model
 
-# Limits of DESIGN.md, "Merging".
+# Limits of a merge (docs/adapters.md).
 LARGEST_GAP_FP32 = 1e-4
 ROUNDINGS = 8
 """In fp32, the gap may be so many times that between two ways to compute attention in the model that is judged: sums of
