@@ -12,33 +12,10 @@ from transformers.trainer_utils import speed_metrics
 
 from firefly.data.batching import (
     ExampleList,
-    PackedExamples,
-    StepLoader,
-    StepPlan,
-    StepSettings,
     StepTotals,
-    step_loader,
 )
 from firefly.distributed.model import TrainableModel
 from firefly.tasks.base import Forward, Task
-
-EVALUATED_TOGETHER = 64
-"""Held-out examples that are packed at a time: enough to fill the microbatches well."""
-
-
-def held_out_steps(
-    task: Task, model: TrainableModel, examples: ExampleList, rows: np.ndarray | None = None
-) -> StepLoader:
-    """Held-out examples (those at `rows`, or all), packed some at a time; each rank packs its own share."""
-    plan = StepPlan(
-        examples.counts,
-        StepSettings(EVALUATED_TOGETHER, shuffle=False),
-        model.budget,
-        nll_targets=task.nll_targets(examples),
-        rows=rows,
-        share=model.share,
-    )
-    return step_loader(PackedExamples(examples, task.packing(True, model.solo)), plan)
 
 
 def evaluate(
@@ -58,7 +35,7 @@ def evaluate(
         rows = np.flatnonzero(examples.counts.sources == number)
         ours, counted = torch.zeros((), dtype=torch.float64, device=model.device), StepTotals(0, 0, 0, 0)
         with torch.no_grad():
-            for step in held_out_steps(task, model, examples, rows):
+            for step in task.in_order(examples, True, model, rows):
                 for batch in step.microbatches:
                     ours = ours + task.evaluation_sums(forward, batch.to(model.device)).double()
                 counted = counted + step.totals

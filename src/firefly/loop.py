@@ -23,7 +23,7 @@ from firefly.console import notice
 from firefly.data.batching import ExampleList, Step, StepLoader
 from firefly.distributed.model import TrainableModel
 from firefly.errors import UsageError
-from firefly.evaluation import evaluate, held_out_steps
+from firefly.evaluation import evaluate
 from firefly.models.adapters import transformers_model
 from firefly.models.checkpointing import decoder_layers, install_checkpointing
 from firefly.run import Run
@@ -168,7 +168,7 @@ def begin(run: Run, model: TrainableModel) -> Training:
         optimizer=model.optimizer,
         lr_scheduler=model.scheduler,
         train_dataloader=steps,
-        eval_dataloader=None if held_out is None else held_out_steps(run.task, model, held_out),
+        eval_dataloader=None if held_out is None else run.task.in_order(held_out, True, model),
     )
     if run.checkpoint and run.args.restore_callback_states_from_checkpoint:
         observers.take_up_states()

@@ -99,11 +99,12 @@ class TrainableModel:
             UsageError: the optimizer cannot be made for this model.
         """
         sharded = self.backend.name == "fsdp2"
-        if not (self.backend.deepspeed or sharded):
+        in_place = not (self.backend.deepspeed or sharded)
+        if in_place:
             if getattr(self.module, "quantization_method", None) is None:
                 self.module.to(self.device)
             if checkpoint is not None:
-                load_weights(self.module, checkpoint)
+                self._take_weights(checkpoint)
         align_special_tokens(self.module, tokenizer)
         transformers_model(self.module).config.use_cache = self.args.use_cache
         if self.backend.deepspeed:
@@ -140,21 +141,30 @@ class TrainableModel:
             self.module = self.wrapped
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         if checkpoint is not None:
+            if not in_place:
+                self._take_weights(checkpoint)
             self._load_state(checkpoint)
         self.zero_gradients()
         self._resting = None
 
-    def _load_state(self, checkpoint: Path) -> None:
+    def _take_weights(self, checkpoint: Path) -> None:
+        """Those of a checkpoint of this run; DeepSpeed takes its optimizer's state with them."""
         if self.backend.deepspeed:
-            peft = hasattr(self.module, "peft_config")
-            deepspeed_load_checkpoint(self.wrapped, str(checkpoint), load_module_strict=not peft)
+            deepspeed_load_checkpoint(self.wrapped, str(checkpoint), load_module_strict=self.full)
         elif self.backend.name == "fsdp2":
             plugin = self.accelerator.state.fsdp_plugin
             load_fsdp_model(plugin, self.accelerator, self.module, str(checkpoint), adapter_only=True)
+        else:
+            load_weights(self.module, checkpoint)
+
+    def _load_state(self, checkpoint: Path) -> None:
+        """What a checkpoint keeps besides the weights."""
+        if self.backend.name == "fsdp2":
+            plugin = self.accelerator.state.fsdp_plugin
             load_fsdp_optimizer(
                 plugin, self.accelerator, self.optimizer, self.module, str(checkpoint), adapter_only=True
             )
-        else:
+        elif not self.backend.deepspeed:
             # Through the CPU, so that a GPU never holds the state twice; of many ranks, each loads onto its own GPU.
             place = self.device if self.ranks > 1 and self.device.type != "cpu" else "cpu"
             stored = torch.load(checkpoint / "optimizer.pt", map_location=place, weights_only=True)
@@ -296,7 +306,7 @@ class TrainableModel:
     def save_optimizer(self, folder: Path) -> None:
         """optimizer.pt, or the shards that the backend writes in its place; every rank has to call it."""
         if self.backend.deepspeed:
-            exclude = {"exclude_frozen_parameters": True} if hasattr(self.module, "peft_config") else {}
+            exclude = {} if self.full else {"exclude_frozen_parameters": True}
             self.wrapped.save_checkpoint(str(folder), **exclude)
         elif self.backend.name == "fsdp2":
             plugin = self.accelerator.state.fsdp_plugin
@@ -316,14 +326,7 @@ class TrainableModel:
     def load_best(self, checkpoint: Path) -> None:
         """Take the weights of an earlier checkpoint of this run."""
         self.rest()  # or a schedule-free optimizer would take them for those that it trains
-        if self.backend.deepspeed:
-            peft = hasattr(self.module, "peft_config")
-            deepspeed_load_checkpoint(self.wrapped, str(checkpoint), load_module_strict=not peft)
-        elif self.backend.name == "fsdp2":
-            plugin = self.accelerator.state.fsdp_plugin
-            load_fsdp_model(plugin, self.accelerator, self.module, str(checkpoint), adapter_only=True)
-        else:
-            load_weights(self.module, checkpoint)
+        self._take_weights(checkpoint)
 
 
 def _nothing() -> None:

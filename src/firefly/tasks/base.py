@@ -36,6 +36,9 @@ from firefly.models.kernels.products import casts_kept
 from firefly.models.precision import Precision
 from firefly.models.router import count_choices, recorded_logits, router_loss
 
+PACKED_TOGETHER = 64
+"""Examples that are packed at a time where they make no steps: enough to fill the microbatches well."""
+
 
 @dataclass(frozen=True)
 class ComputedStep:
@@ -168,6 +171,20 @@ class Task(ABC):
         plan = StepPlan(examples.counts, settings, model.budget, nll_targets=targets, share=model.share)
         # Not prepared by accelerate, which would share the steps out once more.
         return step_loader(PackedExamples(examples, self.packing(False, model.solo)), plan, **loading)
+
+    def in_order(
+        self, examples: ExampleList, held_out: bool, model: TrainableModel, rows: np.ndarray | None = None
+    ) -> StepLoader:
+        """Examples (those at `rows`, or all) in their order, packed some at a time; each rank packs its own share."""
+        plan = StepPlan(
+            examples.counts,
+            StepSettings(PACKED_TOGETHER, shuffle=False),
+            model.budget,
+            nll_targets=self.nll_targets(examples),
+            rows=rows,
+            share=model.share,
+        )
+        return step_loader(PackedExamples(examples, self.packing(held_out, model.solo)), plan)
 
     def backward(self, model: TrainableModel, step: Step[Any]) -> ComputedStep | OutOfMemory:
         """Loss and gradients of a whole step, without waiting for the device.

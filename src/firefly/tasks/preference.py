@@ -15,7 +15,7 @@ from tqdm import tqdm
 from firefly import ranks
 from firefly.config import Config
 from firefly.console import notice
-from firefly.data.batching import ExampleList, PackedExamples, StepPlan, StepSettings, StepTotals, step_loader
+from firefly.data.batching import ExampleList, StepTotals
 from firefly.data.dataset import Split
 from firefly.data.pair_batching import PairBatch, pack_pairs
 from firefly.distributed.backends import Backend
@@ -38,9 +38,6 @@ SUMMED = (
     "logps/rejected",
 )
 """Metrics that are means over pairs, under the names that TRL gave them."""
-
-ASKED_TOGETHER = 64
-"""Pairs that are packed at a time where the reference is asked beforehand: enough to fill the microbatches well."""
 
 
 @dataclass(frozen=True)
@@ -221,9 +218,7 @@ class PreferenceTask(Task):
     def _all_logps(self, model: TrainableModel, examples: ExampleList, held_out: bool) -> Tensor:
         """Of each pair, chosen and rejected, (pairs, 2)."""
         logps = torch.zeros(len(examples), 2, device=model.device)
-        settings = StepSettings(ASKED_TOGETHER, shuffle=False)
-        plan = StepPlan(examples.counts, settings, model.budget, share=model.share)
-        loader = step_loader(PackedExamples(examples, self.packing(held_out, model.solo)), plan)
+        loader = self.in_order(examples, held_out, model)
         said = {"desc": translate("reference log-probabilities"), "total": len(loader), "disable": None, "leave": False}
         for step in tqdm(loader, **said):
             for rows, batch in zip(step.rows, step.microbatches, strict=True):
