@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from firefly.data.formats import FORMATS, MalformedRecord, Parsed, parse_record
-from firefly.data.schema import Conversation, Message, Tokens
+from firefly.data.formats import FORMATS, MalformedRecord, Parsed, parse_record, read_record
+from firefly.data.schema import Conversation, Labelled, Message, Tokens
 
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 
@@ -77,7 +78,7 @@ BESIDE_LISTS = {
 def test_a_system_prompt_beside_a_list_stands_before_it_and_two_are_refused(record):
     task = "dpo" if "chosen" in record else "sft"
     parsed = parse_record(record | {"system": "s"}, task)[1]
-    found = parsed.chosen if task == "dpo" else parsed
+    found = parsed.chosen if task == "dpo" else parsed.conversation if isinstance(parsed, Labelled) else parsed
     assert [(item.role, item.content) for item in found.messages] == [(SYSTEM, "s"), (USER, "q"), (ASSISTANT, "a")]
     name = next(iter(record))
     twice = record | {"system": "s", name: [{"role": "system", "content": "t"}, *record[name]]}
@@ -136,32 +137,70 @@ def test_a_system_prompt_is_known_under_two_names(record, key):
 @pytest.mark.parametrize(
     ("label", "trained"),
     [
-        *((label, True) for label in (True, 1, "True", "TRUE", "1", " 1.0")),
-        *((label, False) for label in (False, 0, "false", "0", "0.0")),
+        *((label, True) for label in (True, 1, "True", "TRUE", "1", " 1.0", "chosen", "Desirable", "like")),
+        *((label, False) for label in (False, 0, "false", "0", "0.0", "rejected", "undesirable", "Dislike")),
     ],
 )
 @pytest.mark.parametrize("key", ["label", "kto_tag"])
 @pytest.mark.parametrize(
     "record",
     [
-        {"prompt": "q", "completion": "a"},
+        {"prompt": "q", "completion": "a"},  # TRL's unpaired preference
+        {"prompt": [QUESTION], "completion": [ANSWER]},
         {"instruction": "q", "output": "a"},
-        {"messages": [QUESTION, ANSWER]},
+        {"messages": [QUESTION, ANSWER]},  # LLaMA-Factory's
         {"conversations": [QUESTION, ANSWER]},
     ],
     ids=str,
 )
-def test_a_condemned_answer_is_not_trained_however_its_label_is_written(record, key, label, trained):
-    name, parsed = parse_record(record | {key: label})
-    assert name.startswith("labelled")
-    assert parsed.messages[-1].trained is trained
+def test_a_label_is_read_however_it_is_written_and_a_condemned_answer_is_no_demonstration(record, key, label, trained):
+    for task in ("sft", "kto"):
+        name, parsed = parse_record(record | {key: label}, task)
+        assert name.startswith("labelled")
+        assert isinstance(parsed, Labelled)
+        assert (parsed.desirable, parsed.conversation.messages[-1].trained) == (trained, True)
+        assert parsed.as_demonstration().messages[-1].trained is trained
 
 
 def test_verdicts_that_contradict_each_other_are_refused_by_name():
     for record in ({"prompt": "q", "completion": "a"}, {"messages": [QUESTION, ANSWER]}):
         assert "label, kto_tag disagree" in malformed(record | {"label": 1, "kto_tag": "false"})
-        assert parse_record(record | {"label": "0", "kto_tag": False})[1].messages[-1].trained is False
-        assert parse_record(record | {"label": "maths", "kto_tag": "0"})[1].messages[-1].trained is False
+        assert parse_record(record | {"label": "0", "kto_tag": False})[1].desirable is False
+        assert parse_record(record | {"label": "maths", "kto_tag": "0"})[1].desirable is False
+
+
+def test_a_record_without_a_verdict_is_none_of_kto():
+    for record in ({"prompt": "q", "completion": "a"}, {"messages": [QUESTION, ANSWER], "label": "maths"}):
+        with pytest.raises(MalformedRecord, match="is for task_type sft, not kto"):
+            parse_record(record, "kto")
+
+
+def test_what_its_record_leaves_out_is_untrained_in_a_labelled_conversation_too():
+    turns = [QUESTION, ANSWER | {"loss": False}, QUESTION, ANSWER]
+    parsed = parse_record({"messages": turns, "label": False}, "kto")[1]
+    assert [item.trained for item in parsed.conversation.messages] == [True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, ANSWER]},
+        {"instruction": "q", "output": ["a", "b"]},
+        {"question": "q", "response_j": "a", "response_k": "b"},
+        {"conversations": [QUESTION], "chosen": ANSWER, "rejected": ANSWER},
+        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+    ],
+    ids=str,
+)
+def test_every_pair_keeps_the_margin_of_its_record(record):
+    for margin, read in ((0.5, 0.5), (-1, -1.0), ("2.5", 2.5), (0, 0.0), (None, None), (math.nan, None)):
+        assert parse_record(record | {"margin": margin}, "reward")[1].margin == read
+    assert parse_record(record, "dpo")[1].margin is None
+    for margin in (math.inf, 10**400):
+        assert "margin must be finite number" in malformed(record | {"margin": margin})
+    found = read_record(record | {"margin": "wide"}, "dpo")
+    assert (found.parsed.margin, found.unread) == (None, {"margin": 4})
 
 
 @pytest.mark.parametrize("label", [3, "maths", "2", None, 0.5])

@@ -12,7 +12,7 @@ from firefly.data.dataset import load_split
 from firefly.data.encoding import Encoder
 from firefly.data.formats import FORMATS, MalformedRecord, parse_record, read_record
 from firefly.data.formats.fields import Fields
-from firefly.data.schema import IGNORE, Conversation, Document, PreferencePair, TokenPair
+from firefly.data.schema import IGNORE, Conversation, Document, Labelled, PreferencePair, TokenPair
 from firefly.data.templates import bind_template
 from tiny import tiny_tokenizer
 
@@ -457,8 +457,8 @@ def test_a_condemned_answer_is_not_trained():
             {"prompt": "q", "completion": "good", "label": wanted},
         ):
             _, parsed = parse_record(record)
-            assert isinstance(parsed, Conversation)
-            assert parsed.messages[1].trained is wanted
+            assert isinstance(parsed, Labelled)
+            assert parsed.as_demonstration().messages[1].trained is wanted
 
 
 def test_a_text_is_a_document_and_beside_other_keys_the_task_decides():
@@ -686,8 +686,8 @@ def test_keys_in_capitals_are_known_where_no_format_has_them_so():
         assert turns(parse_record(record, "sft")[1]) == ASKED
     assert turns(parse_record({"Instruction": "q", "Output": "a"}, "sft", "alpaca")[1]) == ASKED
     for label, trained in ((1, True), ("0", False)):
-        reply = parse_record({"Prompt": "q", "Completion": "a", "Label": label}, "sft")[1].messages[1]
-        assert reply.trained is trained
+        labelled = parse_record({"Prompt": "q", "Completion": "a", "Label": label}, "sft")[1]
+        assert labelled.desirable is trained
     pair = parse_record({"Prompt": "q", "Chosen": "good", "Rejected": "bad"}, "dpo")[1]
     assert turns(pair.rejected) == [("user", "q"), ("assistant", "bad")]
     # Exact keys are the record's own, and those in capitals beside them are others.

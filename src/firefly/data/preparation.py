@@ -51,6 +51,7 @@ from firefly.data.schema import (
     Conversation,
     Document,
     Example,
+    Labelled,
     Message,
     PreferencePair,
     RawRecord,
@@ -325,6 +326,8 @@ class Preparation:
         return read
 
     def _render(self, source: Source, parsed: Parsed) -> _Row:
+        if isinstance(parsed, Labelled):
+            parsed = parsed.as_demonstration()
         if isinstance(parsed, Conversation):
             parsed = (parsed,)
         if isinstance(parsed, tuple):

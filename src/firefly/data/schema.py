@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -88,10 +88,33 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """Two conversations that share their prompt; their last replies are the preferred one and the other."""
+    """Two conversations that share their prompt; their last replies are the preferred one and the other.
+
+    Attributes:
+        margin: by how much the chosen answer is the better one, where the record says it.
+    """
 
     chosen: Conversation
     rejected: Conversation
+    margin: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A conversation and whether its last reply is a good one, with no other reply to compare it with (KTO).
+
+    `conversation` has only those replies untrained that its record leaves out, whatever the label says.
+    """
+
+    conversation: Conversation
+    desirable: bool
+
+    def as_demonstration(self) -> Conversation:
+        """The conversation for supervised training: nothing of it is trained where its last reply is a bad one."""
+        if self.desirable:
+            return self.conversation
+        untrained = tuple(replace(message, trained=False) for message in self.conversation.messages)
+        return replace(self.conversation, messages=untrained)
 
 
 @dataclass(frozen=True, slots=True)

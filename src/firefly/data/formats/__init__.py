@@ -47,7 +47,7 @@ from firefly.data.formats.preference import (
     outscored,
 )
 from firefly.data.formats.texts import SPELLINGS, is_texts
-from firefly.data.schema import IGNORE, Conversation, Document, PreferencePair, TokenPair, Tokens
+from firefly.data.schema import IGNORE, Conversation, Document, Labelled, PreferencePair, TokenPair, Tokens
 from firefly.translation import Phrase
 
 __all__ = [
@@ -63,9 +63,9 @@ __all__ = [
     "read_record",
 ]
 
-Parsed = Conversation | PreferencePair | Document | Tokens | TokenPair | tuple[Conversation, ...]
+Parsed = Conversation | Labelled | PreferencePair | Document | Tokens | TokenPair | tuple[Conversation, ...]
 """What a record becomes; several conversations where it holds several examples."""
-TaskName = Literal["sft", "dpo", "pretrain"]
+TaskName = Literal["sft", "kto", "dpo", "reward", "pretrain"]
 
 
 class Format(Protocol):
@@ -166,32 +166,42 @@ def _integers(record: Fields, name: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class FormatEntry:
-    """A format and the task its records are for."""
+    """A format and the tasks its records are for, the usual one first."""
 
     format: Format
-    task: TaskName
+    tasks: tuple[TaskName, ...]
 
+    @property
+    def task(self) -> TaskName:
+        return self.tasks[0]
+
+
+# The tasks for which records of these formats are, as FormatEntry has them.
+DEMONSTRATIONS: tuple[TaskName, ...] = ("sft",)
+LABELLED: tuple[TaskName, ...] = ("sft", "kto")
+PAIRS: tuple[TaskName, ...] = ("dpo", "reward")
+DOCUMENTS: tuple[TaskName, ...] = ("pretrain",)
 
 FORMATS: dict[str, FormatEntry] = {
-    "firefly": FormatEntry(MessagesFormat("conversation"), "sft"),
-    "messages": FormatEntry(MessagesFormat("messages"), "sft"),
-    "sharegpt": FormatEntry(MessagesFormat("conversations"), "sft"),
-    "ultrachat": FormatEntry(AlternatingFormat(), "sft"),
-    "moss": FormatEntry(MossFormat(), "sft"),
-    **{name: FormatEntry(known, "sft") for name, known in QUESTION_FORMATS.items()},
-    "other_question": FormatEntry(OtherQuestionFormat(), "sft"),
-    "instances": FormatEntry(InstancesFormat(), "sft"),
-    "labelled_messages": FormatEntry(LabelledMessagesFormat(), "sft"),
-    "labelled_answer": FormatEntry(LabelledAnswerFormat(), "sft"),
-    "tokens": FormatEntry(TokensFormat(), "sft"),
-    "preference": FormatEntry(MessagePairFormat(), "dpo"),
-    "preference_text": FormatEntry(TextPairFormat(), "dpo"),
-    "preference_sharegpt": FormatEntry(ConversationPairFormat(), "dpo"),
-    "preference_list": FormatEntry(ListPairFormat(), "dpo"),
-    "preference_transcript": FormatEntry(TranscriptPairFormat(), "dpo"),
-    "preference_responses": FormatEntry(ResponsePairFormat(), "dpo"),
-    "preference_tokens": FormatEntry(TokenPairFormat(), "dpo"),
-    "text": FormatEntry(TextFormat(), "pretrain"),
+    "firefly": FormatEntry(MessagesFormat("conversation"), DEMONSTRATIONS),
+    "messages": FormatEntry(MessagesFormat("messages"), DEMONSTRATIONS),
+    "sharegpt": FormatEntry(MessagesFormat("conversations"), DEMONSTRATIONS),
+    "ultrachat": FormatEntry(AlternatingFormat(), DEMONSTRATIONS),
+    "moss": FormatEntry(MossFormat(), DEMONSTRATIONS),
+    **{name: FormatEntry(known, DEMONSTRATIONS) for name, known in QUESTION_FORMATS.items()},
+    "other_question": FormatEntry(OtherQuestionFormat(), DEMONSTRATIONS),
+    "instances": FormatEntry(InstancesFormat(), DEMONSTRATIONS),
+    "labelled_messages": FormatEntry(LabelledMessagesFormat(), LABELLED),
+    "labelled_answer": FormatEntry(LabelledAnswerFormat(), LABELLED),
+    "tokens": FormatEntry(TokensFormat(), DEMONSTRATIONS),
+    "preference": FormatEntry(MessagePairFormat(), PAIRS),
+    "preference_text": FormatEntry(TextPairFormat(), PAIRS),
+    "preference_sharegpt": FormatEntry(ConversationPairFormat(), PAIRS),
+    "preference_list": FormatEntry(ListPairFormat(), PAIRS),
+    "preference_transcript": FormatEntry(TranscriptPairFormat(), PAIRS),
+    "preference_responses": FormatEntry(ResponsePairFormat(), PAIRS),
+    "preference_tokens": FormatEntry(TokenPairFormat(), PAIRS),
+    "text": FormatEntry(TextFormat(), DOCUMENTS),
 }
 
 
@@ -256,7 +266,7 @@ def _detect(value: Record, task: TaskName | None) -> tuple[str, tuple[str, ...]]
     there = {key: item for key, item in value.items() if item is not None}
     fitting = _fitting(there) or _fitting(value)
     if task is not None:
-        fitting = {name: keys for name, keys in fitting.items() if FORMATS[name].task == task} or fitting
+        fitting = {name: keys for name, keys in fitting.items() if task in FORMATS[name].tasks} or fitting
     if not fitting and _fitting(_in_small_letters(value)) and _in_small_letters(value).keys() != value.keys():
         return IN_CAPITALS
     if not fitting:
@@ -354,7 +364,7 @@ def read_record(value: Any, task: TaskName | None = None, data_format: str = "au
         if not FORMATS[name].format.recognises(Fields(value)) and FORMATS[name].format.recognises(Fields(small)):
             value = small
     entry = FORMATS[name]
-    if task is not None and entry.task != task:
+    if task is not None and task not in entry.tasks:
         raise MalformedRecord(
             "a record of the format {format} is for task_type {task}, not {wanted}: set task_type to {task} for it",
             format=name,
@@ -370,9 +380,9 @@ def read_record(value: Any, task: TaskName | None = None, data_format: str = "au
     except MalformedRecord as error:
         problem = error.phrase
     else:
-        said = verdicts(value) if name in ("labelled_messages", "labelled_answer") else {}
+        said = verdicts(value) if isinstance(parsed, Labelled) else {}
         condemned = next((key for key, wanted in said.items() if not wanted), None)
-        better = outscored(fields) if entry.task == "dpo" else None
+        better = outscored(fields) if isinstance(parsed, PreferencePair | TokenPair) else None
         return ReadRecord(name, parsed, _left_out(fields.unread(), parsed), fields.unheeded(), condemned, better)
     if keys:
         raise MalformedRecord(
@@ -389,6 +399,8 @@ def _left_out(unread: Mapping[str, Sequence[str]], parsed: Parsed) -> dict[str, 
     first, and UltraFeedback's `messages` are its better answer once more."""
     if not unread:
         return {}
+    if isinstance(parsed, Labelled):
+        parsed = parsed.conversation
     if isinstance(parsed, PreferencePair):
         conversations: Sequence[Conversation] = (parsed.chosen, parsed.rejected)
     else:

@@ -34,7 +34,7 @@ from firefly.data.formats.texts import (
     is_texts,
     question_text,
 )
-from firefly.data.schema import Conversation, Message
+from firefly.data.schema import Conversation, Labelled, Message
 
 QUESTION_OR_ANSWER = frozenset((*QUESTIONS, *ANSWERS))
 SIDES = (
@@ -278,14 +278,13 @@ class InstancesFormat:
 
 @dataclass(frozen=True)
 class LabelledMessagesFormat:
-    """Messages with a verdict on their answer (`label`: true or false), as KTO takes them. A condemned one carries no
-    loss in SFT."""
+    """Messages with a verdict on their last reply (`label`: true or false), as KTO takes them."""
 
     def recognises(self, record: Fields) -> tuple[str, ...]:
         keys = [key for key in MESSAGE_KEYS if key in record]
         return (*keys, *_labels(record)) if len(keys) == 1 and not is_paired(record) and _labels(record) else ()
 
-    def parse(self, record: Fields) -> Conversation:
+    def parse(self, record: Fields) -> Labelled:
         return _judged(record, MessagesFormat(record.first_of(MESSAGE_KEYS) or "messages").parse(record))
 
 
@@ -299,7 +298,7 @@ class LabelledAnswerFormat:
             return ()
         return (*keys, *_labels(record)) if _labels(record) else ()
 
-    def parse(self, record: Fields) -> Conversation:
+    def parse(self, record: Fields) -> Labelled:
         return _judged(record, read_question(record, *(question_and_answer(record) or _missing_question(record))))
 
 
@@ -308,7 +307,7 @@ def _labels(record: Fields) -> tuple[str, ...]:
     return tuple(verdicts(record))
 
 
-def _judged(record: Fields, conversation: Conversation) -> Conversation:
+def _judged(record: Fields, conversation: Conversation) -> Labelled:
     wanted = verdict(record)
     if wanted is None:
         name = record.first_of(LABELS)
@@ -325,4 +324,4 @@ def _judged(record: Fields, conversation: Conversation) -> Conversation:
         record.get(name)
     if len(set(said.values())) > 1:
         raise MalformedRecord("{fields} disagree on whether the answer is a good one", fields=", ".join(said))
-    return conversation if wanted else Conversation(tuple(untrained(conversation.messages)), conversation.tools)
+    return Labelled(conversation, wanted)

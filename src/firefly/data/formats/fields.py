@@ -233,11 +233,13 @@ def system_beside(record: Fields) -> list[Message]:
 YES_OR_NO = {"true": True, "false": False}
 VERDICTS = {**YES_OR_NO, "1": True, "0": False, "1.0": True, "0.0": False}
 """True and false as a table's cells have them."""
+OPINIONS = {"chosen": True, "rejected": False, "desirable": True, "undesirable": False, "like": True, "dislike": False}
 LABELS = ("label", "kto_tag")
 
 
 def verdict(record: Record) -> bool | None:
-    """What `label` says of the record's answer: true or false, also as 1 and 0 or as text; None if it says neither."""
+    """What `label` says of the record's answer: true or false, also as 1 and 0, as text, or as one of OPINIONS; None
+    if it says neither."""
     return next(iter(verdicts(record).values()), None)
 
 
@@ -250,7 +252,7 @@ def verdicts(record: Record) -> dict[str, bool]:
 
 def _verdict(label: Any) -> bool | None:
     if isinstance(label, str):
-        return VERDICTS.get(label.strip().lower())
+        return (VERDICTS | OPINIONS).get(label.strip().lower())
     return bool(label) if isinstance(label, (bool, int, float)) and label in (0, 1) else None
 
 

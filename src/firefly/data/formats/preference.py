@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,26 @@ def make_pair(
     if not is_record_trained(record):
         chosen, rejected = untrained([chosen, rejected])
     tools, asked = read_tools(record), untrained(prompt)
-    return PreferencePair(Conversation((*asked, chosen), tools), Conversation((*asked, rejected), tools))
+    sides = (Conversation((*asked, answer), tools) for answer in (chosen, rejected))
+    return PreferencePair(*sides, margin=read_margin(record))
+
+
+def read_margin(record: Fields) -> float | None:
+    """`margin`: by how much the chosen answer is the better one; None where no number stands there (text is then a key
+    that is not read, and a table's missing cell is NaN).
+
+    Raises:
+        MalformedRecord: an infinite number.
+    """
+    margin = number_in(record.peek("margin"))
+    if margin is None or isinstance(margin, bool) or margin != margin:
+        return None
+    record.get("margin")
+    if abs(margin) > sys.float_info.max:
+        raise MalformedRecord(
+            "{field} must be {expected}, not {got}", field="margin", expected="finite number", got="infinity"
+        )
+    return float(margin)
 
 
 def _answer(record: Fields, name: str) -> list[Message]:
