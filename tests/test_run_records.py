@@ -20,7 +20,7 @@ from firefly.config import load_config
 from firefly.errors import UsageError
 from firefly.reports.run_diff import compare_runs
 from firefly.runs.records import open_run, read_metrics
-from firefly.tasks.causal import CausalTask
+from firefly.tasks.causal import TokenTask
 from firefly.train import train
 from tiny import save_tiny_model, write_rows
 
@@ -96,7 +96,7 @@ def test_a_run_that_does_not_end_well_says_how(run, tmp_path, monkeypatch, error
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(CausalTask, "microbatch_loss", fail)
+    monkeypatch.setattr(TokenTask, "microbatch_loss", fail)
     with pytest.raises(type(error)):
         run()
     record = open_run(tmp_path / "out")

@@ -224,12 +224,8 @@ class ListedExamples:
     def __init__(self, examples: Sequence[Example], sources: Sequence[int] = ()) -> None:
         self.examples = list(examples)
         index = np.array([index_entry(example, 0, row) for row, example in enumerate(examples)], dtype=INDEX)
-        length, targets, prompt, chosen, chosen_targets = (
-            index[name].astype(np.int64) for name in ("length", "targets", "prompt", "chosen", "chosen_targets")
-        )
         self.names: list[str] = []
-        given = np.array(sources or [0] * len(self.examples))
-        self.counts = ExampleCounts(length, targets, length + prompt, prompt, chosen, chosen_targets, given)
+        self.counts = ExampleCounts.of(index, np.array(sources or [0] * len(self.examples)))
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -122,6 +122,30 @@ SMOOTHED_LOSSES = ("robust", "simpo", "cpo")
 """Those in which `label_smoothing` has a meaning."""
 
 
+RecordKind = Literal["document", "conversation", "pair", "labelled"]
+"What a record holds: plain text, messages, two answers to one prompt, messages with a verdict on the last reply."
+
+RECORDS_OF_TASK: dict[str, RecordKind] = {
+    "pretrain": "document",
+    "sft": "conversation",
+    "dpo": "pair",
+}
+"""The names of tasks, and what each is trained on."""
+
+READ_AS: dict[RecordKind, tuple[RecordKind, ...]] = {
+    "document": ("document",),
+    "conversation": ("conversation", "labelled"),
+    "pair": ("pair",),
+    "labelled": ("labelled", "pair"),
+}
+"""What holds it, too: a good answer is a demonstration, and a pair a good and a bad answer."""
+
+
+def tasks_on(*kinds: RecordKind) -> str:
+    """The names of the tasks that are trained on records of these kinds, for messages."""
+    return " / ".join(task for task, kind in RECORDS_OF_TASK.items() if kind in kinds)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PreferenceConfig:
     """Keys of preference training (task_type dpo). Known everywhere, so that a shared file loads."""
@@ -147,7 +171,7 @@ class EvaluationConfig:
 class Config:
     """A whole run, resolved from one file and its overrides. Nothing in it changes afterwards."""
 
-    task_type: Literal["pretrain", "sft", "dpo"] = key("task_type", "sft", str, ("pretrain", "sft", "dpo"))
+    task_type: str = key("task_type", "sft", str, tuple(RECORDS_OF_TASK))
     output_dir: str = key("output_dir", "", str)
     resume_from_checkpoint: bool | str | None = key("resume_from_checkpoint", None, (bool, str))
     resume_anyway: bool = key("resume_anyway", False, bool)
@@ -690,14 +714,14 @@ CHAT_KEYS = ("template_name", "template_date", "on_system", "thinking", "train_o
 def check_preference(config: Config) -> None:
     """A preference loss needs a beta above 0; label smoothing where it means nothing is said."""
     settings = config.preference
-    if config.task_type != "dpo":
-        return
-    if not settings.beta:
+    if config.task_type in ("dpo", "kto") and not settings.beta:
         raise UsageError(
             "config.beta_zero",
-            "beta = 0 leaves preference_loss {loss} without a signal; set it above 0.",
-            loss=settings.loss,
+            "beta = 0 leaves {setting} without a signal; set it above 0.",
+            setting="task_type kto" if config.task_type == "kto" else f"preference_loss {settings.loss}",
         )
+    if config.task_type != "dpo":
+        return
     if settings.label_smoothing and settings.loss not in SMOOTHED_LOSSES:
         notice(
             "preference.no_smoothing",

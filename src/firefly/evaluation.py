@@ -10,10 +10,7 @@ import numpy as np
 import torch
 from transformers.trainer_utils import speed_metrics
 
-from firefly.data.batching import (
-    ExampleList,
-    StepTotals,
-)
+from firefly.data.batching import ExampleList, StepTotals
 from firefly.distributed.model import TrainableModel
 from firefly.tasks.base import Forward, Task
 
@@ -36,8 +33,10 @@ def evaluate(
         ours, counted = torch.zeros((), dtype=torch.float64, device=model.device), StepTotals(0, 0, 0, 0)
         with torch.no_grad():
             for step in task.in_order(examples, True, model, rows):
-                for batch in step.microbatches:
-                    ours = ours + task.evaluation_sums(forward, batch.to(model.device)).double()
+                batches = [batch.to(model.device) for batch in step.microbatches]
+                of_step = task.over_step(forward, batches, step.totals)
+                for batch in batches:
+                    ours = ours + task.evaluation_sums(forward, batch, of_step).double()
                 counted = counted + step.totals
                 tick()
         ours = model.summed(ours)

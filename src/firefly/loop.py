@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import TrainerState
 from transformers.debug_utils import DebugOption, DebugUnderflowOverflow
@@ -20,7 +19,7 @@ from transformers.trainer_utils import SaveStrategy, speed_metrics
 
 from firefly import ranks
 from firefly.console import notice
-from firefly.data.batching import ExampleList, Step, StepLoader
+from firefly.data.batching import ExampleList, Step, StepSource
 from firefly.distributed.model import TrainableModel
 from firefly.errors import UsageError
 from firefly.evaluation import evaluate
@@ -53,7 +52,7 @@ class Training:
 
     run: Run
     model: TrainableModel
-    steps: StepLoader
+    steps: StepSource
     progress: Progress
     recorder: RunRecorder
     observers: Observers
@@ -88,8 +87,8 @@ def fit(run: Run, model: TrainableModel) -> Outcome:
             if state.global_step >= state.max_steps:  # killed between its last checkpoint and its result
                 break
             tell("on_epoch_begin")
-            steps.start_at(epoch, 0 if run.args.ignore_data_skip else done)
-            for number, step in enumerate(steps, start=steps.plan.start + 1):
+            skipped = 0 if run.args.ignore_data_skip else done
+            for number, step in enumerate(steps.epoch(epoch, skipped), start=skipped + 1):
                 if run.checkpoint and not progress.counts.steps:
                     load_random_state(model, run.checkpoint, state.global_step)
                 tell("on_step_begin")
@@ -181,7 +180,7 @@ def begin(run: Run, model: TrainableModel) -> Training:
 
 
 def with_less_memory(
-    model: TrainableModel, steps: StepLoader, step: Step[Any], failed: OutOfMemory, number: int
+    model: TrainableModel, steps: StepSource, step: Step[Any], failed: OutOfMemory, number: int
 ) -> Step[Any]:
     """The same step in microbatches of half the size, as are those after it; or, if a single example was too much, with
     layers recomputed in backward.
@@ -197,9 +196,8 @@ def with_less_memory(
         torch.cuda.empty_cache()
     inner = transformers_model(model.module)
     choices, layers = model.choices, len(decoder_layers(inner))
-    rows = step.rows[failed.microbatch]
-    tokens = int(steps.plan.counts.lengths[list(rows)].sum())
-    if len(rows) > 1:
+    tokens = sum(row.input_ids.numel() for row in step.microbatches[failed.microbatch].rows)
+    if len(step.rows[failed.microbatch]) > 1:
         choices = replace(choices, tokens_per_microbatch=min(tokens // 2, choices.tokens_per_microbatch))
         notice(
             "memory.halved",
@@ -230,9 +228,7 @@ def with_less_memory(
         raise torch.OutOfMemoryError(f"one example of {tokens:,} tokens does not fit")
     model.choices = choices
     install_checkpointing(inner, choices.checkpointing)
-    steps.plan.budget = model.budget
-    every = np.concatenate([np.array(rows) for rows in step.rows])
-    return steps.packed(steps.plan.plan(every))
+    return steps.smaller(step, model.budget)
 
 
 def look_at(model: TrainableModel, computed: ComputedStep, norm: Any, signal: int) -> tuple[bool, int]:

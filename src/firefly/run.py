@@ -13,7 +13,7 @@ import torch
 from transformers import TrainingArguments
 
 from firefly import ranks
-from firefly.config import Config
+from firefly.config import RECORDS_OF_TASK, Config
 from firefly.console import notice
 from firefly.data.batching import StepSettings, steps_per_epoch
 from firefly.data.dataset import Split, load_split
@@ -75,6 +75,11 @@ class Run:
         return self.encoder.tokenizer
 
     @property
+    def chats(self) -> bool:
+        """Whether its records are rendered by a chat template."""
+        return RECORDS_OF_TASK[self.config.task_type] != "document"
+
+    @property
     def steps(self) -> StepSettings:
         args = self.args
         return StepSettings(
@@ -128,8 +133,9 @@ def open_run(config: Config) -> Iterator[Run]:
             open_adapter(adapter)  # what is wrong with it is cheap to find now
         tokenizer = load_tokenizer(config.model, tokenizer_source(config.model, adapter))
         added = add_tokens(tokenizer, config.model.add_tokens)
-        encoder = bind_encoder(settled, tokenizer, kind.CHATS)
-        data = load_split(settled.data, encoder, settled.task_type, settled.model.hub)
+        records = RECORDS_OF_TASK[settled.task_type]
+        encoder = bind_encoder(settled, tokenizer, records != "document")
+        data = load_split(settled.data, encoder, records, settled.model.hub)
         try:
             data.check(settled.data)
         except UsageError:  # it names where all findings are
@@ -143,7 +149,7 @@ def open_run(config: Config) -> Iterator[Run]:
                 "accelerate launch started one process, which trains alone. On CPUs it starts several with "
                 "--multi_gpu, or use torchrun --nproc_per_node=N.",
             )
-        keep_few_kernels(kernels_kept(settled.task_type, data.train.counts.lengths, data.train.counts.targets))
+        keep_few_kernels(kernels_kept(data.train.counts.lengths, data.train.counts.segments))
         args = join_ranks(settled, backend, precision, device)
         checkpoint = ranks.from_first(find_checkpoint(folder, settled.resume_from_checkpoint))
         yield Run(

@@ -89,7 +89,7 @@ def test_our_own_blocks_are_the_dump_s(chatml_tokenizer: Any, tmp_path: Any) -> 
     common = {"model": str(tmp_path / "model"), "data": data, "path": dump, "documents": documents}
     write_blocks(**common, num_blocks=3, max_tokens=32, isolated=True)
     config = DataConfig(train_file=str(documents), max_seq_length=32, max_lost_share=1.0)
-    blocks = load_split(config, Encoder(chatml_tokenizer, plain_template()), "pretrain").train
+    blocks = load_split(config, Encoder(chatml_tokenizer, plain_template()), "document").train
     for number, line in enumerate(dump.read_text().splitlines()):
         wanted = json.loads(line)
         assert blocks[number].input_ids.tolist() == wanted["input_ids"]

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from firefly.data.batching import (
-    PackedBatch,
     PackedExamples,
     PlannedStep,
     StepPlan,
     StepSettings,
     keep_step,
     pack,
+    pack_rows,
     plan_microbatches,
     step_loader,
 )
@@ -46,11 +46,7 @@ def plan_of(
 
 
 def packed(data: ListedExamples) -> PackedExamples:
-    return PackedExamples(data, pack_chosen)
-
-
-def pack_chosen(_: Any, chosen: list[Any]) -> PackedBatch:
-    return pack(chosen)
+    return PackedExamples(data, pack_rows)
 
 
 def rows(step: PlannedStep) -> list[int]:
@@ -211,10 +207,8 @@ def test_the_loader_passes_the_epoch_on_and_leaves_the_training_seed_alone():
     torch.manual_seed(7)
     before = torch.get_rng_state()
     first = [step.microbatches[0].input_ids.tolist() for step in loader]
-    loader.start_at(1, 0)
-    second = [step.microbatches[0].input_ids.tolist() for step in loader]
-    loader.start_at(0, 0)
-    assert [step.microbatches[0].input_ids.tolist() for step in loader] == first != second
+    second = [step.microbatches[0].input_ids.tolist() for step in loader.epoch(1)]
+    assert [step.microbatches[0].input_ids.tolist() for step in loader.epoch(0)] == first != second
     assert torch.equal(before, torch.get_rng_state())
     step = next(iter(loader))
     assert keep_step(step) is step

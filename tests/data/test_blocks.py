@@ -33,7 +33,7 @@ def write_folder(folder: Path, texts: list[str], files: int = 2) -> Path:
 
 def blocks_of(place: Any, **options: Any) -> Any:
     encoder = Encoder(tiny_tokenizer(), plain_template())
-    return load_split(DataConfig(train_file=str(place), **options), encoder, "pretrain")
+    return load_split(DataConfig(train_file=str(place), **options), encoder, "document")
 
 
 def stream(texts: list[str]) -> list[int]:
@@ -89,7 +89,7 @@ def test_sources_of_a_mixture_keep_streams_of_their_own(tmp_path: Path) -> None:
     places = [write_folder(tmp_path / name, texts, 1) for name, texts in (("one", TEXTS[:3]), ("two", TEXTS[3:]))]
     mixture = tuple({"path": str(place), "name": place.name} for place in places)
     encoder = Encoder(tiny_tokenizer(), plain_template())
-    train = load_split(DataConfig(train_file=mixture, max_seq_length=10), encoder, "pretrain").train
+    train = load_split(DataConfig(train_file=mixture, max_seq_length=10), encoder, "document").train
     for number, texts in ((0, TEXTS[:3]), (1, TEXTS[3:])):
         ours = [train[int(i)].input_ids for i in np.flatnonzero(train.sources == number)]
         assert np.concatenate(ours).tolist() == stream(texts)
@@ -120,4 +120,4 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
     tokenizer.eos_token = None
     config = DataConfig(train_file=str(write_folder(tmp_path / "docs", TEXTS)))
     with pytest.raises(UsageError, match="EOS"):
-        load_split(config, Encoder(tokenizer, plain_template()), "pretrain")
+        load_split(config, Encoder(tokenizer, plain_template()), "document")

@@ -390,10 +390,10 @@ def test_a_second_load_reads_the_cache_and_tokenises_nothing(write, encoder, mon
 
 def test_the_cache_knows_everything_that_shapes_an_example(write, encoder, chatml_tokenizer, monkeypatch):
     path = Path(write(chat("q", "a")))
-    seen = {cache_key(path, DataConfig(), encoder, "sft", None, hash_file(path))}
+    seen = {cache_key(path, DataConfig(), encoder, "conversation", None, hash_file(path))}
 
     def is_new(config: DataConfig = DataConfig(), changed: Encoder = encoder) -> bool:  # noqa: B008
-        key = cache_key(path, config, changed, "sft", None, hash_file(path))
+        key = cache_key(path, config, changed, "conversation", None, hash_file(path))
         new = key not in seen
         seen.add(key)
         return new
@@ -536,7 +536,7 @@ def test_equal_rows_are_never_on_both_sides(write, encoder):
 
 def test_a_document_without_text_is_a_finding_and_no_lost_row(write, encoder):
     rows = [{"text": text} for text in ("one two", "", " \n", "three")]
-    split = load_split(DataConfig(train_file=write(*rows)), encoder, "pretrain")
+    split = load_split(DataConfig(train_file=write(*rows)), encoder, "document")
     ledger = split.train.documents.ledger if hasattr(split.train, "documents") else split.train.ledger
     assert (ledger.rows, ledger.kept, dict(ledger.lost), ledger.counts["blank_line"]) == (2, 2, {}, 2)
 
@@ -603,7 +603,7 @@ def test_lines_that_end_within_sentences_are_a_hint(tmp_path, encoder, lines, wr
     path = tmp_path / "text.txt"
     path.write_text("\n".join(["A whole sentence.", "", *lines]) + "\n", encoding="utf-8")
     for key, expected in (("line", wrapped), ("file", False)):
-        split = load_split(DataConfig(train_file=str(path), text_documents=key), encoder, "pretrain")
+        split = load_split(DataConfig(train_file=str(path), text_documents=key), encoder, "document")
         found = [item for item in split.train.documents.ledger.findings if item.cause == "wrapped_text"]
         assert bool(found) is expected
         if found:

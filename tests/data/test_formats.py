@@ -76,14 +76,14 @@ BESIDE_LISTS = {
 
 @pytest.mark.parametrize("record", BESIDE_LISTS.values(), ids=BESIDE_LISTS.keys())
 def test_a_system_prompt_beside_a_list_stands_before_it_and_two_are_refused(record):
-    task = "dpo" if "chosen" in record else "sft"
-    parsed = parse_record(record | {"system": "s"}, task)[1]
-    found = parsed.chosen if task == "dpo" else parsed.conversation if isinstance(parsed, Labelled) else parsed
+    kind = "pair" if "chosen" in record else "conversation"
+    parsed = parse_record(record | {"system": "s"}, kind)[1]
+    found = parsed.chosen if kind == "pair" else parsed.conversation if isinstance(parsed, Labelled) else parsed
     assert [(item.role, item.content) for item in found.messages] == [(SYSTEM, "s"), (USER, "q"), (ASSISTANT, "a")]
     name = next(iter(record))
     twice = record | {"system": "s", name: [{"role": "system", "content": "t"}, *record[name]]}
     with pytest.raises(MalformedRecord, match=name):
-        parse_record(twice, task)
+        parse_record(twice, kind)
 
 
 def test_a_history_stands_before_a_prompt_that_is_a_list():
@@ -95,7 +95,7 @@ def test_a_history_stands_before_a_prompt_that_is_a_list():
 
 def test_a_history_stands_before_the_question_of_a_pair():
     record = {"instruction": "q", "history": [["before", "then"]], "chosen": "a", "rejected": "b", "system": "s"}
-    pair = parse_record(record, "dpo")[1]
+    pair = parse_record(record, "pair")[1]
     turns = [(SYSTEM, "s"), (USER, "before"), (ASSISTANT, "then"), (USER, "q"), (ASSISTANT, "a")]
     assert [(item.role, item.content) for item in pair.chosen.messages] == turns
 
@@ -154,7 +154,7 @@ def test_a_system_prompt_is_known_under_two_names(record, key):
     ids=str,
 )
 def test_a_label_is_read_however_it_is_written_and_a_condemned_answer_is_no_demonstration(record, key, label, trained):
-    for task in ("sft", "kto"):
+    for task in ("conversation", "labelled"):
         name, parsed = parse_record(record | {key: label}, task)
         assert name.startswith("labelled")
         assert isinstance(parsed, Labelled)
@@ -171,13 +171,13 @@ def test_verdicts_that_contradict_each_other_are_refused_by_name():
 
 def test_a_record_without_a_verdict_is_none_of_kto():
     for record in ({"prompt": "q", "completion": "a"}, {"messages": [QUESTION, ANSWER], "label": "maths"}):
-        with pytest.raises(MalformedRecord, match="is for task_type sft, not kto"):
-            parse_record(record, "kto")
+        with pytest.raises(MalformedRecord, match="is for task_type sft"):
+            parse_record(record, "labelled")
 
 
 def test_what_its_record_leaves_out_is_untrained_in_a_labelled_conversation_too():
     turns = [QUESTION, ANSWER | {"loss": False}, QUESTION, ANSWER]
-    parsed = parse_record({"messages": turns, "label": False}, "kto")[1]
+    parsed = parse_record({"messages": turns, "label": False}, "labelled")[1]
     assert [item.trained for item in parsed.conversation.messages] == [True, False, True, True]
 
 
@@ -195,11 +195,11 @@ def test_what_its_record_leaves_out_is_untrained_in_a_labelled_conversation_too(
 )
 def test_every_pair_keeps_the_margin_of_its_record(record):
     for margin, read in ((0.5, 0.5), (-1, -1.0), ("2.5", 2.5), (0, 0.0), (None, None), (math.nan, None)):
-        assert parse_record(record | {"margin": margin}, "reward")[1].margin == read
-    assert parse_record(record, "dpo")[1].margin is None
+        assert parse_record(record | {"margin": margin}, "pair")[1].margin == read
+    assert parse_record(record, "pair")[1].margin is None
     for margin in (math.inf, 10**400):
         assert "margin must be finite number" in malformed(record | {"margin": margin})
-    found = read_record(record | {"margin": "wide"}, "dpo")
+    found = read_record(record | {"margin": "wide"}, "pair")
     assert (found.parsed.margin, found.unread) == (None, {"margin": 4})
 
 

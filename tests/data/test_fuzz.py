@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from firefly.config import DataConfig
-from firefly.data.dataset import find_task, load_split
+from firefly.data.dataset import find_kind, load_split
 from firefly.data.encoding import Encoder
 from firefly.data.formats import FORMATS
 from firefly.data.templates import bind_template
@@ -76,7 +76,7 @@ def outcome(path: Path, encoder: Encoder, **choices: Any) -> str:
     """What becomes of a file: `clean`, or the message of the error a run would end with. Anything else raises."""
     config = DataConfig(train_file=str(path), max_seq_length=64, **choices)
     try:
-        task = find_task(config)
+        task = find_kind(config)
         split = load_split(config, encoder, task)
         ledger = split.train.ledger
         assert ledger.rows == ledger.kept + ledger.cut + sum(ledger.lost.values())

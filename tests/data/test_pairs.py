@@ -29,7 +29,7 @@ def encoder() -> Encoder:
 def loaded(tmp_path: Path, *rows: dict[str, Any], **options: Any) -> Any:
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return load_split(DataConfig(train_file=str(path), **options), encoder(), "dpo")
+    return load_split(DataConfig(train_file=str(path), **options), encoder(), "pair")
 
 
 def row(*prompt: tuple[str, str], chosen: str = "yes", rejected: str = "no") -> dict[str, Any]:
@@ -176,7 +176,7 @@ def test_answers_that_one_tokenisation_would_join_to_their_prompt_share_it_as_se
     record = row(("user", "q"), ("assistant", "\n\nsaid before"), ("user", "r"), chosen="\n\nyes", rejected=" \nno")
     plain = row(("user", "q"), chosen="yes", rejected="\nno")
     path.write_text("".join(json.dumps(item) + "\n" for item in (record, plain)), encoding="utf-8")
-    train = load_split(DataConfig(train_file=str(path)), encoder, "dpo").train
+    train = load_split(DataConfig(train_file=str(path)), encoder, "pair").train
     assert (len(train), train.ledger.counts["joined_to_prompt"]) == (2, 2)
     for pair, item, answers in zip(train, (record, plain), (("\n\nyes", " \nno"), ("yes", "\nno")), strict=True):
         prompt = encoder.encode_prompt([Message(turn["role"], turn["content"]) for turn in item["chosen"][:-1]])
@@ -211,7 +211,7 @@ def test_every_real_pair_is_shared_and_counted(tmp_path: Path, shared: Path) -> 
     for name in ("dpo_en_demo.json", "firefly_dpo.jsonl"):
         place = {"path": str(shared / "data" / name), "max_rows": 40}
         config = DataConfig(train_file=(place,), max_prompt_length=300, max_seq_length=1024)
-        train = load_split(config, encoder(), "dpo").train
+        train = load_split(config, encoder(), "pair").train
         assert len(train) == train.ledger.examples > 10
         counted = 0
         for index in range(len(train)):

@@ -99,7 +99,7 @@ def test_what_is_prepared_in_a_shared_cache_can_be_read_by_others(tmp_path: Path
     before = os.umask(0o022)
     try:
         folder = tmp_path / "entry"
-        prepare(iter(()), "f", DataConfig(train_file="f"), encoder, "sft", folder)
+        prepare(iter(()), "f", DataConfig(train_file="f"), encoder, "conversation", folder)
     finally:
         os.umask(before)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o755

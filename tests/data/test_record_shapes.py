@@ -259,7 +259,7 @@ FURTHER_CHATS: list[tuple[str, str, dict[str, Any], list[tuple[str, str]]]] = [
     ("form", "record", "expected"), [item[1:] for item in FURTHER_CHATS], ids=[item[0] for item in FURTHER_CHATS]
 )
 def test_another_spelling_becomes_the_same_turns(form, record, expected):
-    found = read_record(record, "sft")
+    found = read_record(record, "conversation")
     assert isinstance(found.parsed, Conversation)
     assert (found.format, turns(found.parsed)) == (form, expected)
     assert set(found.unread) <= {"class"}
@@ -267,7 +267,7 @@ def test_another_spelling_becomes_the_same_turns(form, record, expected):
 
 @pytest.mark.parametrize(("form", "record", "expected"), [item[1:] for item in CHATS], ids=[item[0] for item in CHATS])
 def test_a_chat_record_becomes_its_turns(form, record, expected):
-    name, parsed = parse_record(record, "sft")
+    name, parsed = parse_record(record, "conversation")
     assert isinstance(parsed, Conversation)
     assert (name, turns(parsed)) == (form, expected)
 
@@ -346,14 +346,14 @@ FURTHER_PAIRS: list[tuple[str, str, dict[str, Any]]] = [
     ("form", "record"), [item[1:] for item in FURTHER_PAIRS], ids=[item[0] for item in FURTHER_PAIRS]
 )
 def test_another_spelling_becomes_the_same_pair(form, record):
-    found = read_record(record, "dpo")
+    found = read_record(record, "pair")
     assert isinstance(found.parsed, PreferencePair)
     assert (found.format, found.unread) == (form, {})
     assert turns(found.parsed.chosen) == [("user", "q"), ("assistant", "good")]
     assert turns(found.parsed.rejected) == [("user", "q"), ("assistant", "bad")]
     assert [item.trained for item in found.parsed.rejected.messages] == [False, True]
     with pytest.raises(MalformedRecord, match="task_type dpo"):
-        parse_record(record, "sft")
+        parse_record(record, "conversation")
 
 
 def test_a_table_may_hold_messages_as_text():
@@ -362,13 +362,13 @@ def test_a_table_may_hold_messages_as_text():
 
     good, bad = cell("assistant", "good"), cell("assistant", "bad")
     for prompt in ("q", cell("user", "q")):
-        pair = parse_record({"prompt": prompt, "chosen": good, "rejected": bad}, "dpo")[1]
+        pair = parse_record({"prompt": prompt, "chosen": good, "rejected": bad}, "pair")[1]
         assert turns(pair.chosen) == [("user", "q"), ("assistant", "good")]
         assert turns(pair.rejected) == [("user", "q"), ("assistant", "bad")]
     assert turns(parse_record({"prompt": cell("user", "q"), "completion": cell("assistant", "a")})[1]) == ASKED
     # JSON that is an answer stays one.
     for text in ('[{"a": 1}]', "[{oops", '["role"]', good):
-        pair = parse_record({"prompt": "q", "chosen": text, "rejected": "bad"}, "dpo")[1]
+        pair = parse_record({"prompt": "q", "chosen": text, "rejected": "bad"}, "pair")[1]
         assert turns(pair.chosen)[1] == ("assistant", text)
         assert turns(parse_record({"prompt": "q", "completion": text})[1])[1] == ("assistant", text)
 
@@ -390,7 +390,7 @@ def test_a_pair_whose_calls_before_the_answer_differ_is_no_pair_of_one_prompt():
 
 @pytest.mark.parametrize(("form", "record"), [item[1:] for item in PAIRS], ids=[item[0] for item in PAIRS])
 def test_a_preference_record_becomes_two_answers_to_one_prompt(form, record):
-    name, parsed = parse_record(record, "dpo")
+    name, parsed = parse_record(record, "pair")
     assert isinstance(parsed, PreferencePair)
     assert name == form
     assert turns(parsed.chosen) == [("user", "q"), ("assistant", "good")]
@@ -464,8 +464,8 @@ def test_a_condemned_answer_is_not_trained():
 def test_a_text_is_a_document_and_beside_other_keys_the_task_decides():
     assert parse_record({"text": "words", "url": "x"}) == ("text", Document("words"))
     alpaca = {"instruction": "q", "output": "a", "text": "the whole prompt"}
-    assert parse_record(alpaca, "sft")[0] == "alpaca"
-    assert parse_record(alpaca, "pretrain")[0] == "text"
+    assert parse_record(alpaca, "conversation")[0] == "alpaca"
+    assert parse_record(alpaca, "document")[0] == "text"
     with pytest.raises(MalformedRecord, match="data_format"):
         parse_record(alpaca)
     assert parse_record(alpaca, data_format="alpaca")[0] == "alpaca"
@@ -473,9 +473,9 @@ def test_a_text_is_a_document_and_beside_other_keys_the_task_decides():
 
 def test_a_record_for_another_task_says_which():
     with pytest.raises(MalformedRecord, match="task_type dpo"):
-        parse_record(PAIRS[0][2], "sft")
+        parse_record(PAIRS[0][2], "conversation")
     with pytest.raises(MalformedRecord, match="task_type pretrain"):
-        parse_record({"text": "x"}, "sft")
+        parse_record({"text": "x"}, "conversation")
 
 
 def test_a_forced_format_names_the_key_it_misses():
@@ -508,7 +508,7 @@ def test_instances_are_an_example_each():
         "instruction": "i",
         "instances": [{"input": "x", "output": "a"}, {"output": "b"}, {"inputs": "z", "targets": ["c"], "loss": False}],
     }
-    _, parsed = parse_record(record, "sft")
+    _, parsed = parse_record(record, "conversation")
     assert [turns(one) for one in parsed] == [
         [("system", "s"), ("user", "i\nx"), ("assistant", "a")],
         [("system", "s"), ("user", "i"), ("assistant", "b")],
@@ -616,10 +616,10 @@ def test_one_system_prompt_that_stands_in_two_places_is_one():
         {"system": "s", "conversation": [{"system": "s", "human": "q", "assistant": "a"}]},
         {"system": "s", "prompt": [system, QUESTION], "completion": [answer]},
     ):
-        found = read_record(record, "sft")
+        found = read_record(record, "conversation")
         assert (turns(found.parsed), found.unread) == ([("system", "s"), *ASKED], {})
     pair = {"system": "s", "chosen": [system, QUESTION, GOOD], "rejected": [system, QUESTION, BAD]}
-    assert turns(parse_record(pair, "dpo")[1].chosen) == [("system", "s"), ("user", "q"), ("assistant", "good")]
+    assert turns(parse_record(pair, "pair")[1].chosen) == [("system", "s"), ("user", "q"), ("assistant", "good")]
 
 
 REPLY = {"role": "assistant", "content": "a"}
@@ -643,7 +643,7 @@ LONG = [{"from": "human", "value": "Solve this. q\n"}, {"from": "gpt", "value": 
     ],
 )
 def test_messages_are_taken_before_the_question_and_answer_that_they_say_again(record, form, unread):
-    for task in ("sft", None):
+    for task in ("conversation", None):
         found = read_record(record, task)
         assert (found.format, turns(found.parsed), found.unread) == (form, ASKED, unread)
 
@@ -666,7 +666,7 @@ def test_messages_beside_a_question_of_another_matter_are_two_formats():
     ],
 )
 def test_the_first_span_of_a_context_is_its_answer(answers, unread):
-    found = read_record({"id": "x1", "question": "q", "context": "c", "answers": answers}, "sft")
+    found = read_record({"id": "x1", "question": "q", "context": "c", "answers": answers}, "conversation")
     assert turns(found.parsed) == [("user", "q\nc"), ("assistant", "a")]
     assert found.unread == {"id": 2, **unread}
     with pytest.raises(MalformedRecord, match=r"answers.text is empty"):
@@ -674,7 +674,7 @@ def test_the_first_span_of_a_context_is_its_answer(answers, unread):
 
 
 def test_keys_in_capitals_are_known_where_no_format_has_them_so():
-    found = read_record({"Question": "q", "Complex_CoT": "why", "Response": "a"}, "sft")
+    found = read_record({"Question": "q", "Complex_CoT": "why", "Response": "a"}, "conversation")
     assert (turns(found.parsed), found.unread) == (ASKED, {"Complex_CoT": 3})
     for record in (
         {"Instruction": "q", "Input": "", "Output": "a"},
@@ -683,12 +683,12 @@ def test_keys_in_capitals_are_known_where_no_format_has_them_so():
         {"User": "q", "Answer": "a"},
         {"Messages": [QUESTION, REPLY]},
     ):
-        assert turns(parse_record(record, "sft")[1]) == ASKED
-    assert turns(parse_record({"Instruction": "q", "Output": "a"}, "sft", "alpaca")[1]) == ASKED
+        assert turns(parse_record(record, "conversation")[1]) == ASKED
+    assert turns(parse_record({"Instruction": "q", "Output": "a"}, "conversation", "alpaca")[1]) == ASKED
     for label, trained in ((1, True), ("0", False)):
-        labelled = parse_record({"Prompt": "q", "Completion": "a", "Label": label}, "sft")[1]
+        labelled = parse_record({"Prompt": "q", "Completion": "a", "Label": label}, "conversation")[1]
         assert labelled.desirable is trained
-    pair = parse_record({"Prompt": "q", "Chosen": "good", "Rejected": "bad"}, "dpo")[1]
+    pair = parse_record({"Prompt": "q", "Chosen": "good", "Rejected": "bad"}, "pair")[1]
     assert turns(pair.rejected) == [("user", "q"), ("assistant", "bad")]
     # Exact keys are the record's own, and those in capitals beside them are others.
     found = read_record({"instruction": "q", "output": "a", "Input": "x", "Output": "y"})
@@ -714,7 +714,7 @@ def test_keys_in_capitals_are_known_where_no_format_has_them_so():
     ],
 )
 def test_two_answers_in_a_list_are_ordered_by_the_numbers_beside_them(beside, texts):
-    pair = parse_record({"question": "q", "responses": texts, **beside}, "dpo")[1]
+    pair = parse_record({"question": "q", "responses": texts, **beside}, "pair")[1]
     assert turns(pair.chosen) == [("user", "q"), ("assistant", "good")]
     assert turns(pair.rejected) == [("user", "q"), ("assistant", "bad")]
 
@@ -733,7 +733,7 @@ def test_two_answers_in_a_list_are_ordered_by_the_numbers_beside_them(beside, te
 )
 def test_numbers_that_prefer_neither_answer_are_refused_by_name(beside, said):
     with pytest.raises(MalformedRecord, match=said):
-        parse_record({"question": "q", "responses": ["a", "b"], **beside}, "dpo")
+        parse_record({"question": "q", "responses": ["a", "b"], **beside}, "pair")
 
 
 def test_parts_of_reasoning_text_and_calls_are_the_parts_of_a_reply():
@@ -851,21 +851,21 @@ def test_beside_a_record_a_measured_loss_is_no_flag_and_a_weight_is_one():
 @pytest.mark.parametrize(
     ("record", "task", "said"),
     [
-        ({"instruction": "q", "output": 3}, "sft", r"output must be text, .*\(read as alpaca, because it has 'inst"),
+        ({"instruction": "q", "output": 3}, "conversation", r"must be text, .*\(read as alpaca, because it has 'inst"),
         ({"messages": {}}, None, r"read as messages, because it has 'messages'"),
-        ({"prompt": "q", "chosen": "a", "rejected": 3}, "dpo", r"'prompt', 'chosen', 'rejected'"),
-        ({"instruction": "q", "output": ["a", ""]}, "dpo", r"output\[1\] is empty .read as preference_list"),
-        ({"instruction": "q", "output": ["a", None]}, "dpo", r"output\[1\] must be text, not null"),
-        ({"instruction": "q", "output": ["a", "b", "c"]}, "dpo", r"output must be \[chosen, rejected\], not 3"),
-        ({"input": ["q"], "output": ["a", "b"]}, "sft", "input has 1 turn.* and output 2"),
-        ({"input": ["q", 5], "output": ["a", "b"]}, "sft", r"input\[1\] must be text, not number"),
-        ({"instruction": "i", "instances": [{"input": "x"}]}, "sft", r"instances\[0\].output is missing"),
-        ({"instruction": "i", "instances": []}, "sft", "instances is empty"),
-        ({"prompt": "q", "chosen": ["a", "b"], "rejected": ["c"]}, "dpo", "chosen must be text, not list"),
-        ({"chosen_messages": [QUESTION], "rejected_messages": [QUESTION, BAD]}, "dpo", "chosen_messages|same prompt"),
-        ({"conversations": {"from": ["human"], "value": ["q", "a"]}}, "sft", "conversations must be list, not object"),
-        ({"messages": "no json"}, "sft", "messages must be list, not text"),
-        ({"messages": "[1"}, "sft", "messages is not valid JSON"),
+        ({"prompt": "q", "chosen": "a", "rejected": 3}, "pair", r"'prompt', 'chosen', 'rejected'"),
+        ({"instruction": "q", "output": ["a", ""]}, "pair", r"output\[1\] is empty .read as preference_list"),
+        ({"instruction": "q", "output": ["a", None]}, "pair", r"output\[1\] must be text, not null"),
+        ({"instruction": "q", "output": ["a", "b", "c"]}, "pair", r"output must be \[chosen, rejected\], not 3"),
+        ({"input": ["q"], "output": ["a", "b"]}, "conversation", "input has 1 turn.* and output 2"),
+        ({"input": ["q", 5], "output": ["a", "b"]}, "conversation", r"input\[1\] must be text, not number"),
+        ({"instruction": "i", "instances": [{"input": "x"}]}, "conversation", r"instances\[0\].output is missing"),
+        ({"instruction": "i", "instances": []}, "conversation", "instances is empty"),
+        ({"prompt": "q", "chosen": ["a", "b"], "rejected": ["c"]}, "pair", "chosen must be text, not list"),
+        ({"chosen_messages": [QUESTION], "rejected_messages": [QUESTION, BAD]}, "pair", "chosen_messages|same prompt"),
+        ({"conversations": {"from": ["human"], "value": ["q", "a"]}}, "conversation", "must be list, not object"),
+        ({"messages": "no json"}, "conversation", "messages must be list, not text"),
+        ({"messages": "[1"}, "conversation", "messages is not valid JSON"),
     ],
 )  # fmt: skip
 def test_a_malformed_row_says_which_format_was_taken_for_it_and_why(record, task, said):
@@ -897,11 +897,11 @@ def trained_texts(example: Any) -> list[str]:
     return texts
 
 
-@pytest.mark.parametrize("task", ["sft", "dpo"])
+@pytest.mark.parametrize("task", ["conversation", "pair"])
 def test_a_file_of_all_shapes_trains_every_reply_behind_its_questions(tmp_path, task):
     chats = [(record, expected) for _, _, record, expected in (*CHATS, *FURTHER_CHATS)]
     pairs = [(record, [("user", "q")]) for _, _, record in (*PAIRS, *FURTHER_PAIRS)]
-    rows = chats if task == "sft" else pairs
+    rows = chats if task == "conversation" else pairs
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record, _ in rows), encoding="utf-8")
     encoder = Encoder(tiny_tokenizer(), bind_template("qwen2.5", tiny_tokenizer()))
@@ -909,7 +909,7 @@ def test_a_file_of_all_shapes_trains_every_reply_behind_its_questions(tmp_path, 
     assert examples.ledger.rows == examples.ledger.kept == len(examples) == len(rows)
     for number, (record, expected) in enumerate(rows):
         replies = [content for role, content in expected if role == "assistant"]
-        assert trained_texts(examples[number]) == (replies if task == "sft" else ["good", "bad"]), record
+        assert trained_texts(examples[number]) == (replies if task == "conversation" else ["good", "bad"]), record
         text = tiny_tokenizer().decode(examples[number].input_ids.tolist(), skip_special_tokens=False)
         for role, content in expected:
             assert f"<|im_start|>{role}\n{content}<|im_end|>" in text, record
@@ -950,7 +950,7 @@ def test_an_odd_value_anywhere_is_read_or_malformed(record):
 
             yield from variants(part, inside)
 
-    for task in ("sft", "dpo", None):
+    for task in ("conversation", "pair", None):
         for changed in variants(record, lambda odd: odd):
             try:
                 read_record(changed, task)

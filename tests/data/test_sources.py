@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from firefly.config import DataConfig, load_config
-from firefly.data.dataset import find_task, load_split
+from firefly.data.dataset import find_kind, load_split
 from firefly.data.encoding import Encoder
 from firefly.data.ledger import Ledger
 from firefly.data.preparation import Preparation
@@ -218,15 +218,15 @@ def test_rows_too_long_have_the_fate_that_is_asked_for(write, encoder, policy, k
 def test_pairs_and_documents_have_ledgers_that_add_up(shared, qwen_tokenizer):
     encoder = Encoder(qwen_tokenizer, bind_template("qwen", qwen_tokenizer))
     for name, task, form, rows in (
-        ("dpo_en_demo.json", "dpo", "preference_sharegpt", 300),
-        ("firefly_dpo.jsonl", "dpo", "preference", 16),
-        ("c4_demo.jsonl", "pretrain", "text", 300),
-        ("wiki_demo.txt", "pretrain", "text", 30),
-        ("glaive_toolcall_en_demo.json", "sft", "sharegpt", 300),
-        ("kto_en_demo.json", "sft", "labelled_messages", 300),
+        ("dpo_en_demo.json", "pair", "preference_sharegpt", 300),
+        ("firefly_dpo.jsonl", "pair", "preference", 16),
+        ("c4_demo.jsonl", "document", "text", 300),
+        ("wiki_demo.txt", "document", "text", 30),
+        ("glaive_toolcall_en_demo.json", "conversation", "sharegpt", 300),
+        ("kto_en_demo.json", "conversation", "labelled_messages", 300),
     ):
         config = DataConfig(train_file=str(shared / "data" / name), max_seq_length=2048)
-        assert find_task(config) == task
+        assert find_kind(config) == task
         ledger = load_split(config, encoder, task).train.ledger
         assert (ledger.rows, dict(ledger.formats)) == (rows, {form: rows})
         assert ledger.rows == ledger.kept + ledger.cut + sum(ledger.lost.values())
@@ -246,7 +246,7 @@ def test_tool_calls_of_a_real_file_are_trained_with_a_template_that_has_them(sha
 @pytest.mark.parametrize(("policy", "kept"), [("cut_turns", 1), ("drop", 0), ("error", 0)])
 def test_of_a_row_that_makes_several_examples_none_is_dropped_alone(policy, kept, encoder):
     config = DataConfig(train_file="f", max_seq_length=10, on_too_long=policy)
-    preparation = Preparation(config, encoder, "sft", Ledger("f"))
+    preparation = Preparation(config, encoder, "conversation", Ledger("f"))
     ids = np.arange(15, dtype=np.int32)
     examples = [
         Tokens(ids[:5], ids[:5]),

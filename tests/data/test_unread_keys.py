@@ -25,7 +25,7 @@ def encoder() -> Encoder:
     return Encoder(tokenizer, bind_template("qwen2.5", tokenizer))
 
 
-def load(path: Path, *rows: Any, task: str = "sft", **options: Any) -> Any:
+def load(path: Path, *rows: Any, task: str = "conversation", **options: Any) -> Any:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = DataConfig(train_file=str(path), max_malformed_rows=100, max_lost_share=1.0, **options)
     return load_split(config, encoder(), task).train
@@ -79,13 +79,13 @@ def test_a_number_under_a_key_of_a_message_that_nobody_reads_is_a_finding_with_i
     }
     assert "not read: what stands under messages[].keep (2 row(s)), messages[].meta (1 row(s))" in ledger.summary()
     pair = {"conversations": [USER], "chosen": {**REPLY, "rank": 1}, "rejected": {**REPLY, "content": "b"}}
-    assert read_record(pair, "dpo").unread == {"chosen.rank": 0}
+    assert read_record(pair, "pair").unread == {"chosen.rank": 0}
 
 
 def test_a_text_that_stands_in_the_conversation_anyway_is_not_left_out() -> None:
     pair = {"chosen": [USER, REPLY], "rejected": [USER, {**REPLY, "content": "b"}]}
-    assert read_record({**pair, "prompt": "q", "messages": [USER, REPLY]}, "dpo").unread == {}
-    assert read_record({**pair, "prompt": "other", "messages": [USER, {**REPLY, "content": "c"}]}, "dpo").unread == {
+    assert read_record({**pair, "prompt": "q", "messages": [USER, REPLY]}, "pair").unread == {}
+    assert read_record({**pair, "prompt": "other", "messages": [USER, {**REPLY, "content": "c"}]}, "pair").unread == {
         "prompt": 5,
         "messages": 14,  # with the names of its roles
     }
@@ -95,7 +95,7 @@ def test_a_text_that_stands_in_the_conversation_anyway_is_not_left_out() -> None
 def test_a_row_that_its_label_condemns_is_lost_for_that_reason(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("prompt,completion,label\nq,a,1\nq,b,0\nq,c,1\n", encoding="utf-8")
-    ledger = load_split(DataConfig(train_file=str(path), max_lost_share=1.0), encoder(), "sft").train.ledger
+    ledger = load_split(DataConfig(train_file=str(path), max_lost_share=1.0), encoder(), "conversation").train.ledger
     assert (ledger.formats["labelled_answer"], ledger.kept, ledger.lost["no_target"]) == (3, 2, 1)
     (lost,) = [item.message for item in ledger.findings if item.cause == "no_target"]
     assert lost.startswith("nothing in it is trained: label condemns its answer")
@@ -137,7 +137,7 @@ def test_numbers_that_prefer_the_rejected_answer_are_a_finding_with_its_count(tm
         {**pair, "chosen_rank": 1, "rejected_rank": 2},
         {**pair, "chosen_score": None, "rejected_score": 1},
     ]
-    ledger = load(tmp_path / "rows.jsonl", *rows, task="dpo", max_prompt_length=None).ledger
+    ledger = load(tmp_path / "rows.jsonl", *rows, task="pair", max_prompt_length=None).ledger
     form = "{} and {} prefer the rejected answer, in {} row(s), this one the first: chosen is taken for the better one"
     assert [(item.line, item.message) for item in ledger.findings if item.cause == "outscored"] == [
         (2, form.format("score_chosen", "score_rejected", 2)),
@@ -194,7 +194,8 @@ def test_a_loss_asked_for_where_none_is_trained_is_a_finding(tmp_path: Path) -> 
 )  # fmt: skip
 def test_what_each_format_leaves_is_known_by_its_key(record: dict[str, Any], unread: str) -> None:
     task = next(
-        (task for key, task in (("text", "pretrain"), ("instruction", "sft")) if next(iter(record)) == key), None
+        (task for key, task in (("text", "document"), ("instruction", "conversation")) if next(iter(record)) == key),
+        None,
     )
     (found,) = read_record(record, task).unread
     assert found == unread or found.endswith(f".{unread}")
@@ -219,28 +220,28 @@ def pairs(*texts: str) -> list[dict[str, str]]:
 
 
 SHAPES: list[tuple[str, dict[str, Any]]] = [
-    ("sft", {"messages": pairs("q", "a")}),
-    ("sft", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}),
-    ("sft", {"conversation": [{"human": "q", "assistant": "a"}]}),
-    ("sft", {"chat": {"turn_1": {"Human": "<|Human|>: q<eoh>\n", "MOSS": "<|MOSS|>: a<eom>\n"}}}),
+    ("conversation", {"messages": pairs("q", "a")}),
+    ("conversation", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}),
+    ("conversation", {"conversation": [{"human": "q", "assistant": "a"}]}),
+    ("conversation", {"chat": {"turn_1": {"Human": "<|Human|>: q<eoh>\n", "MOSS": "<|MOSS|>: a<eom>\n"}}}),
     *(
-        ("sft", {question: "q", answer: "a"})
+        ("conversation", {question: "q", answer: "a"})
         for question in ("instruction", "question", "query", "prompt", "input", "problem", "user")
         for answer in ("output", "response", "answer", "std_answer", "target", "completion", "solution", "assistant")
     ),
-    ("sft", {"prompt": pairs("q", "r")[:1], "completion": pairs("q", "a")[1:]}),
-    ("sft", {"input": ["q", "r"], "output": ["a", "b"]}),
-    ("sft", {"instruction": "q", "instances": [{"input": "x", "output": "a"}, {"input": "y", "output": "b"}]}),
-    ("sft", {"messages": pairs("q", "a"), "label": True}),
-    ("sft", {"prompt": "q", "completion": "a", "label": True}),
-    ("dpo", {"chosen": pairs("q", "a"), "rejected": pairs("q", "b")}),
-    ("dpo", {"prompt": "q", "chosen": "a", "rejected": "b"}),
-    ("dpo", {"conversations": pairs("q", "a")[:1], "chosen": pairs("q", "a")[1], "rejected": pairs("q", "b")[1]}),
-    ("dpo", {"chosen_messages": pairs("q", "a"), "rejected_messages": pairs("q", "b")}),
-    ("dpo", {"messages": pairs("q", "a"), "rejected_response": "b"}),
-    ("dpo", {"question": "q", "response_j": "a", "response_k": "b"}),
-    ("dpo", {"instruction": "q", "output": ["a", "b"]}),
-    ("pretrain", {"text": "document"}),
+    ("conversation", {"prompt": pairs("q", "r")[:1], "completion": pairs("q", "a")[1:]}),
+    ("conversation", {"input": ["q", "r"], "output": ["a", "b"]}),
+    ("conversation", {"instruction": "q", "instances": [{"input": "x", "output": "a"}, {"input": "y", "output": "b"}]}),
+    ("conversation", {"messages": pairs("q", "a"), "label": True}),
+    ("conversation", {"prompt": "q", "completion": "a", "label": True}),
+    ("pair", {"chosen": pairs("q", "a"), "rejected": pairs("q", "b")}),
+    ("pair", {"prompt": "q", "chosen": "a", "rejected": "b"}),
+    ("pair", {"conversations": pairs("q", "a")[:1], "chosen": pairs("q", "a")[1], "rejected": pairs("q", "b")[1]}),
+    ("pair", {"chosen_messages": pairs("q", "a"), "rejected_messages": pairs("q", "b")}),
+    ("pair", {"messages": pairs("q", "a"), "rejected_response": "b"}),
+    ("pair", {"question": "q", "response_j": "a", "response_k": "b"}),
+    ("pair", {"instruction": "q", "output": ["a", "b"]}),
+    ("document", {"text": "document"}),
 ]
 
 
@@ -263,7 +264,7 @@ def test_the_text_of_any_further_key_is_trained_or_context_or_named(tmp_path: Pa
             texts[key] = marked(number)
             place[key] = [{"x": texts[key]}] if nested and key not in ("context", "input") else texts[key]
     examples = load(tmp_path / "rows.jsonl", record, task=task, max_prompt_length=None, text_documents="line")
-    documents = examples.documents if task == "pretrain" else examples
+    documents = examples.documents if task == "document" else examples
     decoded = "".join(tiny_tokenizer().decode(documents[n].input_ids.tolist()) for n in range(len(documents)))
     said = "\n".join(finding.message for finding in documents.ledger.findings)
     if not set(texts) & set(KNOWN):

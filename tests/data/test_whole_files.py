@@ -63,18 +63,18 @@ def message_pair(row: dict[str, Any]) -> tuple[list[str], list[str]]:
 
 
 FILES: dict[str, tuple[str, int, Read]] = {
-    "alpaca_en_demo.json": ("sft", 999, alpaca),
-    "alpaca_zh_demo.json": ("sft", 1000, alpaca),
-    "identity.json": ("sft", 91, alpaca),
-    "firefly_sft.jsonl": ("sft", 33, firefly),
-    "glaive_toolcall_en_demo.json": ("sft", 300, glaive),
-    "kto_en_demo.json": ("sft", 300, kto),
-    "dpo_en_demo.json": ("dpo", 300, sharegpt_pair),
-    "dpo_zh_demo.json": ("dpo", 300, sharegpt_pair),
-    "firefly_dpo.jsonl": ("dpo", 16, message_pair),
-    "c4_demo.jsonl": ("pretrain", 300, lambda row: ([row["text"]], [])),
-    "firefly_pretrain.jsonl": ("pretrain", 45, lambda row: ([row["text"]], [])),
-    "wiki_demo.txt": ("pretrain", 30, lambda row: ([row], [])),
+    "alpaca_en_demo.json": ("conversation", 999, alpaca),
+    "alpaca_zh_demo.json": ("conversation", 1000, alpaca),
+    "identity.json": ("conversation", 91, alpaca),
+    "firefly_sft.jsonl": ("conversation", 33, firefly),
+    "glaive_toolcall_en_demo.json": ("conversation", 300, glaive),
+    "kto_en_demo.json": ("conversation", 300, kto),
+    "dpo_en_demo.json": ("pair", 300, sharegpt_pair),
+    "dpo_zh_demo.json": ("pair", 300, sharegpt_pair),
+    "firefly_dpo.jsonl": ("pair", 16, message_pair),
+    "c4_demo.jsonl": ("document", 300, lambda row: ([row["text"]], [])),
+    "firefly_pretrain.jsonl": ("document", 45, lambda row: ([row["text"]], [])),
+    "wiki_demo.txt": ("document", 30, lambda row: ([row], [])),
 }
 
 
@@ -113,12 +113,12 @@ def test_every_row_of_a_public_file_trains_what_it_says_behind_its_context(share
     encoder = Encoder(qwen_tokenizer, bind_template("qwen2.5", qwen_tokenizer))
     config = DataConfig(train_file=str(path), max_seq_length=100_000, max_prompt_length=None, max_lost_share=1.0)
     split = load_split(config, encoder, task)
-    examples = split.train.documents if task == "pretrain" else split.train
+    examples = split.train.documents if task == "document" else split.train
     ledger = examples.ledger
     assert ledger.rows == count == ledger.kept + ledger.cut + sum(ledger.lost.values())
     assert (ledger.cut, ledger.lost["malformed"], ledger.lost["refused"]) == (0, 0, 0)
 
-    end = "<|endoftext|>" if task == "pretrain" else STOP
+    end = "<|endoftext|>" if task == "document" else STOP
     expected = [(targets, context) for targets, context in map(read, rows) if targets]
     assert len(examples) == len(expected) == ledger.kept
     for number, (targets, context) in enumerate(expected):
@@ -136,7 +136,7 @@ def test_of_public_files_only_labels_and_identifiers_are_not_read(shared, qwen_t
     def unread(name: str) -> dict[str, int]:
         config = DataConfig(train_file=str(shared / "data" / name), max_lost_share=1.0)
         split = load_split(config, encoder, FILES[name][0])
-        examples = split.train.documents if FILES[name][0] == "pretrain" else split.train
+        examples = split.train.documents if FILES[name][0] == "document" else split.train
         assert not examples.ledger.counts["wrapped_text"]
         return dict(examples.ledger.unread_keys)
 
@@ -149,7 +149,7 @@ def test_of_public_files_only_labels_and_identifiers_are_not_read(shared, qwen_t
 # ---- the reported rows
 
 
-def load(path: Path, encoder: Encoder, task: str = "sft", **options: Any) -> Any:
+def load(path: Path, encoder: Encoder, task: str = "conversation", **options: Any) -> Any:
     config = DataConfig(train_file=str(path), max_malformed_rows=100, max_lost_share=1.0, **options)
     return load_split(config, encoder, task).train
 
@@ -201,7 +201,7 @@ def test_the_reported_shapes_are_trained(shared, encoder, tmp_path):
     for number, line in enumerate(lines, start=1):
         (tmp_path / f"{number}.jsonl").write_text(line, encoding="utf-8")
 
-    def trained(number: int, task: str = "sft", **options: Any) -> list[list[str]]:
+    def trained(number: int, task: str = "conversation", **options: Any) -> list[list[str]]:
         examples = load(tmp_path / f"{number}.jsonl", encoder, task, **options)
         assert examples.ledger.kept == 1
         return [
@@ -213,8 +213,8 @@ def test_the_reported_shapes_are_trained(shared, encoder, tmp_path):
     assert trained(2) == [["Hi, how can I help?", "Four."]]
     assert trained(3) == [["Green."]]
     assert trained(4) == [["An oak."]]
-    assert trained(5, "dpo") == [["A wren.", "Bird."]]
-    assert trained(6, "dpo") == [["A pear", "Fruit"]]
+    assert trained(5, "pair") == [["A wren.", "Bird."]]
+    assert trained(6, "pair") == [["A pear", "Fruit"]]
     assert trained(7) == [["Eight"]]
     call = '<tool_call>\n{"name": "Search", "arguments": {"query": "weather Oslo"}}\n</tool_call>'
     moss = Encoder(encoder.tokenizer, bind_template("qwen2.5", encoder.tokenizer, thinking="strip"))

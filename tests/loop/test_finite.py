@@ -19,7 +19,7 @@ from firefly.loop import NAMED_ROWS, look_at, name_rows
 from firefly.runs.checkpoints import checkpoints
 from firefly.runs.metrics import read_metrics
 from firefly.tasks.base import Task
-from firefly.tasks.causal import CausalTask
+from firefly.tasks.causal import TokenTask
 from firefly.train import train
 from tiny import ListedExamples, prepared, random_examples, save_tiny_model, tiny_model, write_rows
 from trials import Trial, make_trial
@@ -61,11 +61,11 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def poison(patch: pytest.MonkeyPatch, row: int, how: str) -> None:
     """Row `row` of the data has a loss or a gradient that is no number."""
-    original, step_of = CausalTask.microbatch_loss, Task.backward
+    original, step_of = TokenTask.microbatch_loss, Task.backward
     running: list[tuple[int, ...]] = []
 
-    def poisoned(self: Any, forward: Any, batch: Any, totals: Any) -> Any:
-        loss, measured = original(self, forward, batch, totals)
+    def poisoned(self: Any, forward: Any, batch: Any, totals: Any, of_step: Any) -> Any:
+        loss, measured = original(self, forward, batch, totals, of_step)
         if row not in running.pop(0):
             return loss, measured
         if how == "gradient":
@@ -77,7 +77,7 @@ def poison(patch: pytest.MonkeyPatch, row: int, how: str) -> None:
         running[:] = step.rows
         return step_of(self, model, step)
 
-    patch.setattr(CausalTask, "microbatch_loss", poisoned)
+    patch.setattr(TokenTask, "microbatch_loss", poisoned)
     patch.setattr(Task, "backward", watched)
 
 

@@ -18,7 +18,7 @@ from firefly.models.attention import choose_layout
 from firefly.models.checkpointing import decoder_layers
 from firefly.models.forwards import install_training_forwards
 from firefly.tasks.base import Forward, Task
-from firefly.tasks.causal import CausalTask
+from firefly.tasks.causal import TokenTask
 from firefly.train import train
 from tasks import test_preference
 from tasks.test_steps import EIGHT
@@ -34,9 +34,9 @@ def with_room_for(trial: Trial, tokens: int, late: bool = False) -> list[int]:
     ran: list[int] = []
     original = trial.task.microbatch_loss
 
-    def limited(forward: Forward, batch: Any, totals: Any) -> Any:
+    def limited(forward: Forward, batch: Any, totals: Any, of_step: Any) -> Any:
         size = sum(row.input_ids.shape[1] for row in batch.rows)
-        found = original(forward, batch, totals)
+        found = original(forward, batch, totals, of_step)
         if size <= tokens:
             ran.append(size)
             return found
@@ -201,15 +201,15 @@ def test_a_run_that_runs_out_of_memory_ends_as_one_that_had_the_room(
     }
     monkeypatch.setattr("firefly.runs.metrics.draw_loss", lambda *_: None)
     whole = train(load_config(settings | {"output_dir": str(tmp_path / "whole")}))
-    original, failures = CausalTask.microbatch_loss, [0]
+    original, failures = TokenTask.microbatch_loss, [0]
 
-    def limited(self: Any, forward: Forward, batch: Any, totals: Any) -> Any:
+    def limited(self: Any, forward: Forward, batch: Any, totals: Any, of_step: Any) -> Any:
         if batch.input_ids.shape[1] > 200:
             failures[0] += 1
             raise torch.OutOfMemoryError("no more")
-        return original(self, forward, batch, totals)
+        return original(self, forward, batch, totals, of_step)
 
-    monkeypatch.setattr(CausalTask, "microbatch_loss", limited)
+    monkeypatch.setattr(TokenTask, "microbatch_loss", limited)
     out = train(load_config(settings | {"output_dir": str(tmp_path / "out")}))
     assert failures[0] == 1  # the steps after it are cut smaller
     counts = [json.loads((folder / "train_results.json").read_text()) for folder in (whole, out)]

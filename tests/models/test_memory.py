@@ -147,17 +147,15 @@ def test_optimizer_state_by_name(name: str, expected: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "lengths", "targets", "kept"),
+    ("lengths", "segments", "kept"),
     [
-        ("sft", [200, 100], [50, 50], KERNELS),
-        ("sft", [20, 30], [5, 5], KERNELS_OF_SHORT_ROWS),
-        ("dpo", [400, 300], [200, 200], KERNELS),  # three segments each
-        ("dpo", [150, 150], [100, 100], KERNELS_OF_SHORT_ROWS),
-        ("pretrain", [1024, 1024], [1020, 1020], KERNELS),  # four documents a block
-        ("pretrain", [1024, 1024], [980, 980], KERNELS_OF_SHORT_ROWS),
+        ([200, 100], [1, 1], KERNELS),
+        ([20, 30], [1, 1], KERNELS_OF_SHORT_ROWS),
+        ([400, 300], [3, 3], KERNELS),  # pairs
+        ([150, 150], [3, 3], KERNELS_OF_SHORT_ROWS),
+        ([1024, 1024], [4, 4], KERNELS),  # blocks of documents
+        ([1024, 1024], [44, 44], KERNELS_OF_SHORT_ROWS),
     ],
 )
-def test_short_rows_need_the_code_of_more_products(
-    task: str, lengths: list[int], targets: list[int], kept: int
-) -> None:
-    assert kernels_kept(task, np.array(lengths), np.array(targets)) == kept
+def test_short_rows_need_the_code_of_more_products(lengths: list[int], segments: list[int], kept: int) -> None:
+    assert kernels_kept(np.array(lengths), np.array(segments)) == kept

@@ -105,7 +105,7 @@ def test_steps_of_the_past_are_not_planned_again() -> None:
     """Ten thousand of 512 examples."""
     count = 10_010 * 512
     ones = np.ones(count, dtype=np.int64)
-    counts = ExampleCounts(ones * 300, ones, ones, *[ones * 0] * 4)
+    counts = ExampleCounts(ones * 300, ones, ones, *[ones * 0] * 5)
     plan = StepPlan(counts, StepSettings(512, seed=1), 4096)
     expected = plan.plan(plan.order()[10_000 * 512 : 10_001 * 512])
     plan.start = 10_000

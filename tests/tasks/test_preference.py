@@ -226,7 +226,7 @@ def ask_beforehand(trial: Trial, parts: list[Any]) -> None:
     """Ask the reference of a trial before its steps, as a run does; the steps are packed with what it said."""
     examples: Any = trial.steps.dataset
     task: Any = trial.task
-    task.settings = replace(task.settings, precompute_reference=True)
+    task.config = replace(task.config, preference=replace(task.settings, precompute_reference=True))
     examples.examples.fingerprint = "train"
     if trial.held_out is not None:
         trial.held_out.fingerprint = "held out"

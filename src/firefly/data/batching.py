@@ -7,8 +7,8 @@ they laid into microbatches under a token budget, flat, without padding, each ex
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -48,11 +48,13 @@ class StepTotals:
 class PlannedStep:
     """One optimizer step: which examples lie in which microbatch of this rank, and the totals over all ranks.
 
-    A microbatch without examples fills a place (see `empty_row`).
+    A microbatch without examples fills a place (see `empty_row`). `examples` are those of the whole step in its order,
+    for tasks that look from one to the next.
     """
 
     microbatches: tuple[tuple[int, ...], ...]
     totals: StepTotals
+    examples: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class PackedBatch:
         segments: who sees whom.
         target_index: (targets,) int64, positions whose hidden state predicts a trained token.
         targets: (targets,) int64, the trained tokens.
+        channels: by name, (targets,) each: what a task knows of every target (whose answer it is of, an advantage, a
+            weight). The model is not given them.
     """
 
     input_ids: Tensor
@@ -72,16 +76,25 @@ class PackedBatch:
     segments: tuple[Segment, ...]
     target_index: Tensor
     targets: Tensor
+    channels: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, ids: np.ndarray, segments: Sequence[Segment], index: np.ndarray, targets: np.ndarray) -> PackedBatch:
-        """From numpy arrays of any integer type."""
+    def of(
+        cls,
+        ids: np.ndarray,
+        segments: Sequence[Segment],
+        index: np.ndarray,
+        targets: np.ndarray,
+        **channels: np.ndarray,
+    ) -> PackedBatch:
+        """From numpy arrays of any integer type; `channels` keep theirs."""
         return cls(
             input_ids=torch.from_numpy(ids.astype(np.int64))[None],
             position_ids=torch.from_numpy(segment_positions(segments).astype(np.int64))[None],
             segments=tuple(segments),
             target_index=torch.from_numpy(index.astype(np.int64)),
             targets=torch.from_numpy(targets.astype(np.int64)),
+            channels={name: torch.from_numpy(values) for name, values in channels.items()},
         )
 
     def to(self, device: torch.device) -> PackedBatch:
@@ -106,7 +119,8 @@ class PackedBatch:
             if inside.any():
                 ids, positions = self.input_ids[:, start:end], self.position_ids[:, start:end]
                 index, targets = self.target_index[inside] - start, self.targets[inside]
-                rows.append(PackedBatch(ids, positions, (Segment(0, end - start),), index, targets))
+                channels = {name: values[inside] for name, values in self.channels.items()}
+                rows.append(PackedBatch(ids, positions, (Segment(0, end - start),), index, targets, channels))
         return tuple(rows)
 
     def weights(self) -> Tensor:
@@ -137,12 +151,14 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 
 def _mapped(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of a dataclass with `function` of its tensors, and of those of dataclasses in its tuples."""
+    """A copy of a dataclass with `function` of its tensors, also in its mappings and in dataclasses of its tuples."""
     changed: dict[str, Any] = {}
     for spec in dataclasses.fields(batch):
         value = getattr(batch, spec.name)
         if isinstance(value, Tensor):
             changed[spec.name] = function(value)
+        elif isinstance(value, Mapping):
+            changed[spec.name] = {name: function(tensor) for name, tensor in value.items()}
         elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
             changed[spec.name] = tuple(_mapped(item, function) for item in value)
     return dataclasses.replace(batch, **changed)
@@ -155,22 +171,24 @@ Batch = TypeVar("Batch")
 class Step(Generic[Batch]):
     """A packed step: what the data loader yields and `Task.backward` consumes.
 
-    `rows` are the examples of each microbatch of this rank, by their numbers in the data set; `totals` are all ranks'.
+    `rows` are the examples of each microbatch of this rank, by their numbers in the data set; `totals` and `examples`
+    are all ranks'.
     """
 
     microbatches: tuple[Batch, ...]
     totals: StepTotals
     rows: tuple[tuple[int, ...], ...]
+    examples: tuple[int, ...] = ()
 
     def pin_memory(self) -> Step[Batch]:
         """The step in page-locked memory (asked for by the data loader), so that copies to a GPU wait for nothing."""
         return _mapped(self, Tensor.pin_memory)
 
 
-def empty_row() -> PackedBatch:
+def empty_row(**channels: np.ndarray) -> PackedBatch:
     """One token without a target: what a rank computes when a step has nothing left for it, so that none waits."""
     nothing = np.zeros(0, np.int64)
-    return PackedBatch.of(np.zeros(1, np.int64), [Segment(0, 1)], nothing, nothing)
+    return PackedBatch.of(np.zeros(1, np.int64), [Segment(0, 1)], nothing, nothing, **channels)
 
 
 def pack(examples: Sequence[Tokens]) -> PackedBatch:
@@ -189,11 +207,6 @@ def pack(examples: Sequence[Tokens]) -> PackedBatch:
     return PackedBatch.of(
         np.concatenate([example.input_ids for example in examples]), segments, trained - 1, labels[trained]
     )
-
-
-def pack_rows(rows: Sequence[int], examples: Sequence[Tokens]) -> PackedBatch:
-    """`pack`, for a list of examples that are known by their numbers, too."""
-    return pack(examples)
 
 
 def plan_microbatches(lengths: Sequence[int], budget: int, multiple: int = 1) -> list[list[int]]:
@@ -329,6 +342,7 @@ class StepPlan(Sampler[PlannedStep]):
                 input_tokens=int(self.counts.input_tokens[rows].sum()),
                 nll_targets=0 if self.nll_targets is None else int(self.nll_targets[rows].sum()),
             ),
+            examples=tuple(rows.tolist()),
         )
 
 
@@ -350,11 +364,39 @@ class ExampleList(Protocol):
     def place(self, index: int) -> Source: ...
 
 
+class Packer(Protocol):
+    """Makes microbatches. An object or function of a module, so that data workers can be started with it."""
+
+    def __call__(self, examples: ExampleList, rows: Sequence[int], step: Sequence[int]) -> Any:
+        """One microbatch of the examples with the numbers `rows`, out of a step that holds those of `step`."""
+        ...
+
+
+def pack_rows(examples: ExampleList, rows: Sequence[int], step: Sequence[int]) -> PackedBatch:
+    """`pack`, as a `Packer`."""
+    return pack([examples[row] for row in rows])
+
+
+class StepSource(Protocol):
+    """Where steps come from: whole ones, an epoch at a time, drawn from files or made of what a model generates."""
+
+    def __len__(self) -> int:
+        """Steps of an epoch."""
+        ...
+
+    def epoch(self, number: int, done: int = 0) -> Iterator[Step[Any]]:
+        """The steps of an epoch, without its first `done`."""
+        ...
+
+    def smaller(self, step: Step[Any], budget: int) -> Step[Any]:
+        """The same step in microbatches of at most `budget` tokens; those after it are packed so, too."""
+        ...
+
+
 class PackedExamples(Dataset[Any]):
     """Examples as the data loader sees them: asked for a planned step, it returns the step packed."""
 
-    def __init__(self, examples: ExampleList, pack: Callable[[Sequence[int], list[Any]], Any]) -> None:
-        """`pack` makes one microbatch out of some examples' numbers and the examples themselves."""
+    def __init__(self, examples: ExampleList, pack: Packer) -> None:
         self.examples = examples
         self.pack = pack
 
@@ -365,12 +407,12 @@ class PackedExamples(Dataset[Any]):
         return self.examples[index]
 
     def __getitems__(self, step: PlannedStep) -> Step[Any]:
-        batches = tuple(self.pack(rows, [self.examples[i] for i in rows]) for rows in step.microbatches)
-        return Step(batches, step.totals, step.microbatches)
+        batches = tuple(self.pack(self.examples, rows, step.examples) for rows in step.microbatches)
+        return Step(batches, step.totals, step.microbatches, step.examples)
 
 
 class StepLoader(DataLoader[Any]):
-    """A loader of whole steps, an epoch at a time."""
+    """A source of steps that are drawn from examples (see `StepSource`), packed by workers if there are any."""
 
     def __iter__(self) -> Any:
         """Without workers steps are packed when they are asked for: what torch's loader does about it takes as long."""
@@ -382,12 +424,15 @@ class StepLoader(DataLoader[Any]):
         plan: Any = self.batch_sampler
         return plan
 
-    def start_at(self, epoch: int, step: int) -> None:
-        """The next iteration gives the steps of an epoch, from its step number `step` on."""
-        self.plan.epoch, self.plan.start = epoch, step
+    def epoch(self, number: int, done: int = 0) -> Iterator[Step[Any]]:
+        self.plan.epoch, self.plan.start = number, done
+        return iter(self)
+
+    def smaller(self, step: Step[Any], budget: int) -> Step[Any]:
+        self.plan.budget = budget
+        return self.packed(self.plan.plan(np.array(step.examples, dtype=np.int64)))
 
     def packed(self, planned: PlannedStep) -> Step[Any]:
-        """A step that was planned otherwise."""
         dataset: Any = self.dataset
         return dataset.__getitems__(planned)
 

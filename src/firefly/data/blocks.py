@@ -78,7 +78,9 @@ class Blocks:
             )
             segments += inside  # documents that begin behind the block's first token
         none = np.zeros(len(self), dtype=np.int64)
-        return ExampleCounts(self.lengths, self.lengths - segments, self.lengths, none, none, none, self.sources)
+        return ExampleCounts(
+            self.lengths, self.lengths - segments, self.lengths, none, none, none, segments, self.sources
+        )
 
     def longest_text(self) -> tuple[int, int]:
         """(tokens of the longest segment, the number of its block); (0, 0) without blocks."""

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from firefly.config import DataConfig
+from firefly.config import DataConfig, RecordKind
 from firefly.data.blocks import Blocks
 from firefly.data.encoding import Encoder
 from firefly.data.examples import ExampleFile, Examples
-from firefly.data.formats import FORMATS, MalformedRecord, TaskName, detect_format
+from firefly.data.formats import FORMATS, MalformedRecord, detect_format
 from firefly.data.hygiene import note_findings
 from firefly.data.ledger import Ledger, report
 from firefly.data.preparation import prepare, prepare_once
@@ -80,7 +80,9 @@ class Split:
                 examples.ledger.check(config.max_malformed_rows, config.max_lost_share, config.on_too_long)
 
 
-def load_split(config: DataConfig, encoder: Encoder, task: TaskName = "sft", hub: str = "huggingface") -> Split:
+def load_split(
+    config: DataConfig, encoder: Encoder, kind: RecordKind = "conversation", hub: str = "huggingface"
+) -> Split:
     """Examples of `train_file` and `eval_file`, from the cache or prepared now. Their ledgers are not judged yet.
 
     Raises:
@@ -99,14 +101,14 @@ def load_split(config: DataConfig, encoder: Encoder, task: TaskName = "sft", hub
             value=json.dumps(config.data_format),
             choices=known,
         )
-    if task == "pretrain" and encoder.tokenizer.eos_token_id is None:
+    if kind == "document" and encoder.tokenizer.eos_token_id is None:
         raise UsageError(
             "data.no_eos",
             "task_type pretrain puts the tokenizer's EOS token between documents, and this tokenizer has none. Set "
             "eos_token in its tokenizer_config.json.",
         )
     limit_tokenizer_threads(config.tokenize_num_workers)
-    loader = _Loader(config, encoder, task)
+    loader = _Loader(config, encoder, kind)
     sources = find_sources(config.train_file, "train_file", hub)
     train = [loader.load(source, "train_file") for source in sources]
     held_sources = find_sources(config.eval_file, "eval_file", hub) if config.eval_file else []
@@ -116,7 +118,7 @@ def load_split(config: DataConfig, encoder: Encoder, task: TaskName = "sft", hub
     held = _mix(held_sources, held_out) if held_sources else None
     if config.eval_ratio and len(trained):
         trained, held = _hold_out(trained, config.eval_ratio)
-    if task != "pretrain":
+    if kind != "document":
         return Split(trained, held)
     return Split(_blocks(config, trained), None if held is None else _blocks(config, held))
 
@@ -176,7 +178,7 @@ class _Loaded:
 class _Loader:
     config: DataConfig
     encoder: Encoder
-    task: TaskName
+    kind: RecordKind
 
     def load(self, source: DataSource, key: str) -> list[_Loaded]:
         """The examples of a source's files."""
@@ -193,11 +195,11 @@ class _Loader:
     def _load_file(self, path: Path, max_rows: int | None, key: str) -> _Loaded:
         records = read_records(path, key, self.config.text_documents)  # names a missing file before it is hashed
         content = hash_file(path)
-        shape = cache_key(path, self.config, self.encoder, self.task, max_rows, content)
+        shape = cache_key(path, self.config, self.encoder, self.kind, max_rows, content)
         folder = cache_folder() / "examples" / shape
 
         def make() -> None:
-            prepare(_first(records, max_rows), str(path), self.config, self.encoder, self.task, folder)
+            prepare(_first(records, max_rows), str(path), self.config, self.encoder, self.kind, folder)
 
         if not (folder / "ledger.json").is_file():
             prepare_once(folder, str(path), make)
@@ -213,22 +215,22 @@ def _first(records: Iterator[RawRecord], count: int | None) -> Iterator[RawRecor
     return itertools.takewhile(lambda record: record.blank or next(seen) < count, records)
 
 
-def find_task(config: DataConfig, hub: str = "huggingface") -> TaskName:
-    """The task that the first readable record of the training data is for; `sft` if none can be read."""
+def find_kind(config: DataConfig, hub: str = "huggingface") -> RecordKind:
+    """What the first readable record of the training data holds; a conversation if none can be read."""
     for source in find_sources(config.train_file, "train_file", hub):
         for path in source.files:
             for record in itertools.islice(read_records(path, documents=config.text_documents), 100):
                 if record.problem is None and not record.blank:
                     try:
                         name = config.data_format if config.data_format in FORMATS else detect_format(record.value)
-                        return FORMATS[name].task
+                        return FORMATS[name].kind
                     except MalformedRecord:
                         continue
-    return "sft"
+    return "conversation"
 
 
 def cache_key(
-    path: Path, config: DataConfig, encoder: Encoder, task: TaskName, max_rows: int | None, content: str
+    path: Path, config: DataConfig, encoder: Encoder, kind: RecordKind, max_rows: int | None, content: str
 ) -> str:
     """What a file's examples are cached under: a hash of everything that may shape them, the text of the programs that
     do included, and of its name, which findings have. Whether a run is the same is judged by the examples themselves.
@@ -250,13 +252,13 @@ def cache_key(
             template.on_system,
             template.thinking,
             encoder.tokenizer_hash,
-            encoder.tokenizer.eos_token_id if task == "pretrain" else None,
-            task,
+            encoder.tokenizer.eos_token_id if kind == "document" else None,
+            kind,
             max_rows,
             config.data_format,
             config.text_documents,
-            config.max_seq_length if task != "pretrain" else None,  # blocks are cut from cached documents
-            config.max_prompt_length if task == "dpo" else None,
+            config.max_seq_length if kind != "document" else None,  # blocks are cut from cached documents
+            config.max_prompt_length if kind == "pair" else None,
             config.on_too_long,
             config.train_on,
             config.allow_special_in_content,

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,11 +16,12 @@ from firefly.data.schema import Example, Source, TokenPair, Tokens
 
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
 FIELDS = ("length", "targets", "line", "row", "prompt", "chosen", "chosen_targets")
-INDEX = np.dtype([*((name, "<i4") for name in FIELDS), ("digest", "<u8")])
+INDEX = np.dtype([*((name, "<i4") for name in FIELDS), ("value", "<f4"), ("digest", "<u8")])
 """An example: its tokens, its trained tokens, the line of its row and the row's number among those kept; of a
-preference pair also the tokens of prompt and chosen answer, and how many of the latter are trained (0 otherwise); and a
-hash of ids, labels and the pair's borders. Kept beside the tokens, so that planning the steps of a run, and telling
-whether it is the same run, does not read them."""
+preference pair also the tokens of prompt and chosen answer, and how many of the latter are trained (0 otherwise); what
+its record says of it in a number (the margin of a pair, 1 or 0 for a desirable answer or another; NaN: nothing); and a
+hash of all that is trained of it. Kept beside the tokens, so that planning the steps of a run, and telling whether it
+is the same run, does not read them."""
 ROWS = np.dtype([("line", "<i4"), ("content", "<u8"), ("answer", "<u8")])
 """A kept row: its line, and hashes of what is trained of it and of its last answer (0: none)."""
 
@@ -35,12 +37,17 @@ class ExampleFile:
     """
 
     def __init__(self, folder: Path, ledger: Ledger) -> None:
+        self.folder = folder
         self.ledger = ledger
         reader = pa.ipc.open_file(pa.memory_map(str(folder / "examples.arrow")))
         self._batches = [_Batch.of(reader.get_batch(i)) for i in range(reader.num_record_batches)]
         self._starts = np.cumsum([0, *(len(batch.offsets) - 1 for batch in self._batches)])
         self.index = np.load(folder / "index.npy")
         self.rows = np.load(folder / "rows.npy")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A data worker that is sent it opens the files anew."""
+        return ExampleFile, (self.folder, self.ledger)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -49,11 +56,10 @@ class ExampleFile:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         ids, labels = self._batches[number].row(index - int(self._starts[number]))
         known = self.index[index]
-        return (
-            TokenPair(ids, labels, int(known["prompt"]), int(known["chosen"]))
-            if known["chosen"]
-            else Tokens(ids, labels)
-        )
+        value = None if np.isnan(known["value"]) else float(known["value"])
+        if known["chosen"]:
+            return TokenPair(ids, labels, int(known["prompt"]), int(known["chosen"]), margin=value)
+        return Tokens(ids, labels, desirable=None if value is None else bool(value))
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,8 @@ class ExampleCounts:
         input_tokens: tokens as users count them, the prompt of a pair once for each answer.
         prompt, chosen, chosen_targets: of a pair: tokens of its prompt, of its chosen answer, and how many of the
             latter are trained; 0 otherwise.
+        segments: stretches that attend to nothing beyond themselves, or to a pair's prompt: a document of a block, a
+            conversation, the prompt or an answer of a pair.
         sources: the number of each example's source.
     """
 
@@ -75,7 +83,17 @@ class ExampleCounts:
     prompt: np.ndarray
     chosen: np.ndarray
     chosen_targets: np.ndarray
+    segments: np.ndarray
     sources: np.ndarray
+
+    @classmethod
+    def of(cls, index: np.ndarray, sources: np.ndarray) -> ExampleCounts:
+        """Those of INDEX."""
+        length, targets, prompt, chosen, chosen_targets = (
+            index[name].astype(np.int64) for name in ("length", "targets", "prompt", "chosen", "chosen_targets")
+        )
+        segments = np.where(chosen > 0, 3, 1)
+        return cls(length, targets, length + prompt, prompt, chosen, chosen_targets, segments, sources)
 
     @property
     def sides(self) -> np.ndarray:
@@ -121,7 +139,7 @@ class Examples:
         self._source_of_file = list(source_of_file or [0] * len(self.files))
         given = np.asarray(self._source_of_file, dtype=np.int32)
         self.sources = given[self._file_of] if len(order) else np.zeros(0, dtype=np.int32)
-        self.counts = self._count()
+        self.counts = ExampleCounts.of(self.index, self.sources)
 
     def __len__(self) -> int:
         return len(self._order)
@@ -139,12 +157,6 @@ class Examples:
     def targets(self) -> np.ndarray:
         """Trained tokens of each example, int64 (examples,)."""
         return self.counts.targets
-
-    def _count(self) -> ExampleCounts:
-        length, targets, prompt, chosen, chosen_targets = (
-            self.index[name].astype(np.int64) for name in ("length", "targets", "prompt", "chosen", "chosen_targets")
-        )
-        return ExampleCounts(length, targets, length + prompt, prompt, chosen, chosen_targets, self.sources)
 
     def longest_text(self) -> tuple[int, int]:
         """(tokens of the longest text, the number of its example); (0, 0) without examples."""
@@ -194,10 +206,15 @@ class _Batch:
         return self.ids[span], self.labels[span]
 
 
-def index_entry(example: Example, line: int, row: int) -> tuple[int, ...]:
+def index_entry(example: Example, line: int, row: int) -> tuple[float, ...]:
     """An example's line of INDEX; `row` is the number of its row among those kept."""
-    pair = (example.prompt, example.chosen, example.chosen_targets) if isinstance(example, TokenPair) else (0, 0, 0)
+    if isinstance(example, TokenPair):
+        pair, value = (example.prompt, example.chosen, example.chosen_targets), example.margin
+    else:
+        pair, value = (0, 0, 0), example.desirable
     content = hashlib.blake2b(repr(pair[:2]).encode(), digest_size=8)
+    if value is not None:
+        content.update(np.float32(value).tobytes())
     content.update(np.ascontiguousarray(example.input_ids, dtype="<i4").data)
     content.update(np.ascontiguousarray(example.labels, dtype="<i4").data)
     return (
@@ -206,6 +223,7 @@ def index_entry(example: Example, line: int, row: int) -> tuple[int, ...]:
         line,
         row,
         *pair,
+        np.nan if value is None else float(value),
         int.from_bytes(content.digest(), "little"),
     )
 

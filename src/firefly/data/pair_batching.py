@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from firefly.data.batching import PackedBatch, empty_row, moved
-from firefly.data.schema import IGNORE, TokenPair, Tokens
+from firefly.data.schema import IGNORE, TokenPair
 from firefly.segments import Segment
 
 
@@ -21,20 +21,24 @@ class PairBatch:
     Attributes:
         rows: what the model is called with, one after another: one row of all pairs, or in the solo layout a row for
             either answer of one pair.
-        owner: (targets of all rows,) int64: whose log-probability each target's is: pair i's chosen answer has the
-            number i, its rejected answer pairs + i, its prompt (if that is trained, too) 2 · pairs + i.
+            Their channel `owner` says whose log-probability each target's is: pair i's chosen answer has the number i,
+            its rejected answer pairs + i, its prompt (if that is trained, too) 2 · pairs + i.
         counts: (3, pairs) fp32: targets of the chosen answers, the rejected ones, the prompts.
         reference: (2, pairs) fp32 log-probabilities of the answers under the reference, if computed beforehand.
     """
 
     rows: tuple[PackedBatch, ...]
-    owner: Tensor
     counts: Tensor
     reference: Tensor | None = None
 
     @property
     def pairs(self) -> int:
         return self.counts.shape[1]
+
+    @property
+    def owner(self) -> Tensor:
+        """The channel of all rows, (targets,) int64."""
+        return torch.cat([row.channels["owner"] for row in self.rows])
 
     def to(self, device: torch.device) -> PairBatch:
         """The batch on `device`."""
@@ -55,16 +59,15 @@ def pack_pairs(
     laid = [_lay_out(pair, prompts) for pair in pairs] if shared else []
     if not pairs:
         # As many passes as a pair takes: ranks whose weights are divided have to call the model equally often.
-        rows = [empty_row()] if shared else [empty_row(), empty_row()]
-        owners = [np.zeros(0, np.int64)] * len(rows)
+        rows = [empty_row(owner=np.zeros(0, np.int64)) for _ in range(1 if shared else 2)]
     elif shared:
-        rows, owners = _one_row(laid)
+        rows = [_one_row(laid)]
     else:
-        rows, owners = _row_each(pairs, prompts)
-    owner = torch.from_numpy(np.concatenate(owners).astype(np.int64))
+        rows = _row_each(pairs, prompts)
+    owner = torch.cat([row.channels["owner"] for row in rows])
     counts = torch.bincount(owner, minlength=3 * len(pairs)).view(3, len(pairs)).float()
     kept = None if reference is None else torch.from_numpy(np.ascontiguousarray(reference.T, dtype=np.float32))
-    return PairBatch(tuple(rows), owner, counts, kept)
+    return PairBatch(tuple(rows), counts, kept)
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def _lay_out(pair: TokenPair, prompts: bool) -> _Laid:
     return _Laid(pair, index, pair.input_ids[trained], side)
 
 
-def _one_row(laid: Sequence[_Laid]) -> tuple[list[PackedBatch], list[np.ndarray]]:
+def _one_row(laid: Sequence[_Laid]) -> PackedBatch:
     segments, indices, owners, start = [], [], [], 0
     for number, item in enumerate(laid):
         pair = item.pair
@@ -103,23 +106,18 @@ def _one_row(laid: Sequence[_Laid]) -> tuple[list[PackedBatch], list[np.ndarray]
         owners.append(item.side * len(laid) + number)
         start = end
     ids, targets = (np.concatenate(parts) for parts in zip(*((i.pair.input_ids, i.targets) for i in laid), strict=True))
-    return [PackedBatch.of(ids, segments, np.concatenate(indices), targets)], owners
+    return PackedBatch.of(ids, segments, np.concatenate(indices), targets, owner=np.concatenate(owners))
 
 
-def _row_each(pairs: Sequence[TokenPair], prompts: bool) -> tuple[list[PackedBatch], list[np.ndarray]]:
-    rows, owners = [], []
+def _row_each(pairs: Sequence[TokenPair], prompts: bool) -> list[PackedBatch]:
+    """Each answer behind its prompt; of the chosen one's, the prompt's tokens may be targets, too."""
+    rows = []
     for number, pair in enumerate(pairs):
         for side, tokens in enumerate(pair.sides):
-            row, owner = _alone(tokens, pair.prompt if prompts and side == 0 else 0)
-            rows.append(row)
-            owners.append(np.where(owner == 2, 2, side) * len(pairs) + number)
-    return rows, owners
-
-
-def _alone(tokens: Tokens, prompt: int) -> tuple[PackedBatch, np.ndarray]:
-    """One answer behind its prompt, of which the first `prompt` tokens are targets, too (marked 2)."""
-    trained = np.flatnonzero(tokens.labels != IGNORE)
-    trained = np.concatenate([np.arange(1, prompt), trained[trained > 0]])
-    length = len(tokens.input_ids)
-    row = PackedBatch.of(tokens.input_ids, [Segment(0, length)], trained - 1, tokens.input_ids[trained])
-    return row, np.where(np.arange(len(trained)) < max(prompt - 1, 0), 2, 0)
+            prompt = np.arange(1, pair.prompt if prompts and side == 0 else 1)
+            trained = np.flatnonzero(tokens.labels != IGNORE)
+            trained = np.concatenate([prompt, trained[trained > 0]])
+            sides = np.where(np.arange(len(trained)) < len(prompt), 2, side)
+            alone, ids = [Segment(0, len(tokens.input_ids))], tokens.input_ids
+            rows.append(PackedBatch.of(ids, alone, trained - 1, ids[trained], owner=sides * len(pairs) + number))
+    return rows

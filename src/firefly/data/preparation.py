@@ -21,11 +21,11 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from firefly.config import DataConfig
+from firefly.config import DataConfig, RecordKind
 from firefly.console import notice
 from firefly.data.encoding import Encoder
 from firefly.data.examples import INDEX, ROWS, SCHEMA, index_entry, record_batch
-from firefly.data.formats import MalformedRecord, Parsed, ReadRecord, TaskName, read_record
+from firefly.data.formats import MalformedRecord, Parsed, ReadRecord, read_record
 from firefly.data.ledger import (
     BLANK,
     CUT,
@@ -70,13 +70,13 @@ SIDES = ("chosen", "rejected")
 
 
 def prepare(
-    records: Iterator[RawRecord], file: str, config: DataConfig, encoder: Encoder, task: TaskName, folder: Path
+    records: Iterator[RawRecord], file: str, config: DataConfig, encoder: Encoder, kind: RecordKind, folder: Path
 ) -> None:
     """Write examples.arrow, index.npy, rows.npy and ledger.json into `folder`, which appears whole or not at all."""
     make_cache(folder.parent)
     with atomic_folder(folder) as scratch:
-        lines = task == "pretrain" and config.text_documents == "line" and file.lower().endswith(".txt")
-        preparation = Preparation(config, encoder, task, Ledger(file), WrappedLines() if lines else None)
+        lines = kind == "document" and config.text_documents == "line" and file.lower().endswith(".txt")
+        preparation = Preparation(config, encoder, kind, Ledger(file), WrappedLines() if lines else None)
         index, rows, count = [], [], 0
         with pa.OSFile(str(scratch / "examples.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
             for chunk in preparation.run(with_progress(records, file)):
@@ -170,6 +170,7 @@ class _Row:
     ready: Example | None = None
     document: str | None = None
     pair: PreferencePair | None = None
+    labelled: Labelled | None = None
     answer: int = 0
     condemned: str | None = None
 
@@ -193,7 +194,7 @@ class Preparation:
 
     config: DataConfig
     encoder: Encoder
-    task: TaskName
+    kind: RecordKind
     ledger: Ledger
     lines: WrappedLines | None = None
     unread: dict[str, _KeyCount] = field(default_factory=dict)
@@ -313,7 +314,7 @@ class Preparation:
         return None
 
     def _parse(self, record: RawRecord) -> ReadRecord:
-        read = read_record(record.value, self.task, self.config.data_format)
+        read = read_record(record.value, self.kind, self.config.data_format)
         self.ledger.formats[read.format] += 1
         for key, characters in read.unread.items():
             found = self.unread.setdefault(key, _KeyCount(record.source))
@@ -327,6 +328,8 @@ class Preparation:
 
     def _render(self, source: Source, parsed: Parsed) -> _Row:
         if isinstance(parsed, Labelled):
+            if self.kind == "labelled":
+                return self._render_labelled(source, parsed)
             parsed = parsed.as_demonstration()
         if isinstance(parsed, Conversation):
             parsed = (parsed,)
@@ -362,6 +365,16 @@ class Preparation:
                 vocabulary=vocabulary,
             )
         return _Row(source, [], ready=parsed)
+
+    def _render_labelled(self, source: Source, parsed: Labelled) -> _Row:
+        """Of a labelled conversation the last reply is trained, whichever way."""
+        conversation = select_targets(parsed.conversation, "last")
+        self._note_empty_replies(source, conversation)
+        texts = self.encoder.render(conversation)
+        self._note_identifiers(source, conversation)
+        self._note_unanswered_end(source, [conversation])
+        answer = _answer(conversation) if parsed.desirable else 0
+        return _Row(source, texts, labelled=replace(parsed, conversation=conversation), answer=answer)
 
     @cached_property
     def pairs(self) -> PairEncoder:
@@ -425,7 +438,7 @@ class Preparation:
             if row.pair is not None or isinstance(row.ready, TokenPair):
                 fitted: list[Example] = self._fit_pair(row, examples)
             else:
-                fitted = self._fit(row.source, examples, row.condemned)
+                fitted = self._fit(row, examples)
             if fitted and joined:
                 self.ledger.note(
                     row.source,
@@ -441,40 +454,37 @@ class Preparation:
                 kept.append(KeptRow(row.source, fitted, _hash(parts), row.answer))
         return kept
 
-    def _fit(self, source: Source, examples: Sequence[Tokens], condemned: str | None = None) -> list[Example]:
-        """Fit a row's examples to the length limit, and write the row's fate on the ledger; `condemned` is the key that
-        leaves nothing of it to train, if one does."""
-        if self.task == "pretrain":  # a document is cut into blocks, not to a length
-            fitted: list[Tokens | None] = list(examples)
-        else:
+    def _fit(self, row: _Row, examples: Sequence[Tokens]) -> list[Example]:
+        """Fit a row's examples to the length limit, and write the row's fate on the ledger."""
+        source = row.source
+        if row.document is None:
             fitted = [fit(tokens, self.config.max_seq_length, self.config.on_too_long) for tokens in examples]
-        kept = [tokens for tokens in fitted if tokens is not None and (tokens.num_targets or self._is_text(tokens))]
+            kept = [tokens for tokens in fitted if tokens is not None and tokens.num_targets]
+        else:  # cut into blocks, not to a length; one token has no target alone, and one within a stream
+            fitted: list[Tokens | None] = list(examples)
+            kept = [tokens for tokens in examples if len(tokens.input_ids)]
         whole_or_not = self.config.on_too_long in ("drop", "error")
         if not kept or (whole_or_not and any(tokens is None for tokens in fitted)):
-            if condemned:
+            if row.condemned and not row.labelled:
                 self.ledger.lose(
                     source,
                     NO_TARGET,
                     Phrase(
                         "nothing in it is trained: {field} condemns its answer, and SFT trains no condemned one",
-                        field=condemned,
+                        field=row.condemned,
                     ),
                 )
             else:
                 self._lose(source, examples)
             return []
         self._account(source, examples, kept, examples=len(kept))
-        return [*kept]
-
-    def _is_text(self, tokens: Tokens) -> bool:
-        """A document of one token has no target alone, and one within a stream."""
-        return self.task == "pretrain" and len(tokens.input_ids) > 0
+        return [replace(tokens, desirable=row.labelled.desirable) for tokens in kept] if row.labelled else [*kept]
 
     def _fit_pair(self, row: _Row, sides: Sequence[Any]) -> list[Example]:
         """Fit a pair's prompt and answers to their limits, and write the row's fate on the ledger."""
         policy, limit = self.config.on_too_long, self.config.max_seq_length
-        pair = row.ready if isinstance(row.ready, TokenPair) else TokenPair.of(*sides)
-        whole, most = pair, self.config.max_prompt_length
+        pair = row.ready if isinstance(row.ready, TokenPair) else TokenPair.of(*sides, row.pair and row.pair.margin)
+        whole, most = pair, self.config.max_prompt_length if self.kind == "pair" else None
         if most is not None and pair.prompt > most:
             cut = None
             if policy not in ("drop", "error"):
@@ -506,8 +516,11 @@ class Preparation:
                     limit=most,
                 ),
             )
-        self._account(row.source, whole.sides, kept, examples=1, cuts=[cut for cut in cuts if cut])
-        return [TokenPair.of(*kept)]
+        examples: list[Example] = [TokenPair.of(*kept, whole.margin)]
+        if self.kind == "labelled":
+            examples = [replace(side, desirable=good) for side, good in zip(kept, (True, False), strict=True)]
+        self._account(row.source, whole.sides, kept, len(examples), [cut for cut in cuts if cut])
+        return examples
 
     def _lose(self, source: Source, examples: Sequence[Tokens], sides: Sequence[str] = ()) -> None:
         """Write down why nothing of a row is trained; of a pair, on which sides."""

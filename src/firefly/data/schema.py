@@ -138,12 +138,14 @@ class Tokens:
 
     `input_ids` and `labels` are int32 arrays of one length; `labels[i]` is `input_ids[i]` where token i is trained
     and `IGNORE` elsewhere (unshifted: the loss of token i is read from position i - 1). `starts` says where segments
-    begin in it: a block of pretraining holds several documents that do not see each other.
+    begin in it: a block of pretraining holds several documents that do not see each other. `desirable` is the verdict
+    on its answer, where that is what is trained (KTO).
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     starts: tuple[int, ...] = (0,)
+    desirable: bool | None = None
 
     @property
     def num_targets(self) -> int:
@@ -157,23 +159,25 @@ class TokenPair:
     """A preference pair as the model sees it: the tokens that both answers share, then what follows in each.
 
     `input_ids` and `labels` (int32) lie flat as [prompt][chosen][rejected]; `prompt` and `chosen` are the first two
-    lengths. No token of the prompt is trained, and the first of an answer is predicted from the prompt's last.
+    lengths. No token of the prompt is trained, and the first of an answer is predicted from the prompt's last. `margin`
+    is by how much the record says that the chosen answer is better.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     prompt: int
     chosen: int
+    margin: float | None = None
 
     @classmethod
-    def of(cls, chosen: Tokens, rejected: Tokens) -> TokenPair:
+    def of(cls, chosen: Tokens, rejected: Tokens, margin: float | None = None) -> TokenPair:
         """Share the longest common prefix that ends before the first trained token of either."""
         most = min(int(np.flatnonzero(np.append(side.labels, 0) != IGNORE)[0]) for side in (chosen, rejected))
         differ = np.flatnonzero(chosen.input_ids[:most] != rejected.input_ids[:most])
         prompt = int(differ[0]) if len(differ) else most
         ids = np.concatenate([chosen.input_ids, rejected.input_ids[prompt:]])
         labels = np.concatenate([chosen.labels, rejected.labels[prompt:]])
-        return cls(ids, labels, prompt, len(chosen.input_ids) - prompt)
+        return cls(ids, labels, prompt, len(chosen.input_ids) - prompt, margin)
 
     @property
     def rejected(self) -> int:

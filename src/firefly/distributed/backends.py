@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from firefly import ranks
-from firefly.config import Config
+from firefly.config import RECORDS_OF_TASK, Config
 from firefly.console import notice
 from firefly.errors import UsageError
 from firefly.models.adapters import transformers_model
@@ -182,8 +182,8 @@ def refuse_uneven_passes(config: Config, layout: str, backend: Backend) -> None:
     Raises:
         UsageError: a block of documents would take as many passes as it holds documents.
     """
-    apart = layout == "solo" and config.task_type == "pretrain" and config.data.document_attention == "isolated"
-    if backend.shards_weights and apart:
+    documents = RECORDS_OF_TASK[config.task_type] == "document" and config.data.document_attention == "isolated"
+    if backend.shards_weights and layout == "solo" and documents:
         raise UsageError(
             "engine.documents_apart",
             "{engine} shards the weights, and this model takes each document of a block by itself: ranks would wait "

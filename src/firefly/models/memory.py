@@ -174,16 +174,14 @@ PRODUCTS = 75
 """Different 16-bit products of a Llama with adapters in one microbatch, forward and backward."""
 
 
-def kernels_kept(task: str, lengths: np.ndarray, targets: np.ndarray) -> int:
+def kernels_kept(lengths: np.ndarray, segments: np.ndarray) -> int:
     """How many pieces of code for 16-bit products a CPU should keep: those of a microbatch, which every layer asks for
     again, with room to spare.
 
     Args:
-        lengths, targets: tokens of each example and those that are trained.
+        lengths, segments: tokens of each example, and how many stretches of them attend by themselves.
     """
-    # All of a block of documents is trained but each one's first token; a pair is a prompt and two answers.
-    segments = int((lengths - targets).sum()) if task == "pretrain" else len(lengths) * (3 if task == "dpo" else 1)
-    return KERNELS if lengths.sum() >= SHORT * segments else KERNELS_OF_SHORT_ROWS
+    return KERNELS if lengths.sum() >= SHORT * segments.sum() else KERNELS_OF_SHORT_ROWS
 
 
 def head_bytes(model: Any, device: torch.device, tokens: int, size: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from firefly.config import Config
 from firefly.reports.plan import Plan, local_cards, plan_with
 from firefly.reports.work import Work
+from firefly.tasks import TASKS
 from firefly.translation import Phrase, translate
 
 SHORTEST = 256
@@ -95,8 +96,9 @@ def _changes(plan: Plan) -> Iterator[tuple[str, Any, Phrase, Config, Work]]:
             replace(config, step=again),
             work,
         )
-    if config.task_type == "dpo" and not config.preference.precompute_reference and full:
-        before = replace(config.preference, precompute_reference=True)
+    before = replace(config.preference, precompute_reference=True)
+    asks = TASKS[config.task_type].asks_reference
+    if full and asks(config) and not asks(replace(config, preference=before)):
         yield (
             "precompute_reference",
             True,

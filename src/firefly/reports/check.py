@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from firefly.config import Config, DataConfig, ModelConfig, load_config
+from firefly.config import RECORDS_OF_TASK, Config, DataConfig, ModelConfig, RecordKind, load_config
 from firefly.console import notice
 from firefly.data.certificate import certify
-from firefly.data.dataset import Split, find_task, load_split
+from firefly.data.dataset import Split, find_kind, load_split
 from firefly.data.encoding import Encoder
-from firefly.data.formats import TaskName
 from firefly.data.schema import Tokens
 from firefly.data.templates import ChatTemplate, bind_template, plain_template
 from firefly.errors import UsageError
@@ -39,7 +38,8 @@ class DataCheck:
     """
 
     data: Split
-    task: TaskName
+    task: str
+    kind: RecordKind
     tokenizer: Any
     template: ChatTemplate
     problem: str | None
@@ -49,7 +49,7 @@ class DataCheck:
         examples = self.data.train
         return {
             "task": self.task,
-            "template": None if self.task == "pretrain" else self.template.name,
+            "template": None if self.kind == "document" else self.template.name,
             **self.data.report(),
             "lengths": histogram(examples.counts.input_tokens),
             "target_share": target_shares(examples.counts.input_tokens, examples.targets),
@@ -66,22 +66,25 @@ def check_data(config_file: str, overrides: Mapping[str, Any]) -> DataCheck:
     config = load_config(config_file or {}, overrides, required=("train_file",), to_train=False)
     # Without a configuration the data tells; with one, `firefly train` would not ask it.
     told = config_file or config.given.get("task_type")
-    task: TaskName = config.task_type if told else find_task(config.data, config.model.hub)  # type: ignore[assignment]
+    task, kind = config.task_type, RECORDS_OF_TASK[config.task_type]
+    if not told:
+        kind = find_kind(config.data, config.model.hub)
+        task = next(task for task, wanted in RECORDS_OF_TASK.items() if wanted == kind)
     model = named_model(config).model
     tokenizer = load_tokenizer(model, tokenizer_source(model, config.adapter.name_or_path))
     add_tokens(tokenizer, config.model.add_tokens)
-    template = choose_template(config.data, tokenizer, task)
+    template = choose_template(config.data, tokenizer, kind)
     encoder = Encoder(tokenizer, template, config.data.allow_special_in_content)
-    if task != "pretrain":
+    if kind != "document":
         note_failed_checks(encoder)
-    data = load_split(config.data, encoder, task, config.model.hub)
+    data = load_split(config.data, encoder, kind, config.model.hub)
     try:
         data.check(config.data)
         if has_config(model):
             check_positions(model, data)
     except UsageError as error:
-        return DataCheck(data, task, tokenizer, template, str(error))
-    return DataCheck(data, task, tokenizer, template, None)
+        return DataCheck(data, task, kind, tokenizer, template, str(error))
+    return DataCheck(data, task, kind, tokenizer, template, None)
 
 
 def has_config(model: ModelConfig) -> bool:
@@ -118,10 +121,10 @@ def named_model(config: Config) -> Config:
     return replace(config, model=replace(config.model, name_or_path=EMBEDDED))
 
 
-def choose_template(data: DataConfig, tokenizer: Any, task: TaskName) -> ChatTemplate:
+def choose_template(data: DataConfig, tokenizer: Any, kind: RecordKind) -> ChatTemplate:
     """The configured template; plain documents need none."""
     choices = {"on_system": data.on_system, "thinking": data.thinking, "date": data.template_date}
-    return plain_template() if task == "pretrain" else bind_template(data.template_name, tokenizer, **choices)
+    return plain_template() if kind == "document" else bind_template(data.template_name, tokenizer, **choices)
 
 
 def histogram(values: np.ndarray, bins: int = 12) -> list[dict[str, int]]:
@@ -163,7 +166,7 @@ def show_check(check: DataCheck, console: Any) -> None:
             )
         )
     formats = ", ".join(f"{name} {count}" for name, count in data.train.ledger.formats.items()) or "–"
-    template = "–" if check.task == "pretrain" else check.template.name
+    template = "–" if check.kind == "document" else check.template.name
     console.print(
         translate(
             "format: {formats}; task {task}; template {template}", formats=formats, task=check.task, template=template

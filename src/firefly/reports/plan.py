@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from firefly import ranks
-from firefly.config import Config, load_config
+from firefly.config import RECORDS_OF_TASK, Config, load_config
 from firefly.data.dataset import Split, load_split
 from firefly.distributed.backends import BACKENDS
 from firefly.errors import UsageError
@@ -157,8 +157,8 @@ def make_plan(
         UsageError: the configuration, the data or an option is at fault.
     """
     given = load_config(config_file or {}, overrides, required=("model_name_or_path",))
-    task = TASKS[given.task_type]
-    config = task.settle(given, BACKENDS["single"])
+    records = RECORDS_OF_TASK[given.task_type]
+    config = TASKS[given.task_type].settle(given, BACKENDS["single"])
     machine = describe_machine(memory, device, bool(config.training.get("use_cpu")))
     notes = [machine.assumed] if machine.assumed else []
     data, rows, new = None, 0, []
@@ -169,7 +169,7 @@ def make_plan(
         rows = len(tokenizer)
         if config.data.train_file:
             data = load_split(
-                config.data, bind_encoder(config, tokenizer, task.CHATS), config.task_type, config.model.hub
+                config.data, bind_encoder(config, tokenizer, records != "document"), records, config.model.hub
             )
             if not len(data.train):
                 raise UsageError(
@@ -329,13 +329,8 @@ class _Sizing:
 
     @property
     def with_reference(self) -> bool:
-        """Whether a preference loss asks a reference in every step."""
-        settings = self.config.preference
-        return (
-            self.config.task_type == "dpo"
-            and bool(PREFERENCE_LOSSES[settings.loss].reference)
-            and not settings.precompute_reference
-        )
+        """Whether a reference is asked in every step."""
+        return TASKS[self.config.task_type].asks_reference(self.config)
 
     @property
     def reference_bytes(self) -> int:
@@ -381,14 +376,14 @@ class _Sizing:
         install_checkpointing(self.inner, choices.checkpointing)
         examples = 1 if self.solo else self.config.step.examples_per_rank
         chosen = self.work.heaviest(examples, choices.tokens_per_microbatch)
-        pairs = self.config.task_type == "dpo"
+        pairs = RECORDS_OF_TASK[self.config.task_type] == "pair"
         prompts = pairs and PREFERENCE_LOSSES[self.config.preference.loss].trains_prompt
         return dry_run(
             self.inner,
             self.work.rows(chosen, self.solo, prompts),
             solo=self.solo,
             autocast=self.autocast,
-            per_token=pairs,
+            per_token=pairs or RECORDS_OF_TASK[self.config.task_type] == "labelled",
             accumulated=self.microbatches(choices) > 1,
             card=self.card,
         )
@@ -411,7 +406,7 @@ class _Sizing:
             reference=self.reference_bytes,
             microbatches=computed * (self.steps or 1000),
             shapes=len(np.unique(self.work.lengths)) if self.work.known else 1000,
-            kernels=kernels_kept(self.config.task_type, self.work.lengths, self.work.targets),
+            kernels=kernels_kept(self.work.lengths, self.work.segments),
             available=self.machine.memory,
         )
 

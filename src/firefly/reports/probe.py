@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from firefly.config import Config
+from firefly.config import RECORDS_OF_TASK, Config
 from firefly.data.batching import ExampleList
 from firefly.data.dataset import Split
 from firefly.data.schema import TokenPair
@@ -70,7 +70,7 @@ def probe(plan: Plan, data: Split | None, steps: int = STEPS) -> Probe:
     with tempfile.TemporaryDirectory(prefix="firefly-probe-") as folder:
         job = probe_config(config, examples, longest, Path(folder), steps)
         found = run_probe(job, Path(folder))
-    work = plan.work if config.task_type == "pretrain" else _only(plan.work, longest)
+    work = plan.work if RECORDS_OF_TASK[config.task_type] == "document" else _only(plan.work, longest)
     expected = plan_with(plan, replace(config, training={**config.training, "max_steps": steps}), work)
     predicted = expected.forecast.total
     if plan.machine.kind == "cuda":  # the context is none of the allocator's
@@ -102,7 +102,7 @@ def probe_config(config: Config, examples: ExampleList, rows: np.ndarray, folder
         "max_lost_share": 1.0,
         "resume_from_checkpoint": None,
     }
-    if config.task_type != "pretrain":
+    if RECORDS_OF_TASK[config.task_type] != "document":
         path = folder / "rows.jsonl"
         path.write_text("".join(json.dumps(_record(examples[int(row)])) + "\n" for row in rows), encoding="utf-8")
         changes |= {"train_file": str(path), "data_format": "auto"}

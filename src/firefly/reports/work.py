@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from firefly.config import Config
+from firefly.config import RECORDS_OF_TASK, Config
 from firefly.data.batching import ExampleList, PackedBatch, pack
 from firefly.data.examples import longest_sides
 from firefly.data.pair_batching import pack_pairs
@@ -25,6 +25,7 @@ class Work:
         lengths: tokens as they are laid out, a pair's prompt once.
         targets: trained tokens.
         prompt, chosen: tokens of a pair's prompt and chosen answer; 0 where examples are no pairs.
+        segments: stretches that attend by themselves.
         known: whether they are the data's; else the greatest lengths are assumed.
     """
 
@@ -32,6 +33,7 @@ class Work:
     targets: np.ndarray
     prompt: np.ndarray
     chosen: np.ndarray
+    segments: np.ndarray
     known: bool
 
     @property
@@ -98,6 +100,7 @@ def work_of(examples: ExampleList) -> Work:
         counts.targets.astype(np.int64),
         np.where(pairs, counts.prompt, 0).astype(np.int64),
         counts.chosen.astype(np.int64),
+        counts.segments,
         known=True,
     )
 
@@ -107,8 +110,8 @@ def assumed_work(config: Config) -> Work:
     limit = config.data.max_seq_length
     count = min(config.step.examples_per_rank, ASSUMED_EXAMPLES)
     same = np.ones(count, np.int64)
-    if config.task_type != "dpo":
-        return Work(same * limit, same * (limit - 1), 0 * same, 0 * same, known=False)
+    if RECORDS_OF_TASK[config.task_type] != "pair":
+        return Work(same * limit, same * (limit - 1), 0 * same, 0 * same, same, known=False)
     prompt = min(config.data.max_prompt_length or limit // 2, limit // 2)
     answer = limit - prompt
-    return Work(same * (prompt + 2 * answer), same * 2 * answer, same * prompt, same * answer, known=False)
+    return Work(same * (prompt + 2 * answer), same * 2 * answer, same * prompt, same * answer, 3 * same, known=False)

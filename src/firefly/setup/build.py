@@ -82,7 +82,7 @@ def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
     layout = known_layout(module)
     refuse_uneven_passes(config, layout[0], run.backend)
     certificate = None
-    if run.task.CHATS:
+    if run.chats:
         stops = (*run.encoder.template.stop_ids, *eos_ids(module.generation_config))  # the base's others stay
         module.generation_config.eos_token_id = list(dict.fromkeys(stops))
         certificate = prove_template(run.encoder)

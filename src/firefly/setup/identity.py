@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from firefly.config import SMOOTHED_LOSSES, AdapterConfig, Config, names_in
+from firefly.config import AdapterConfig, names_in
 from firefly.data.dataset import PREPARATION_KEYS, code_hash
 from firefly.models.adapters import transformers_model
 from firefly.run import Run
@@ -36,7 +36,7 @@ def identify_run(run: Run, layout: str, base: dict[str, Any]) -> RunPlan:
         shuffle=steps.shuffle,
         data=examples.fingerprint,
         task_type=config.task_type,
-        objective=objective_settings(config),
+        objective=run.task.identity(),
         train_mode=config.adapter.mode,
         lora_rank=config.adapter.rank if adapted else 0,
         lora_alpha=config.adapter.alpha if adapted else 0,
@@ -65,14 +65,3 @@ def adapter_plan(adapter: AdapterConfig) -> dict[str, Any]:
         "modules_to_save": names_in(adapter.modules_to_save or ()),
         "adapter": adapter_hash(adapter.name_or_path) if adapter.name_or_path else None,
     }
-
-
-def objective_settings(config: Config) -> dict[str, Any]:
-    """What of the preference keys shapes the loss of this run; where the reference is computed does not."""
-    settings = config.preference
-    if config.task_type != "dpo":
-        return {}
-    own = {"simpo": {"simpo_gamma": settings.simpo_gamma}, "cpo": {"cpo_alpha": settings.cpo_alpha}}
-    smoothing = {"label_smoothing": settings.label_smoothing} if settings.loss in SMOOTHED_LOSSES else {}
-    common = {"preference_loss": settings.loss, "beta": settings.beta, "rpo_alpha": settings.rpo_alpha}
-    return common | smoothing | own.get(settings.loss, {})

@@ -46,8 +46,8 @@ def resolve_choices(run: Run, args: TrainingArguments, module: Any, layout: str)
     segment_attention.use_crossover(by_products)  # what attention keeps is measured below
     autocast = precision.compute if full and precision.compute != torch.float32 else None
     activations = known_activations(inner, layout, autocast, int(examples.counts.sides.max()))
-    keeps_copy = config.task_type == "dpo" and full and not config.preference.precompute_reference
-    copied = sum(p.numel() for p in module.parameters()) * precision.compute.itemsize if keeps_copy else 0
+    second = full and run.task.asks_reference(config)
+    copied = sum(p.numel() for p in module.parameters()) * precision.compute.itemsize if second else 0
     cacheable = cache_sizes(inner, precision.compute)
 
     def forecast(checkpointing: Checkpointing, tokens: int, cached: int) -> Forecast:
@@ -77,7 +77,7 @@ def resolve_choices(run: Run, args: TrainingArguments, module: Any, layout: str)
         reference=copied,
         microbatches=run.total_steps * each,
         shapes=lengths.longest,
-        kernels=kernels_kept(config.task_type, examples.counts.lengths, examples.counts.targets),
+        kernels=kernels_kept(examples.counts.lengths, examples.counts.segments),
         available=free_memory(device),
     )
     return choices, backend.share(whole)

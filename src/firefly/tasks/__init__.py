@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from firefly.data.formats import TaskName
 from firefly.tasks.base import Task
-from firefly.tasks.causal import Pretraining, SupervisedFineTuning
+from firefly.tasks.causal import TokenTask
 from firefly.tasks.preference import PreferenceTask
 
-TASKS: dict[TaskName, type[Task]] = {
-    "pretrain": Pretraining,
-    "sft": SupervisedFineTuning,
+TASKS: dict[str, type[Task]] = {
+    "pretrain": TokenTask,
+    "sft": TokenTask,
     "dpo": PreferenceTask,
 }

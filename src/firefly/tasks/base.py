@@ -7,9 +7,9 @@ is cut up and whoever carries it. Nothing here waits for the device.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,14 +18,17 @@ import torch
 from torch import Tensor
 
 from firefly.config import Config
+from firefly.console import notice
 from firefly.data.batching import (
     ExampleList,
     PackedBatch,
     PackedExamples,
+    Packer,
     Step,
     StepLoader,
     StepPlan,
     StepSettings,
+    StepSource,
     StepTotals,
     step_loader,
 )
@@ -78,7 +81,8 @@ class Forward:
         self.recorded: list[tuple[tuple[Tensor, ...], Tensor]] = []
 
     def __call__(self, row: PackedBatch, per_token: bool = False) -> dict[str, Any]:
-        """`loss` (Σ NLL over the row's targets, a scalar) or, `per_token`, `logps` (targets,), both fp32."""
+        """`loss` (Σ NLL over the row's targets, a scalar) or, `per_token`, `logps` (targets,); of a model that scores,
+        `scores` (targets,). All fp32."""
         recording = self.model.router is not None and torch.is_grad_enabled()
         asked = {"output_router_logits": True} if recording else {}
         with self.model.autocast():
@@ -86,6 +90,12 @@ class Forward:
         if self.model.router and recording:
             self.recorded.append((recorded_logits(result, self.model.router), row.weights()))
         return result
+
+    def summed_logps(self, rows: Sequence[PackedBatch], owners: int) -> Tensor:
+        """Log-probabilities of the rows' targets, summed by their channel `owner`, fp32 (owners,)."""
+        logps = torch.cat([self(row, per_token=True)["logps"] for row in rows])
+        owner = torch.cat([row.channels["owner"] for row in rows])
+        return logps.new_zeros(owners).index_add(0, owner, logps)
 
     def router_loss(self, expert_counts: Tensor | None, totals: StepTotals) -> Tensor:
         """The share of the step's router loss of what was recorded since the last call, a scalar.
@@ -110,8 +120,8 @@ class Task(ABC):
 
     METRICS: ClassVar[tuple[str, ...]]
     """Names of what `evaluation_metrics` gives."""
-    CHATS: ClassVar[bool]
-    """Whether rows are rendered as chats."""
+    HEAD: ClassVar[str] = "tokens"
+    """What the model's head tells: "tokens", or the "score" of a text."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -123,6 +133,15 @@ class Task(ABC):
         """The configuration with what the objective decides itself."""
         return config
 
+    @classmethod
+    def asks_reference(cls, config: Config) -> bool:
+        """Whether every step asks a reference model too: in full training a second one, in the compute type."""
+        return False
+
+    def identity(self) -> dict[str, Any]:
+        """The settings of this objective that shape its loss: a run goes on only with the same."""
+        return {}
+
     def attach(self, module: Any, precision: Precision) -> None:
         """What the objective needs of the model as it is before the first step, or changes of it."""
         return
@@ -132,8 +151,8 @@ class Task(ABC):
         return
 
     @abstractmethod
-    def packing(self, held_out: bool, solo: bool) -> Callable[[Sequence[int], list[Any]], Any]:
-        """How to make one microbatch out of some examples' numbers and the examples themselves."""
+    def packing(self, held_out: bool, solo: bool) -> Packer:
+        """How one microbatch is made of examples."""
 
     def nll_targets(self, examples: ExampleList) -> np.ndarray | None:
         """Of each example the tokens whose NLL a preference loss adds; None without one."""
@@ -143,12 +162,23 @@ class Task(ABC):
         """What the model is called with for a microbatch, one after another."""
         return batch.rows
 
-    @abstractmethod
-    def microbatch_loss(self, forward: Forward, batch: Any, totals: StepTotals) -> tuple[Tensor, Tensor | None]:
-        """What one microbatch adds to the loss of its step, a scalar, and to what is measured of it."""
+    def over_step(self, forward: Forward, batches: Sequence[Any], totals: StepTotals) -> Any:
+        """What the loss of each microbatch needs to know of the whole step, on all ranks; asked for before the first of
+        them, without gradients."""
+        return None
 
     @abstractmethod
-    def evaluation_sums(self, forward: Forward, batch: Any) -> Tensor:
+    def microbatch_loss(
+        self, forward: Forward, batch: Any, totals: StepTotals, of_step: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """What one microbatch adds to the loss of its step, a scalar, and to what is measured of it.
+
+        Args:
+            of_step: what `over_step` said.
+        """
+
+    @abstractmethod
+    def evaluation_sums(self, forward: Forward, batch: Any, of_step: Any) -> Tensor:
         """What an evaluation adds up over microbatches, (any,) fp32 on the device."""
 
     @abstractmethod
@@ -161,7 +191,7 @@ class Task(ABC):
 
     # ---- steps ----
 
-    def steps(self, examples: ExampleList, settings: StepSettings, model: TrainableModel, **loading: Any) -> StepLoader:
+    def steps(self, examples: ExampleList, settings: StepSettings, model: TrainableModel, **loading: Any) -> StepSource:
         """Whole steps in the seeded order, an epoch at a time; each rank packs its own share.
 
         Args:
@@ -203,15 +233,20 @@ class Task(ABC):
         sums = None
         # FSDP and ZeRO swap parameter storage between passes, so a cast kept beyond one would be stale.
         casts = casts_kept() if model.backend.name in ("single", "ddp") else nullcontext()
-        failed, expert_counts = None, None
+        failed, expert_counts, of_step = None, None, None
+        largest = max(range(len(batches)), key=lambda n: sum(row.input_ids.numel() for row in batches[n].rows))
         with casts:
             for number, batch in enumerate(batches):
-                last = number == len(batches) - 1
+                last, tried = number == len(batches) - 1, number
                 try:
-                    if model.router and number == 0 and (len(batches) > 1 or model.ranks > 1):
-                        expert_counts = self._count_experts(model, batches)
+                    if number == 0:
+                        tried = largest  # of a pass over them all it is not known which one was too much
+                        of_step = self.over_step(forward, batches, step.totals)
+                        if model.router and (len(batches) > 1 or model.ranks > 1):
+                            expert_counts = self._count_experts(model, batches)
+                        tried = number
                     with model.exchanging(last):
-                        loss, measured = self.microbatch_loss(forward, batch, step.totals)
+                        loss, measured = self.microbatch_loss(forward, batch, step.totals, of_step)
                         if model.router:
                             loss = loss + forward.router_loss(expert_counts, step.totals)
                         if model.ranks > 1:
@@ -230,7 +265,7 @@ class Task(ABC):
                 except torch.OutOfMemoryError:
                     if model.ranks > 1 or model.backend.deepspeed:
                         raise
-                    failed = number  # returned outside of `except`: its traceback keeps the tensors of the failed pass
+                    failed = tried  # returned outside of `except`: its traceback keeps the tensors of the failed pass
                     break
         if failed is not None:
             return OutOfMemory(failed)
@@ -253,6 +288,30 @@ class Task(ABC):
                 output = model.wrapped(**inputs, output_router_logits=True)
                 total += count_choices(recorded_logits(output, settings), settings, row.weights())
         return model.summed(total)
+
+
+def without_dropout(config: Config) -> Config:
+    """The configuration for a task that compares passes, in which chance would be taken for a preference."""
+    adapter = config.adapter
+    if adapter.mode == "full" or not adapter.dropout:
+        return config
+    if "lora_dropout" in config.given:
+        notice(
+            "preference.no_dropout",
+            "lora_dropout {value} is switched off: preference training compares two passes of the same model.",
+            value=adapter.dropout,
+        )
+    return replace(config, adapter=replace(adapter, dropout=0.0))
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Switch every dropout off, as `without_dropout` does with the adapter's."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):  # attention takes its probability as a number
+                setattr(module, name, 0.0)
 
 
 @contextmanager

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from firefly.data.batching import PackedBatch, StepTotals, pack_rows
+from firefly.data.batching import PackedBatch, Packer, StepTotals, pack_rows
 from firefly.tasks.base import Forward, Task
 
 
-class CausalTask(Task):
-    """Minimises the mean negative log-likelihood of the step's target tokens."""
+class TokenTask(Task):
+    """Pretraining and SFT, which differ in their data alone: of documents every token is a target, of conversations
+    the replies are."""
 
     METRICS = ("loss", "perplexity", "target_tokens")
 
-    def packing(self, held_out: bool, solo: bool) -> Callable[[Sequence[int], list[Any]], Any]:
+    def packing(self, held_out: bool, solo: bool) -> Packer:
         return pack_rows
 
     def rows_of(self, batch: PackedBatch, solo: bool) -> tuple[PackedBatch, ...]:
@@ -29,24 +29,14 @@ class CausalTask(Task):
         losses = [forward(row)["loss"] for row in self.rows_of(batch, forward.solo)]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-    def microbatch_loss(self, forward: Forward, batch: PackedBatch, totals: StepTotals) -> tuple[Tensor, None]:
+    def microbatch_loss(
+        self, forward: Forward, batch: PackedBatch, totals: StepTotals, of_step: Any
+    ) -> tuple[Tensor, None]:
         return self.summed_nll(forward, batch) / max(totals.targets, 1), None
 
-    def evaluation_sums(self, forward: Forward, batch: PackedBatch) -> Tensor:
+    def evaluation_sums(self, forward: Forward, batch: PackedBatch, of_step: Any) -> Tensor:
         return self.summed_nll(forward, batch)[None]
 
     def evaluation_metrics(self, sums: list[float], totals: StepTotals) -> dict[str, float]:
         loss = sums[0] / max(totals.targets, 1)
         return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "target_tokens": totals.targets}
-
-
-class Pretraining(CausalTask):
-    """Every token of the documents is a target."""
-
-    CHATS = False
-
-
-class SupervisedFineTuning(CausalTask):
-    """The replies of conversations are the targets."""
-
-    CHATS = True

@@ -1,4 +1,4 @@
-"""The reference of a preference loss: the model as it stood before this run."""
+"""The reference of a loss that compares with the model as it stood before this run, and the tasks that have one."""
 
 from __future__ import annotations
 
@@ -7,14 +7,27 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from firefly import ranks
+from firefly.config import Config
+from firefly.console import notice
+from firefly.data.batching import ExampleList
+from firefly.data.dataset import Split
+from firefly.distributed.backends import Backend
+from firefly.distributed.model import TrainableModel
+from firefly.errors import UsageError
 from firefly.files import atomic_file, cache_folder, make_cache
+from firefly.models.precision import Precision
+from firefly.tasks.base import Forward, Task, disable_dropout, resting, without_dropout
+from firefly.translation import translate
 
 
 class Reference(Protocol):
@@ -80,29 +93,137 @@ class FrozenModel:
         yield self.copy
 
 
-def cache_key(parts: Sequence[Any]) -> str:
-    """The name of a file of log-probabilities: a hash of all that they depend on."""
-    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
+class ReferenceTask(Task):
+    """A task whose loss compares the model with what it was, in passes without dropout.
+
+    Attributes:
+        reference: set by `attach`; None where the loss has none, or it has been asked beforehand.
+        precomputed: held out or not → (examples, …) log-probabilities under the reference.
+    """
+
+    def __init__(self, config: Config, reference: Reference | None = None) -> None:
+        super().__init__(config)
+        self.reference = reference
+        self.precomputed: dict[bool, np.ndarray] = {}
+
+    BEFOREHAND: ClassVar[bool] = True
+    """Whether the reference can be asked about all examples before training."""
+
+    @classmethod
+    def needs_reference(cls, config: Config) -> bool:
+        return True
+
+    @classmethod
+    def asks_beforehand(cls, config: Config) -> bool:
+        return cls.BEFOREHAND and config.preference.precompute_reference
+
+    @classmethod
+    def settle(cls, config: Config, backend: Backend) -> Config:
+        """No dropout; and where weights are sharded over ranks, a reference that is no adapter switched off is asked
+        before training.
+
+        Raises:
+            UsageError: it cannot be.
+        """
+        config = without_dropout(config)
+        second = cls.needs_reference(config) and (config.adapter.mode == "full" or config.adapter.name_or_path)
+        if second and backend.shards_weights and not cls.BEFOREHAND:
+            raise UsageError(
+                "engine.whole_reference",
+                "task_type {task} compares with the model as it was, which every rank would hold whole under {engine}. "
+                "Train a fresh adapter (train_mode lora, without adapter_name_or_path), or use plain torchrun (DDP).",
+                task=config.task_type,
+                engine=backend.name,
+            )
+        if second and backend.shards_weights and not cls.asks_beforehand(config):
+            notice(
+                "engine.reference_first",
+                "precompute_reference is switched on: {engine} shards the weights, and every rank would hold the "
+                "whole reference model.",
+                engine=backend.name,
+            )
+            config = replace(config, preference=replace(config.preference, precompute_reference=True))
+        return config
+
+    @classmethod
+    def asks_reference(cls, config: Config) -> bool:
+        return cls.needs_reference(config) and not cls.asks_beforehand(config)
+
+    def attach(self, module: Any, precision: Precision) -> None:
+        """The model as it stands now becomes the reference; its dropout is switched off."""
+        disable_dropout(module)
+        adapter, first = self.config.adapter, self.asks_beforehand(self.config)
+        if not self.needs_reference(self.config):
+            return
+        if adapter.mode == "full":
+            # With log-probabilities computed beforehand the untrained model itself serves, and no copy is kept.
+            self.reference = Untrained() if first else FrozenModel(module, precision.compute)
+        elif adapter.name_or_path:
+            self.reference = Untrained() if first else FrozenAdapter(module)
+        else:
+            self.reference = AdapterOff()
+
+    @contextmanager
+    def asking_reference(self, model: TrainableModel) -> Iterator[Forward]:
+        """The reference's forward pass, without gradients and dropout."""
+        assert self.reference is not None
+        with torch.no_grad(), self.reference.lent(model.module) as lent, resting(lent):
+            yield Forward(model, lent)
+
+    def reference_logps(self, forward: Forward, batch: Any) -> Tensor:
+        """What `precompute_reference` keeps of each example, (any, examples)."""
+        raise NotImplementedError
+
+    def ask_reference(self, model: TrainableModel, data: Split, parts: Sequence[Any], checkpoint: Path | None) -> None:
+        """With `precompute_reference`, take the reference's log-probabilities from the cache or compute them now; the
+        reference is freed.
+
+        Args:
+            parts: what they depend on besides the examples: weights, types, adapter.
+            checkpoint: that the run goes on from. Where weights are sharded it is loaded already, and the reference
+                cannot be asked any more.
+
+        Raises:
+            UsageError: such a run goes on, and the cache has nothing.
+        """
+        if not (self.asks_beforehand(self.config) and self.reference):
+            return
+        for held_out, examples in ((False, data.train), (True, data.held_out)):
+            if examples is None:
+                continue
+            path = cache_path([*parts, examples.fingerprint])
+            found = ranks.from_first(np.load(path) if path.is_file() else None)
+            if found is None and checkpoint is not None and model.backend.shards_weights:
+                raise UsageError(
+                    "engine.no_reference",
+                    "this run's log-probabilities of the reference are gone from the cache ({path}), and under "
+                    "{engine} they cannot be computed any more once training has begun. Start a new run, or resume "
+                    "without {engine}.",
+                    path=cache_folder(),
+                    engine=model.backend.name,
+                )
+            if found is None:
+                found = self._all_logps(model, examples, held_out).float().cpu().numpy()
+                if ranks.is_first():
+                    make_cache(path.parent)
+                    with atomic_file(path) as scratch, scratch.open("wb") as file:  # other runs may write the same
+                        np.save(file, found)
+            self.precomputed[held_out] = found
+        self.reference = None
+
+    def _all_logps(self, model: TrainableModel, examples: ExampleList, held_out: bool) -> Tensor:
+        """Of each pair, chosen and rejected, (pairs, 2)."""
+        logps = torch.zeros(len(examples), 2, device=model.device)
+        loader = self.in_order(examples, held_out, model)
+        said = {"desc": translate("reference log-probabilities"), "total": len(loader), "disable": None, "leave": False}
+        for step in tqdm(loader, **said):
+            for rows, batch in zip(step.rows, step.microbatches, strict=True):
+                found = self.reference_logps(Forward(model), batch.to(model.device))
+                logps[torch.tensor(rows, dtype=torch.long, device=logps.device)] = found.T
+        return model.summed(logps)  # each rank has those of its own rows, and zeros
 
 
-def cached(key: str) -> np.ndarray | None:
-    """Log-probabilities that an earlier run left, fp32 (examples, 2)."""
-    path = _path(key)
-    return np.load(path) if path.is_file() else None
-
-
-def store(key: str, logps: Tensor, write: bool = True) -> np.ndarray:
-    """Log-probabilities (examples, 2) as an array; where `write`, kept for later runs in a file that appears whole or
-    not at all."""
-    values = logps.float().cpu().numpy()
-    if not write:
-        return values
-    path = _path(key)
-    make_cache(path.parent)
-    with atomic_file(path) as scratch, scratch.open("wb") as file:  # runs that are started at once may write the same
-        np.save(file, values)
-    return values
-
-
-def _path(key: str) -> Path:
+def cache_path(parts: Sequence[Any]) -> Path:
+    """The file of log-probabilities, fp32 (examples, 2), under a hash of all that they depend on."""
+    key = hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
     return cache_folder() / "reference" / f"{key}.npy"

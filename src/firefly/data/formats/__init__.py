@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from firefly.config import READ_AS, RecordKind, tasks_on
 from firefly.data.formats.chat import (
     QUESTION_FORMATS,
     SIDES,
@@ -57,7 +58,6 @@ __all__ = [
     "MalformedRecord",
     "Parsed",
     "ReadRecord",
-    "TaskName",
     "detect_format",
     "parse_record",
     "read_record",
@@ -65,7 +65,6 @@ __all__ = [
 
 Parsed = Conversation | Labelled | PreferencePair | Document | Tokens | TokenPair | tuple[Conversation, ...]
 """What a record becomes; several conversations where it holds several examples."""
-TaskName = Literal["sft", "kto", "dpo", "reward", "pretrain"]
 
 
 class Format(Protocol):
@@ -166,68 +165,58 @@ def _integers(record: Fields, name: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class FormatEntry:
-    """A format and the tasks its records are for, the usual one first."""
+    """A format and what its records hold."""
 
     format: Format
-    tasks: tuple[TaskName, ...]
+    kind: RecordKind
 
-    @property
-    def task(self) -> TaskName:
-        return self.tasks[0]
-
-
-# The tasks for which records of these formats are, as FormatEntry has them.
-DEMONSTRATIONS: tuple[TaskName, ...] = ("sft",)
-LABELLED: tuple[TaskName, ...] = ("sft", "kto")
-PAIRS: tuple[TaskName, ...] = ("dpo", "reward")
-DOCUMENTS: tuple[TaskName, ...] = ("pretrain",)
 
 FORMATS: dict[str, FormatEntry] = {
-    "firefly": FormatEntry(MessagesFormat("conversation"), DEMONSTRATIONS),
-    "messages": FormatEntry(MessagesFormat("messages"), DEMONSTRATIONS),
-    "sharegpt": FormatEntry(MessagesFormat("conversations"), DEMONSTRATIONS),
-    "ultrachat": FormatEntry(AlternatingFormat(), DEMONSTRATIONS),
-    "moss": FormatEntry(MossFormat(), DEMONSTRATIONS),
-    **{name: FormatEntry(known, DEMONSTRATIONS) for name, known in QUESTION_FORMATS.items()},
-    "other_question": FormatEntry(OtherQuestionFormat(), DEMONSTRATIONS),
-    "instances": FormatEntry(InstancesFormat(), DEMONSTRATIONS),
-    "labelled_messages": FormatEntry(LabelledMessagesFormat(), LABELLED),
-    "labelled_answer": FormatEntry(LabelledAnswerFormat(), LABELLED),
-    "tokens": FormatEntry(TokensFormat(), DEMONSTRATIONS),
-    "preference": FormatEntry(MessagePairFormat(), PAIRS),
-    "preference_text": FormatEntry(TextPairFormat(), PAIRS),
-    "preference_sharegpt": FormatEntry(ConversationPairFormat(), PAIRS),
-    "preference_list": FormatEntry(ListPairFormat(), PAIRS),
-    "preference_transcript": FormatEntry(TranscriptPairFormat(), PAIRS),
-    "preference_responses": FormatEntry(ResponsePairFormat(), PAIRS),
-    "preference_tokens": FormatEntry(TokenPairFormat(), PAIRS),
-    "text": FormatEntry(TextFormat(), DOCUMENTS),
+    "firefly": FormatEntry(MessagesFormat("conversation"), "conversation"),
+    "messages": FormatEntry(MessagesFormat("messages"), "conversation"),
+    "sharegpt": FormatEntry(MessagesFormat("conversations"), "conversation"),
+    "ultrachat": FormatEntry(AlternatingFormat(), "conversation"),
+    "moss": FormatEntry(MossFormat(), "conversation"),
+    **{name: FormatEntry(known, "conversation") for name, known in QUESTION_FORMATS.items()},
+    "other_question": FormatEntry(OtherQuestionFormat(), "conversation"),
+    "instances": FormatEntry(InstancesFormat(), "conversation"),
+    "labelled_messages": FormatEntry(LabelledMessagesFormat(), "labelled"),
+    "labelled_answer": FormatEntry(LabelledAnswerFormat(), "labelled"),
+    "tokens": FormatEntry(TokensFormat(), "conversation"),
+    "preference": FormatEntry(MessagePairFormat(), "pair"),
+    "preference_text": FormatEntry(TextPairFormat(), "pair"),
+    "preference_sharegpt": FormatEntry(ConversationPairFormat(), "pair"),
+    "preference_list": FormatEntry(ListPairFormat(), "pair"),
+    "preference_transcript": FormatEntry(TranscriptPairFormat(), "pair"),
+    "preference_responses": FormatEntry(ResponsePairFormat(), "pair"),
+    "preference_tokens": FormatEntry(TokenPairFormat(), "pair"),
+    "text": FormatEntry(TextFormat(), "document"),
 }
 
 
-def detect_format(value: Any, task: TaskName | None = None) -> str:
+def detect_format(value: Any, kind: RecordKind | None = None) -> str:
     """Return the name of the one format that `value` has.
 
     Args:
-        task: formats for this task are asked first: an Alpaca record with a `text` beside it is no document in SFT.
+        kind: formats of this kind are asked first: an Alpaca record with a `text` beside it is no document in SFT.
 
     Raises:
         MalformedRecord: not an object, no known format, or two at once.
     """
-    return _detected_format(_structured(value), task)[1]
+    return _detected_format(_structured(value), kind)[1]
 
 
-def _detected_format(value: Record, task: TaskName | None) -> tuple[Record, str, tuple[str, ...]]:
+def _detected_format(value: Record, kind: RecordKind | None) -> tuple[Record, str, tuple[str, ...]]:
     """The record as its format knows it, the format, and the keys that make it."""
     # What a format recognises is the keys and the kinds of their values, so records of one shape are asked about once.
     restated = is_restated(Fields(value))
-    shape = (task, verdict(value), restated, *((key, _kind(item)) for key, item in value.items()))
+    shape = (kind, verdict(value), restated, *((key, _kind(item)) for key, item in value.items()))
     found = _detected.get(shape)
     if found is None:
-        found = _detect(value, task)
+        found = _detect(value, kind)
         if len(_detected) < MOST_SHAPES:
             _detected[shape] = found
-    return _detected_format(_in_small_letters(value), task) if found == IN_CAPITALS else (value, *found)
+    return _detected_format(_in_small_letters(value), kind) if found == IN_CAPITALS else (value, *found)
 
 
 MOST_SHAPES = 4096
@@ -261,12 +250,12 @@ def _kind(item: Any) -> Any:
     return (list, len(item)) if is_texts(item) else (list, type(item[0]) if item else None)
 
 
-def _detect(value: Record, task: TaskName | None) -> tuple[str, tuple[str, ...]]:
+def _detect(value: Record, kind: RecordKind | None) -> tuple[str, tuple[str, ...]]:
     # Null says as little as no key, where that leaves a known format.
     there = {key: item for key, item in value.items() if item is not None}
     fitting = _fitting(there) or _fitting(value)
-    if task is not None:
-        fitting = {name: keys for name, keys in fitting.items() if task in FORMATS[name].tasks} or fitting
+    if kind is not None:
+        fitting = {name: keys for name, keys in fitting.items() if FORMATS[name].kind in READ_AS[kind]} or fitting
     if not fitting and _fitting(_in_small_letters(value)) and _in_small_letters(value).keys() != value.keys():
         return IN_CAPITALS
     if not fitting:
@@ -344,32 +333,32 @@ def _messages_in(text: Any) -> list[Any] | None:
     return items if items and are_messages else None
 
 
-def read_record(value: Any, task: TaskName | None = None, data_format: str = "auto") -> ReadRecord:
+def read_record(value: Any, kind: RecordKind | None = None, data_format: str = "auto") -> ReadRecord:
     """Read one record.
 
     Args:
-        task: the task the record must be for; None: any.
+        kind: what the record must hold; None: anything.
         data_format: a name of FORMATS settles what the record is.
 
     Raises:
         MalformedRecord: see `detect_format`; a field that is missing or wrong (and which format was taken for it, and
-            why); a record for another task.
+            why); a record of another kind.
     """
     value = _structured(value)
     if data_format == "auto":
-        value, name, keys = _detected_format(value, task)
+        value, name, keys = _detected_format(value, kind)
     else:
         name, keys = data_format, ()
         small = _in_small_letters(value)
         if not FORMATS[name].format.recognises(Fields(value)) and FORMATS[name].format.recognises(Fields(small)):
             value = small
     entry = FORMATS[name]
-    if task is not None and task not in entry.tasks:
+    if kind is not None and entry.kind not in READ_AS[kind]:
         raise MalformedRecord(
             "a record of the format {format} is for task_type {task}, not {wanted}: set task_type to {task} for it",
             format=name,
-            task=entry.task,
-            wanted=task,
+            task=tasks_on(*(wanted for wanted, read in READ_AS.items() if entry.kind in read)),
+            wanted=tasks_on(kind),
         )
     # A null that decides is a fault to be named; any other says as little as no key.
     fields = Fields({key: item for key, item in value.items() if item is not None or key in keys})
@@ -419,7 +408,7 @@ def _left_out(unread: Mapping[str, Sequence[str]], parsed: Parsed) -> dict[str, 
     return left_out
 
 
-def parse_record(value: Any, task: TaskName | None = None, data_format: str = "auto") -> tuple[str, Parsed]:
+def parse_record(value: Any, kind: RecordKind | None = None, data_format: str = "auto") -> tuple[str, Parsed]:
     """The format's name and the parsed record, as `read_record` has them."""
-    read = read_record(value, task, data_format)
+    read = read_record(value, kind, data_format)
     return read.format, read.parsed
