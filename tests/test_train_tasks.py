@@ -1,4 +1,4 @@
-"""Pretraining and DPO from files to a folder: exact resume, held-out data, best checkpoint, early stopping."""
+"""Pretraining, DPO and KTO from files to a folder: exact resume, held-out data, best checkpoint, early stopping."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(22)
     ]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    labelled = [
+        {"prompt": row["prompt"], "completion": row["chosen" if good else "rejected"], "label": good}
+        for number, row in enumerate(rows)
+        for good in [number % 3 != 0]
+    ]
+    (folder / "labelled.jsonl").write_text("\n".join(map(json.dumps, labelled)), encoding="utf-8")
     return folder
 
 
@@ -49,7 +55,7 @@ def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         settings = {
             "task_type": task,
             "model_name_or_path": str(place / "model"),
-            "train_file": str(place / ("docs" if task == "pretrain" else "pairs.jsonl")),
+            "train_file": str(place / {"pretrain": "docs", "kto": "labelled.jsonl"}.get(task, "pairs.jsonl")),
             "output_dir": str(tmp_path / name),
             "train_mode": "lora",
             "lora_rank": 4,
@@ -66,7 +72,7 @@ def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
             "use_cpu": True,
             "bf16": False,
             "seed": 1,
-        } | ({"template_name": "default"} if task == "dpo" else {})
+        } | ({} if task == "pretrain" else {"template_name": "default"})
         return train(load_config(settings | changes))
 
     return train_into
@@ -83,7 +89,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
-@pytest.mark.parametrize("task", ["pretrain", "dpo"])
+@pytest.mark.parametrize("task", ["pretrain", "dpo", "kto"])
 def test_a_run_resumed_in_the_middle_is_the_uninterrupted_one(task: str, mode: str, run: Run) -> None:
     options = {"task_type": task, "train_mode": mode, "save_strategy": "steps", "save_steps": 2, "eval_ratio": 0.2}
     whole = run("whole", **options)
@@ -118,6 +124,16 @@ def test_preferences_are_learnt_and_measured_on_held_out_pairs(run: Run) -> None
     assert values(out, "eval_rewards/accuracies")[-1] == 1.0
     report = json.loads((out / "data_report.json").read_text())
     assert report["train_examples"] + report["held_out_examples"] == report["examples"] == 22
+
+
+def test_kto_learns_verdicts_and_takes_pairs_for_a_good_and_a_bad_answer(run: Run, place: Path) -> None:
+    out = run(task_type="kto", eval_ratio=0.2, num_train_epochs=3, eval_on_start=True)
+    assert values(out)[0] == pytest.approx(0.5, abs=1e-5)  # nothing gained yet: 1 - σ(0)
+    assert values(out, "eval_loss")[-1] < values(out, "eval_loss")[0] - 0.05
+    assert values(out, "rewards/margins")[-1] > 0
+    out = run("pairs", task_type="kto", train_file=str(place / "pairs.jsonl"), max_steps=2)
+    report = json.loads((out / "data_report.json").read_text())
+    assert (report["rows"], report["examples"]) == (22, 44)
 
 
 def test_pretraining_lowers_the_held_out_loss_and_leaves_the_tokenizer_as_it_was(run: Run) -> None:

@@ -129,6 +129,8 @@ RECORDS_OF_TASK: dict[str, RecordKind] = {
     "pretrain": "document",
     "sft": "conversation",
     "dpo": "pair",
+    "kto": "labelled",
+    "reward": "pair",
 }
 """The names of tasks, and what each is trained on."""
 
@@ -157,6 +159,9 @@ class PreferenceConfig:
     simpo_gamma: float = key("simpo_gamma", 0.5, float, minimum=0)
     cpo_alpha: float = key("cpo_alpha", 1.0, float, minimum=0)
     precompute_reference: bool = key("precompute_reference", False, bool)
+    desirable_weight: float = key("desirable_weight", 1.0, float, minimum=0)
+    undesirable_weight: float = key("undesirable_weight", 1.0, float, minimum=0)
+    center_rewards_coefficient: float = key("center_rewards_coefficient", 0.0, float, minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -708,6 +713,7 @@ def refuse_what_is_not_done(config: Config) -> None:
 
 
 PREFERENCE_KEYS = (*(spec.metadata["key"] for spec in dataclasses.fields(PreferenceConfig)), "max_prompt_length")
+KTO_KEYS = ("desirable_weight", "undesirable_weight")
 CHAT_KEYS = ("template_name", "template_date", "on_system", "thinking", "train_on")
 
 
@@ -734,7 +740,20 @@ def check_preference(config: Config) -> None:
 UNUSED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("task_type", "sft", (*PREFERENCE_KEYS, "document_attention")),
     ("task_type", "pretrain", (*PREFERENCE_KEYS, *CHAT_KEYS, "on_too_long")),
-    ("task_type", "dpo", ("document_attention", "train_on")),
+    ("task_type", "dpo", ("document_attention", "train_on", "center_rewards_coefficient", *KTO_KEYS)),
+    (
+        "task_type",
+        "reward",
+        (
+            *("document_attention", "train_on"),
+            *(name for name in PREFERENCE_KEYS if name not in ("max_prompt_length", "center_rewards_coefficient")),
+        ),
+    ),
+    (
+        "task_type",
+        "kto",
+        ("document_attention", "train_on", *(name for name in PREFERENCE_KEYS if name not in ("beta", *KTO_KEYS))),
+    ),
     (
         "train_mode",
         "full",
