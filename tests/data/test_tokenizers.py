@@ -104,8 +104,8 @@ def make_encoder(tmp_path: Path, family: str, template: str | None = None) -> En
 
 def turns(*contents: str, system: str | None = None) -> tuple[Message, ...]:
     roles = ("user", "assistant")
-    messages = [] if system is None else [Message("system", system)]
-    return (*messages, *(Message(roles[number % 2], content) for number, content in enumerate(contents)))
+    messages = [] if system is None else [Message.of("system", system)]
+    return (*messages, *(Message.of(roles[number % 2], content) for number, content in enumerate(contents)))
 
 
 def encode(encoder: Encoder, messages: tuple[Message, ...]) -> list[Tokens]:
@@ -165,7 +165,7 @@ def test_chatglm3_prompts_are_those_of_its_own_code(tmp_path, contents):
     encoder = make_encoder(tmp_path, "chatglm3")
     chat = turns(*contents)
     for place in range(0, len(chat), 2):
-        official = encoder.tokenizer.build_chat_input(chat[place].content, [item.as_dict() for item in chat[:place]])
+        official = encoder.tokenizer.build_chat_input(chat[place].text, [item.as_dict() for item in chat[:place]])
         assert encoder.encode_prompt(chat[: place + 1]) == official
 
 

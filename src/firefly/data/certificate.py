@@ -41,10 +41,10 @@ def battery() -> list[Conversation]:
     conversations = []
     for turns in (1, 2, 3):
         for system in (None, "You answer in one sentence."):
-            messages = [] if system is None else [Message("system", system)]
+            messages = [] if system is None else [Message.of("system", system)]
             for number in range(turns):
-                messages.append(Message("user", _CONTENTS[2 * number]))
-                messages.append(Message("assistant", _CONTENTS[2 * number + 1]))
+                messages.append(Message.of("user", _CONTENTS[2 * number]))
+                messages.append(Message.of("assistant", _CONTENTS[2 * number + 1]))
             conversations.append(Conversation(tuple(messages)))
     return conversations
 

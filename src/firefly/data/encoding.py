@@ -216,13 +216,14 @@ class Encoder:
         return Conversation(messages, tools)
 
     def _protect_message(self, item: Message) -> Message:
-        content = self._protect_text(item.content)
+        # All of it at once: what looks like a special token may stand across two parts.
+        item = item.with_text(self._protect_text(item.text))
         if item.reasoning is None and not item.tool_calls and item.name is None and item.tool_call_id is None:
-            return item if content is item.content else replace(item, content=content)
+            return item
         optional = (item.reasoning, item.name, item.tool_call_id)
         reasoning, name, call = (None if text is None else self._protect_text(text) for text in optional)
         calls = tuple(self._protect_value(call) for call in item.tool_calls)
-        return replace(item, content=content, reasoning=reasoning, tool_calls=calls, name=name, tool_call_id=call)
+        return replace(item, reasoning=reasoning, tool_calls=calls, name=name, tool_call_id=call)
 
     def _protect_value(self, value: Any) -> Any:
         """Protect every text inside a JSON value."""

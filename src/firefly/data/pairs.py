@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -46,13 +46,13 @@ class PairEncoder:
                 return cut
         if cut is None or turns[-1].role != "user":
             return None
-        content = turns[-1].content
+        text = turns[-1].text
         while cut is not None and cut.prompt > limit:
             # Characters per token of the whole prompt, so that a step never takes too much at once.
-            content = content[max(1, (cut.prompt - limit) * len(content) // cut.prompt) :]
-            if not content.strip():
+            text = text[max(1, (cut.prompt - limit) * len(text) // cut.prompt) :]
+            if not text.strip():
                 return None
-            cut = self._encode(pair, [*system, replace(turns[-1], content=content)])
+            cut = self._encode(pair, [*system, turns[-1].with_text(text)])
         return cut
 
     def _encode(self, pair: PreferencePair, prompt: Sequence[Message]) -> TokenPair | None:

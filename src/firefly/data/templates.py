@@ -20,7 +20,7 @@ from typing import Any, Literal
 from firefly.data.families import TEMPLATES, TemplateSpec, family_names, find_family
 from firefly.data.proofs import Mark, is_plain, mark
 from firefly.data.rendering import ReservedCharacter, render_chat
-from firefly.data.schema import Conversation, Message, Rendered
+from firefly.data.schema import Conversation, Message, Rendered, TextPart
 from firefly.data.tool_calls import CallStyle, find_call_style
 from firefly.errors import UsageError
 from firefly.translation import Phrase
@@ -79,7 +79,7 @@ class ChatTemplate:
     def system_role(self) -> SystemRole:
         """What the template does with a system prompt, found out by trying."""
         probe = "firefly-system"
-        turns = (Message("system", probe), Message("user", "?"))
+        turns = (Message.of("system", probe), Message.of("user", "?"))
         try:
             return "rendered" if probe in self.render_text(Conversation(turns), prompt=True)[0] else "dropped"
         except TemplateFailure:
@@ -106,9 +106,9 @@ class ChatTemplate:
     def folds_reasoning(self) -> bool:
         """Whether reasoning that a record keeps apart has to stand in the content: the template knows thoughts, but not
         the field (DeepSeek-R1)."""
-        probe = Message("assistant", "?", reasoning="firefly-thought")
+        probe = Message.of("assistant", "?", reasoning="firefly-thought")
         try:
-            text = self.render_text(Conversation((Message("user", "?"), probe)), prompt=False)[0]
+            text = self.render_text(Conversation((Message.of("user", "?"), probe)), prompt=False)[0]
         except TemplateFailure:
             return False
         return "firefly-thought" not in text and END_OF_THOUGHT in self.text
@@ -139,7 +139,7 @@ class ChatTemplate:
                 "user turn)",
                 name=self.name,
             )
-        merged = replace(rest[0], content=f"{first.content}\n\n{rest[0].content}")
+        merged = replace(rest[0], content=(*first.content, TextPart("\n\n"), *rest[0].content))
         return replace(conversation, messages=(merged, *rest[1:]))
 
     def _completed(self, conversation: Conversation) -> Conversation:
@@ -277,7 +277,7 @@ class ChatTemplate:
         text, (start, end) = self._closed(text, self._end_at_stop(text, marked[-1]))
         reply = conversation.messages[index]
         if _lost_thought(reply, text[start:end]):
-            return _behind(prompt, reply.content + self.stop_tokens[0])
+            return _behind(prompt, reply.text + self.stop_tokens[0])
         if text.startswith(prompt):
             return Rendered(text, ((max(start, len(prompt)), end),))
         if prompt.rstrip().endswith(END_OF_THOUGHT) and END_OF_THOUGHT in text[start:end]:
@@ -294,7 +294,7 @@ class ChatTemplate:
         reply = conversation.messages[index]
         if reply.tool_calls and official.startswith(prompt):
             return Rendered(*self._closed_rendered(official, (len(prompt), len(official))))
-        content = reply.content
+        content = reply.text
         if END_OF_THOUGHT in content and _lost_thought(reply, official[len(_common(prompt, official)) :]):
             return _behind(prompt, content + self.stop_tokens[0])
         if not official.startswith(prompt):
@@ -343,7 +343,7 @@ class ChatTemplate:
         """What a template drops or changes because of its text."""
         text = shown.rendered.text
         for number, item in enumerate(conversation.messages[: shown.messages]):
-            said = item.content.strip()
+            said = item.text.strip()
             stands = said in text or (item.role in ("tool", "assistant") and _in_json(said, text))
             lost = []
             if not stands and (item.role != "assistant" or item.tool_calls):
@@ -365,9 +365,9 @@ class ChatTemplate:
                 (
                     item.role,
                     item.trained,
-                    not item.content.strip(),
+                    not item.text.strip(),
                     bool(item.reasoning),
-                    END_OF_THOUGHT in item.content,
+                    END_OF_THOUGHT in item.text,
                 )
                 for item in conversation.messages
             )
@@ -420,7 +420,7 @@ class ChatTemplate:
             return TemplateFailure(
                 "the chat template {name} does not write the text of a reply that calls a function: {text!r}",
                 name=self.name,
-                text=dropped.content[:40],
+                text=dropped.text[:40],
             )
         return TemplateFailure(
             "the chat template {name} drops message {number} ({role})",
@@ -461,14 +461,14 @@ class _Shown:
 
 def _lost_thought(reply: Message, shown: str) -> bool:
     """Whether a reply's thinking stands in its content, but not in the text that shows it."""
-    return END_OF_THOUGHT in reply.content and END_OF_THOUGHT not in shown
+    return END_OF_THOUGHT in reply.text and END_OF_THOUGHT not in shown
 
 
 def _with_thought(item: Message) -> Message:
     if not item.reasoning:
         return item
     thought = f"<think>\n{item.reasoning.strip()}\n{END_OF_THOUGHT}\n\n"
-    return replace(item, content=thought + item.content, reasoning=None)
+    return replace(item, content=(TextPart(thought), *item.content), reasoning=None)
 
 
 def _behind(prompt: str, reply: str) -> Rendered:
@@ -502,12 +502,10 @@ def _in_json(content: str, text: str) -> bool:
 def _without_reasoning(item: Message) -> Message:
     if item.role != "assistant":
         return item
-    content = item.content
-    if END_OF_THOUGHT in content and content.lstrip().startswith("<think>"):
-        content = content.split(END_OF_THOUGHT, 1)[1].lstrip()
-    return (
-        item if content == item.content and item.reasoning is None else replace(item, content=content, reasoning=None)
-    )
+    text = item.text
+    if END_OF_THOUGHT in text and text.lstrip().startswith("<think>"):
+        item = item.with_text(text.split(END_OF_THOUGHT, 1)[1].lstrip())
+    return item if item.reasoning is None else replace(item, reasoning=None)
 
 
 def _select(rendered: Rendered, conversation: Conversation, replies: list[int]) -> Rendered:

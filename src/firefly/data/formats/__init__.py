@@ -405,7 +405,7 @@ def _left_out(unread: Mapping[str, Sequence[str]], parsed: Parsed) -> dict[str, 
         conversations: Sequence[Conversation] = (parsed.chosen, parsed.rejected)
     else:
         conversations = parsed if isinstance(parsed, tuple) else (parsed,) if isinstance(parsed, Conversation) else ()
-    said = {text for one in conversations for item in one.messages for text in (item.content, item.reasoning)}
+    said = {text for one in conversations for item in one.messages for text in (item.text, item.reasoning)}
     left_out = {}
     for key, texts in unread.items():
         if not texts:  # numbers

@@ -210,12 +210,12 @@ def read_question(record: Fields, question: str, answer: str) -> Conversation:
         if isinstance(answered, list) and not is_texts(answered) and not are_spans(answered):
             reply = read_messages(record, answer)
         else:
-            reply = [Message("assistant", answer_text(record, answer))]
+            reply = [Message.of("assistant", answer_text(record, answer))]
         if isinstance(asked, list) and not is_texts(asked):
             # Prompt and completion as message lists, as TRL has them: the completion is trained.
             before = untrained(behind_beginning(record, read_messages(record, question), question))
         else:
-            before = behind_beginning(record, [Message("user", question_text(record, question))], question)
+            before = behind_beginning(record, [Message.of("user", question_text(record, question))], question)
         messages = [*before, *reply]
     return Conversation(as_record_says(record, messages), read_tools(record))
 
@@ -243,7 +243,7 @@ def _turns_in_parallel(record: Fields, lead: str, question: str, answer: str) ->
             elif number == 0 and isinstance(value, str):
                 turn[name] = record[name]
         text = question_text(Fields(turn), lead if lead in turn else question)
-        messages += Message("user", text), Message("assistant", check_text(reply, f"{answer}[{number}]"))
+        messages += Message.of("user", text), Message.of("assistant", check_text(reply, f"{answer}[{number}]"))
     return messages
 
 
@@ -265,8 +265,8 @@ class InstancesFormat:
             about = question_text(instance, key) if key and instance.peek(key) is not None else ""
             answer = answer_text(instance, instance.first_of(ANSWERS) or "output")
             messages = [
-                Message("user", "\n".join(text for text in (asked, about) if text)),
-                Message("assistant", answer, is_trained(instance)),
+                Message.of("user", "\n".join(text for text in (asked, about) if text)),
+                Message.of("assistant", answer, is_trained(instance)),
             ]
             messages = behind_beginning(record, messages, "instances")
             conversations.append(Conversation(as_record_says(record, messages), tools))

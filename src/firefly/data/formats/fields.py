@@ -219,7 +219,7 @@ SYSTEM = ("system", "system_prompt")
 
 def system_messages(value: Any, place: str) -> list[Message]:
     """A system prompt that is absent, null or empty is no system prompt."""
-    return [] if value is None or value == "" else [Message("system", check_text(value, place))]
+    return [] if value is None or value == "" else [Message.of("system", check_text(value, place))]
 
 
 def system_beside(record: Fields) -> list[Message]:

@@ -33,7 +33,7 @@ class MossFormat:
         messages = system_messages(record.get("meta_instruction"), "meta_instruction")
         parameters = dict(PARAMETERS)
         if messages:
-            parameters |= re.findall(r"API:\s*(\w+)\((\w+)\)", messages[0].content)
+            parameters |= re.findall(r"API:\s*(\w+)\((\w+)\)", messages[0].text)
         for name in sorted(chat, key=self._number):
             messages += self._turn(chat.inner(chat[name], f"chat.{name}"), parameters)
         messages = behind_beginning(record, messages, "chat")
@@ -53,9 +53,9 @@ class MossFormat:
         thought, commands, results = (
             self._optional(turn, key) for key in ("Inner Thoughts", "Commands", "Tool Responses")
         )
-        asked = Message("user", _unmark(read_text(turn, "Human")))
+        asked = Message.of("user", _unmark(read_text(turn, "Human")))
         trained = is_trained(turn)
-        reply = Message("assistant", _unmark(read_text(turn, "MOSS")), trained)
+        reply = Message.of("assistant", _unmark(read_text(turn, "MOSS")), trained)
         if commands is None and results is None:
             return [asked, replace(reply, reasoning=thought)]
         if commands is None or results is None:
@@ -70,7 +70,7 @@ class MossFormat:
                 '{field} is not a MOSS plug-in\'s call with its results, such as Search("x") and Search("x") => …',
                 field=turn.at("Commands"),
             )
-        called = Message("assistant", "", trained, reasoning=thought, tool_calls=tuple(call for _, call in calls))
+        called = Message.of("assistant", "", trained, reasoning=thought, tool_calls=tuple(call for _, call in calls))
         return [asked, called, *answers, reply]
 
     @staticmethod
@@ -119,6 +119,6 @@ def _read_results(results: str, calls: list[tuple[str, dict[str, Any]]]) -> list
         return None
     ends = [*starts[1:], len(results)]
     return [
-        Message("tool", results[start:end].strip(), name=call["function"]["name"])
+        Message.of("tool", results[start:end].strip(), name=call["function"]["name"])
         for start, end, (_, call) in zip(starts, ends, calls, strict=True)
     ]

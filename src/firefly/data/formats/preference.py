@@ -87,7 +87,7 @@ def _answer(record: Fields, name: str) -> list[Message]:
         return [read_message(record.inner(record[name], name, is_message=True))]
     if isinstance(value, list) and not is_texts(value):
         return read_messages(record, name)
-    return [Message("assistant", answer_text(record, name))]
+    return [Message.of("assistant", answer_text(record, name))]
 
 
 def _prompt(record: Fields) -> list[Message]:
@@ -98,7 +98,7 @@ def _prompt(record: Fields) -> list[Message]:
         raise MalformedRecord("{field} is missing", field="prompt")
     if key in MESSAGE_KEYS or isinstance(record.peek(key), list):
         return behind_beginning(record, read_messages(record, key), key)
-    return behind_beginning(record, [Message("user", question_text(record, key))], key)
+    return behind_beginning(record, [Message.of("user", question_text(record, key))], key)
 
 
 def _read_pair(record: Fields, sides: tuple[str, str]) -> PreferencePair:
@@ -121,7 +121,7 @@ def _read_pair(record: Fields, sides: tuple[str, str]) -> PreferencePair:
 def _said(messages: Sequence[Message]) -> list[tuple[Any, ...]]:
     """What messages say, less the identifiers of their calls."""
     return [
-        (item.role, item.content, item.reasoning, [call["function"] for call in item.tool_calls], item.name)
+        (item.role, item.text, item.reasoning, [call["function"] for call in item.tool_calls], item.name)
         for item in messages
     ]
 
@@ -224,11 +224,11 @@ class ListPairFormat:
             if not check_text(text, f"{answer}[{number}]").strip():
                 raise MalformedRecord("{field} is empty", field=f"{answer}[{number}]")
         better = _better_of_two(record, answer)
-        chosen, rejected = (Message("assistant", answers[number]) for number in (better, 1 - better))
+        chosen, rejected = (Message.of("assistant", answers[number]) for number in (better, 1 - better))
         if isinstance(record.peek(question), list):
             prompt = read_messages(record, question)
         else:
-            prompt = [Message("user", question_text(record, question))]
+            prompt = [Message.of("user", question_text(record, question))]
         return make_pair(record, behind_beginning(record, prompt, question), chosen, rejected)
 
 
@@ -304,6 +304,6 @@ def read_transcript(text: str, place: str) -> list[Message]:
     if head.strip() or not pieces:
         raise MalformedRecord("{field} does not begin with Human: or Assistant:", field=place)
     return [
-        Message("user" if speaker == "Human" else "assistant", content.strip())
+        Message.of("user" if speaker == "Human" else "assistant", content.strip())
         for speaker, content in zip(pieces[::2], pieces[1::2], strict=True)
     ]
