@@ -83,7 +83,7 @@ class Message:
     @property
     def text(self) -> str:
         """All of its text, with nothing between two parts."""
-        return "".join(part.text for part in self.content)
+        return self.content[0].text if len(self.content) == 1 else "".join([part.text for part in self.content])
 
     def with_text(self, text: str) -> Message:
         """The same turn with another text."""
