@@ -20,8 +20,8 @@ import numpy as np
 from firefly.console import notice
 from firefly.data.encoding import Encoder
 from firefly.data.schema import IGNORE, Conversation, Message, Tokens
+from firefly.data.slow_tokenizers import SlowTokenizer
 from firefly.data.templates import ChatTemplate, TemplateFailure
-from firefly.data.tokenizers import SlowTokenizer
 from firefly.errors import UsageError
 
 FILE_NAME = "template_certificate.json"

@@ -10,6 +10,7 @@ tokens are spelled with private-use characters, so that only the template's own 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import unicodedata
@@ -20,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from firefly.data.rendering import BREAK
 from firefly.data.schema import IGNORE, Conversation, Message, Rendered, Tokens
+from firefly.data.slow_tokenizers import SlowTokenizer
 from firefly.data.templates import ChatTemplate, TemplateFailure
-from firefly.data.tokenizers import BREAK, SlowTokenizer, tokenizer_hash
 from firefly.errors import UsageError
 
 # Another private-use character: it starts the second spelling of a special token.
@@ -65,8 +67,10 @@ class Encoder:
 
     @cached_property
     def tokenizer_hash(self) -> str:
-        """Taken once: it writes the whole vocabulary down."""
-        return tokenizer_hash(self.tokenizer)
+        """Hash of all that decides about ids."""
+        if isinstance(self.tokenizer, SlowTokenizer):
+            return self.tokenizer.fingerprint()
+        return hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
     @cached_property
     def _plain_tokenizer(self) -> Any:
