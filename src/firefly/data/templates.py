@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from firefly.data.families import TEMPLATES, TemplateSpec, family_names, find_family
+from firefly.data.families import TEMPLATE_FOLDER, TEMPLATES, TemplateSpec, family_names, find_family
 from firefly.data.proofs import Mark, is_plain, mark
 from firefly.data.rendering import ReservedCharacter, render_chat
 from firefly.data.schema import Conversation, Message, Rendered, TextPart
@@ -27,7 +27,6 @@ from firefly.translation import Phrase
 
 __all__ = ["TEMPLATES", "ChatTemplate", "TemplateFailure", "TemplateSpec", "bind_template", "read_template"]
 
-TEMPLATE_FOLDER = Path(__file__).parent / "chat_templates"
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 END_OF_THOUGHT = "</think>"
 OPENED_THOUGHTS = ("<think>\n", "<think>")
