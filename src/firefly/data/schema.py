@@ -181,6 +181,12 @@ class Tokens:
     starts: tuple[int, ...] = (0,)
 
     @property
+    def runs(self) -> np.ndarray:
+        """Where each trained run (a reply with its stop token) begins and ends, int64 (runs, 2)."""
+        trained = np.concatenate([[False], self.labels != IGNORE, [False]])
+        return np.flatnonzero(trained[1:] != trained[:-1]).reshape(-1, 2)
+
+    @property
     def num_targets(self) -> int:
         """Trained tokens; the first token of a segment has no position that could predict it."""
         trained = int(np.count_nonzero(self.labels != IGNORE))
