@@ -34,6 +34,7 @@ from firefly.data.formats.fields import (
     read_text,
     verdict,
     verdicts,
+    wrong_kind,
 )
 from firefly.data.formats.messages import ROLE_KEYS, ROLES, TEXT_KEYS
 from firefly.data.formats.moss import MossFormat
@@ -149,18 +150,14 @@ def _ids(record: Fields, name: str) -> np.ndarray:
     if not len(ids):
         raise MalformedRecord("{field} is empty", field=name)
     if ids.min() < 0:
-        raise MalformedRecord(
-            "{field} must be {expected}, not {got}", field=name, expected="ids ≥ 0", got=str(ids.min())
-        )
+        raise wrong_kind(name, "ids ≥ 0", got=str(ids.min()))
     return ids
 
 
 def _integers(record: Fields, name: str) -> np.ndarray:
     value = record[name]
     if not isinstance(value, list) or not all(type(item) is int and abs(item) < 2**31 for item in value):
-        raise MalformedRecord(
-            "{field} must be {expected}, not {got}", field=name, expected="list of integers", got=kind_of(value)
-        )
+        raise wrong_kind(name, "list of integers", value)
     return np.asarray(value, dtype=np.int32)
 
 

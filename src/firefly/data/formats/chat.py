@@ -12,13 +12,13 @@ from firefly.data.formats.fields import (
     MalformedRecord,
     check_text,
     is_trained,
-    kind_of,
     parse_json,
     read_list,
     read_tools,
     texts_in,
     verdict,
     verdicts,
+    wrong_kind,
 )
 from firefly.data.formats.messages import MESSAGE_KEYS, as_record_says, behind_beginning, read_messages, untrained
 from firefly.data.formats.texts import (
@@ -313,12 +313,7 @@ def _judged(record: Fields, conversation: Conversation) -> Labelled:
         name = record.first_of(LABELS)
         if name is None:
             raise MalformedRecord("{field} is missing", field=LABELS[0])
-        raise MalformedRecord(
-            "{field} must be {expected}, not {got}",
-            field=name,
-            expected="true or false",
-            got=kind_of(record.peek(name)),
-        )
+        raise wrong_kind(name, "true or false", record.peek(name))
     said = verdicts(record)
     for name in said:
         record.get(name)

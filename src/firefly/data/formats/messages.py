@@ -15,7 +15,6 @@ from firefly.data.formats.fields import (
     is_record_trained,
     is_trained,
     json_text,
-    kind_of,
     optional_text,
     read_arguments,
     read_call_id,
@@ -23,6 +22,7 @@ from firefly.data.formats.fields import (
     read_text,
     read_tool_calls,
     system_beside,
+    wrong_kind,
 )
 from firefly.data.formats.texts import ANSWERS, QUESTIONS, SPELLINGS, question_text
 from firefly.data.schema import Message, Part, Role, TextPart, as_parts
@@ -232,9 +232,7 @@ def read_history(record: Fields) -> list[Message]:
     for number, pair in enumerate(items):
         place = f"history[{number}]"
         if not isinstance(pair, list) or len(pair) != 2:
-            raise MalformedRecord(
-                "{field} must be {expected}, not {got}", field=place, expected="[question, answer]", got=kind_of(pair)
-            )
+            raise wrong_kind(place, "[question, answer]", pair)
         messages.append(Message.of("user", check_text(pair[0], f"{place}[0]")))
         messages.append(Message.of("assistant", check_text(pair[1], f"{place}[1]")))
     return messages

@@ -14,6 +14,7 @@ from firefly.data.formats.fields import (
     read_text,
     read_tools,
     system_messages,
+    wrong_kind,
 )
 from firefly.data.formats.messages import as_record_says, behind_beginning
 from firefly.data.schema import Conversation, Message
@@ -43,9 +44,7 @@ class MossFormat:
     def _number(name: str) -> int:
         match = re.fullmatch(r"turn_(\d{1,9})", name)
         if match is None:
-            raise MalformedRecord(
-                "{field} must be {expected}, not {got}", field="chat", expected="turn_1, turn_2, …", got=repr(name)
-            )
+            raise wrong_kind("chat", "turn_1, turn_2, …", got=repr(name))
         return int(match[1])
 
     def _turn(self, turn: Fields, parameters: dict[str, str]) -> list[Message]:

@@ -20,6 +20,7 @@ from firefly.data.formats.fields import (
     read_text,
     read_tools,
     verdict,
+    wrong_kind,
 )
 from firefly.data.formats.messages import MESSAGE_KEYS, behind_beginning, read_message, read_messages, untrained
 from firefly.data.formats.texts import ASKED, FIRST, PROMPTS, SPELLINGS, answer_text, is_texts, question_text
@@ -74,9 +75,7 @@ def read_margin(record: Fields) -> float | None:
         return None
     record.get("margin")
     if abs(margin) > sys.float_info.max:
-        raise MalformedRecord(
-            "{field} must be {expected}, not {got}", field="margin", expected="finite number", got="infinity"
-        )
+        raise wrong_kind("margin", "finite number", got="infinity")
     return float(margin)
 
 
@@ -217,9 +216,7 @@ class ListPairFormat:
         answers = record[answer]
         if not is_texts(answers) or len(answers) != 2:
             got = f"{len(answers)}" if isinstance(answers, list) else type(answers).__name__
-            raise MalformedRecord(
-                "{field} must be {expected}, not {got}", field=answer, expected="[chosen, rejected]", got=got
-            )
+            raise wrong_kind(answer, "[chosen, rejected]", got=got)
         for number, text in enumerate(answers):
             if not check_text(text, f"{answer}[{number}]").strip():
                 raise MalformedRecord("{field} is empty", field=f"{answer}[{number}]")
@@ -262,9 +259,7 @@ def _better_of_two(record: Fields, answer: str) -> int:
         ]
         if len(found) != 2 or len(numbers) != 2 or numbers[0] == numbers[1]:
             got = json_text(record[name], name)
-            raise MalformedRecord(
-                "{field} must be {expected}, not {got}", field=name, expected="two different numbers", got=got
-            )
+            raise wrong_kind(name, "two different numbers", got=got)
         preferred[name] = int((numbers[1] > numbers[0]) == (measure not in RANKS))
     if len(set(preferred.values())) > 1:
         raise MalformedRecord("{fields} disagree on whether the answer is a good one", fields=", ".join(preferred))
