@@ -10,6 +10,7 @@ import datetime
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -253,26 +254,29 @@ class ChatTemplate:
         return None
 
     def _whole(self, conversation: Conversation, replies: int) -> Rendered:
-        text, marked = self.render_text(conversation, prompt=False)
+        text, marked = self._marked(conversation, replies)
+        spans = [self._end_at_stop(text, span) for span in marked]
+        if conversation.messages[-1].role == "assistant":
+            text, spans[-1] = self._closed(text, spans[-1])
+        return Rendered(text, tuple(spans))
+
+    def _marked(
+        self, conversation: Conversation, replies: int, upto: int | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The official text and its marked spans, one for each of its replies."""
+        text, marked = self.render_text(conversation, prompt=False, upto=upto)
         if len(marked) != replies:
             raise TemplateFailure(
                 "the chat template marks {spans} trained spans for {replies} replies",
                 spans=len(marked),
                 replies=replies,
             )
-        spans = [self._end_at_stop(text, span) for span in marked]
-        if conversation.messages[-1].role == "assistant":
-            text, spans[-1] = self._closed(text, spans[-1])
-        return Rendered(text, tuple(spans))
+        return text, marked
 
     def _served_marked(self, conversation: Conversation, index: int, number: int) -> Rendered:
         """Reply `index` behind the prompt it would be asked for with."""
         prompt = self.render_text(conversation, prompt=True, upto=index)[0]
-        text, marked = self.render_text(conversation, prompt=False, upto=index + 1)
-        if len(marked) != number:
-            raise TemplateFailure(
-                "the chat template marks {spans} trained spans for {replies} replies", spans=len(marked), replies=number
-            )
+        text, marked = self._marked(conversation, number, upto=index + 1)
         text, (start, end) = self._closed(text, self._end_at_stop(text, marked[-1]))
         reply = conversation.messages[index]
         if _lost_thought(reply, text[start:end]):
@@ -292,9 +296,11 @@ class ChatTemplate:
         official = self.render_text(conversation, prompt=False, upto=index + 1)[0]
         reply = conversation.messages[index]
         if reply.tool_calls and official.startswith(prompt):
-            return Rendered(*self._closed_rendered(official, (len(prompt), len(official))))
+            text, span = self._closed(official, self._end_at_stop(official, (len(prompt), len(official.rstrip()))))
+            return Rendered(text, (span,))
         content = reply.text
-        if END_OF_THOUGHT in content and _lost_thought(reply, official[len(_common(prompt, official)) :]):
+        common = len(os.path.commonprefix([prompt, official]))  # noqa: RUF071  (of characters)
+        if END_OF_THOUGHT in content and _lost_thought(reply, official[common:]):
             return _behind(prompt, content + self.stop_tokens[0])
         if not official.startswith(prompt):
             raise TemplateFailure("the chat template writes a reply that does not continue its own generation prompt")
@@ -313,10 +319,6 @@ class ChatTemplate:
         # The last place: a short content may also stand in what the template writes before it.
         closed = official[: official.rfind(content) + len(content)] + self.stop_tokens[0]
         return Rendered(closed, ((len(prompt), len(closed)),))
-
-    def _closed_rendered(self, text: str, span: tuple[int, int]) -> tuple[str, tuple[tuple[int, int], ...]]:
-        text, closed = self._closed(text, self._end_at_stop(text, (span[0], len(text.rstrip()))))
-        return text, (closed,)
 
     def _end_at_stop(self, text: str, span: tuple[int, int]) -> tuple[int, int]:
         """Let a marked span end with the reply's stop token, where the marks leave it out or go on after it."""
@@ -485,15 +487,6 @@ def _behind(prompt: str, reply: str) -> Rendered:
     return Rendered(prompt + reply, ((len(prompt), len(prompt) + len(reply)),))
 
 
-def _common(first: str, second: str) -> str:
-    """The longest common beginning."""
-    low, high = 0, min(len(first), len(second))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if first[:middle] == second[:middle] else (low, middle - 1)
-    return first[:low]
-
-
 def _in_json(content: str, text: str) -> bool:
     return any(json.dumps(content, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
 
@@ -620,14 +613,18 @@ def _find_template(name: str, tokenizer: Any) -> tuple[str, tuple[str, ...], boo
         try:
             text = path.read_text(encoding="utf-8").removesuffix("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                "template.unusable",
-                "template_name = {name} cannot be used: {problem}. Correct the template, or name another.",
-                name=name,
-                problem=error,
-            ) from None
+            raise _unusable(name, error) from None
         return text, _own_stops(name, text, tokenizer), None
     raise unknown_template(name, extra=("auto",))
+
+
+def _unusable(name: str, problem: object) -> UsageError:
+    return UsageError(
+        "template.unusable",
+        "template_name = {name} cannot be used: {problem}. Correct the template, or name another.",
+        name=name,
+        problem=problem,
+    )
 
 
 def unknown_template(name: str, extra: tuple[str, ...] = ()) -> UsageError:
@@ -658,19 +655,9 @@ def _own_stops(name: str, text: str, tokenizer: Any) -> tuple[str, ...]:
         if answer not in shown:
             shown = probe._render(turns[:2], {}, prompt=False)[0]
     except TemplateFailure as error:
-        raise UsageError(
-            "template.unusable",
-            "template_name = {name} cannot be used: {problem}. Correct the template, or name another.",
-            name=name,
-            problem=error,
-        ) from None
+        raise _unusable(name, error) from None
     if answer not in shown:
-        raise UsageError(
-            "template.unusable",
-            "template_name = {name} cannot be used: {problem}. Correct the template, or name another.",
-            name=name,
-            problem=Phrase("the chat template changes the text of a reply"),
-        )
+        raise _unusable(name, Phrase("the chat template changes the text of a reply"))
     tail = shown.split(answer)[-1]
     specials = [token for token in tokenizer.all_special_tokens if token]
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]

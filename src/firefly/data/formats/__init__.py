@@ -39,11 +39,9 @@ from firefly.data.formats.fields import (
 from firefly.data.formats.messages import ROLE_KEYS, ROLES, TEXT_KEYS
 from firefly.data.formats.moss import MossFormat
 from firefly.data.formats.preference import (
-    ConversationPairFormat,
     ListPairFormat,
-    MessagePairFormat,
+    PairFormat,
     ResponsePairFormat,
-    TextPairFormat,
     TranscriptPairFormat,
     outscored,
 )
@@ -191,9 +189,9 @@ FORMATS: dict[str, FormatEntry] = {
     "labelled_messages": FormatEntry(LabelledMessagesFormat(), LABELLED),
     "labelled_answer": FormatEntry(LabelledAnswerFormat(), LABELLED),
     "tokens": FormatEntry(TokensFormat(), DEMONSTRATIONS),
-    "preference": FormatEntry(MessagePairFormat(), PAIRS),
-    "preference_text": FormatEntry(TextPairFormat(), PAIRS),
-    "preference_sharegpt": FormatEntry(ConversationPairFormat(), PAIRS),
+    "preference": FormatEntry(PairFormat("messages"), PAIRS),
+    "preference_text": FormatEntry(PairFormat("texts"), PAIRS),
+    "preference_sharegpt": FormatEntry(PairFormat("turns"), PAIRS),
     "preference_list": FormatEntry(ListPairFormat(), PAIRS),
     "preference_transcript": FormatEntry(TranscriptPairFormat(), PAIRS),
     "preference_responses": FormatEntry(ResponsePairFormat(), PAIRS),

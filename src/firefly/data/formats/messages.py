@@ -166,9 +166,7 @@ def read_message(item: Fields) -> Message:
     if called:
         calls = (*calls, *read_tool_calls(item, item[called], item.at(called)))
     if reasoning is not None and thought is not None:
-        raise MalformedRecord(
-            "{field} is out of order: a reply is its reasoning, then its text, then its calls", field=place
-        )
+        raise _out_of_order(place)
     return Message(role, content, trained, reasoning=reasoning or thought, tool_calls=calls)
 
 
@@ -200,15 +198,11 @@ def _read_content(item: Fields, key: str, role: Role) -> tuple[tuple[Part, ...],
         kind = part.get("type", "text")
         if kind in TEXT_PARTS:
             if calls:
-                raise MalformedRecord(
-                    "{field} is out of order: a reply is its reasoning, then its text, then its calls", field=at
-                )
+                raise _out_of_order(at)
             texts.append(read_text(part, part.first_of(PART_KEYS) or "text"))
         elif kind in REASONING_PARTS and role == "assistant":
             if texts or calls:
-                raise MalformedRecord(
-                    "{field} is out of order: a reply is its reasoning, then its text, then its calls", field=at
-                )
+                raise _out_of_order(at)
             reasoning.append(read_text(part, part.first_of((*REASONING_PARTS, *PART_KEYS)) or "text"))
         elif kind in CALLS and role == "assistant":
             held = part.first_of((*CALLS, *PART_KEYS)) or "value"
@@ -216,6 +210,12 @@ def _read_content(item: Fields, key: str, role: Role) -> tuple[tuple[Part, ...],
         else:
             raise MalformedRecord("{field} is of type {type!r}; this version trains on text", field=at, type=kind)
     return tuple(map(TextPart, texts)), "".join(reasoning) or None, tuple(calls)
+
+
+def _out_of_order(field: str) -> MalformedRecord:
+    return MalformedRecord(
+        "{field} is out of order: a reply is its reasoning, then its text, then its calls", field=field
+    )
 
 
 def read_history(record: Fields) -> list[Message]:

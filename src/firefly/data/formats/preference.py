@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from firefly.data.formats.chat import SIDES, answers_in_list, is_paired, is_restated, question_and_answer
 from firefly.data.formats.fields import (
@@ -126,21 +126,31 @@ def _said(messages: Sequence[Message]) -> list[tuple[Any, ...]]:
 
 
 @dataclass(frozen=True)
-class MessagePairFormat:
-    """`chosen` and `rejected` as message lists: whole conversations, or answers to `prompt` (text or messages)."""
+class PairFormat:
+    """Two answers under two keys.
+
+    Attributes:
+        kind: `messages`: one of them is a list, a whole conversation or an answer to `prompt` (text or messages);
+            `texts`: two texts to a question; `turns`: one message or text each behind the messages beside them, or any
+            behind `conversations`.
+    """
+
+    kind: Literal["messages", "texts", "turns"]
 
     def recognises(self, record: Fields) -> tuple[str, ...]:
-        sides = sides_of(record)
-        if sides is None or not any(isinstance(record.peek(name), list) for name in sides):
+        sides, held, question = sides_of(record), record.first_of(MESSAGE_KEYS), question_key(record)
+        if sides is None:
             return ()
-        return () if _is_behind_conversation(record) else sides
+        are_lists = any(isinstance(record.peek(name), list) for name in sides)
+        is_behind = sides in SIDES and ("conversations" in record or "conversation" in record)
+        if are_lists and not is_behind:
+            return sides if self.kind == "messages" else ()
+        if held and sides in SIDES:
+            return (held, *sides) if self.kind == "turns" else ()
+        return (question, *sides) if question and not held and self.kind == "texts" else ()
 
     def parse(self, record: Fields) -> PreferencePair:
         return _read_pair(record, _sides(record))
-
-
-def _is_behind_conversation(record: Fields) -> bool:
-    return any(key in record for key in ("conversations", "conversation")) and sides_of(record) in SIDES
 
 
 def _sides(record: Fields) -> tuple[str, str]:
@@ -149,20 +159,6 @@ def _sides(record: Fields) -> tuple[str, str]:
         missing = next((name for name in SIDES[0] if name not in record), SIDES[0][0])
         raise MalformedRecord("{field} is missing", field=missing)
     return sides
-
-
-@dataclass(frozen=True)
-class TextPairFormat:
-    """A prompt and two answers as text."""
-
-    def recognises(self, record: Fields) -> tuple[str, ...]:
-        sides, question = sides_of(record), question_key(record)
-        if sides is None or question is None or any(isinstance(record.peek(name), list) for name in sides):
-            return ()
-        return () if record.first_of(MESSAGE_KEYS) else (question, *sides)
-
-    def parse(self, record: Fields) -> PreferencePair:
-        return _read_pair(record, _sides(record))
 
 
 @dataclass(frozen=True)
@@ -180,22 +176,6 @@ class ResponsePairFormat:
         for name in ("response_j", "response_k"):
             read_text(record, name)
         return _read_pair(record, ("response_j", "response_k"))
-
-
-@dataclass(frozen=True)
-class ConversationPairFormat:
-    """`conversations` up to the question; `chosen` and `rejected` as one message or text each."""
-
-    def recognises(self, record: Fields) -> tuple[str, ...]:
-        sides, held = sides_of(record), record.first_of(MESSAGE_KEYS)
-        if sides is None or held is None or sides not in SIDES:
-            return ()
-        if _is_behind_conversation(record) or not any(isinstance(record.peek(name), list) for name in sides):
-            return (held, *sides)
-        return ()
-
-    def parse(self, record: Fields) -> PreferencePair:
-        return _read_pair(record, _sides(record))
 
 
 @dataclass(frozen=True)
