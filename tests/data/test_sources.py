@@ -264,7 +264,9 @@ def test_a_large_file_is_hashed_once_and_again_once_it_changed(tmp_path, monkeyp
     monkeypatch.setattr(sources, "LARGE", 100)
     monkeypatch.setattr(sources, "SETTLED", -1.0)
     hashed, digest = [], hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: (hashed.append(Path(file.name)), digest(file, kind))[1])
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda file, kind: (hashed.append(Path(file.name)), digest(file, kind))[1]
+    )
     large, small = tmp_path / "large.jsonl", tmp_path / "small.jsonl"
     large.write_bytes(b"a" * 100)
     small.write_bytes(b"a" * 99)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from firefly.data.encoding import Encoder
 from firefly.data.formats import MalformedRecord
-from firefly.data.schema import Conversation, Message, PreferencePair, Rendered, TokenPair
+from firefly.data.schema import Message, PreferencePair, Rendered, TokenPair
 from firefly.data.templates import TemplateFailure
 
 
@@ -57,9 +57,11 @@ class PairEncoder:
 
     def _encode(self, pair: PreferencePair, prompt: Sequence[Message]) -> TokenPair | None:
         """The pair's answers behind another prompt; None where the template refuses that."""
-        sides = (Conversation((*prompt, side.messages[-1]), side.tools) for side in (pair.chosen, pair.rejected))
+        chosen, rejected = (
+            replace(side, messages=(*prompt, side.messages[-1])) for side in (pair.chosen, pair.rejected)
+        )
         try:
-            return TokenPair.of(*self.encoder.encode_rendered(self.render(PreferencePair(*sides))))
+            return TokenPair.of(*self.encoder.encode_rendered(self.render(PreferencePair(chosen, rejected))))
         except TemplateFailure:
             return None
 
