@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -131,17 +131,7 @@ class Encoder:
         """Ids and labels of tokenised texts. A token is a target if its first character lies in a trained span."""
         if isinstance(self.tokenizer, SlowTokenizer):  # which cuts before every reply
             return [EncodedText((tokens,)) for tokens in encodings]
-        return [
-            self._encode_aliased(item)
-            if encoding is None
-            else self._label(encoding, item, lambda: (self._plain_tokenizer, self._continuing_tokenizer))
-            for item, encoding in zip(rendered, encodings, strict=True)
-        ]
-
-    def _encode_aliased(self, rendered: Rendered) -> EncodedText:
-        aliased = self._alias(rendered)
-        encoding = self._aliased_tokenizer.encode(aliased.text, add_special_tokens=False)
-        return self._label(encoding, aliased, lambda: (self._aliased_tokenizer, self._continuing_aliased_tokenizer))
+        return [self._label(encoding, item) for item, encoding in zip(rendered, encodings, strict=True)]
 
     @cached_property
     def _continuing_tokenizer(self) -> Any:
@@ -151,12 +141,17 @@ class Encoder:
     def _continuing_aliased_tokenizer(self) -> Any:
         return _without_prefix(self._aliased_tokenizer)
 
-    def _label(self, encoding: Any, rendered: Rendered, tokenizers: Callable[[], tuple[Any, Any]]) -> EncodedText:
-        """Labels for a tokenised text; with the tokenizer and the one for what continues a text, where it is joined."""
+    def _label(self, encoding: Any, rendered: Rendered) -> EncodedText:
+        """Labels for a text and its encoding; None: something special was typed in it, and it is tokenised here."""
+        is_plain = encoding is not None
+        whole = self._plain_tokenizer if is_plain else self._aliased_tokenizer
+        if not is_plain:
+            rendered = self._alias(rendered)
+            encoding = whole.encode(rendered.text, add_special_tokens=False)
         tokens, joined = _label(encoding, rendered)
         if not joined:
             return EncodedText((tokens,))
-        whole, continuing = tokenizers()
+        continuing = self._continuing_tokenizer if is_plain else self._continuing_aliased_tokenizer
         text, spans = rendered.text, rendered.spans
         if joined == [len(spans) - 1]:
             return EncodedText((_encode_behind(rendered, spans[-1][0], whole, continuing),), 1)
