@@ -55,7 +55,7 @@ def main() -> int:
 def answers(engine: Engine) -> list[str]:
     """One greedy answer to each question, each in a conversation of its own."""
     settings = GenerationSettings(max_new_tokens=48, temperature=0)
-    return [engine.answer([Message("user", question)], settings) for question in QUESTIONS]
+    return [engine.answer([Message.of("user", question)], settings) for question in QUESTIONS]
 
 
 def show(base: list[str], tuned: list[str]) -> None:

@@ -54,7 +54,7 @@ def test_4_bit_chat_has_the_logits_of_the_model_that_was_trained(run: Path, monk
 
     monkeypatch.setattr("firefly.models.precision.has_bf16", lambda device: False)  # rounding apart
     engine = Engine.load(ModelConfig(), str(run), load_in_4bit=True)
-    ids = torch.tensor([engine.encoder.encode_prompt([Message("user", "Who are you?")])])
+    ids = torch.tensor([engine.encoder.encode_prompt([Message.of("user", "Who are you?")])])
     config = load_config(run / "train_args.json")
     precision = Precision(next(engine.model.parameters()).dtype)
     trained = attach_adapter(load_model(config.model, "qlora", precision, pick_device()), config.adapter)
@@ -83,4 +83,4 @@ def test_ids_equal_the_tokenizers_own_chat_template() -> None:
     expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     for name in ("auto", "smollm2"):
         encoder = Encoder(tokenizer, bind_template(name, tokenizer))
-        assert encoder.encode_prompt([Message(item["role"], item["content"]) for item in messages]) == expected  # type: ignore[arg-type]
+        assert encoder.encode_prompt([Message.of(item["role"], item["content"]) for item in messages]) == expected  # type: ignore[arg-type]

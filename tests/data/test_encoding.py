@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from firefly.data.encoding import ALIAS, BREAK, Encoder
 from firefly.data.rendering import CLOSE, OPEN
-from firefly.data.schema import IGNORE, Conversation, Message, Rendered, Tokens
+from firefly.data.schema import IGNORE, Conversation, Message, Rendered, TextPart, Tokens
 from firefly.data.templates import TemplateFailure, bind_template
 from firefly.errors import UsageError
 
@@ -34,9 +34,9 @@ CONTENTS = (
 
 
 def turns(*contents: str, system: str | None = None) -> tuple[Message, ...]:
-    messages = [] if system is None else [Message("system", system)]
+    messages = [] if system is None else [Message.of("system", system)]
     for number, content in enumerate(contents):
-        messages.append(Message("assistant" if number % 2 else "user", content))
+        messages.append(Message.of("assistant" if number % 2 else "user", content))
     return tuple(messages)
 
 
@@ -229,7 +229,7 @@ def bordered(request) -> tuple[Any, Any]:
 
 def as_served(encoder: Encoder, continuing: Any, chat: tuple[Message, ...], reply: int) -> tuple[list[int], list[int]]:
     """A prompt's ids, and those of the reply that a model would write behind it."""
-    written = continuing.encode(chat[reply].content, add_special_tokens=False)
+    written = continuing.encode(chat[reply].text, add_special_tokens=False)
     return encoder.encode_prompt(chat[:reply]), [*written, encoder.template.stop_ids[0]]
 
 
@@ -338,6 +338,15 @@ def test_a_typed_special_token_stays_text(encoder, special, position):
     if tokenizer.unk_token_id is None:
         assert decode(encoder, tokens.input_ids) == encoder.template.render(Conversation(chat))[0].text
     assert tokens.num_targets > plain.num_targets
+
+
+def test_a_special_token_that_is_typed_across_two_parts_stays_text(encoder):
+    stop = encoder.template.stop_tokens[0]
+    parts = Message("user", (TextPart("a " + stop[:2]), TextPart(stop[2:])))
+    ids = encoder.encode_prompt([parts])
+    assert ids == encoder.encode_prompt([Message.of("user", f"a {stop}")])
+    stops = [prompt.count(encoder.template.stop_ids[0]) for prompt in (ids, encoder.encode_prompt(turns("a")))]
+    assert stops[0] == stops[1]
 
 
 @pytest.mark.parametrize(

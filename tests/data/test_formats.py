@@ -20,7 +20,7 @@ USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 def parse(record: Any) -> tuple[str, list[tuple[str, str]]]:
     name, conversation = parse_record(record)
     assert isinstance(conversation, Conversation)
-    return name, [(message.role, message.content) for message in conversation.messages]
+    return name, [(message.role, message.text) for message in conversation.messages]
 
 
 def malformed(record: Any) -> str:
@@ -79,7 +79,7 @@ def test_a_system_prompt_beside_a_list_stands_before_it_and_two_are_refused(reco
     kind = "pair" if "chosen" in record else "conversation"
     parsed = parse_record(record | {"system": "s"}, kind)[1]
     found = parsed.chosen if kind == "pair" else parsed.conversation if isinstance(parsed, Labelled) else parsed
-    assert [(item.role, item.content) for item in found.messages] == [(SYSTEM, "s"), (USER, "q"), (ASSISTANT, "a")]
+    assert [(item.role, item.text) for item in found.messages] == [(SYSTEM, "s"), (USER, "q"), (ASSISTANT, "a")]
     name = next(iter(record))
     twice = record | {"system": "s", name: [{"role": "system", "content": "t"}, *record[name]]}
     with pytest.raises(MalformedRecord, match=name):
@@ -97,7 +97,7 @@ def test_a_history_stands_before_the_question_of_a_pair():
     record = {"instruction": "q", "history": [["before", "then"]], "chosen": "a", "rejected": "b", "system": "s"}
     pair = parse_record(record, "pair")[1]
     turns = [(SYSTEM, "s"), (USER, "before"), (ASSISTANT, "then"), (USER, "q"), (ASSISTANT, "a")]
-    assert [(item.role, item.content) for item in pair.chosen.messages] == turns
+    assert [(item.role, item.text) for item in pair.chosen.messages] == turns
 
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
@@ -116,7 +116,7 @@ def test_a_call_in_openais_older_form_is_a_call(content):
     record["messages"].append({"role": "assistant", "content": content, "function_call": call})
     reply = parse_record(record)[1].messages[1]
     assert reply.tool_calls[0]["function"] == {"name": "look", "arguments": {"at": 1}}
-    assert reply.content == (content or "")
+    assert reply.text == (content or "")
 
 
 @pytest.mark.parametrize("key", ["system", "system_prompt"])
@@ -233,7 +233,7 @@ def test_loss_false_leaves_a_reply_untrained():
     assert [item.trained for item in conversation.messages if item.role == ASSISTANT] == [False, True]
     record = messages((USER, "q"), (ASSISTANT, "a"))
     record["messages"][1]["loss"] = False
-    assert parse_record(record)[1] == Conversation((Message(USER, "q"), Message(ASSISTANT, "a", trained=False)))
+    assert parse_record(record)[1] == Conversation((Message.of(USER, "q"), Message.of(ASSISTANT, "a", trained=False)))
 
 
 def test_tokens_are_taken_as_they_are():

@@ -87,9 +87,9 @@ def test_qwen3_without_thinking_needs_no_variable_and_takes_one(shared):
 def test_a_thought_behind_a_prompt_that_has_ended_it_is_refused():
     from firefly.data.schema import Conversation, Message
 
-    thought = Message("assistant", "a", reasoning="r")
-    for reply in (thought, Message("assistant", "<think>\nr\n</think>\n\na")):
-        chat = Conversation((Message("user", "q"), reply))
+    thought = Message.of("assistant", "a", reasoning="r")
+    for reply in (thought, Message.of("assistant", "<think>\nr\n</think>\n\na")):
+        chat = Conversation((Message.of("user", "q"), reply))
         with pytest.raises(TemplateFailure, match="ends the thought"):
             bind("qwen3-nothink").render(chat)
         (stripped,) = bind("qwen3-nothink", thinking="strip").render(chat)
@@ -142,7 +142,7 @@ def test_each_reply_is_trained_behind_the_prompt_it_would_be_asked_for_with(name
     from firefly.data.schema import Conversation, Message
 
     template = bind(name)
-    chat = Conversation(tuple(Message(item["role"], item["content"]) for item in [*SYSTEM, *TURNS]))
+    chat = Conversation(tuple(Message.of(item["role"], item["content"]) for item in [*SYSTEM, *TURNS]))
     try:
         rendered = template.render(chat)
     except TemplateFailure:  # the official text drops a system prompt once a reply follows
@@ -154,14 +154,14 @@ def test_each_reply_is_trained_behind_the_prompt_it_would_be_asked_for_with(name
     assert len(spans) == len(replies)
     for (text, (start, end)), index in zip(spans, replies, strict=True):
         assert text[start:end].endswith(template.stop_tokens), text[start:end]
-        assert chat.messages[index].content.strip() in text[start:end]
+        assert chat.messages[index].text.strip() in text[start:end]
         assert text[:start] == template.render_prompt(Conversation(chat.messages[:index])), name
 
 
 def test_a_refused_system_prompt_is_merged_or_an_error():
     from firefly.data.schema import Conversation, Message
 
-    chat = Conversation((Message("system", "S"), Message("user", "q"), Message("assistant", "a")))
+    chat = Conversation((Message.of("system", "S"), Message.of("user", "q"), Message.of("assistant", "a")))
     (merged,) = bind("gemma").render(chat)
     assert merged.text == "<bos><start_of_turn>user\nS\n\nq<end_of_turn>\n<start_of_turn>model\na<end_of_turn>\n"
     with pytest.raises(TemplateFailure, match="system"):
@@ -227,10 +227,10 @@ def test_thinking_is_trained_in_every_turn_as_it_would_be_served():
 
     chat = Conversation(
         (
-            Message("user", "q1"),
-            Message("assistant", "a1", reasoning="r1"),
-            Message("user", "q2"),
-            Message("assistant", "a2", reasoning="r2"),
+            Message.of("user", "q1"),
+            Message.of("assistant", "a1", reasoning="r1"),
+            Message.of("user", "q2"),
+            Message.of("assistant", "a2", reasoning="r2"),
         )
     )
     first, second = bind("qwen3").render(chat)
@@ -243,6 +243,6 @@ def test_thinking_is_trained_in_every_turn_as_it_would_be_served():
     assert not any("r1" in item.text or "r2" in item.text for item in stripped)
     with pytest.raises(TemplateFailure, match="reasoning"):
         bind("qwen2.5").render(chat)
-    tagged = Conversation((Message("user", "q"), Message("assistant", "<think>\nr\n</think>\n\na")))
+    tagged = Conversation((Message.of("user", "q"), Message.of("assistant", "<think>\nr\n</think>\n\na")))
     (served,) = bind("deepseek-r1").render(tagged)
     assert served.text[slice(*served.spans[0])] == "<think>\nr\n</think>\n\na<｜end▁of▁sentence｜>"

@@ -48,7 +48,7 @@ def test_a_pair_is_the_served_prompt_and_two_answers_with_their_stop_tokens(tmp_
     split = loaded(tmp_path, row(("system", SYSTEM), ("user", "Is it?"), chosen="yes, it is"))
     (pair,) = [split.train[0]]
     assert isinstance(pair, TokenPair)
-    prompt = encoder().encode_prompt([Message("system", SYSTEM), Message("user", "Is it?")])
+    prompt = encoder().encode_prompt([Message.of("system", SYSTEM), Message.of("user", "Is it?")])
     assert pair.input_ids[: pair.prompt].tolist() == prompt
     chosen, rejected = np.split(pair.input_ids[pair.prompt :], [pair.chosen])
     assert (text(chosen).strip(), text(rejected).strip()) == ("yes, it is<|im_end|>", "no<|im_end|>")
@@ -76,7 +76,7 @@ def test_a_prompt_over_its_limit_loses_its_oldest_turns_first_and_keeps_the_syst
     whole = loaded(tmp_path, row(("system", SYSTEM), *turns)).train[0]
     split = loaded(tmp_path, row(("system", SYSTEM), *turns), max_prompt_length=whole.prompt - 1)
     pair = split.train[0]
-    expected = encoder().encode_prompt([Message("system", SYSTEM), Message("user", "second one?")])
+    expected = encoder().encode_prompt([Message.of("system", SYSTEM), Message.of("user", "second one?")])
     assert pair.input_ids[: pair.prompt].tolist() == expected
     assert (split.train.ledger.cut, split.train.ledger.kept) == (1, 0)
     assert f"{whole.prompt - pair.prompt} tokens cut out of the prompt" in split.train.ledger.findings[0].message
@@ -85,12 +85,12 @@ def test_a_prompt_over_its_limit_loses_its_oldest_turns_first_and_keeps_the_syst
 @pytest.mark.parametrize("left", [1, 4, 11])
 def test_a_single_long_question_loses_its_beginning(tmp_path: Path, left: int) -> None:
     question = "the very long question that is asked here"
-    empty = len(encoder().encode_prompt([Message("system", SYSTEM), Message("user", "")]))
+    empty = len(encoder().encode_prompt([Message.of("system", SYSTEM), Message.of("user", "")]))
     limit = empty + left
     pair = loaded(tmp_path, row(("system", SYSTEM), ("user", question)), max_prompt_length=limit).train[0]
     kept = question[-left:]
     assert pair.prompt <= limit
-    expected = encoder().encode_prompt([Message("system", SYSTEM), Message("user", kept)])
+    expected = encoder().encode_prompt([Message.of("system", SYSTEM), Message.of("user", kept)])
     assert pair.input_ids[: pair.prompt].tolist() == expected
     assert text(pair.input_ids[pair.prompt :]).count("<|im_end|>") == 2
 
@@ -145,7 +145,7 @@ def test_what_was_cut_of_a_pair_names_its_side(tmp_path: Path) -> None:
     )
     both = said(start + 4, start - 1, chosen="x" * start, rejected="y" * start)
     assert both.startswith(
-        f"{start - len(encoder().encode_prompt([Message('user', 'q')]))} tokens cut out of the prompt"
+        f"{start - len(encoder().encode_prompt([Message.of('user', 'q')]))} tokens cut out of the prompt"
     )
     assert "; chosen: cut from " in both
     assert "; rejected: cut from " in both
@@ -179,7 +179,7 @@ def test_answers_that_one_tokenisation_would_join_to_their_prompt_share_it_as_se
     train = load_split(DataConfig(train_file=str(path)), encoder, "pair").train
     assert (len(train), train.ledger.counts["joined_to_prompt"]) == (2, 2)
     for pair, item, answers in zip(train, (record, plain), (("\n\nyes", " \nno"), ("yes", "\nno")), strict=True):
-        prompt = encoder.encode_prompt([Message(turn["role"], turn["content"]) for turn in item["chosen"][:-1]])
+        prompt = encoder.encode_prompt([Message.of(turn["role"], turn["content"]) for turn in item["chosen"][:-1]])
         assert pair.input_ids[: pair.prompt].tolist() == prompt
         sides = np.split(pair.input_ids[pair.prompt :], [pair.chosen])
         for ids, answer in zip(sides, answers, strict=True):

@@ -12,13 +12,13 @@ from firefly.data.dataset import load_split
 from firefly.data.encoding import Encoder
 from firefly.data.formats import FORMATS, MalformedRecord, parse_record, read_record
 from firefly.data.formats.fields import Fields
-from firefly.data.schema import IGNORE, Conversation, Document, Labelled, PreferencePair, TokenPair
+from firefly.data.schema import IGNORE, Conversation, Document, Labelled, Message, PreferencePair, TextPart, TokenPair
 from firefly.data.templates import bind_template
 from tiny import tiny_tokenizer
 
 
 def turns(conversation: Conversation) -> list[tuple[str, str]]:
-    return [(item.role, item.content) for item in conversation.messages]
+    return [(item.role, item.text) for item in conversation.messages]
 
 
 ASKED = [("user", "q"), ("assistant", "a")]
@@ -447,7 +447,7 @@ def test_reasoning_is_kept_apart_from_the_reply():
     record = {"messages": [QUESTION, GOOD | {"reasoning_content": "because"}]}
     _, parsed = parse_record(record)
     assert isinstance(parsed, Conversation)
-    assert (parsed.messages[1].reasoning, parsed.messages[1].content) == ("because", "good")
+    assert (parsed.messages[1].reasoning, parsed.messages[1].text) == ("because", "good")
 
 
 def test_a_condemned_answer_is_not_trained():
@@ -533,14 +533,14 @@ def test_chatglm3s_first_tool_rows_hold_call_and_answer_in_one():
     }
     found = read_record(record)
     user, thought, first, second, other, last = found.parsed.messages
-    assert (thought.content, thought.tool_calls, first.content, first.name) == (
+    assert (thought.text, thought.tool_calls, first.text, first.name) == (
         "I shall add.",
         (CALL,),
         '{"sum": "二"}',
         "add",
     )
-    assert (second.role, second.content, second.tool_calls, other.content) == ("assistant", "", (CALL,), "5")
-    assert (user.content, last.content, found.unread) == ("q", "Five.", {})
+    assert (second.role, second.text, second.tool_calls, other.text) == ("assistant", "", (CALL,), "5")
+    assert (user.text, last.text, found.unread) == ("q", "Five.", {})
 
 
 @pytest.mark.parametrize("key", ["arguments", "args", "kwargs", "input", "params", "parameters"])
@@ -743,13 +743,22 @@ def test_parts_of_reasoning_text_and_calls_are_the_parts_of_a_reply():
         {"type": "tool_call", "value": '{"name": "add", "arguments": {"a": 2}}'},
     ]
     reply = parse_record({"messages": [QUESTION, {"role": "assistant", "content": parts}]})[1].messages[1]
-    assert (reply.reasoning, reply.content, reply.tool_calls) == ("t", "a", (CALL,))
+    assert (reply.reasoning, reply.text, reply.tool_calls) == ("t", "a", (CALL,))
     for order in (parts[::-1], [parts[1], parts[0]]):
         with pytest.raises(MalformedRecord, match="out of order"):
             parse_record({"messages": [QUESTION, {"role": "assistant", "content": order}]})
     for kind in ("image_url", "image", "input_audio", 5, None, ["text"]):
         with pytest.raises(MalformedRecord, match=r"messages\[0\].content\[0\] is of type"):
             parse_record({"messages": [{"role": "user", "content": [{"type": kind, "value": "x"}]}]})
+
+
+def test_parts_of_text_keep_their_borders_and_are_written_as_one_text():
+    parts = [{"type": "text", "text": "a\n"}, "b", {"type": "input_text", "text": "c"}]
+    asked, reply = parse_record({"messages": [{"role": "user", "content": parts}, GOOD]})[1].messages
+    assert asked.content == (TextPart("a\n"), TextPart("b"), TextPart("c"))
+    assert (asked.text, asked.as_dict()) == ("a\nbc", {"role": "user", "content": "a\nbc"})
+    assert {reply} == {Message.of("assistant", "good")} == {Message("assistant", (TextPart("good"),))}
+    assert Message.of("user", "") == Message("user", ())
 
 
 MOSS = {
@@ -769,8 +778,8 @@ def test_moss_calls_several_plug_ins_and_each_answer_is_a_message():
         {"name": "Search", "arguments": {"words": "a, (b)"}},
         {"name": "Calculate", "arguments": {"expression": '1+"1"'}},
     ]
-    assert (call.content, call.reasoning, reply.content, reply.reasoning) == ("", "t", "a", None)
-    assert [(item.name, item.content) for item in (first, second)] == [
+    assert (call.text, call.reasoning, reply.text, reply.reasoning) == ("", "t", "a", None)
+    assert [(item.name, item.text) for item in (first, second)] == [
         ("Search", 'Search("a, (b)") =>\n<|1|>: x'),
         ("Calculate", 'Calculate("1+\\"1\\"") => 2'),
     ]

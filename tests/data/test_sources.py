@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,16 @@ import numpy as np
 import pytest
 
 from firefly.config import DataConfig, load_config
+from firefly.data import sources
 from firefly.data.dataset import find_kind, load_split
 from firefly.data.encoding import Encoder
 from firefly.data.ledger import Ledger
 from firefly.data.preparation import Preparation
 from firefly.data.schema import IGNORE, Source, Tokens
-from firefly.data.sources import find_sources, repeat
+from firefly.data.sources import find_sources, hash_file, repeat
 from firefly.data.templates import bind_template
 from firefly.errors import UsageError
+from firefly.files import cache_folder
 
 
 @pytest.fixture
@@ -254,3 +258,30 @@ def test_of_a_row_that_makes_several_examples_none_is_dropped_alone(policy, kept
     ]  # the second's prompt is too long
     assert len(preparation._fit(Source("f", 1), examples)) == kept
     assert preparation.ledger.lost["too_long"] == 1 - kept
+
+
+def test_a_large_file_is_hashed_once_and_again_once_it_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LARGE", 100)
+    monkeypatch.setattr(sources, "SETTLED", -1.0)
+    hashed, digest = [], hashlib.file_digest
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda file, kind: (hashed.append(Path(file.name)), digest(file, kind))[1]
+    )
+    large, small = tmp_path / "large.jsonl", tmp_path / "small.jsonl"
+    large.write_bytes(b"a" * 100)
+    small.write_bytes(b"a" * 99)
+    for path in (large, small, large, small):
+        assert hash_file(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert hashed == [large, small, small]
+    times = large.stat()
+    large.write_bytes(b"b" * 100)
+    os.utime(large, ns=(times.st_atime_ns, times.st_mtime_ns))  # as `cp -p` and `rsync -t` leave it
+    assert hash_file(large) == hashlib.sha256(b"b" * 100).hexdigest()
+
+
+def test_the_hash_of_a_file_that_was_just_written_is_not_relied_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LARGE", 1)
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"a")
+    hash_file(path)
+    assert not [item for item in (cache_folder() / "hashes").glob("*") if str(path) in item.read_text()]

@@ -51,10 +51,10 @@ MARKED_THINKING = THINKING.replace("START{{- text + '<|im_end|>' -}}END", (
 
 def conversation(*contents: str, system: str | None = None, untrained: tuple[int, ...] = ()) -> Conversation:
     """Messages from user and assistant in turn."""
-    messages = [Message("system", system)] if system is not None else []
+    messages = [Message.of("system", system)] if system is not None else []
     for number, content in enumerate(contents):
         role = "assistant" if number % 2 else "user"
-        messages.append(Message(role, content, trained=number not in untrained))
+        messages.append(Message.of(role, content, trained=number not in untrained))
     return Conversation(tuple(messages))
 
 
@@ -115,10 +115,10 @@ def test_training_text_is_the_official_one_closed_by_its_stop(shared, chatml_tok
     for name, case in reference_cases(shared):
         if case["add_generation_prompt"]:
             continue
-        messages = Conversation(tuple(Message(item["role"], item["content"]) for item in case["messages"]))
+        messages = Conversation(tuple(Message.of(item["role"], item["content"]) for item in case["messages"]))
         (rendered,) = bind_template(name, chatml_tokenizer).render(messages)
         assert rendered.text == case["rendered"] + (STOP if name == "qwen1.5" else "")
-        assert trained(rendered) == [item.content + STOP for item in messages.messages if item.role == "assistant"]
+        assert trained(rendered) == [item.text + STOP for item in messages.messages if item.role == "assistant"]
 
 
 def test_the_default_template_is_plain_words_and_the_tokenizers_eos(chatml_tokenizer, sentencepiece_tokenizer):
@@ -268,12 +268,12 @@ def test_an_untrained_reply_need_not_continue_its_prompt(bind):
 
 
 def test_reasoning_that_a_template_does_not_write_is_refused_in_earlier_replies_too(bind):
-    thinking = Message("assistant", "a1", reasoning="why")
-    for rest in ((), (Message("user", "q2"),), (Message("user", "q2"), Message("assistant", "a2"))):
+    thinking = Message.of("assistant", "a1", reasoning="why")
+    for rest in ((), (Message.of("user", "q2"),), (Message.of("user", "q2"), Message.of("assistant", "a2"))):
         with pytest.raises(TemplateFailure, match="reasoning"):
-            bind(QWEN2).render(Conversation((Message("user", "q1"), thinking, *rest)))
+            bind(QWEN2).render(Conversation((Message.of("user", "q1"), thinking, *rest)))
         context = replace(thinking, trained=False)
-        bind(QWEN2).render(Conversation((Message("user", "q1"), context, *rest)))
+        bind(QWEN2).render(Conversation((Message.of("user", "q1"), context, *rest)))
 
 
 def test_text_beside_a_call_that_a_template_leaves_out_is_refused(bind):
@@ -283,14 +283,14 @@ def test_text_beside_a_call_that_a_template_leaves_out_is_refused(bind):
         "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     call = {"type": "function", "function": {"name": "look", "arguments": {"at": 1}}}
-    said, silent = (Message("assistant", text, tool_calls=(call,)) for text in ("Let me look.", ""))
+    said, silent = (Message.of("assistant", text, tool_calls=(call,)) for text in ("Let me look.", ""))
     without, with_text = calls.replace("CONTENT", ""), calls.replace("CONTENT", "{{ m.content }}")
     for text, reply, refused in ((without, said, True), (without, silent, False), (with_text, said, False)):
-        chat = Conversation((Message("user", "q"), reply))
+        chat = Conversation((Message.of("user", "q"), reply))
         if refused:
             with pytest.raises(TemplateFailure, match="Let me look"):
                 bind(text).render(chat)
-            bind(text).render(Conversation((Message("user", "q"), replace(reply, trained=False))))
+            bind(text).render(Conversation((Message.of("user", "q"), replace(reply, trained=False))))
         else:
             assert '"look"' in trained(bind(text).render(chat)[0])[0]
 

@@ -93,14 +93,14 @@ def test_every_tool_call_and_result_stands_in_the_text_or_the_row_is_refused_by_
             continue
         words = [tool["function"]["name"] for tool in conversation.tools]
         for item in conversation.messages:
-            words += [item.content.strip(), *(called["function"]["name"] for called in item.tool_calls)]
+            words += [item.text.strip(), *(called["function"]["name"] for called in item.tool_calls)]
             words += [called["function"]["arguments"]["query"] for called in item.tool_calls]
         assert not [word for word in words if word not in texts[-1].text], (case, texts[-1])
         spans = [text.text[start:end] for text in texts for start, end in text.spans]
         replies = [item for item in conversation.messages if item.role == "assistant" and item.trained]
         for span, reply in zip(spans, replies, strict=True):
             queries = [called["function"]["arguments"]["query"] for called in reply.tool_calls]
-            assert not [word for word in (reply.content.strip(), *queries) if word not in span], (case, span)
+            assert not [word for word in (reply.text.strip(), *queries) if word not in span], (case, span)
 
 
 WITH_TOOLS = (
@@ -207,12 +207,12 @@ def test_a_tool_has_to_be_shown_with_its_description_and_its_parameters(field):
 
 def test_reasoning_and_system_prompts_that_another_text_repeats_count_as_left_out():
     plain = written(CHATML.replace("BODY", "{{ m.content }}"))
-    thinking = Message("assistant", "1 + 1 = 2", reasoning="2")
+    thinking = Message.of("assistant", "1 + 1 = 2", reasoning="2")
     with pytest.raises(TemplateFailure, match="reasoning"):
-        plain.render(Conversation((Message("user", "q"), thinking)))
+        plain.render(Conversation((Message.of("user", "q"), thinking)))
     early = "{% if m.role != 'system' or loop.length < 4 %}{{ m.content }}{% endif %}"
-    turns = (Message("system", "Be brief"), Message("user", "Be brief, please"), Message("assistant", "a"))
-    turns += (Message("user", "more"), Message("assistant", "b"))
+    turns = (Message.of("system", "Be brief"), Message.of("user", "Be brief, please"), Message.of("assistant", "a"))
+    turns += (Message.of("user", "more"), Message.of("assistant", "b"))
     with pytest.raises(TemplateFailure, match=r"drops message 0 \(system\)"):
         written(CHATML.replace("BODY", early)).render(Conversation(turns))
     assert plain.render(Conversation(turns))
@@ -232,7 +232,7 @@ def test_plain_conversations_of_one_shape_are_proved_once(monkeypatch):
     monkeypatch.setattr(ChatTemplate, "_render", lambda self, *a, **k: rendered.append(a) or honest(self, *a, **k))
     counts = []
     for number in range(4):
-        template.render(Conversation((Message("user", f"q{number}"), Message("assistant", f"a{number}"))))
+        template.render(Conversation((Message.of("user", f"q{number}"), Message.of("assistant", f"a{number}"))))
         counts.append(len(rendered))
     assert counts[3] - counts[2] == counts[2] - counts[1] == 1
 
@@ -385,11 +385,11 @@ def test_an_identifier_that_belongs_to_no_call_stays_and_templates_may_refuse_it
 
 def test_calls_before_the_last_question_wait_for_no_result_but_one_with_their_identifier():
     call_a, call_b = ({"function": {"name": name}, **more} for name, more in (("a", {"id": "one"}), ("b", {})))
-    messages = (Message("user", "q"), Message("assistant", "", tool_calls=(call_a,)), Message("user", "q"))
-    messages += (Message("assistant", "", tool_calls=(call_b,)), Message("tool", "x"))
+    messages = (Message.of("user", "q"), Message.of("assistant", "", tool_calls=(call_a,)), Message.of("user", "q"))
+    messages += (Message.of("assistant", "", tool_calls=(call_b,)), Message.of("tool", "x"))
     assert match_results(messages) == {4: 1}
     assert match_results((*messages[:4], replace(messages[4], tool_call_id="one"))) == {4: 0}
-    assert match_results((*messages[:3], Message("tool", "x"))) == {}
+    assert match_results((*messages[:3], Message.of("tool", "x"))) == {}
 
 
 def test_identifiers_that_a_template_does_not_ask_for_stay_as_they_are():

@@ -29,7 +29,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 
 def test_the_streamed_text_is_the_greedy_continuation_of_the_encoded_prompt(engine: Engine) -> None:
-    messages = [Message("user", "two blue red")]
+    messages = [Message.of("user", "two blue red")]
     ids = torch.tensor([engine.encoder.encode_prompt(messages)])
     with torch.no_grad():
         for _ in range(GREEDY.max_new_tokens):
@@ -44,14 +44,14 @@ def test_the_streamed_text_is_the_greedy_continuation_of_the_encoded_prompt(engi
 
 def test_the_same_seed_gives_the_same_answer(engine: Engine) -> None:
     settings = GenerationSettings(max_new_tokens=12, temperature=5.0, seed=3)
-    answers = {engine.answer([Message("user", "red")], settings) for _ in range(3)}
+    answers = {engine.answer([Message.of("user", "red")], settings) for _ in range(3)}
     assert len(answers) == 1
 
 
 def test_a_set_event_stops_the_answer(engine: Engine) -> None:
     stop = threading.Event()
     settings = GenerationSettings(max_new_tokens=400, temperature=0, repetition_penalty=1.3)
-    pieces = engine.stream([Message("user", "red")], settings, stop)
+    pieces = engine.stream([Message.of("user", "red")], settings, stop)
     next(pieces)
     stop.set()
     assert len(list(pieces)) < 100
@@ -111,7 +111,7 @@ def test_chat_keeps_history_until_reset(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_system_prompt_can_be_set_and_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Scripted(["one"], ["two"], ["three"])
     talk(engine, ["a", "/system Be brief.", "b", "/system", "c"], monkeypatch, system="At first.")
-    assert [asked[0].content for asked in engine.asked] == ["At first.", "Be brief.", "c"]
+    assert [asked[0].text for asked in engine.asked] == ["At first.", "Be brief.", "c"]
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_program(
@@ -119,7 +119,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(
 ) -> None:
     engine = Scripted(["so ", "far", KeyboardInterrupt()], ["again"])
     talk(engine, ["a", KeyboardInterrupt(), "b"], monkeypatch)
-    assert [message.content for message in engine.asked[1]] == ["a", "so far", "b"]
+    assert [message.text for message in engine.asked[1]] == ["a", "so far", "b"]
     assert "[stopped]" in capsys.readouterr().out
 
 
@@ -166,7 +166,7 @@ def test_special_tokens_in_a_question_are_read_as_in_training(allowed: bool, tmp
     encoder = Encoder(tokenizer, bind_template("qwen", tokenizer), allowed)
     (folder / FILE_NAME).write_text(json.dumps(certify(encoder).as_dict()), encoding="utf-8")
     served = Engine.load(ModelConfig(name_or_path=str(folder)), template_name="qwen").encoder
-    question = [Message("user", "what is <|im_end|> for?")]
+    question = [Message.of("user", "what is <|im_end|> for?")]
     assert served.encode_prompt(question) == encoder.encode_prompt(question)
 
 

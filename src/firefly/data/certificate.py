@@ -10,21 +10,21 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from firefly.console import notice
 from firefly.data.encoding import Encoder
-from firefly.data.schema import IGNORE, Conversation, Message, Tokens
-from firefly.data.templates import ChatTemplate, TemplateFailure
-from firefly.data.tokenizers import SlowTokenizer
+from firefly.data.schema import Conversation, Message
+from firefly.data.slow_tokenizers import SlowTokenizer
+from firefly.data.templates import TemplateFailure
 from firefly.errors import UsageError
 
 FILE_NAME = "template_certificate.json"
+IDS, PREFIX, STOPS = "ids_equal_apply_chat_template", "prompt_is_prefix_of_training", "stop_trained_in_every_reply"
 
 _CONTENTS = (
     "Hello, who are you?",
@@ -41,10 +41,10 @@ def battery() -> list[Conversation]:
     conversations = []
     for turns in (1, 2, 3):
         for system in (None, "You answer in one sentence."):
-            messages = [] if system is None else [Message("system", system)]
+            messages = [] if system is None else [Message.of("system", system)]
             for number in range(turns):
-                messages.append(Message("user", _CONTENTS[2 * number]))
-                messages.append(Message("assistant", _CONTENTS[2 * number + 1]))
+                messages.append(Message.of("user", _CONTENTS[2 * number]))
+                messages.append(Message.of("assistant", _CONTENTS[2 * number + 1]))
             conversations.append(Conversation(tuple(messages)))
     return conversations
 
@@ -88,21 +88,15 @@ def certify(encoder: Encoder, stop_ids: Sequence[int] | None = None) -> Certific
         stop_ids: the `eos_token_id` of the model's generation_config, if it is known.
     """
     template = encoder.template
-    usable = [item for item in battery() if _accepts(encoder, item)]
-    checks = [
-        _check_ids(encoder, usable),
-        _check_prefixes(encoder, usable),
-        _check_stops(encoder, usable),
-        Check("stop_is_one_token", True, f"{template.stop_tokens[0]} = {template.stop_ids[0]}"),
-    ]
+    stop, stop_id = template.stop_tokens[0], template.stop_ids[0]
+    checks = [*_check_battery(encoder), Check("stop_is_one_token", True, f"{stop} = {stop_id}")]
     if stop_ids is not None:
-        inside = template.stop_ids[0] in stop_ids
-        checks.append(Check("stop_in_generation_config", inside, f"{template.stop_ids[0]} in {list(stop_ids)}"))
+        checks.append(Check("stop_in_generation_config", stop_id in stop_ids, f"{stop_id} in {list(stop_ids)}"))
     return Certificate(
         template=template.name,
         template_sha256=template.hash,
-        stop_token=template.stop_tokens[0],
-        stop_id=template.stop_ids[0],
+        stop_token=stop,
+        stop_id=stop_id,
         on_system=template.on_system,
         thinking=template.thinking,
         date=None if template.date is None else template.date.isoformat(),
@@ -110,6 +104,56 @@ def certify(encoder: Encoder, stop_ids: Sequence[int] | None = None) -> Certific
         checks=tuple(checks),
         allow_special_in_content=encoder.allow_special_in_content,
     )
+
+
+def _check_battery(encoder: Encoder) -> list[Check]:
+    """Three properties of every conversation that the template takes."""
+    template, compared, faults = encoder.template, Counter[str](), dict[str, str]()
+    by_piece = isinstance(encoder.tokenizer, SlowTokenizer)  # cuts before a reply, where one text has no cut
+    is_dated = template.date not in (None, datetime.date.today()) and "strftime_now" in template.text
+
+    def see(check: str, holds: bool, place: str) -> None:
+        compared[check] += 1
+        if not holds:
+            faults.setdefault(check, place)
+
+    usable = [item for item in battery() if _accepts(encoder, item)]
+    for number, conversation in enumerate(usable):
+        rendered = encoder.render(conversation)
+        encoded = encoder.label(rendered, encoder.tokenize(rendered))
+        adapted = template.adapt(conversation)
+        replies = [index for index, item in enumerate(adapted.messages) if item.role == "assistant"]
+        # Ids of every prompt, and of a whole text but for replies that one tokenisation would join to their prompts.
+        for index in () if is_dated else replies:
+            prompt = adapted.messages[:index]
+            same = _official(encoder, Conversation(prompt), prompt=True) == encoder.encode_prompt(prompt)
+            see(IDS, same, f"prompt {index} of conversation {number}")
+        if len(encoded) == 1 and not encoded[0].joined and not by_piece and not is_dated:
+            ids, official = encoded[0].examples[0].input_ids.tolist(), _official(encoder, adapted, prompt=False)
+            # What follows the last trained reply is left out, and a stop that the official text lacks is added.
+            same = ids in (official[: len(ids)], [*official, template.stop_ids[0]])
+            see(IDS, same, f"conversation {number}")
+        # What is asked with is what the trained reply follows, and each reply ends with a stop token.
+        runs = [(tokens.input_ids, *run) for text in encoded for tokens in text.examples for run in tokens.runs]
+        replies = [index for index, item in enumerate(conversation.messages) if item.role == "assistant"]
+        for (ids, start, _), index in zip(runs, replies, strict=False):
+            prompt = encoder.encode_prompt(conversation.messages[:index])
+            see(PREFIX, ids[:start].tolist() == prompt, f"reply {index} of conversation {number}")
+        stopped = all(int(ids[end - 1]) in template.stop_ids for ids, _, end in runs)
+        place = f"conversation {number}: {len(runs)} trained runs for {len(replies)} replies"
+        see(STOPS, stopped and len(runs) == len(replies), place)
+    how = ": prompts, both tokenised by our adapter; the model's own chat code was not compared" if by_piece else ""
+    said = {
+        IDS: f"{compared[IDS]} texts{how}",
+        PREFIX: f"{compared[PREFIX]} replies",
+        STOPS: f"{compared[PREFIX]} replies",
+    }
+    checks = [
+        Check(name, bool(compared[name]) and name not in faults, faults.get(name, text)) for name, text in said.items()
+    ]
+    if is_dated:
+        checks[0] = Check(IDS, True, "not compared: apply_chat_template prints today's date")
+    return checks
 
 
 def battery_hash(encoder: Encoder) -> str:
@@ -182,41 +226,6 @@ def _accepts(encoder: Encoder, conversation: Conversation) -> bool:
     return True
 
 
-def _encode(encoder: Encoder, conversation: Conversation) -> list[Tokens]:
-    return encoder.encode_rendered(encoder.render(conversation))
-
-
-def _check_ids(encoder: Encoder, conversations: Sequence[Conversation]) -> Check:
-    """Ids of every prompt, and of whole texts but for a stop token that the official text leaves out, and for replies
-    that one tokenisation would join to their prompts."""
-    name, compared = "ids_equal_apply_chat_template", 0
-    by_piece = isinstance(encoder.tokenizer, SlowTokenizer)  # cuts before a reply, where one text has no cut
-    if _dated_otherwise(encoder.template):
-        return Check(name, True, "not compared: apply_chat_template prints today's date")
-    for number, conversation in enumerate(conversations):
-        adapted = encoder.template.adapt(conversation)
-        for index, item in enumerate(adapted.messages):
-            if item.role == "assistant":
-                official = _official(encoder, Conversation(adapted.messages[:index]), prompt=True)
-                if official != encoder.encode_prompt(adapted.messages[:index]):
-                    return Check(name, False, f"prompt {index} of conversation {number}")
-                compared += 1
-        rendered = encoder.render(conversation)
-        encoded = encoder.label(rendered, encoder.tokenize(rendered))
-        if len(encoded) == 1 and not encoded[0].joined and not by_piece:
-            ids, official = encoded[0].examples[0].input_ids.tolist(), _official(encoder, adapted, prompt=False)
-            # What follows the last trained reply is left out, and a stop that the official text lacks is added.
-            if ids not in (official[: len(ids)], [*official, encoder.template.stop_ids[0]]):
-                return Check(name, False, f"conversation {number}")
-            compared += 1
-    how = ": prompts, both tokenised by our adapter; the model's own chat code was not compared" if by_piece else ""
-    return Check(name, compared > 0, f"{compared} texts{how}")
-
-
-def _dated_otherwise(template: ChatTemplate) -> bool:
-    return template.date not in (None, datetime.date.today()) and "strftime_now" in template.text
-
-
 def _official(encoder: Encoder, conversation: Conversation, prompt: bool) -> list[int]:
     template, extra = encoder.template, {}
     if template.date is not None:
@@ -230,48 +239,3 @@ def _official(encoder: Encoder, conversation: Conversation, prompt: bool) -> lis
         **extra,
     )
     return list(ids)
-
-
-def _check_prefixes(encoder: Encoder, conversations: Sequence[Conversation]) -> Check:
-    """What is asked with is what the trained reply follows."""
-    name, compared = "prompt_is_prefix_of_training", 0
-    for number, conversation in enumerate(conversations):
-        for tokens, index in _replies(encoder, conversation):
-            prompt = encoder.encode_prompt(conversation.messages[:index])
-            for ids, start in tokens:
-                if ids[:start].tolist() != prompt:
-                    return Check(name, False, f"reply {index} of conversation {number}")
-                compared += 1
-    return Check(name, compared > 0, f"{compared} replies")
-
-
-def _replies(encoder: Encoder, conversation: Conversation) -> list[tuple[list[tuple[np.ndarray, int]], int]]:
-    """For each reply: the trained ids that hold it and the place where it begins."""
-    indices = [i for i, item in enumerate(conversation.messages) if item.role == "assistant"]
-    encoded = _encode(encoder, conversation)
-    if len(encoded) == 1:
-        starts = _starts(encoded[0])
-        return [([(encoded[0].input_ids, start)], index) for start, index in zip(starts, indices, strict=False)]
-    return [([(tokens.input_ids, _starts(tokens)[0])], index) for tokens, index in zip(encoded, indices, strict=False)]
-
-
-def _starts(tokens: Tokens) -> list[int]:
-    trained = tokens.labels != IGNORE
-    return np.flatnonzero(trained & ~np.append(False, trained[:-1])).tolist()
-
-
-def _check_stops(encoder: Encoder, conversations: Sequence[Conversation]) -> Check:
-    """As many trained runs as replies, each with a stop token at its end."""
-    name, count = "stop_trained_in_every_reply", 0
-    for number, conversation in enumerate(conversations):
-        encoded = _encode(encoder, conversation)
-        ends = [
-            int(tokens.input_ids[place])
-            for tokens in encoded
-            for place in np.flatnonzero((tokens.labels != IGNORE) & ~np.append(tokens.labels[1:] != IGNORE, False))
-        ]
-        replies = sum(item.role == "assistant" for item in conversation.messages)
-        if len(ends) != replies or any(end not in encoder.template.stop_ids for end in ends):
-            return Check(name, False, f"conversation {number}: {len(ends)} trained runs for {replies} replies")
-        count += replies
-    return Check(name, count > 0, f"{count} replies")

@@ -28,7 +28,7 @@ from firefly.data.ledger import Ledger, report
 from firefly.data.preparation import prepare, prepare_once
 from firefly.data.readers import read_records
 from firefly.data.schema import RawRecord
-from firefly.data.sources import DataSource, find_sources, repeat
+from firefly.data.sources import DataSource, find_sources, hash_file, repeat
 from firefly.errors import UsageError
 from firefly.files import cache_folder
 
@@ -266,11 +266,6 @@ def cache_key(
         ]
     )
     return hashlib.sha256(shape.encode()).hexdigest()[:32]
-
-
-def hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @cache

@@ -10,19 +10,21 @@ tokens are spelled with private-use characters, so that only the template's own 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from firefly.data.rendering import BREAK
 from firefly.data.schema import IGNORE, Conversation, Message, Rendered, Tokens
+from firefly.data.slow_tokenizers import SlowTokenizer
 from firefly.data.templates import ChatTemplate, TemplateFailure
-from firefly.data.tokenizers import BREAK, SlowTokenizer, tokenizer_hash
 from firefly.errors import UsageError
 
 # Another private-use character: it starts the second spelling of a special token.
@@ -65,8 +67,10 @@ class Encoder:
 
     @cached_property
     def tokenizer_hash(self) -> str:
-        """Taken once: it writes the whole vocabulary down."""
-        return tokenizer_hash(self.tokenizer)
+        """Hash of all that decides about ids."""
+        if isinstance(self.tokenizer, SlowTokenizer):
+            return self.tokenizer.fingerprint()
+        return hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
     @cached_property
     def _plain_tokenizer(self) -> Any:
@@ -127,17 +131,7 @@ class Encoder:
         """Ids and labels of tokenised texts. A token is a target if its first character lies in a trained span."""
         if isinstance(self.tokenizer, SlowTokenizer):  # which cuts before every reply
             return [EncodedText((tokens,)) for tokens in encodings]
-        return [
-            self._encode_aliased(item)
-            if encoding is None
-            else self._label(encoding, item, lambda: (self._plain_tokenizer, self._continuing_tokenizer))
-            for item, encoding in zip(rendered, encodings, strict=True)
-        ]
-
-    def _encode_aliased(self, rendered: Rendered) -> EncodedText:
-        aliased = self._alias(rendered)
-        encoding = self._aliased_tokenizer.encode(aliased.text, add_special_tokens=False)
-        return self._label(encoding, aliased, lambda: (self._aliased_tokenizer, self._continuing_aliased_tokenizer))
+        return [self._label(encoding, item) for item, encoding in zip(rendered, encodings, strict=True)]
 
     @cached_property
     def _continuing_tokenizer(self) -> Any:
@@ -147,12 +141,17 @@ class Encoder:
     def _continuing_aliased_tokenizer(self) -> Any:
         return _without_prefix(self._aliased_tokenizer)
 
-    def _label(self, encoding: Any, rendered: Rendered, tokenizers: Callable[[], tuple[Any, Any]]) -> EncodedText:
-        """Labels for a tokenised text; with the tokenizer and the one for what continues a text, where it is joined."""
+    def _label(self, encoding: Any, rendered: Rendered) -> EncodedText:
+        """Labels for a text and its encoding; None: something special was typed in it, and it is tokenised here."""
+        is_plain = encoding is not None
+        whole = self._plain_tokenizer if is_plain else self._aliased_tokenizer
+        if not is_plain:
+            rendered = self._alias(rendered)
+            encoding = whole.encode(rendered.text, add_special_tokens=False)
         tokens, joined = _label(encoding, rendered)
         if not joined:
             return EncodedText((tokens,))
-        whole, continuing = tokenizers()
+        continuing = self._continuing_tokenizer if is_plain else self._continuing_aliased_tokenizer
         text, spans = rendered.text, rendered.spans
         if joined == [len(spans) - 1]:
             return EncodedText((_encode_behind(rendered, spans[-1][0], whole, continuing),), 1)
@@ -216,13 +215,14 @@ class Encoder:
         return Conversation(messages, tools)
 
     def _protect_message(self, item: Message) -> Message:
-        content = self._protect_text(item.content)
+        # All of it at once: what looks like a special token may stand across two parts.
+        item = item.with_text(self._protect_text(item.text))
         if item.reasoning is None and not item.tool_calls and item.name is None and item.tool_call_id is None:
-            return item if content is item.content else replace(item, content=content)
+            return item
         optional = (item.reasoning, item.name, item.tool_call_id)
         reasoning, name, call = (None if text is None else self._protect_text(text) for text in optional)
         calls = tuple(self._protect_value(call) for call in item.tool_calls)
-        return replace(item, content=content, reasoning=reasoning, tool_calls=calls, name=name, tool_call_id=call)
+        return replace(item, reasoning=reasoning, tool_calls=calls, name=name, tool_call_id=call)
 
     def _protect_value(self, value: Any) -> Any:
         """Protect every text inside a JSON value."""

@@ -14,37 +14,20 @@ from firefly.translation import Phrase, translate
 # Causes that lose a row. Malformed rows are the data's fault and stop a run; the others are limited by a share.
 MALFORMED, REFUSED, NO_TARGET, TOO_LONG = "malformed", "refused", "no_target", "too_long"
 # Causes of findings that lose nothing by themselves.
-(
-    CUT,
-    DUPLICATE,
-    BLANK,
-    EMPTY_ANSWER,
-    REPEATED_ANSWER,
-    IN_EVAL,
-    SAME_ANSWERS,
-    UNREAD_KEY,
-    UNHEEDED_KEY,
-    WRAPPED_TEXT,
-    JOINED,
-    REPLACED_IDS,
-    UNANSWERED_END,
-    OUTSCORED,
-) = (
-    "cut",
-    "duplicate",
-    "blank_line",
-    "empty_answer",
-    "repeated_answer",
-    "in_eval_file",
-    "same_answers",
-    "unread_key",
-    "unheeded_key",
-    "wrapped_text",
-    "joined_to_prompt",
-    "replaced_call_ids",
-    "unanswered_end",
-    "outscored",
-)
+CUT = "cut"
+DUPLICATE = "duplicate"
+BLANK = "blank_line"
+EMPTY_ANSWER = "empty_answer"
+REPEATED_ANSWER = "repeated_answer"
+IN_EVAL = "in_eval_file"
+SAME_ANSWERS = "same_answers"
+UNREAD_KEY = "unread_key"
+UNHEEDED_KEY = "unheeded_key"
+WRAPPED_TEXT = "wrapped_text"
+JOINED = "joined_to_prompt"
+REPLACED_IDS = "replaced_call_ids"
+UNANSWERED_END = "unanswered_end"
+OUTSCORED = "outscored"
 MOST_FINDINGS = 10_000
 """Findings of one cause that are kept with their place; further ones are counted."""
 MOST_KEYS = 8
@@ -114,18 +97,8 @@ class Ledger:
             "file": self.file,
             "format": self.formats.most_common(1)[0][0] if self.formats else None,
             "formats": dict(self.formats),
-            "rows": self.rows,
-            "kept": self.kept,
-            "cut": self.cut,
-            "lost": dict(self.lost),
-            "examples": self.examples,
-            "tokens": self.tokens,
-            "target_tokens": self.target_tokens,
-            "cut_tokens": self.cut_tokens,
-            "cut_turns": self.cut_turns,
-            "counts": dict(self.counts),
+            **{name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()},
             "findings": [finding.as_dict() for finding in self.findings],
-            "unread_keys": dict(self.unread_keys),
         }
 
     def stored(self) -> dict[str, Any]:
@@ -148,13 +121,9 @@ class Ledger:
             return ledgers[0]
         total = cls(", ".join(ledger.file for ledger in ledgers))
         for ledger in ledgers:
-            for name in ("rows", "kept", "cut", "examples", "tokens", "target_tokens", "cut_tokens", "cut_turns"):
-                setattr(total, name, getattr(total, name) + getattr(ledger, name))
-            total.lost += ledger.lost
-            total.formats += ledger.formats
-            total.counts += ledger.counts
-            total.unread_keys += ledger.unread_keys
-            total.findings += ledger.findings
+            for name, value in vars(ledger).items():
+                if name != "file":
+                    setattr(total, name, getattr(total, name) + value)
         return total
 
     def check(self, max_malformed_rows: int, max_lost_share: float, on_too_long: str = "cut_turns") -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from firefly.data.encoding import Encoder
 from firefly.data.formats import MalformedRecord
-from firefly.data.schema import Conversation, Message, PreferencePair, Rendered, TokenPair
+from firefly.data.schema import Message, PreferencePair, Rendered, TokenPair
 from firefly.data.templates import TemplateFailure
 
 
@@ -46,20 +46,22 @@ class PairEncoder:
                 return cut
         if cut is None or turns[-1].role != "user":
             return None
-        content = turns[-1].content
+        text = turns[-1].text
         while cut is not None and cut.prompt > limit:
             # Characters per token of the whole prompt, so that a step never takes too much at once.
-            content = content[max(1, (cut.prompt - limit) * len(content) // cut.prompt) :]
-            if not content.strip():
+            text = text[max(1, (cut.prompt - limit) * len(text) // cut.prompt) :]
+            if not text.strip():
                 return None
-            cut = self._encode(pair, [*system, replace(turns[-1], content=content)])
+            cut = self._encode(pair, [*system, turns[-1].with_text(text)])
         return cut
 
     def _encode(self, pair: PreferencePair, prompt: Sequence[Message]) -> TokenPair | None:
         """The pair's answers behind another prompt; None where the template refuses that."""
-        sides = (Conversation((*prompt, side.messages[-1]), side.tools) for side in (pair.chosen, pair.rejected))
+        chosen, rejected = (
+            replace(side, messages=(*prompt, side.messages[-1])) for side in (pair.chosen, pair.rejected)
+        )
         try:
-            return TokenPair.of(*self.encoder.encode_rendered(self.render(PreferencePair(*sides))))
+            return TokenPair.of(*self.encoder.encode_rendered(self.render(PreferencePair(chosen, rejected))))
         except TemplateFailure:
             return None
 

@@ -619,7 +619,7 @@ def _hash(parts: Sequence[bytes]) -> int:
 
 def _is_empty(message: Message) -> bool:
     """Whether a reply neither says nor calls anything."""
-    return message.role == "assistant" and not message.tool_calls and not message.content.strip()
+    return message.role == "assistant" and not message.tool_calls and not message.text.strip()
 
 
 def _behind_last_reply(conversation: Conversation) -> tuple[Message, ...]:
@@ -631,7 +631,7 @@ def _behind_last_reply(conversation: Conversation) -> tuple[Message, ...]:
 def _answer(conversation: Conversation) -> int:
     """Hash of the last reply; 0 where it is empty or a call."""
     last = next((item for item in reversed(conversation.messages) if item.role == "assistant"), None)
-    return 0 if last is None or last.tool_calls or _is_empty(last) else _hash([last.content.strip().encode()])
+    return 0 if last is None or last.tool_calls or _is_empty(last) else _hash([last.text.strip().encode()])
 
 
 def select_targets(conversation: Conversation, train_on: str) -> Conversation:

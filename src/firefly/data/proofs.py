@@ -49,10 +49,10 @@ class _Marker:
         self._numbers: Iterator[int] = itertools.count()
 
     def message(self, item: Message, index: int) -> Message:
-        content = self._text(item.content, "content", index)
+        content = self._text(item.text, "content", index)
         reasoning = item.reasoning and self._text(item.reasoning, "reasoning", index)
         calls = tuple(self._call(call, index) for call in item.tool_calls)
-        return replace(item, content=content, reasoning=reasoning, tool_calls=calls)
+        return replace(item.with_text(content), reasoning=reasoning, tool_calls=calls)
 
     def tool(self, tool: Mapping[str, Any]) -> Mapping[str, Any]:
         """A function's name, description and parameters marked; what templates do not show of a schema is left."""

@@ -23,6 +23,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 """What marks the borders of a trained span while a template renders. Unicode sets these two aside as noncharacters, for
 use inside a program, so they stand in no text that is meant to be exchanged."""
+BREAK = "\U000f5a1f"
+"""The private-use character put inside typed special-looking text while a template renders."""
 
 
 class ReservedCharacter(ValueError):

@@ -39,10 +39,27 @@ class RawRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class TextPart:
+    """Text of a message."""
+
+    text: str
+
+
+Part = TextPart
+"""What a message's content is made of; a union, once there are images."""
+
+
+def as_parts(text: str) -> tuple[Part, ...]:
+    """The content of a message of one text; none for an empty one."""
+    return (TextPart(text),) if text else ()
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One turn.
 
     Attributes:
+        content: its parts in order, with the borders that the record has; none for an empty text.
         trained: false for a reply that its record excludes with `"loss": false`.
         reasoning: what the model thought before the reply, where the record keeps it apart from `content`.
         tool_calls: functions the reply calls, each `{"type": "function", "function": {"name", "arguments": object}}`
@@ -51,17 +68,35 @@ class Message:
     """
 
     role: Role
-    content: str
+    content: tuple[Part, ...]
     trained: bool = True
     reasoning: str | None = None
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     name: str | None = None
     tool_call_id: str | None = None
 
+    @classmethod
+    def of(cls, role: Role, text: str, trained: bool = True, **fields: Any) -> Message:
+        """A message of one text."""
+        return cls(role, as_parts(text), trained, **fields)
+
+    @property
+    def text(self) -> str:
+        """All of its text, with nothing between two parts."""
+        return self.content[0].text if len(self.content) == 1 else "".join([part.text for part in self.content])
+
+    def with_text(self, text: str) -> Message:
+        """The same turn with another text."""
+        return self if text == self.text else replace(self, content=as_parts(text))
+
     def as_dict(self) -> dict[str, Any]:
-        """The message as chat templates take it; keys without a value are left out, as templates test for them."""
+        """The message as chat templates take it; keys without a value are left out, as templates test for them.
+
+        The content is one text: most templates add it to others. A list of parts makes them fail, lose it in silence or
+        write its Python form, and those that take one do not agree on what stands between two texts.
+        """
         if self.reasoning is None and not self.tool_calls and self.name is None and self.tool_call_id is None:
-            return {"role": self.role, "content": self.content}
+            return {"role": self.role, "content": self.text}
         # gpt-oss reads `thinking`; transformers gives both names, too.
         optional = {
             "reasoning_content": self.reasoning,
@@ -71,7 +106,7 @@ class Message:
             "tool_call_id": self.tool_call_id,
         }
         present = {key: value for key, value in optional.items() if value is not None}
-        return {"role": self.role, "content": self.content, **present}
+        return {"role": self.role, "content": self.text, **present}
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +181,12 @@ class Tokens:
     labels: np.ndarray
     starts: tuple[int, ...] = (0,)
     desirable: bool | None = None
+
+    @property
+    def runs(self) -> np.ndarray:
+        """Where each trained run (a reply with its stop token) begins and ends, int64 (runs, 2)."""
+        trained = np.concatenate([[False], self.labels != IGNORE, [False]])
+        return np.flatnonzero(trained[1:] != trained[:-1]).reshape(-1, 2)
 
     @property
     def num_targets(self) -> int:

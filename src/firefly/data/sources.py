@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,10 @@ import numpy as np
 
 from firefly.data.readers.places import find_files
 from firefly.errors import UsageError
+from firefly.files import atomic_file, cache_folder, make_cache
 
+LARGE, SETTLED = 1 << 24, 10.0
+"""Bytes from which a file's hash is remembered, and seconds for which it must have been left alone."""
 KEYS = ("path", "weight", "max_rows", "name")
 
 
@@ -79,6 +86,27 @@ def _bad_source(key: str, shown: str, problem: object) -> UsageError:
         value=shown,
         problem=problem,
     )
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes. That of a large file is remembered in the cache with the file's size and times, so
+    that not every rank reads a whole corpus for it at every start."""
+    found = path.stat()
+    state = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_dev, found.st_ino]
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    known = cache_folder() / "hashes" / f"{name}.json"
+    if found.st_size >= LARGE:
+        with suppress(OSError, ValueError):
+            stored = json.loads(known.read_text(encoding="utf-8"))
+            if stored["state"] == state:
+                return stored["sha256"]
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    # A file that was just written may be written again without any of its times changing.
+    if found.st_size >= LARGE and time.time() - max(found.st_mtime, found.st_ctime) > SETTLED:
+        with suppress(OSError), atomic_file(make_cache(known.parent) / known.name) as scratch:
+            scratch.write_text(json.dumps({"file": str(path), "state": state, "sha256": digest}), encoding="utf-8")
+    return digest
 
 
 def repeat(count: int, weight: float, seed: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import datetime
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,17 +18,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from firefly.data.families import TEMPLATES, TemplateSpec, family_names, find_family
+from firefly.data.families import TEMPLATE_FOLDER, TEMPLATES, TemplateSpec, family_names, find_family
 from firefly.data.proofs import Mark, is_plain, mark
 from firefly.data.rendering import ReservedCharacter, render_chat
-from firefly.data.schema import Conversation, Message, Rendered
+from firefly.data.schema import Conversation, Message, Rendered, TextPart
 from firefly.data.tool_calls import CallStyle, find_call_style
 from firefly.errors import UsageError
 from firefly.translation import Phrase
 
 __all__ = ["TEMPLATES", "ChatTemplate", "TemplateFailure", "TemplateSpec", "bind_template", "read_template"]
 
-TEMPLATE_FOLDER = Path(__file__).parent / "chat_templates"
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 END_OF_THOUGHT = "</think>"
 OPENED_THOUGHTS = ("<think>\n", "<think>")
@@ -79,7 +79,7 @@ class ChatTemplate:
     def system_role(self) -> SystemRole:
         """What the template does with a system prompt, found out by trying."""
         probe = "firefly-system"
-        turns = (Message("system", probe), Message("user", "?"))
+        turns = (Message.of("system", probe), Message.of("user", "?"))
         try:
             return "rendered" if probe in self.render_text(Conversation(turns), prompt=True)[0] else "dropped"
         except TemplateFailure:
@@ -106,9 +106,9 @@ class ChatTemplate:
     def folds_reasoning(self) -> bool:
         """Whether reasoning that a record keeps apart has to stand in the content: the template knows thoughts, but not
         the field (DeepSeek-R1)."""
-        probe = Message("assistant", "?", reasoning="firefly-thought")
+        probe = Message.of("assistant", "?", reasoning="firefly-thought")
         try:
-            text = self.render_text(Conversation((Message("user", "?"), probe)), prompt=False)[0]
+            text = self.render_text(Conversation((Message.of("user", "?"), probe)), prompt=False)[0]
         except TemplateFailure:
             return False
         return "firefly-thought" not in text and END_OF_THOUGHT in self.text
@@ -139,7 +139,7 @@ class ChatTemplate:
                 "user turn)",
                 name=self.name,
             )
-        merged = replace(rest[0], content=f"{first.content}\n\n{rest[0].content}")
+        merged = replace(rest[0], content=(*first.content, TextPart("\n\n"), *rest[0].content))
         return replace(conversation, messages=(merged, *rest[1:]))
 
     def _completed(self, conversation: Conversation) -> Conversation:
@@ -254,30 +254,33 @@ class ChatTemplate:
         return None
 
     def _whole(self, conversation: Conversation, replies: int) -> Rendered:
-        text, marked = self.render_text(conversation, prompt=False)
+        text, marked = self._marked(conversation, replies)
+        spans = [self._end_at_stop(text, span) for span in marked]
+        if conversation.messages[-1].role == "assistant":
+            text, spans[-1] = self._closed(text, spans[-1])
+        return Rendered(text, tuple(spans))
+
+    def _marked(
+        self, conversation: Conversation, replies: int, upto: int | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The official text and its marked spans, one for each of its replies."""
+        text, marked = self.render_text(conversation, prompt=False, upto=upto)
         if len(marked) != replies:
             raise TemplateFailure(
                 "the chat template marks {spans} trained spans for {replies} replies",
                 spans=len(marked),
                 replies=replies,
             )
-        spans = [self._end_at_stop(text, span) for span in marked]
-        if conversation.messages[-1].role == "assistant":
-            text, spans[-1] = self._closed(text, spans[-1])
-        return Rendered(text, tuple(spans))
+        return text, marked
 
     def _served_marked(self, conversation: Conversation, index: int, number: int) -> Rendered:
         """Reply `index` behind the prompt it would be asked for with."""
         prompt = self.render_text(conversation, prompt=True, upto=index)[0]
-        text, marked = self.render_text(conversation, prompt=False, upto=index + 1)
-        if len(marked) != number:
-            raise TemplateFailure(
-                "the chat template marks {spans} trained spans for {replies} replies", spans=len(marked), replies=number
-            )
+        text, marked = self._marked(conversation, number, upto=index + 1)
         text, (start, end) = self._closed(text, self._end_at_stop(text, marked[-1]))
         reply = conversation.messages[index]
         if _lost_thought(reply, text[start:end]):
-            return _behind(prompt, reply.content + self.stop_tokens[0])
+            return _behind(prompt, reply.text + self.stop_tokens[0])
         if text.startswith(prompt):
             return Rendered(text, ((max(start, len(prompt)), end),))
         if prompt.rstrip().endswith(END_OF_THOUGHT) and END_OF_THOUGHT in text[start:end]:
@@ -293,9 +296,11 @@ class ChatTemplate:
         official = self.render_text(conversation, prompt=False, upto=index + 1)[0]
         reply = conversation.messages[index]
         if reply.tool_calls and official.startswith(prompt):
-            return Rendered(*self._closed_rendered(official, (len(prompt), len(official))))
-        content = reply.content
-        if END_OF_THOUGHT in content and _lost_thought(reply, official[len(_common(prompt, official)) :]):
+            text, span = self._closed(official, self._end_at_stop(official, (len(prompt), len(official.rstrip()))))
+            return Rendered(text, (span,))
+        content = reply.text
+        common = len(os.path.commonprefix([prompt, official]))  # noqa: RUF071  (of characters)
+        if END_OF_THOUGHT in content and _lost_thought(reply, official[common:]):
             return _behind(prompt, content + self.stop_tokens[0])
         if not official.startswith(prompt):
             raise TemplateFailure("the chat template writes a reply that does not continue its own generation prompt")
@@ -314,10 +319,6 @@ class ChatTemplate:
         # The last place: a short content may also stand in what the template writes before it.
         closed = official[: official.rfind(content) + len(content)] + self.stop_tokens[0]
         return Rendered(closed, ((len(prompt), len(closed)),))
-
-    def _closed_rendered(self, text: str, span: tuple[int, int]) -> tuple[str, tuple[tuple[int, int], ...]]:
-        text, closed = self._closed(text, self._end_at_stop(text, (span[0], len(text.rstrip()))))
-        return text, (closed,)
 
     def _end_at_stop(self, text: str, span: tuple[int, int]) -> tuple[int, int]:
         """Let a marked span end with the reply's stop token, where the marks leave it out or go on after it."""
@@ -343,7 +344,7 @@ class ChatTemplate:
         """What a template drops or changes because of its text."""
         text = shown.rendered.text
         for number, item in enumerate(conversation.messages[: shown.messages]):
-            said = item.content.strip()
+            said = item.text.strip()
             stands = said in text or (item.role in ("tool", "assistant") and _in_json(said, text))
             lost = []
             if not stands and (item.role != "assistant" or item.tool_calls):
@@ -365,9 +366,9 @@ class ChatTemplate:
                 (
                     item.role,
                     item.trained,
-                    not item.content.strip(),
+                    not item.text.strip(),
                     bool(item.reasoning),
-                    END_OF_THOUGHT in item.content,
+                    END_OF_THOUGHT in item.text,
                 )
                 for item in conversation.messages
             )
@@ -420,7 +421,7 @@ class ChatTemplate:
             return TemplateFailure(
                 "the chat template {name} does not write the text of a reply that calls a function: {text!r}",
                 name=self.name,
-                text=dropped.content[:40],
+                text=dropped.text[:40],
             )
         return TemplateFailure(
             "the chat template {name} drops message {number} ({role})",
@@ -461,14 +462,14 @@ class _Shown:
 
 def _lost_thought(reply: Message, shown: str) -> bool:
     """Whether a reply's thinking stands in its content, but not in the text that shows it."""
-    return END_OF_THOUGHT in reply.content and END_OF_THOUGHT not in shown
+    return END_OF_THOUGHT in reply.text and END_OF_THOUGHT not in shown
 
 
 def _with_thought(item: Message) -> Message:
     if not item.reasoning:
         return item
     thought = f"<think>\n{item.reasoning.strip()}\n{END_OF_THOUGHT}\n\n"
-    return replace(item, content=thought + item.content, reasoning=None)
+    return replace(item, content=(TextPart(thought), *item.content), reasoning=None)
 
 
 def _behind(prompt: str, reply: str) -> Rendered:
@@ -486,15 +487,6 @@ def _behind(prompt: str, reply: str) -> Rendered:
     return Rendered(prompt + reply, ((len(prompt), len(prompt) + len(reply)),))
 
 
-def _common(first: str, second: str) -> str:
-    """The longest common beginning."""
-    low, high = 0, min(len(first), len(second))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if first[:middle] == second[:middle] else (low, middle - 1)
-    return first[:low]
-
-
 def _in_json(content: str, text: str) -> bool:
     return any(json.dumps(content, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
 
@@ -502,12 +494,10 @@ def _in_json(content: str, text: str) -> bool:
 def _without_reasoning(item: Message) -> Message:
     if item.role != "assistant":
         return item
-    content = item.content
-    if END_OF_THOUGHT in content and content.lstrip().startswith("<think>"):
-        content = content.split(END_OF_THOUGHT, 1)[1].lstrip()
-    return (
-        item if content == item.content and item.reasoning is None else replace(item, content=content, reasoning=None)
-    )
+    text = item.text
+    if END_OF_THOUGHT in text and text.lstrip().startswith("<think>"):
+        item = item.with_text(text.split(END_OF_THOUGHT, 1)[1].lstrip())
+    return item if item.reasoning is None else replace(item, reasoning=None)
 
 
 def _select(rendered: Rendered, conversation: Conversation, replies: list[int]) -> Rendered:
@@ -623,14 +613,18 @@ def _find_template(name: str, tokenizer: Any) -> tuple[str, tuple[str, ...], boo
         try:
             text = path.read_text(encoding="utf-8").removesuffix("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                "template.unusable",
-                "template_name = {name} cannot be used: {problem}. Correct the template, or name another.",
-                name=name,
-                problem=error,
-            ) from None
+            raise _unusable(name, error) from None
         return text, _own_stops(name, text, tokenizer), None
     raise unknown_template(name, extra=("auto",))
+
+
+def _unusable(name: str, problem: object) -> UsageError:
+    return UsageError(
+        "template.unusable",
+        "template_name = {name} cannot be used: {problem}. Correct the template, or name another.",
+        name=name,
+        problem=problem,
+    )
 
 
 def unknown_template(name: str, extra: tuple[str, ...] = ()) -> UsageError:
@@ -661,19 +655,9 @@ def _own_stops(name: str, text: str, tokenizer: Any) -> tuple[str, ...]:
         if answer not in shown:
             shown = probe._render(turns[:2], {}, prompt=False)[0]
     except TemplateFailure as error:
-        raise UsageError(
-            "template.unusable",
-            "template_name = {name} cannot be used: {problem}. Correct the template, or name another.",
-            name=name,
-            problem=error,
-        ) from None
+        raise _unusable(name, error) from None
     if answer not in shown:
-        raise UsageError(
-            "template.unusable",
-            "template_name = {name} cannot be used: {problem}. Correct the template, or name another.",
-            name=name,
-            problem=Phrase("the chat template changes the text of a reply"),
-        )
+        raise _unusable(name, Phrase("the chat template changes the text of a reply"))
     tail = shown.split(answer)[-1]
     specials = [token for token in tokenizer.all_special_tokens if token]
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]

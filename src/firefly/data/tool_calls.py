@@ -172,14 +172,14 @@ class _Probe:
             function = {"name": f"firefly_call_{number}z", "arguments": {f"firefly_key_{number}z": f"value-{number}z"}}
             call: dict[str, Any] = {"type": "function", "function": function}
             calls.append({**call, "id": _given(number)} if identified else call)
-        asked = (Message("user", "firefly-question"), Message("assistant", "", tool_calls=tuple(calls)))
+        asked = (Message.of("user", "firefly-question"), Message.of("assistant", "", tool_calls=tuple(calls)))
         if not self.results:
             return asked
         answers = [
-            Message("tool", f"firefly-result-{number}z", tool_call_id=_given(number) if identified else None)
+            Message.of("tool", f"firefly-result-{number}z", tool_call_id=_given(number) if identified else None)
             for number in range(self.calls)
         ]
-        return (*asked, *answers, Message("assistant", "firefly-reply"))
+        return (*asked, *answers, Message.of("assistant", "firefly-reply"))
 
     @property
     def schemas(self) -> list[dict[str, Any]]:

@@ -78,7 +78,7 @@ def encode_prompts(tokenizer: Any) -> list[list[int]]:
         return [tokenizer.encode(prompt) for prompt in PROMPTS]
     encoder = Encoder(tokenizer, bind_template("auto", tokenizer))
     try:
-        return [encoder.encode_prompt([Message("user", prompt)]) for prompt in PROMPTS]
+        return [encoder.encode_prompt([Message.of("user", prompt)]) for prompt in PROMPTS]
     except TemplateFailure:
         return [tokenizer.encode(prompt) for prompt in PROMPTS]
 

@@ -78,12 +78,12 @@ class ChatSession:
 
     @property
     def messages(self) -> list[Message]:
-        start = [Message("system", self.system)] if self.system else []
+        start = [Message.of("system", self.system)] if self.system else []
         return start + self.history
 
     def ask(self, question: str) -> None:
         """Print the answer as it comes; what was said before a Ctrl-C stays in the history."""
-        self.history.append(Message("user", question))
+        self.history.append(Message.of("user", question))
         stop, pieces = threading.Event(), []
         print(translate("Firefly: "), end="", flush=True)
         answer = self.engine.stream(self.messages, self.settings, stop)
@@ -102,7 +102,7 @@ class ChatSession:
             print(f"\n{translate('this cannot be sent: {problem}', problem=error)}", file=sys.stderr)
             return
         print()
-        self.history.append(Message("assistant", "".join(pieces).strip()))
+        self.history.append(Message.of("assistant", "".join(pieces).strip()))
 
     def command(self, line: str) -> None:
         """Carry out /reset, /system or /save."""
@@ -135,7 +135,7 @@ class ChatSession:
                 file=sys.stderr,
             )
             return
-        record = {"messages": [{"role": item.role, "content": item.content} for item in self.messages]}
+        record = {"messages": [{"role": item.role, "content": item.text} for item in self.messages]}
         try:
             path.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
         except OSError as error:

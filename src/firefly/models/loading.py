@@ -21,7 +21,7 @@ import torch
 from firefly import hub
 from firefly.config import ModelConfig
 from firefly.console import notice
-from firefly.data.tokenizers import adapt_tokenizer
+from firefly.data.slow_tokenizers import adapt_tokenizer
 from firefly.errors import UsageError
 from firefly.files import atomic_folder, cache_folder, first_line, make_cache
 from firefly.models.attention import refuse_textless

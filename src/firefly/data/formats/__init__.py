@@ -35,15 +35,14 @@ from firefly.data.formats.fields import (
     read_text,
     verdict,
     verdicts,
+    wrong_kind,
 )
 from firefly.data.formats.messages import ROLE_KEYS, ROLES, TEXT_KEYS
 from firefly.data.formats.moss import MossFormat
 from firefly.data.formats.preference import (
-    ConversationPairFormat,
     ListPairFormat,
-    MessagePairFormat,
+    PairFormat,
     ResponsePairFormat,
-    TextPairFormat,
     TranscriptPairFormat,
     outscored,
 )
@@ -148,18 +147,14 @@ def _ids(record: Fields, name: str) -> np.ndarray:
     if not len(ids):
         raise MalformedRecord("{field} is empty", field=name)
     if ids.min() < 0:
-        raise MalformedRecord(
-            "{field} must be {expected}, not {got}", field=name, expected="ids ≥ 0", got=str(ids.min())
-        )
+        raise wrong_kind(name, "ids ≥ 0", got=str(ids.min()))
     return ids
 
 
 def _integers(record: Fields, name: str) -> np.ndarray:
     value = record[name]
     if not isinstance(value, list) or not all(type(item) is int and abs(item) < 2**31 for item in value):
-        raise MalformedRecord(
-            "{field} must be {expected}, not {got}", field=name, expected="list of integers", got=kind_of(value)
-        )
+        raise wrong_kind(name, "list of integers", value)
     return np.asarray(value, dtype=np.int32)
 
 
@@ -183,9 +178,9 @@ FORMATS: dict[str, FormatEntry] = {
     "labelled_messages": FormatEntry(LabelledMessagesFormat(), "labelled"),
     "labelled_answer": FormatEntry(LabelledAnswerFormat(), "labelled"),
     "tokens": FormatEntry(TokensFormat(), "conversation"),
-    "preference": FormatEntry(MessagePairFormat(), "pair"),
-    "preference_text": FormatEntry(TextPairFormat(), "pair"),
-    "preference_sharegpt": FormatEntry(ConversationPairFormat(), "pair"),
+    "preference": FormatEntry(PairFormat("messages"), "pair"),
+    "preference_text": FormatEntry(PairFormat("texts"), "pair"),
+    "preference_sharegpt": FormatEntry(PairFormat("turns"), "pair"),
     "preference_list": FormatEntry(ListPairFormat(), "pair"),
     "preference_transcript": FormatEntry(TranscriptPairFormat(), "pair"),
     "preference_responses": FormatEntry(ResponsePairFormat(), "pair"),
@@ -394,7 +389,7 @@ def _left_out(unread: Mapping[str, Sequence[str]], parsed: Parsed) -> dict[str, 
         conversations: Sequence[Conversation] = (parsed.chosen, parsed.rejected)
     else:
         conversations = parsed if isinstance(parsed, tuple) else (parsed,) if isinstance(parsed, Conversation) else ()
-    said = {text for one in conversations for item in one.messages for text in (item.content, item.reasoning)}
+    said = {text for one in conversations for item in one.messages for text in (item.text, item.reasoning)}
     left_out = {}
     for key, texts in unread.items():
         if not texts:  # numbers

@@ -12,13 +12,13 @@ from firefly.data.formats.fields import (
     MalformedRecord,
     check_text,
     is_trained,
-    kind_of,
     parse_json,
     read_list,
     read_tools,
     texts_in,
     verdict,
     verdicts,
+    wrong_kind,
 )
 from firefly.data.formats.messages import MESSAGE_KEYS, as_record_says, behind_beginning, read_messages, untrained
 from firefly.data.formats.texts import (
@@ -210,12 +210,12 @@ def read_question(record: Fields, question: str, answer: str) -> Conversation:
         if isinstance(answered, list) and not is_texts(answered) and not are_spans(answered):
             reply = read_messages(record, answer)
         else:
-            reply = [Message("assistant", answer_text(record, answer))]
+            reply = [Message.of("assistant", answer_text(record, answer))]
         if isinstance(asked, list) and not is_texts(asked):
             # Prompt and completion as message lists, as TRL has them: the completion is trained.
             before = untrained(behind_beginning(record, read_messages(record, question), question))
         else:
-            before = behind_beginning(record, [Message("user", question_text(record, question))], question)
+            before = behind_beginning(record, [Message.of("user", question_text(record, question))], question)
         messages = [*before, *reply]
     return Conversation(as_record_says(record, messages), read_tools(record))
 
@@ -243,7 +243,7 @@ def _turns_in_parallel(record: Fields, lead: str, question: str, answer: str) ->
             elif number == 0 and isinstance(value, str):
                 turn[name] = record[name]
         text = question_text(Fields(turn), lead if lead in turn else question)
-        messages += Message("user", text), Message("assistant", check_text(reply, f"{answer}[{number}]"))
+        messages += Message.of("user", text), Message.of("assistant", check_text(reply, f"{answer}[{number}]"))
     return messages
 
 
@@ -265,8 +265,8 @@ class InstancesFormat:
             about = question_text(instance, key) if key and instance.peek(key) is not None else ""
             answer = answer_text(instance, instance.first_of(ANSWERS) or "output")
             messages = [
-                Message("user", "\n".join(text for text in (asked, about) if text)),
-                Message("assistant", answer, is_trained(instance)),
+                Message.of("user", "\n".join(text for text in (asked, about) if text)),
+                Message.of("assistant", answer, is_trained(instance)),
             ]
             messages = behind_beginning(record, messages, "instances")
             conversations.append(Conversation(as_record_says(record, messages), tools))
@@ -313,12 +313,7 @@ def _judged(record: Fields, conversation: Conversation) -> Labelled:
         name = record.first_of(LABELS)
         if name is None:
             raise MalformedRecord("{field} is missing", field=LABELS[0])
-        raise MalformedRecord(
-            "{field} must be {expected}, not {got}",
-            field=name,
-            expected="true or false",
-            got=kind_of(record.peek(name)),
-        )
+        raise wrong_kind(name, "true or false", record.peek(name))
     said = verdicts(record)
     for name in said:
         record.get(name)

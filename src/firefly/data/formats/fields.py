@@ -22,6 +22,13 @@ class MalformedRecord(Exception):
         super().__init__(self.phrase)
 
 
+def wrong_kind(field: str, expected: str, value: Any = None, got: str | None = None) -> MalformedRecord:
+    """A field holds something else than it should; `got` says what where the kind of `value` does not."""
+    return MalformedRecord(
+        "{field} must be {expected}, not {got}", field=field, expected=expected, got=got or kind_of(value)
+    )
+
+
 class Fields(Mapping[str, Any]):
     """An object of a record. What is taken from it with `[]` or `get` counts as read; `in` and `peek` only look.
 
@@ -92,9 +99,7 @@ class Fields(Mapping[str, Any]):
             MalformedRecord: it is none.
         """
         if not isinstance(value, Mapping):
-            raise MalformedRecord(
-                "{field} must be {expected}, not {got}", field=place, expected="object", got=kind_of(value)
-            )
+            raise wrong_kind(place, "object", value)
         found = Fields(value, place, is_message=is_message)
         self._inner.append(found)
         return found
@@ -120,7 +125,7 @@ class Fields(Mapping[str, Any]):
             for name, value in self._values.items():
                 if name in self._read:
                     continue
-                if (texts := texts_in(value)) or (self._is_message and holds_numbers(value)):
+                if (texts := texts_in(value)) or (self._is_message and _holds_numbers(value)):
                     found.setdefault(self._shape(name), []).extend(texts)
         for inner in self._inner:
             for place, texts in inner.unread().items():
@@ -131,37 +136,27 @@ class Fields(Mapping[str, Any]):
 NUMBER = re.compile(r"\[\d+\]|(?<=^chat\.turn)_\d+")
 
 
-def texts_in(value: Any) -> list[str]:
-    """Every text with a character in it, at any depth of a JSON value; not the names of its keys."""
-    if isinstance(value, str):
-        return [value] if value.strip() else []
-    if not isinstance(value, Mapping | list | tuple):
-        return []
-    texts, left = [], [value]
+def _leaves(value: Any) -> Iterator[Any]:
+    """What stands in a JSON value at any depth: texts, numbers, flags, nulls; not the names of its keys."""
+    left = [value]
     while left:  # no recursion: what nobody reads may be nested as deeply as it likes
         item = left.pop()
-        if isinstance(item, str):
-            if item.strip():
-                texts.append(item)
-        elif isinstance(item, Mapping):
-            left.extend(item.values())
-        elif isinstance(item, list | tuple):
-            left.extend(item)
-    return texts
-
-
-def holds_numbers(value: Any) -> bool:
-    """Whether a number, true or false stands anywhere in a JSON value."""
-    left = [value]
-    while left:
-        item = left.pop()
-        if isinstance(item, int | float):
-            return True
         if isinstance(item, Mapping):
             left.extend(item.values())
         elif isinstance(item, list | tuple):
             left.extend(item)
-    return False
+        else:
+            yield item
+
+
+def texts_in(value: Any) -> list[str]:
+    """Every text with a character in it, at any depth of a JSON value."""
+    return [item for item in _leaves(value) if isinstance(item, str) and item.strip()]
+
+
+def _holds_numbers(value: Any) -> bool:
+    """Whether a number, true or false stands anywhere in a JSON value."""
+    return any(isinstance(item, int | float) for item in _leaves(value))
 
 
 def read_text(record: Fields, name: str) -> str:
@@ -173,7 +168,7 @@ def read_text(record: Fields, name: str) -> str:
 
 def check_text(value: Any, place: str) -> str:
     if not isinstance(value, str):
-        raise MalformedRecord("{field} must be {expected}, not {got}", field=place, expected="text", got=kind_of(value))
+        raise wrong_kind(place, "text", value)
     if not value.isascii():
         try:
             value.encode("utf-8")
@@ -199,7 +194,7 @@ def read_list(record: Fields, name: str) -> list[Any]:
     if isinstance(value, Mapping):
         value = _rows(value) or value
     if not isinstance(value, list):
-        raise MalformedRecord("{field} must be {expected}, not {got}", field=place, expected="list", got=kind_of(value))
+        raise wrong_kind(place, "list", value)
     if not value:
         raise MalformedRecord("{field} is empty", field=place)
     return value
@@ -219,7 +214,7 @@ SYSTEM = ("system", "system_prompt")
 
 def system_messages(value: Any, place: str) -> list[Message]:
     """A system prompt that is absent, null or empty is no system prompt."""
-    return [] if value is None or value == "" else [Message("system", check_text(value, place))]
+    return [] if value is None or value == "" else [Message.of("system", check_text(value, place))]
 
 
 def system_beside(record: Fields) -> list[Message]:
@@ -313,9 +308,7 @@ def is_record_trained(record: Fields) -> bool:
 def _flag(flag: Any, name: str, place: str) -> bool:
     """True or false, also as 1 and 0; but a number under `loss` may have been measured."""
     if not isinstance(flag, bool) and (name == "loss" or not isinstance(flag, int | float) or flag not in (0, 1)):
-        raise MalformedRecord(
-            "{field} must be {expected}, not {got}", field=place, expected="true or false", got=kind_of(flag)
-        )
+        raise wrong_kind(place, "true or false", flag)
     return bool(flag)
 
 
@@ -360,7 +353,7 @@ def read_tools(record: Fields) -> tuple[Record, ...]:
     if isinstance(value, Mapping):  # one alone
         return (_tool(value, key),)
     if not isinstance(value, list):
-        raise MalformedRecord("{field} must be {expected}, not {got}", field=key, expected="list", got=kind_of(value))
+        raise wrong_kind(key, "list", value)
     return tuple(_tool(item, f"{key}[{number}]") for number, item in enumerate(value))
 
 
@@ -375,16 +368,14 @@ def _tool(item: Any, place: str) -> Record:
     schema = check_object(tool, place)
     function = check_object(schema.get("function", schema), f"{place}.function")
     check_text(function.get("name"), f"{place}.name")
-    check_json(schema, place)
+    json_text(schema, place)
     return schema if "function" in schema else {"type": "function", "function": schema}
 
 
 def check_object(value: Any, place: str) -> Record:
     """An object that is taken whole, whatever keys it has."""
     if not isinstance(value, Mapping):
-        raise MalformedRecord(
-            "{field} must be {expected}, not {got}", field=place, expected="object", got=kind_of(value)
-        )
+        raise wrong_kind(place, "object", value)
     return value
 
 
@@ -419,7 +410,8 @@ def _tool_call(record: Fields, value: Any, place: str) -> Record:
     arguments = read_arguments(*held)
     for item in held:
         for key in item:
-            if key not in CALL_KEYS and not item.has_read(key) and not says_nothing(item.peek(key)):
+            says_nothing = item.peek(key) is None or item.peek(key) in ("", [], {})
+            if key not in CALL_KEYS and not item.has_read(key) and not says_nothing:
                 raise MalformedRecord(
                     "{field} is no part of a tool call that is read: a call has name, id and its arguments (under one "
                     "of {known})",
@@ -446,7 +438,8 @@ def read_call_id(item: Fields, name: str) -> str | None:
 
 
 def read_arguments(*held: Fields) -> dict[str, Any]:
-    """The arguments of a call, which stand in one of these objects under one of several keys.
+    """The arguments of a call, which stand in one of these objects under one of several keys: an object, JSON text of
+    one, or nothing.
 
     Raises:
         MalformedRecord: two that differ, or what is no object.
@@ -454,27 +447,16 @@ def read_arguments(*held: Fields) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     for item in held:
         for key in item.present(ARGUMENTS):
-            if arguments := call_arguments(item[key], item.at(key)):
-                found[item.at(key)] = arguments
+            value, place = item[key], item.at(key)
+            if isinstance(value, str):
+                value = parse_json(value, place) if value.strip() else None
+            if value is not None and (arguments := dict(check_object(value, place))):
+                json_text(arguments, place)
+                found[place] = arguments
     read = list(found.values())
     if any(other != read[0] for other in read[1:]):
         raise MalformedRecord("{fields} disagree on what is called", fields=", ".join(found))
     return read[0] if read else {}
-
-
-def says_nothing(value: Any) -> bool:
-    """Whether a value is null or an empty text, list or object; numbers and flags say something."""
-    return value is None or (isinstance(value, str | list | Mapping) and not value)
-
-
-def call_arguments(value: Any, place: str) -> dict[str, Any]:
-    """The arguments of a call: an object, JSON text of one, or nothing."""
-    if isinstance(value, str):
-        value = parse_json(value, place) if value.strip() else {}
-    if value is None:
-        value = {}
-    check_json(check_object(value, place), place)
-    return dict(value)
 
 
 def parse_json(text: str, place: str) -> Any:
@@ -485,22 +467,19 @@ def parse_json(text: str, place: str) -> Any:
         raise MalformedRecord("{field} is not valid JSON: {problem}", field=place, problem=problem) from None
 
 
-def check_json(value: Any, place: str) -> None:
-    """Everything in a nested value can be written as UTF-8 JSON, as templates do with it."""
-    json_text(value, place)
-
-
 def json_text(value: Any, place: str) -> str:
-    """A nested value as JSON text."""
+    """A nested value as JSON text, which templates make of it, too.
+
+    Raises:
+        MalformedRecord: it cannot be written as UTF-8 JSON.
+    """
     try:
         text = json.dumps(value, ensure_ascii=False)
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise MalformedRecord("{field} has a lone surrogate, which is no character", field=place) from None
     except (TypeError, ValueError, RecursionError):
-        raise MalformedRecord(
-            "{field} must be {expected}, not {got}", field=place, expected="JSON", got=kind_of(value)
-        ) from None
+        raise wrong_kind(place, "JSON", value) from None
     return text
 
 

@@ -15,7 +15,6 @@ from firefly.data.formats.fields import (
     is_record_trained,
     is_trained,
     json_text,
-    kind_of,
     optional_text,
     read_arguments,
     read_call_id,
@@ -23,9 +22,10 @@ from firefly.data.formats.fields import (
     read_text,
     read_tool_calls,
     system_beside,
+    wrong_kind,
 )
 from firefly.data.formats.texts import ANSWERS, QUESTIONS, SPELLINGS, question_text
-from firefly.data.schema import Message, Role
+from firefly.data.schema import Message, Part, Role, TextPart, as_parts
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
@@ -76,7 +76,7 @@ def read_messages(record: Fields, name: str) -> list[Message]:
     items, place = read_list(record, name), record.at(name)
     if name in TEXT_KEYS and len(items) > 1 and all(isinstance(item, str) for item in items):
         roles: tuple[Role, Role] = ("user", "assistant")
-        return [Message(roles[n % 2], check_text(item, f"{place}[{n}]")) for n, item in enumerate(items)]
+        return [Message.of(roles[n % 2], check_text(item, f"{place}[{n}]")) for n, item in enumerate(items)]
     messages: list[Message] = []
     for number, item in enumerate(items):
         part = record.inner(item, f"{place}[{number}]", is_message=True)
@@ -102,8 +102,8 @@ def _read_turn(turn: Fields, first: bool) -> list[Message]:
         raise MalformedRecord("{field} is a system prompt beside the one under system", field=turn.at("system"))
     question = turn.first_of(QUESTION_KEYS) or "human"
     answer = turn.first_of(ANSWER_KEYS) or "assistant"
-    asked = Message("user", question_text(turn, question))
-    return [*system, asked, Message("assistant", read_text(turn, answer), is_trained(turn))]
+    asked = Message.of("user", question_text(turn, question))
+    return [*system, asked, Message.of("assistant", read_text(turn, answer), is_trained(turn))]
 
 
 def _is_observed_call(item: Fields) -> bool:
@@ -121,10 +121,10 @@ def _add_observed_call(messages: list[Message], item: Fields) -> None:
     if before is not None and before.role == "assistant" and not before.tool_calls:
         messages[-1] = replace(before, tool_calls=(call,), trained=before.trained and is_trained(item))
     else:
-        messages.append(Message("assistant", "", is_trained(item), tool_calls=(call,)))
+        messages.append(Message.of("assistant", "", is_trained(item), tool_calls=(call,)))
     seen, place = item["observation"], item.at("observation")
     answer = check_text(seen, place) if isinstance(seen, str) else json_text(seen, place)
-    messages.append(Message("tool", answer, name=name))
+    messages.append(Message.of("tool", answer, name=name))
 
 
 def read_message(item: Fields) -> Message:
@@ -148,26 +148,25 @@ def read_message(item: Fields) -> Message:
         content = _read_content(item, content_key, role)[0]
         if role != "tool":
             return Message(role, content)
-        return Message(role, content, name=optional_text(item, "name"), tool_call_id=read_call_id(item, "tool_call_id"))
+        name, identifier = optional_text(item, "name"), read_call_id(item, "tool_call_id")
+        return Message(role, content, name=name, tool_call_id=identifier)
     reasoning_key = next((key for key in REASONING if item.peek(key)), None)
     reasoning = None if reasoning_key is None else read_text(item, reasoning_key)
     if plain in CALLS:
         if content_key not in item:
             raise MalformedRecord("{field} is missing", field=place)
         calls = read_tool_calls(item, item[content_key], place)
-        return Message("assistant", "", trained, reasoning=reasoning, tool_calls=calls)
+        return Message.of("assistant", "", trained, reasoning=reasoning, tool_calls=calls)
     called = next((key for key in ("tool_calls", "function_call") if item.peek(key)), None)
     if called and not item.peek(content_key):  # a reply that only calls functions has null content, or none
         item.get(content_key)
-        content, thought, calls = "", None, ()
+        content, thought, calls = (), None, ()
     else:
         content, thought, calls = _read_content(item, content_key, role)
     if called:
         calls = (*calls, *read_tool_calls(item, item[called], item.at(called)))
     if reasoning is not None and thought is not None:
-        raise MalformedRecord(
-            "{field} is out of order: a reply is its reasoning, then its text, then its calls", field=place
-        )
+        raise _out_of_order(place)
     return Message(role, content, trained, reasoning=reasoning or thought, tool_calls=calls)
 
 
@@ -176,7 +175,7 @@ REASONING_PARTS = ("reasoning", "thinking")
 PART_KEYS = ("text", "value", "content")
 
 
-def _read_content(item: Fields, key: str, role: Role) -> tuple[str, str | None, tuple[Any, ...]]:
+def _read_content(item: Fields, key: str, role: Role) -> tuple[tuple[Part, ...], str | None, tuple[Any, ...]]:
     """Text, reasoning and calls of a content: text, or a list of parts (`{type, text}`, `{type, value}`, or bare text).
 
     Raises:
@@ -185,10 +184,10 @@ def _read_content(item: Fields, key: str, role: Role) -> tuple[str, str | None, 
     if key not in item:
         raise MalformedRecord("{field} is missing", field=item.at(key))
     value, place = item[key], item.at(key)
-    if role == "tool" and isinstance(value, dict):
-        return json_text(value, place), None, ()
     if not isinstance(value, list):
-        return check_text(value, place), None, ()
+        is_result = role == "tool" and isinstance(value, dict)
+        text = json_text(value, place) if is_result else check_text(value, place)
+        return as_parts(text), None, ()
     texts, reasoning, calls = [], [], []
     for number, found in enumerate(value):
         at = f"{place}[{number}]"
@@ -199,22 +198,24 @@ def _read_content(item: Fields, key: str, role: Role) -> tuple[str, str | None, 
         kind = part.get("type", "text")
         if kind in TEXT_PARTS:
             if calls:
-                raise MalformedRecord(
-                    "{field} is out of order: a reply is its reasoning, then its text, then its calls", field=at
-                )
+                raise _out_of_order(at)
             texts.append(read_text(part, part.first_of(PART_KEYS) or "text"))
         elif kind in REASONING_PARTS and role == "assistant":
             if texts or calls:
-                raise MalformedRecord(
-                    "{field} is out of order: a reply is its reasoning, then its text, then its calls", field=at
-                )
+                raise _out_of_order(at)
             reasoning.append(read_text(part, part.first_of((*REASONING_PARTS, *PART_KEYS)) or "text"))
         elif kind in CALLS and role == "assistant":
             held = part.first_of((*CALLS, *PART_KEYS)) or "value"
             calls += read_tool_calls(part, part.get(held), part.at(held))
         else:
             raise MalformedRecord("{field} is of type {type!r}; this version trains on text", field=at, type=kind)
-    return "".join(texts), "".join(reasoning) or None, tuple(calls)
+    return tuple(map(TextPart, texts)), "".join(reasoning) or None, tuple(calls)
+
+
+def _out_of_order(field: str) -> MalformedRecord:
+    return MalformedRecord(
+        "{field} is out of order: a reply is its reasoning, then its text, then its calls", field=field
+    )
 
 
 def read_history(record: Fields) -> list[Message]:
@@ -231,11 +232,9 @@ def read_history(record: Fields) -> list[Message]:
     for number, pair in enumerate(items):
         place = f"history[{number}]"
         if not isinstance(pair, list) or len(pair) != 2:
-            raise MalformedRecord(
-                "{field} must be {expected}, not {got}", field=place, expected="[question, answer]", got=kind_of(pair)
-            )
-        messages.append(Message("user", check_text(pair[0], f"{place}[0]")))
-        messages.append(Message("assistant", check_text(pair[1], f"{place}[1]")))
+            raise wrong_kind(place, "[question, answer]", pair)
+        messages.append(Message.of("user", check_text(pair[0], f"{place}[0]")))
+        messages.append(Message.of("assistant", check_text(pair[1], f"{place}[1]")))
     return messages
 
 
@@ -247,7 +246,7 @@ def behind_beginning(record: Fields, messages: list[Message], place: str) -> lis
     """
     system, history = system_beside(record), read_history(record)
     for first in (history[:1], messages[:1]):
-        if system and first and first[0].role == "system" and first[0].content.strip() == system[0].content.strip():
+        if system and first and first[0].role == "system" and first[0].text.strip() == system[0].text.strip():
             system = []  # said twice
     if messages and messages[0].role == "system" and (system or history):
         if system:

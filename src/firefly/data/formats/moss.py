@@ -14,6 +14,7 @@ from firefly.data.formats.fields import (
     read_text,
     read_tools,
     system_messages,
+    wrong_kind,
 )
 from firefly.data.formats.messages import as_record_says, behind_beginning
 from firefly.data.schema import Conversation, Message
@@ -33,7 +34,7 @@ class MossFormat:
         messages = system_messages(record.get("meta_instruction"), "meta_instruction")
         parameters = dict(PARAMETERS)
         if messages:
-            parameters |= re.findall(r"API:\s*(\w+)\((\w+)\)", messages[0].content)
+            parameters |= re.findall(r"API:\s*(\w+)\((\w+)\)", messages[0].text)
         for name in sorted(chat, key=self._number):
             messages += self._turn(chat.inner(chat[name], f"chat.{name}"), parameters)
         messages = behind_beginning(record, messages, "chat")
@@ -43,9 +44,7 @@ class MossFormat:
     def _number(name: str) -> int:
         match = re.fullmatch(r"turn_(\d{1,9})", name)
         if match is None:
-            raise MalformedRecord(
-                "{field} must be {expected}, not {got}", field="chat", expected="turn_1, turn_2, …", got=repr(name)
-            )
+            raise wrong_kind("chat", "turn_1, turn_2, …", got=repr(name))
         return int(match[1])
 
     def _turn(self, turn: Fields, parameters: dict[str, str]) -> list[Message]:
@@ -53,9 +52,9 @@ class MossFormat:
         thought, commands, results = (
             self._optional(turn, key) for key in ("Inner Thoughts", "Commands", "Tool Responses")
         )
-        asked = Message("user", _unmark(read_text(turn, "Human")))
+        asked = Message.of("user", _unmark(read_text(turn, "Human")))
         trained = is_trained(turn)
-        reply = Message("assistant", _unmark(read_text(turn, "MOSS")), trained)
+        reply = Message.of("assistant", _unmark(read_text(turn, "MOSS")), trained)
         if commands is None and results is None:
             return [asked, replace(reply, reasoning=thought)]
         if commands is None or results is None:
@@ -70,7 +69,7 @@ class MossFormat:
                 '{field} is not a MOSS plug-in\'s call with its results, such as Search("x") and Search("x") => …',
                 field=turn.at("Commands"),
             )
-        called = Message("assistant", "", trained, reasoning=thought, tool_calls=tuple(call for _, call in calls))
+        called = Message.of("assistant", "", trained, reasoning=thought, tool_calls=tuple(call for _, call in calls))
         return [asked, called, *answers, reply]
 
     @staticmethod
@@ -119,6 +118,6 @@ def _read_results(results: str, calls: list[tuple[str, dict[str, Any]]]) -> list
         return None
     ends = [*starts[1:], len(results)]
     return [
-        Message("tool", results[start:end].strip(), name=call["function"]["name"])
+        Message.of("tool", results[start:end].strip(), name=call["function"]["name"])
         for start, end, (_, call) in zip(starts, ends, calls, strict=True)
     ]

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from firefly.data.formats.chat import SIDES, answers_in_list, is_paired, is_restated, question_and_answer
 from firefly.data.formats.fields import (
@@ -20,6 +20,7 @@ from firefly.data.formats.fields import (
     read_text,
     read_tools,
     verdict,
+    wrong_kind,
 )
 from firefly.data.formats.messages import MESSAGE_KEYS, behind_beginning, read_message, read_messages, untrained
 from firefly.data.formats.texts import ASKED, FIRST, PROMPTS, SPELLINGS, answer_text, is_texts, question_text
@@ -74,9 +75,7 @@ def read_margin(record: Fields) -> float | None:
         return None
     record.get("margin")
     if abs(margin) > sys.float_info.max:
-        raise MalformedRecord(
-            "{field} must be {expected}, not {got}", field="margin", expected="finite number", got="infinity"
-        )
+        raise wrong_kind("margin", "finite number", got="infinity")
     return float(margin)
 
 
@@ -87,7 +86,7 @@ def _answer(record: Fields, name: str) -> list[Message]:
         return [read_message(record.inner(record[name], name, is_message=True))]
     if isinstance(value, list) and not is_texts(value):
         return read_messages(record, name)
-    return [Message("assistant", answer_text(record, name))]
+    return [Message.of("assistant", answer_text(record, name))]
 
 
 def _prompt(record: Fields) -> list[Message]:
@@ -98,7 +97,7 @@ def _prompt(record: Fields) -> list[Message]:
         raise MalformedRecord("{field} is missing", field="prompt")
     if key in MESSAGE_KEYS or isinstance(record.peek(key), list):
         return behind_beginning(record, read_messages(record, key), key)
-    return behind_beginning(record, [Message("user", question_text(record, key))], key)
+    return behind_beginning(record, [Message.of("user", question_text(record, key))], key)
 
 
 def _read_pair(record: Fields, sides: tuple[str, str]) -> PreferencePair:
@@ -121,27 +120,37 @@ def _read_pair(record: Fields, sides: tuple[str, str]) -> PreferencePair:
 def _said(messages: Sequence[Message]) -> list[tuple[Any, ...]]:
     """What messages say, less the identifiers of their calls."""
     return [
-        (item.role, item.content, item.reasoning, [call["function"] for call in item.tool_calls], item.name)
+        (item.role, item.text, item.reasoning, [call["function"] for call in item.tool_calls], item.name)
         for item in messages
     ]
 
 
 @dataclass(frozen=True)
-class MessagePairFormat:
-    """`chosen` and `rejected` as message lists: whole conversations, or answers to `prompt` (text or messages)."""
+class PairFormat:
+    """Two answers under two keys.
+
+    Attributes:
+        kind: `messages`: one of them is a list, a whole conversation or an answer to `prompt` (text or messages);
+            `texts`: two texts to a question; `turns`: one message or text each behind the messages beside them, or any
+            behind `conversations`.
+    """
+
+    kind: Literal["messages", "texts", "turns"]
 
     def recognises(self, record: Fields) -> tuple[str, ...]:
-        sides = sides_of(record)
-        if sides is None or not any(isinstance(record.peek(name), list) for name in sides):
+        sides, held, question = sides_of(record), record.first_of(MESSAGE_KEYS), question_key(record)
+        if sides is None:
             return ()
-        return () if _is_behind_conversation(record) else sides
+        are_lists = any(isinstance(record.peek(name), list) for name in sides)
+        is_behind = sides in SIDES and ("conversations" in record or "conversation" in record)
+        if are_lists and not is_behind:
+            return sides if self.kind == "messages" else ()
+        if held and sides in SIDES:
+            return (held, *sides) if self.kind == "turns" else ()
+        return (question, *sides) if question and not held and self.kind == "texts" else ()
 
     def parse(self, record: Fields) -> PreferencePair:
         return _read_pair(record, _sides(record))
-
-
-def _is_behind_conversation(record: Fields) -> bool:
-    return any(key in record for key in ("conversations", "conversation")) and sides_of(record) in SIDES
 
 
 def _sides(record: Fields) -> tuple[str, str]:
@@ -150,20 +159,6 @@ def _sides(record: Fields) -> tuple[str, str]:
         missing = next((name for name in SIDES[0] if name not in record), SIDES[0][0])
         raise MalformedRecord("{field} is missing", field=missing)
     return sides
-
-
-@dataclass(frozen=True)
-class TextPairFormat:
-    """A prompt and two answers as text."""
-
-    def recognises(self, record: Fields) -> tuple[str, ...]:
-        sides, question = sides_of(record), question_key(record)
-        if sides is None or question is None or any(isinstance(record.peek(name), list) for name in sides):
-            return ()
-        return () if record.first_of(MESSAGE_KEYS) else (question, *sides)
-
-    def parse(self, record: Fields) -> PreferencePair:
-        return _read_pair(record, _sides(record))
 
 
 @dataclass(frozen=True)
@@ -184,22 +179,6 @@ class ResponsePairFormat:
 
 
 @dataclass(frozen=True)
-class ConversationPairFormat:
-    """`conversations` up to the question; `chosen` and `rejected` as one message or text each."""
-
-    def recognises(self, record: Fields) -> tuple[str, ...]:
-        sides, held = sides_of(record), record.first_of(MESSAGE_KEYS)
-        if sides is None or held is None or sides not in SIDES:
-            return ()
-        if _is_behind_conversation(record) or not any(isinstance(record.peek(name), list) for name in sides):
-            return (held, *sides)
-        return ()
-
-    def parse(self, record: Fields) -> PreferencePair:
-        return _read_pair(record, _sides(record))
-
-
-@dataclass(frozen=True)
 class ListPairFormat:
     """A question and both of its answers in one list, the better one first or as numbers beside them say."""
 
@@ -217,18 +196,16 @@ class ListPairFormat:
         answers = record[answer]
         if not is_texts(answers) or len(answers) != 2:
             got = f"{len(answers)}" if isinstance(answers, list) else type(answers).__name__
-            raise MalformedRecord(
-                "{field} must be {expected}, not {got}", field=answer, expected="[chosen, rejected]", got=got
-            )
+            raise wrong_kind(answer, "[chosen, rejected]", got=got)
         for number, text in enumerate(answers):
             if not check_text(text, f"{answer}[{number}]").strip():
                 raise MalformedRecord("{field} is empty", field=f"{answer}[{number}]")
         better = _better_of_two(record, answer)
-        chosen, rejected = (Message("assistant", answers[number]) for number in (better, 1 - better))
+        chosen, rejected = (Message.of("assistant", answers[number]) for number in (better, 1 - better))
         if isinstance(record.peek(question), list):
             prompt = read_messages(record, question)
         else:
-            prompt = [Message("user", question_text(record, question))]
+            prompt = [Message.of("user", question_text(record, question))]
         return make_pair(record, behind_beginning(record, prompt, question), chosen, rejected)
 
 
@@ -262,9 +239,7 @@ def _better_of_two(record: Fields, answer: str) -> int:
         ]
         if len(found) != 2 or len(numbers) != 2 or numbers[0] == numbers[1]:
             got = json_text(record[name], name)
-            raise MalformedRecord(
-                "{field} must be {expected}, not {got}", field=name, expected="two different numbers", got=got
-            )
+            raise wrong_kind(name, "two different numbers", got=got)
         preferred[name] = int((numbers[1] > numbers[0]) == (measure not in RANKS))
     if len(set(preferred.values())) > 1:
         raise MalformedRecord("{fields} disagree on whether the answer is a good one", fields=", ".join(preferred))
@@ -304,6 +279,6 @@ def read_transcript(text: str, place: str) -> list[Message]:
     if head.strip() or not pieces:
         raise MalformedRecord("{field} does not begin with Human: or Assistant:", field=place)
     return [
-        Message("user" if speaker == "Human" else "assistant", content.strip())
+        Message.of("user" if speaker == "Human" else "assistant", content.strip())
         for speaker, content in zip(pieces[::2], pieces[1::2], strict=True)
     ]

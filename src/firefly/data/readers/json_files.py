@@ -1,26 +1,19 @@
-"""JSON lines and JSON files, in bounded memory."""
+"""JSON lines, in bounded memory, and JSON files, read at once."""
 
 from __future__ import annotations
 
-import codecs
-import io
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from firefly.data.readers.opening import open_text, stops_at_damage
 from firefly.data.schema import RawRecord, Source
 from firefly.errors import UsageError
 from firefly.translation import Phrase
 
-CHUNK = 1 << 16
-"""Bytes that a window reads at a time."""
-TAIL = 16
-"""Characters at a window's end that may be the beginning of something longer: a number, -Infinity, an escape."""
-CLOSED = ('"', "}", "]")
-"""The last character of a value that cannot go on behind the window's end, as a number can."""
+MOST_BYTES = 2 << 30
+"""What is read at once of a JSON list: as text in memory it takes up to four times as much."""
 SPACE = re.compile(r"[ \t\r\n]*")
 SPACE_OR_COMMA = re.compile(r"[ \t\r\n,]*")
 
@@ -63,44 +56,85 @@ def _parse_carefully(source: Source, line: bytes) -> RawRecord:
 
 @stops_at_damage
 def read_json(path: Path) -> Iterator[RawRecord]:
-    """A JSON list of objects, or one object; some files named .json hold one object a line, and are read as such.
+    """A JSON list of objects, or one object, read at once; some files named .json hold one object a line, and are read
+    as such.
 
     Raises:
-        UsageError: not a text file, damaged (gzip), or a list that breaks off: the rest of it cannot be told apart, so
-            no count of malformed rows would be true.
+        UsageError: not a text file, not UTF-8, damaged (gzip), too large, or a list that breaks off: the rest of it
+            cannot be told apart, so no count of malformed rows would be true.
     """
+    name = str(path)
     with open_text(path) as file:
-        window = _Window(path, file)
-        if window.skip(SPACE) == "[":
-            yield from _read_list(window)
-            return
-        record = _read_single(window)
-    if record is not None:
-        yield record
-    else:
+        first = next((line for line in file if line.strip()), b"")
+    is_list = first.lstrip().startswith(b"[")
+    if not is_list and _parse(Source(name, 1), first.rstrip()).problem is None:
         yield from read_json_lines(path)
-
-
-def _read_list(window: _Window) -> Iterator[RawRecord]:
-    window.advance(window.position + 1)
-    while (character := window.skip(SPACE_OR_COMMA)) != "]":
-        source = window.source
-        if not character:
-            raise _broken_list(source, Phrase("the JSON list is not closed by ]"))
-        yield RawRecord(source, _decode_element(window))
-    window.advance(window.position + 1)
-    if window.skip(SPACE):
-        raise _broken_list(window.source, Phrase("there is more text after the closing ]"))
-
-
-def _decode_element(window: _Window) -> Any:
+        return
+    with open_text(path) as file:
+        data = file.read(MOST_BYTES + 1)
+    if is_list and len(data) > MOST_BYTES:
+        raise UsageError(
+            "data.large_list",
+            "{path}: a JSON list of more than {limit} GB is not read. Give one object a line (.jsonl), for example: "
+            "jq -c '.[]' OLD.json > NEW.jsonl",
+            path=path,
+            limit=MOST_BYTES >> 30,
+        )
     try:
-        return window.decode()
-    except json.JSONDecodeError as error:
-        source, column = window.place(error.pos)
-        raise _broken_list(source, _problem(error, column)) from None
-    except (ValueError, RecursionError) as error:
-        raise _broken_list(window.source, _problem(error)) from None
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        if is_list:
+            raise UsageError(
+                "data.not_utf8",
+                "{place}: the text is not UTF-8. Save the file as UTF-8 (for example: iconv -f GB18030 -t UTF-8 OLD > "
+                "NEW).",
+                place=Source(name, 1 + data.count(b"\n", 0, error.start)),
+            ) from None
+        text = ""
+    del data
+    single = None if is_list else _read_single(name, text)
+    yield from _read_list(name, text) if is_list else [single] if single else read_json_lines(path)
+
+
+def _read_single(name: str, text: str) -> RawRecord | None:
+    """The one value of a file, over several lines; None if it holds more, or none."""
+    start = _skip(SPACE, text, 0)
+    try:
+        value, end = _decode(text, start)
+    except (ValueError, RecursionError):
+        return None
+    is_more = _skip(SPACE, text, end) < len(text)
+    return None if is_more else RawRecord(Source(name, 1 + text.count("\n", 0, start)), value)
+
+
+def _read_list(name: str, text: str) -> Iterator[RawRecord]:
+    position, line = text.index("[") + 1, 1 + text.count("\n", 0, text.index("["))
+    while True:
+        start = _skip(SPACE_OR_COMMA, text, position)
+        line += text.count("\n", position, start)
+        source = Source(name, line)
+        if start == len(text):
+            raise _broken_list(source, Phrase("the JSON list is not closed by ]"))
+        if text[start] == "]":
+            break
+        try:
+            value, position = _decode(text, start)
+        except json.JSONDecodeError as error:
+            raise _broken_list(Source(name, error.lineno), _problem(error)) from None
+        except (ValueError, RecursionError) as error:
+            raise _broken_list(source, _problem(error)) from None
+        yield RawRecord(source, value)
+        line += text.count("\n", start, position)
+    rest = _skip(SPACE, text, start + 1)
+    if rest < len(text):
+        source = Source(name, line + text.count("\n", start, rest))
+        raise _broken_list(source, Phrase("there is more text after the closing ]"))
+
+
+def _skip(pattern: re.Pattern[str], text: str, position: int) -> int:
+    """Behind what matches at `position`, if anything does."""
+    match = pattern.match(text, position)
+    return match.end() if match else position
 
 
 def _broken_list(place: Source, problem: Phrase) -> UsageError:
@@ -113,108 +147,13 @@ def _broken_list(place: Source, problem: Phrase) -> UsageError:
     )
 
 
-def _read_single(window: _Window) -> RawRecord | None:
-    """The one value of a file; None if it holds more, or none: then its lines are looked at one by one."""
-    source = window.source
-    try:
-        value = window.decode()
-        return RawRecord(source, value) if not window.skip(SPACE) else None
-    except (UsageError, ValueError, RecursionError):
-        return None
-
-
-class _Window:
-    """The part of a file that is being decoded. It slides on, and grows only while one value does not fit.
-
-    Attributes:
-        text: what is held of the file.
-        position: where in `text` reading goes on.
-        line: the line of the file at `position`.
-    """
-
-    def __init__(self, path: Path, file: io.BufferedReader) -> None:
-        self.text, self.position, self.line = "", 0, 1
-        self._name, self._file, self._ended = str(path), file, False
-        self._cut = 0  # characters of its first line that `text` no longer holds
-        self._undecodable: Source | None = None  # where `text` ends, if that is because no UTF-8 follows
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-
-    @property
-    def source(self) -> Source:
-        return Source(self._name, self.line)
-
-    def place(self, position: int) -> tuple[Source, int]:
-        """Line and column (from 1) of a position that lies ahead."""
-        line = self.line + self.text.count("\n", self.position, position)
-        newline = self.text.rfind("\n", 0, position)
-        column = position - newline if newline >= 0 else self._cut + position + 1
-        return Source(self._name, line), column
-
-    def advance(self, position: int) -> None:
-        self.line += self.text.count("\n", self.position, position)
-        self.position = position
-
-    def skip(self, pattern: re.Pattern[str]) -> str:
-        """Pass over what matches; return the next character, "" at the end of the file."""
-        while True:
-            match = pattern.match(self.text, self.position)
-            self.advance(match.end() if match else self.position)
-            if self.position < len(self.text) or self._ended:
-                return self.text[self.position : self.position + 1]
-            self._grow()
-
-    def decode(self) -> Any:
-        """The JSON value at `position`, and advance behind it.
-
-        Raises:
-            ValueError, RecursionError: there is none.
-            UsageError: bytes that are not UTF-8.
-        """
-        while True:
-            try:
-                value, end = _decode(self.text, self.position)
-            except json.JSONDecodeError as error:
-                if not self._may_go_on(error):
-                    raise
-            else:
-                if self._ended or self.text[end - 1] in CLOSED or end + TAIL <= len(self.text):
-                    self.advance(end)
-                    return value
-            self._grow()
-
-    def _may_go_on(self, error: json.JSONDecodeError) -> bool:
-        """Whether the text is not wrong, as far as the window shows it, but cut off."""
-        cut_off = error.msg.startswith("Unterminated string") or error.pos + TAIL > len(self.text)
-        return cut_off and not self._ended
-
-    def _grow(self) -> None:
-        """Drop what has been read and read on: as much again as is left, so that a long value is tried few times."""
-        if self._undecodable:
-            raise UsageError(
-                "data.not_utf8",
-                "{place}: the text is not UTF-8. Save the file as UTF-8 (for example: iconv -f GB18030 -t UTF-8 OLD > "
-                "NEW).",
-                place=self._undecodable,
-            )
-        newline = self.text.rfind("\n", 0, self.position)
-        self._cut = self.position - newline - 1 if newline >= 0 else self._cut + self.position
-        kept, self.position = self.text[self.position :], 0
-        data = self._file.read(max(CHUNK, len(kept)))
-        try:
-            self.text = kept + self._decoder.decode(data, final=not data)
-            self._ended = not data
-        except UnicodeDecodeError as error:
-            self.text = kept + error.object[: error.start].decode()
-            self._undecodable = Source(self._name, self.line + self.text.count("\n"))
-
-
-def _problem(error: ValueError | RecursionError, column: int | None = None) -> Phrase:
+def _problem(error: ValueError | RecursionError) -> Phrase:
     """What is wrong with a text that json cannot read."""
     if isinstance(error, RecursionError):
         return Phrase("nested too deeply")
     if isinstance(error, UnicodeDecodeError):
         return Phrase("not UTF-8 text (byte {position})", position=error.start)
     if isinstance(error, json.JSONDecodeError):
-        return Phrase("not valid JSON: {problem} (column {column})", problem=error.msg, column=column or error.colno)
+        return Phrase("not valid JSON: {problem} (column {column})", problem=error.msg, column=error.colno)
     # An integer of thousands of digits.
     return Phrase("not valid JSON: {problem} (column {column})", problem=error, column=1)

@@ -7,8 +7,6 @@ import glob
 import importlib
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -49,22 +47,29 @@ def find_files(place: str, key: str, hub: str = "huggingface", revision: str | N
     path = os.path.expanduser(place)
     if os.path.isdir(path):
         path = str(hubs.snapshot_of(Path(path), revision)) if "datasets--" in path else path
-        return [Path(path, name) for name in _choose(place, key, _list_folder(path, key))]
+        try:
+            names = _walk(path)
+        except OSError as error:
+            raise UsageError(
+                "data.unreadable",
+                "{key} = {path} cannot be read: {problem}.",
+                key=key,
+                path=error.filename or path,
+                problem=error.strerror,
+            ) from None
+        return [Path(path, name) for name in _choose(place, key, names)]
     if os.path.exists(path):
         return [Path(path)]
-    if matches := _glob(path):
+    is_glob = any(character in path for character in "*?[")
+    matches = sorted(filter(os.path.isfile, glob.glob(path, recursive=True))) if is_glob else []
+    if matches:
         return [Path(name) for name in _known(place, key, matches)]
     if DATASET_ID.fullmatch(place) and not known_suffix(place.partition(":")[0]):
         return _fetch(place, key, hub, revision)
-    if _is_glob(path):
-        raise UsageError(
-            "data.no_match",
-            "{key} = {place} matches no file. Check the pattern (** stands for folders of any depth); found there: "
-            "{found}.",
-            key=key,
-            place=place,
-            found=_few(_neighbours(path)) or "–",
-        )
+    if is_glob:
+        # What lies in the deepest folder that is named without wildcards.
+        folder = Path(re.split(r"[*?[]", path)[0] + "x").parent
+        raise _no_match(place, key, sorted(Path(name).name for name in glob.glob(f"{glob.escape(str(folder))}/*")))
     raise UsageError(
         "data.no_file",
         "{key} = {path} does not exist. Check the path (relative paths start where the command runs).",
@@ -73,39 +78,29 @@ def find_files(place: str, key: str, hub: str = "huggingface", revision: str | N
     )
 
 
-def _is_glob(path: str) -> bool:
-    return any(character in path for character in "*?[")
-
-
-def _glob(path: str) -> list[str]:
-    if not _is_glob(path):
-        return []
-    return sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name))
-
-
-def _neighbours(pattern: str) -> list[str]:
-    """What lies in the deepest folder that a glob names without wildcards."""
-    folder = Path(re.split(r"[*?[]", pattern)[0] + "x").parent
-    return sorted(Path(name).name for name in glob.glob(os.path.join(glob.escape(str(folder)), "*")))
-
-
-def _list_folder(root: str, key: str) -> list[str]:
-    try:
-        return _walk(root)
-    except OSError as error:
-        raise UsageError(
-            "data.unreadable",
-            "{key} = {path} cannot be read: {problem}.",
-            key=key,
-            path=error.filename or root,
-            problem=error.strerror,
-        ) from None
+def _no_match(place: str, key: str, found: list[str]) -> UsageError:
+    return UsageError(
+        "data.no_match",
+        "{key} = {place} matches no file. Check the pattern (** stands for folders of any depth); found there: "
+        "{found}.",
+        key=key,
+        place=place,
+        found=_few(found) or "–",
+    )
 
 
 def _walk(root: str) -> list[str]:
-    """Files below a folder, relative to it, sorted; hidden ones are passed over, links to folders followed once."""
+    """Files below a folder, relative to it, sorted; hidden ones are passed over, links to folders followed once.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+
+    def stop(error: OSError) -> None:
+        raise error
+
     names, seen = [], set()
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=_raise):
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=stop):
         folders[:] = [name for name in folders if not name.startswith(".")]
         if (real := os.path.realpath(folder)) in seen:
             folders.clear()
@@ -115,13 +110,10 @@ def _walk(root: str) -> list[str]:
     return sorted(names)
 
 
-def _raise(error: OSError) -> None:
-    raise error
-
-
 def _known(place: str, key: str, names: list[str]) -> list[str]:
     """The files that can be read; a notice names the others, but for what is never data."""
-    data = [name for name in names if not _is_metadata(PurePosixPath(name).name)]
+    paths = {name: PurePosixPath(name).name for name in names}
+    data = [name for name, file in paths.items() if file not in METADATA and not NO_DATA.fullmatch(file)]
     known = [name for name in data if known_suffix(name)]
     others = [name for name in data if not known_suffix(name)]
     if not known:
@@ -145,10 +137,6 @@ def _known(place: str, key: str, names: list[str]) -> list[str]:
     return known
 
 
-def _is_metadata(name: str) -> bool:
-    return name in METADATA or NO_DATA.fullmatch(name) is not None
-
-
 def _few(names: list[str]) -> str:
     return ", ".join(names[:FEW]) + (", …" if len(names) > FEW else "")
 
@@ -160,9 +148,11 @@ def _choose(place: str, key: str, names: list[str], *, from_hub: bool = False) -
     name one: `train_sft` and `train_gen` are different data.
     """
     known = _known(place, key, names)
-    splits = {name: _split(name) for name in known}
+    splits = {name: (_split_part(name) or (0, None))[1] for name in known}
     held_out = not {"validation", "test"}.isdisjoint(splits.values())
-    wanted = _wanted(key, set(splits.values()))
+    # Files that name no split are for training.
+    order = ("validation", "test", None, "train") if key == "eval_file" else ("train", None, "validation", "test")
+    wanted = next(split for split in order if split in splits.values())
     chosen = [name for name in known if splits[name] == wanted] if held_out else known
     different = _patterns([name for name in chosen if splits[name]])
     if len(different) > 1 and (held_out or from_hub):
@@ -185,17 +175,6 @@ def _choose(place: str, key: str, names: list[str], *, from_hub: bool = False) -
             left=_few(_patterns(left)),
         )
     return chosen
-
-
-def _wanted(key: str, present: set[str | None]) -> str | None:
-    """The split that a key asks for, of those that are there; files that name no split are for training."""
-    order = ("validation", "test", None, "train") if key == "eval_file" else ("train", None, "validation", "test")
-    return next(split for split in order if split in present)
-
-
-def _split(name: str) -> str | None:
-    part = _split_part(name)
-    return None if part is None else part[1]
 
 
 def _split_part(name: str) -> tuple[int, str] | None:
@@ -232,66 +211,19 @@ def _fetch(place: str, key: str, hub: str, revision: str | None) -> list[Path]:
     name, _, pattern = place.partition(":")
     pattern += "*" if pattern.endswith("/") else ""  # as the library does
     patterns = [pattern] if pattern else [f"*{suffix}" for suffix in (*READERS, *map(str.upper, READERS))]
-    listed = None if hub == "modelscope" else _list_huggingface(place, key, name, revision)
     # Asked before the download: several splits may be many gigabytes, to be refused after all.
+    listed = None if hub == "modelscope" else hubs.list_dataset(key, name, revision)
+    if listed:
+        listed = [path for path in listed if not any(part.startswith(".") for part in path.split("/"))]
     chosen = None if listed is None else _select(place, key, listed, pattern)
-    with _hub_errors(place, key, hub):
+    try:
         if hub == "modelscope":
             root = _modelscope(place, key, name, revision, patterns)
         else:
-            root = _huggingface(name, revision, patterns, local_files_only=listed is None)
-    if chosen is None:
-        fetched = _walk(root) if os.path.isdir(root) else []  # where nothing matched, the library makes no folder
-        chosen = _select(place, key, fetched, pattern)
-    return [Path(root, name) for name in chosen]
+            from huggingface_hub import snapshot_download
 
-
-def _select(place: str, key: str, names: list[str], pattern: str) -> list[str]:
-    if not pattern:
-        return _choose(place, key, names, from_hub=True)
-    matching = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
-    if not matching:
-        raise UsageError(
-            "data.no_match",
-            "{key} = {place} matches no file. Check the pattern (** stands for folders of any depth); found there: "
-            "{found}.",
-            key=key,
-            place=place,
-            found=_few(names) or "–",
-        )
-    return _known(place, key, matching)
-
-
-def _list_huggingface(place: str, key: str, name: str, revision: str | None) -> list[str] | None:
-    """Names of the files of a dataset; None where the hub cannot be asked, and a copy is in the cache."""
-    names = hubs.list_dataset(key, name, revision)
-    return names and [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
-
-
-def _huggingface(name: str, revision: str | None, patterns: list[str], local_files_only: bool) -> str:
-    from huggingface_hub import snapshot_download
-
-    options: dict[str, Any] = {"revision": revision, "allow_patterns": patterns, "local_files_only": local_files_only}
-    return snapshot_download(name, repo_type="dataset", **options)
-
-
-def _modelscope(place: str, key: str, name: str, revision: str | None, patterns: list[str]) -> str:
-    try:  # by name: an optional package is not there for the type checker either
-        download = importlib.import_module("modelscope").dataset_snapshot_download
-    except ImportError:
-        raise UsageError("model.no_modelscope", "hub = modelscope needs a package: pip install modelscope.") from None
-    try:
-        hubs.ask_modelscope()
-    except hubs.NoAnswer as error:
-        hubs.unreachable(key, place, hubs.modelscope(), error)
-    options = {"revision": revision} if revision else {}
-    return str(download(name, allow_file_pattern=patterns, **options))
-
-
-@contextmanager
-def _hub_errors(place: str, key: str, hub: str) -> Iterator[None]:
-    try:
-        yield
+            options: dict[str, Any] = {"allow_patterns": patterns, "local_files_only": listed is None}
+            root = snapshot_download(name, repo_type="dataset", revision=revision, **options)
     except UsageError:
         raise
     except Exception as error:
@@ -305,3 +237,29 @@ def _hub_errors(place: str, key: str, hub: str) -> Iterator[None]:
             hub=hub,
             problem=first_line(error),
         ) from error
+    if chosen is None:
+        fetched = _walk(root) if os.path.isdir(root) else []  # where nothing matched, the library makes no folder
+        chosen = _select(place, key, fetched, pattern)
+    return [Path(root, name) for name in chosen]
+
+
+def _select(place: str, key: str, names: list[str], pattern: str) -> list[str]:
+    if not pattern:
+        return _choose(place, key, names, from_hub=True)
+    matching = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    if not matching:
+        raise _no_match(place, key, names)
+    return _known(place, key, matching)
+
+
+def _modelscope(place: str, key: str, name: str, revision: str | None, patterns: list[str]) -> str:
+    try:  # by name: an optional package is not there for the type checker either
+        download = importlib.import_module("modelscope").dataset_snapshot_download
+    except ImportError:
+        raise UsageError("model.no_modelscope", "hub = modelscope needs a package: pip install modelscope.") from None
+    try:
+        hubs.ask_modelscope()
+    except hubs.NoAnswer as error:
+        hubs.unreachable(key, place, hubs.modelscope(), error)
+    options = {"revision": revision} if revision else {}
+    return str(download(name, allow_file_pattern=patterns, **options))

@@ -19,8 +19,8 @@ from firefly.config import ModelConfig
 from firefly.data.certificate import battery_hash, certify
 from firefly.data.encoding import Encoder
 from firefly.data.schema import IGNORE, Conversation, Message, Tokens
+from firefly.data.slow_tokenizers import SlowTokenizer, adapt_tokenizer
 from firefly.data.templates import bind_template
-from firefly.data.tokenizers import SlowTokenizer, adapt_tokenizer, tokenizer_hash
 from firefly.errors import UsageError
 from firefly.models.loading import load_tokenizer
 
@@ -104,8 +104,8 @@ def make_encoder(tmp_path: Path, family: str, template: str | None = None) -> En
 
 def turns(*contents: str, system: str | None = None) -> tuple[Message, ...]:
     roles = ("user", "assistant")
-    messages = [] if system is None else [Message("system", system)]
-    return (*messages, *(Message(roles[number % 2], content) for number, content in enumerate(contents)))
+    messages = [] if system is None else [Message.of("system", system)]
+    return (*messages, *(Message.of(roles[number % 2], content) for number, content in enumerate(contents)))
 
 
 def encode(encoder: Encoder, messages: tuple[Message, ...]) -> list[Tokens]:
@@ -165,7 +165,7 @@ def test_chatglm3_prompts_are_those_of_its_own_code(tmp_path, contents):
     encoder = make_encoder(tmp_path, "chatglm3")
     chat = turns(*contents)
     for place in range(0, len(chat), 2):
-        official = encoder.tokenizer.build_chat_input(chat[place].content, [item.as_dict() for item in chat[:place]])
+        official = encoder.tokenizer.build_chat_input(chat[place].text, [item.as_dict() for item in chat[:place]])
         assert encoder.encode_prompt(chat[: place + 1]) == official
 
 
@@ -304,18 +304,18 @@ def test_saved_and_loaded_again_it_encodes_the_same(tmp_path, encoder, family):
     assert again.pad_token is not None
     rebound = Encoder(again, bind_template("auto", again))
     assert battery_hash(rebound) == battery_hash(encoder)
-    assert tokenizer_hash(again) == tokenizer_hash(encoder.tokenizer)
+    assert again.fingerprint() == encoder.tokenizer.fingerprint()
     assert [item.input_ids.tolist() for item in encode(rebound, turns(*CHAT))] == [
         item.input_ids.tolist() for item in encode(encoder, turns(*CHAT))
     ]
 
 
 def test_its_hash_changes_with_the_vocabulary(tmp_path):
-    hashes = {tokenizer_hash(load(write_tokenizer(tmp_path / name, name))) for name in FAMILIES}
+    hashes = {load(write_tokenizer(tmp_path / name, name)).fingerprint() for name in FAMILIES}
     assert len(hashes) == len(FAMILIES)
     vocabulary = tmp_path / "chatglm3" / "tokenizer.model"
     vocabulary.write_text(vocabulary.read_text(encoding="utf-8").replace("yes", "yea"), encoding="utf-8")
-    assert tokenizer_hash(load(tmp_path / "chatglm3")) not in hashes
+    assert load(tmp_path / "chatglm3").fingerprint() not in hashes
 
 
 def test_a_copy_is_an_adapter_too(encoder):

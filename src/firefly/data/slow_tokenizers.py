@@ -20,10 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from firefly.data.rendering import BREAK
 from firefly.data.schema import IGNORE, Rendered, Tokens
-
-BREAK = "\U000f5a1f"
-"""The private-use character put inside typed special-looking text while a template renders."""
 
 CHATGLM_COMMANDS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 CHATGLM_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
@@ -40,13 +38,6 @@ def adapt_tokenizer(tokenizer: Any) -> Any:
         if family := describe(tokenizer):
             return SlowTokenizer(tokenizer, family)
     return tokenizer
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Hash of all that decides about ids."""
-    if isinstance(tokenizer, SlowTokenizer):
-        return tokenizer.fingerprint()
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
 @dataclass(frozen=True)
