@@ -25,7 +25,7 @@ from firefly.models.kernels.token_rows import install_token_rows
 from firefly.models.reach import Unreached, alike
 from firefly.models.saved_adapter import open_adapter
 from firefly.models.tokens import is_tied, vocabulary_ends
-from firefly.models.verdicts import known_unreached
+from firefly.models.probe_cache import known_unreached
 
 ALL_LINEAR = "all-linear"
 

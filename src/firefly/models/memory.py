@@ -305,7 +305,7 @@ def measure_activations(model: Any, layout: str, autocast: torch.dtype | None, l
         longest: tokens of the longest example: where attention keeps its probabilities, a token's grow with it.
     """
     layers = decoder_layers(model)
-    length = _strange_length(model)
+    length = _unique_length(model)
     # Attention goes in blocks of queries, which see no keys behind their own block: half of the square in the end.
     seen = longest if longest <= BLOCK else (longest + BLOCK) / 2
     measured = length if layout == "segments" else 2 * length
@@ -322,7 +322,7 @@ def measure_activations(model: Any, layout: str, autocast: torch.dtype | None, l
     return Activations(len(layers), kept=bytes_of[0] / max(len(layers), 1), entering=entering, outside=bytes_of[1])
 
 
-def _strange_length(model: Any) -> int:
+def _unique_length(model: Any) -> int:
     """The first of PRIMES that divides no size in the model."""
     sizes = {size for p in model.parameters() for size in getattr(getattr(p, "quant_state", p), "shape", p.shape)}
     numbers = model.config.get_text_config().to_dict().values()

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from firefly.config import ModelConfig
 from firefly.models.dry_run import LiveBytes, without_numbers
 from firefly.models.loading import quiet_libraries, read_config
-from firefly.models.outline import make_witness
+from firefly.models.meta_model import make_tiny_twin
 from firefly.models.probing import decoder
 
 DECLARED = (
@@ -58,7 +58,7 @@ def positions_for(model: ModelConfig, longest: int) -> Positions:
         return Positions(None, trained)
     try:
         with quiet_libraries(), torch.no_grad():
-            most = _most(make_witness(described, model).eval(), longest, declared)
+            most = _most(make_tiny_twin(described, model).eval(), longest, declared)
     except Exception:  # a trial that cannot be made tells nothing; code that a model brings along may raise anything
         most = None
     return Positions(most, trained)

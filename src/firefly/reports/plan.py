@@ -17,10 +17,10 @@ from firefly.data.dataset import Split, load_split
 from firefly.distributed.backends import BACKENDS
 from firefly.errors import UsageError
 from firefly.files import first_line
-from firefly.models import choices as choosing
+from firefly.models import tuning
 from firefly.models.adapters import count_body, count_parameters, transformers_model
 from firefly.models.checkpointing import Checkpointing, decoder_layers, install_checkpointing
-from firefly.models.choices import Choices, Lengths
+from firefly.models.tuning import Choices, Lengths
 from firefly.models.dry_run import NoDryRun, counted_activations, dry_run
 from firefly.models.flops import Products, necessary_flops
 from firefly.models.kernels import segment_attention
@@ -36,12 +36,12 @@ from firefly.models.memory import (
     kernels_kept,
     optimizer_bytes_of,
 )
-from firefly.models.outline import Outline, outline
+from firefly.models.meta_model import MetaModel, build_meta_model
 from firefly.models.positions import positions_for
 from firefly.models.precision import Precision
 from firefly.models.saved_adapter import tokenizer_source
 from firefly.models.tokens import add_tokens
-from firefly.models.verdicts import known_crossover
+from firefly.models.probe_cache import known_crossover
 from firefly.reports.machine import Machine, describe_machine, matmul_rate, precision_on
 from firefly.reports.work import Work, assumed_work, work_of
 from firefly.setup.checks import bind_encoder, check_positions
@@ -251,11 +251,11 @@ def forecast(
 
     Args:
         rate: of matrix products, FLOPs a second; None: measured where `timed`.
-        rows, new_tokens: see `outline`.
+        rows, new_tokens: see `build_meta_model`.
     """
     precision = precision_on(machine, config.precision)
     with quiet_libraries():
-        skeleton = outline(config, precision, rows, new_tokens)
+        skeleton = build_meta_model(config, precision, rows, new_tokens)
     sizing = _Sizing(config, machine, work, precision, skeleton)
     choices, unknown = None, ""
     try:
@@ -293,7 +293,7 @@ class _Sizing:
     machine: Machine
     work: Work
     precision: Precision
-    skeleton: Outline
+    skeleton: MetaModel
 
     @property
     def inner(self) -> Any:
@@ -357,7 +357,7 @@ class _Sizing:
         activations = counted_activations(
             self.inner, self.skeleton.layout, self.autocast, int(self.work.sides.max()), card=self.card
         )
-        return choosing.choose(
+        return tuning.choose(
             self.config.step,
             activations,
             lambda *asked: self._room(activations, *asked),

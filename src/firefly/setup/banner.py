@@ -11,7 +11,7 @@ from firefly.console import stderr_console
 from firefly.distributed.model import TrainableModel
 from firefly.models.adapters import transformers_model
 from firefly.models.checkpointing import decoder_layers
-from firefly.models.choices import Choices
+from firefly.models.tuning import Choices
 from firefly.models.kernels.elementwise import implementation, is_card
 from firefly.models.kernels.segment_attention import describe_attention
 from firefly.models.kernels.weight_cache import cache_sizes

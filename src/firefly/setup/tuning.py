@@ -11,10 +11,10 @@ import torch
 from transformers import TrainingArguments
 
 from firefly import ranks
-from firefly.models import choices as choosing
+from firefly.models import tuning
 from firefly.models.adapters import transformers_model
 from firefly.models.checkpointing import Checkpointing
-from firefly.models.choices import Choices, Lengths
+from firefly.models.tuning import Choices, Lengths
 from firefly.models.kernels import segment_attention
 from firefly.models.kernels.weight_cache import cache_sizes
 from firefly.models.memory import (
@@ -26,7 +26,7 @@ from firefly.models.memory import (
     kernels_kept,
     optimizer_bytes_of,
 )
-from firefly.models.verdicts import known_activations, known_crossover
+from firefly.models.probe_cache import known_activations, known_crossover
 from firefly.run import Run
 from firefly.runs.checkpoints import stored_choices
 from firefly.setup.arguments import PAGED_ADAM
@@ -55,16 +55,16 @@ def resolve_choices(run: Run, args: TrainingArguments, module: Any, layout: str)
         whole = forecast_memory(module, device, activations, checkpointing, tokens, state, cached, copied)
         return backend.share(whole)
 
-    choices = choosing.choose(
+    choices = tuning.choose(
         config.step, activations, forecast, lengths, device, cacheable, by_products, precision.compute
     )
     if args.optim in PAGED_ADAM and device.type == "cuda" and not (backend.deepspeed or backend.shards):
         tokens = lengths.largest_microbatch(choices.tokens_per_microbatch)
         expected = forecast(choices.checkpointing, tokens, sum(cacheable[: choices.cached_weights]))
-        choices = replace(choices, unpaged_optimizer=choosing.fits(expected))
-    choices = choosing.most_careful(ranks.all_of(choices))
+        choices = replace(choices, unpaged_optimizer=tuning.fits(expected))
+    choices = tuning.agree_on_tuning(ranks.all_of(choices))
     if run.checkpoint:
-        choices = choosing.settled(config.step, stored_choices(run.checkpoint), choices)
+        choices = tuning.restore_tuning(config.step, stored_choices(run.checkpoint), choices)
     tokens = lengths.largest_microbatch(choices.tokens_per_microbatch)
     peak = estimated_peak(inner, device, activations, choices.checkpointing, tokens, precision.compute.itemsize)
     each = min(config.step.examples_per_rank, math.ceil(lengths.step / choices.tokens_per_microbatch))

@@ -93,7 +93,7 @@ def choose(
 
     Args:
         cache_bytes: what a copy of each 4-bit weight would take.
-        attention_by_products: what `verdicts.known_crossover` found.
+        attention_by_products: what `probe_cache.known_crossover` found.
         compute: the type that products are computed in.
     """
 
@@ -130,7 +130,7 @@ def _even(budget: int, lengths: Lengths) -> int:
     return min(budget, max(lengths.longest, lengths.step * 11 // (10 * parts)))
 
 
-def most_careful(choices: Sequence[Choices]) -> Choices:
+def agree_on_tuning(choices: Sequence[Choices]) -> Choices:
     """Of what ranks chose for themselves, what is good for all: they share one plan of each step."""
     return Choices(
         tokens_per_microbatch=min(one.tokens_per_microbatch for one in choices),
@@ -142,7 +142,7 @@ def most_careful(choices: Sequence[Choices]) -> Choices:
     )
 
 
-def settled(settings: StepConfig, stored: Choices, today: Choices) -> Choices:
+def restore_tuning(settings: StepConfig, stored: Choices, today: Choices) -> Choices:
     """The choices of a resumed run: those stored with its checkpoint, but for what the settings name outright."""
     if settings.tokens_per_microbatch != "auto":
         stored = replace(stored, tokens_per_microbatch=today.tokens_per_microbatch)

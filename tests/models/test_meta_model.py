@@ -18,7 +18,7 @@ from firefly.models.dry_run import dry_run
 from firefly.models.forwards import install_training_forwards
 from firefly.models.loading import load_model
 from firefly.models.memory import Peak, assemble
-from firefly.models.outline import outline
+from firefly.models.meta_model import build_meta_model
 from firefly.models.precision import Precision
 from tiny import random_examples, save_tiny_model, tiny_config
 
@@ -58,7 +58,7 @@ def forwards(model: Any) -> dict[str, str]:
 @pytest.mark.parametrize("name", ["llama_tied", "gemma2", "bloom"])
 def test_a_skeleton_is_what_a_run_loads(models: Path, name: str, mode: str) -> None:
     config = described(models, name, train_mode=mode, lora_rank=4)
-    skeleton, (model, layout, head) = outline(config, FP32), loaded(config)
+    skeleton, (model, layout, head) = build_meta_model(config, FP32), loaded(config)
     assert {p.device.type for p in skeleton.model.parameters()} == {"meta"}
     assert [(n, p.shape, p.dtype, p.requires_grad) for n, p in skeleton.model.named_parameters()] == [
         (n, p.shape, p.dtype, p.requires_grad) for n, p in model.named_parameters()
@@ -77,13 +77,13 @@ def test_a_skeleton_is_what_a_run_loads(models: Path, name: str, mode: str) -> N
 
 def test_a_config_json_is_all_that_a_skeleton_needs(tmp_path: Path) -> None:
     tiny_config("llama").save_pretrained(tmp_path / "bare")
-    skeleton = outline(described(tmp_path, "bare", train_mode="lora"), FP32)
+    skeleton = build_meta_model(described(tmp_path, "bare", train_mode="lora"), FP32)
     assert skeleton.architecture == "LlamaForCausalLM"
     assert skeleton.layout == "segments"
 
 
 def test_more_tokens_than_rows_lengthen_the_embedding(models: Path) -> None:
-    skeleton = outline(described(models, "llama_tied", train_mode="full"), FP32, rows=300)
+    skeleton = build_meta_model(described(models, "llama_tied", train_mode="full"), FP32, rows=300)
     assert transformers_model(skeleton.model).get_input_embeddings().weight.shape[0] == 300
 
 
@@ -93,12 +93,12 @@ def test_more_tokens_than_rows_lengthen_the_embedding(models: Path) -> None:
 )
 def test_what_has_no_skeleton_is_named(models: Path, changes: dict[str, Any], named: str) -> None:
     with pytest.raises(UsageError, match=named):
-        outline(described(models, "llama_tied", **{"train_mode": "lora"} | changes), FP32)
+        build_meta_model(described(models, "llama_tied", **{"train_mode": "lora"} | changes), FP32)
 
 
 def test_quantising_afterwards_still_works(models: Path) -> None:
     """bitsandbytes keeps a table of constants for the process: a skeleton must not leave an empty one behind."""
     config = described(models, "llama_tied", train_mode="qlora")
-    outline(config, FP32)
+    build_meta_model(config, FP32)
     model = load_model(config.model, "qlora", FP32, torch.device("cpu"))
     assert torch.isfinite(model(input_ids=torch.arange(5)[None]).logits).all()

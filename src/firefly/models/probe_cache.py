@@ -141,7 +141,7 @@ def _path(kind: str, model: Any, parts: list[Any]) -> Path | None:
 def _file(kind: str, rests_on: list[Any]) -> Path:
     """Where a verdict lies that rests on all of this."""
     digest = hashlib.sha256(json.dumps(rests_on, default=str, sort_keys=True).encode()).hexdigest()
-    return cache_folder() / "verdicts" / f"{kind}-{digest[:32]}.json"
+    return cache_folder() / "probes" / f"{kind}-{digest[:32]}.json"
 
 
 @cache
