@@ -14,13 +14,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from firefly.data.batching import pack
 from firefly.models.adapters import transformers_model
 from firefly.models.checkpointing import Checkpointing, install_checkpointing
+from firefly.models.dry_run import measure_activations
 from firefly.models.memory import (
     KERNELS,
     KERNELS_OF_SHORT_ROWS,
     Activations,
     forecast_memory,
     kernels_kept,
-    measure_activations,
     optimizer_bytes_of,
 )
 from tiny import SHAPE, prepared, random_examples

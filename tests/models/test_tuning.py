@@ -12,8 +12,8 @@ import torch
 from firefly.config import StepConfig
 from firefly.models import probe_cache
 from firefly.models.checkpointing import Checkpointing
-from firefly.models.tuning import LEAST, USABLE, USEFUL, Choices, Lengths, choose, restore_tuning
 from firefly.models.memory import Activations, Forecast
+from firefly.models.tuning import LEAST, USABLE, USEFUL, Choices, Lengths, choose, restore_tuning
 from tiny import tiny_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -116,7 +116,8 @@ def test_a_resumed_run_keeps_stored_choices_but_for_what_is_named_outright() -> 
     assert restore_tuning(named, stored, today) == dataclasses.replace(stored, tokens_per_microbatch=900)
     named = StepConfig(gradient_checkpointing=False)
     assert restore_tuning(named, stored, today) == dataclasses.replace(stored, checkpointed_layers=0, offload=False)
-    assert restore_tuning(StepConfig(), stored, dataclasses.replace(today, cached_weights=2)).cached_weights == 2  # less room
+    less_room = dataclasses.replace(today, cached_weights=2)
+    assert restore_tuning(StepConfig(), stored, less_room).cached_weights == 2
     named = StepConfig(nf4_cache=True)
     assert restore_tuning(named, stored, today) == dataclasses.replace(stored, cached_weights=9)
 

@@ -36,9 +36,9 @@ from firefly.distributed.backends import BACKENDS, Backend, gathered
 from firefly.errors import UsageError
 from firefly.models.adapters import count_body, transformers_model
 from firefly.models.checkpointing import decoder_layers
-from firefly.models.tuning import Choices
 from firefly.models.precision import Precision
 from firefly.models.router import router_settings
+from firefly.models.tuning import Choices
 
 
 class TrainableModel:

@@ -9,26 +9,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import Tensor
 
 from firefly.files import read_proc
-from firefly.models.checkpointing import Checkpointing, decoder_layers
-from firefly.models.kernels.segment_attention import BLOCK
+from firefly.models.checkpointing import Checkpointing
 from firefly.models.kernels.token_nll import ROWS_AT_A_TIME, chunk_bytes
 from firefly.ranks import local_world_size
-from firefly.segments import Segment
 from firefly.translation import Phrase
-
-PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
-"""Lengths of the two examples that are measured on: the first that divides no size in the model, so that a dimension
-which it divides is known to be one of tokens."""
 
 
 @dataclass(frozen=True)
@@ -290,110 +282,3 @@ def free_memory(device: torch.device) -> int:
     if available is None:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return available // local_world_size()
-
-
-# ---- measuring ----
-
-
-def measure_activations(model: Any, layout: str, autocast: torch.dtype | None, longest: int) -> Activations:
-    """Run one short pass of a prepared model (see `heads`) and count what it keeps for backward.
-
-    Works on any device, also on "meta", where nothing is computed. Random state and gradients stay as they were.
-
-    Args:
-        autocast: the type that full fine-tuning computes in, None without autocast.
-        longest: tokens of the longest example: where attention keeps its probabilities, a token's grow with it.
-    """
-    layers = decoder_layers(model)
-    length = _unique_length(model)
-    # Attention goes in blocks of queries, which see no keys behind their own block: half of the square in the end.
-    seen = longest if longest <= BLOCK else (longest + BLOCK) / 2
-    measured = length if layout == "segments" else 2 * length
-    bytes_of = [0.0, 0.0]
-    for inside, tensor in _kept(model, layers, length, layout, autocast):
-        of_tokens = sum(size % length == 0 for size in tensor.shape)
-        if of_tokens:  # else it is kept once, however many tokens there are
-            per_token = tensor.untyped_storage().nbytes() / (2 * length)
-            bytes_of[0 if inside else 1] += per_token * (seen / measured if of_tokens > 1 else 1)
-    # BLT's configuration has widths for its parts alone; elsewhere embeddings may be narrower than what layers pass on.
-    embedding = model.get_input_embeddings().weight
-    width = getattr(model.config.get_text_config(), "hidden_size", None) or embedding.shape[-1]
-    entering = width * embedding.dtype.itemsize
-    return Activations(len(layers), kept=bytes_of[0] / max(len(layers), 1), entering=entering, outside=bytes_of[1])
-
-
-def _unique_length(model: Any) -> int:
-    """The first of PRIMES that divides no size in the model."""
-    sizes = {size for p in model.parameters() for size in getattr(getattr(p, "quant_state", p), "shape", p.shape)}
-    numbers = model.config.get_text_config().to_dict().values()
-    sizes |= {number for number in numbers if isinstance(number, int) and not isinstance(number, bool)}
-    sizes.discard(0)
-    return next((prime for prime in PRIMES if all(size % prime for size in sizes)), PRIMES[-1])
-
-
-def _kept(
-    model: Any, layers: list[nn.Module], length: int, layout: str, autocast: torch.dtype | None
-) -> list[tuple[bool, Tensor]]:
-    """What a pass over two examples of `length` tokens keeps, all of them targets, and whether inside a layer."""
-    place = _place(model)
-    own = {_address(p) for p in model.parameters()} | {_address(b) for b in model.buffers()}
-    seen: dict[tuple[int, int], tuple[bool, Tensor]] = {}  # kept alive, or another tensor could take the address
-    depth = [0]
-
-    def note(tensor: Tensor) -> Tensor:
-        address = _address(tensor)
-        if tensor.device == place and address not in own:
-            seen.setdefault(address, (depth[0] > 0, tensor.detach()))
-        return tensor
-
-    ids = torch.arange(2 * length, device=place)
-    inputs: dict[str, Any] = {"input_ids": ids[None], "target_index": ids, "targets": ids}
-    if layout == "segments":  # else one example a row, so one of twice the length
-        segments = Segment(0, length), Segment(length, 2 * length)
-        inputs |= {"position_ids": ids[None] % length, "segments": segments}
-    computing = torch.autocast(place.type, dtype=autocast, enabled=autocast is not None)
-    with _counting_depth(layers, depth), _unchanged(model), computing, saved_tensors_hooks(note, lambda kept: kept):
-        model(**inputs)
-    return list(seen.values())
-
-
-def _address(tensor: Tensor) -> tuple[int, int]:
-    storage = tensor.untyped_storage()
-    # By the storage object itself: on "meta" and in a dry run numbers have no address.
-    return (storage._cdata, storage.nbytes())
-
-
-def _place(model: Any) -> torch.device:
-    return next(model.parameters()).device
-
-
-@contextmanager
-def _counting_depth(layers: list[nn.Module], depth: list[int]) -> Iterator[None]:
-    """`depth[0]` is above 0 while one of the layers computes."""
-
-    def enter(*_: Any) -> None:
-        depth[0] += 1
-
-    def leave(*_: Any) -> None:
-        depth[0] -= 1
-
-    handles = [layer.register_forward_pre_hook(enter) for layer in layers]
-    handles += [layer.register_forward_hook(leave) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _unchanged(model: Any) -> Iterator[None]:
-    """Training mode for a while; the random state is as before afterwards."""
-    was_training = model.training
-    place = _place(model)
-    model.train()
-    try:
-        with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), torch.enable_grad():
-            yield
-    finally:
-        model.train(was_training)

@@ -27,9 +27,9 @@ from firefly.models.dry_run import NoDryRun, unreached_without_numbers
 from firefly.models.forwards import install_training_forwards
 from firefly.models.loading import as_quantised, load_failure, model_class, nf4_config, read_config
 from firefly.models.precision import Precision
+from firefly.models.probe_cache import known_unreached
 from firefly.models.reach import Unreached, unreached_like
 from firefly.models.saved_adapter import adapter_settings
-from firefly.models.probe_cache import known_unreached
 from firefly.translation import translate
 
 TWIN_VOCABULARY, TWIN_INNER = 512, 128

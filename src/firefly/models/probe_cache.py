@@ -24,8 +24,9 @@ from firefly.console import notice
 from firefly.errors import UsageError
 from firefly.files import atomic_file, cache_folder, make_cache
 from firefly.models.attention import NAME, choose_layout
+from firefly.models.dry_run import measure_activations
 from firefly.models.kernels.segment_attention import measure_crossover
-from firefly.models.memory import Activations, measure_activations
+from firefly.models.memory import Activations
 from firefly.models.reach import Unreached, find_unreached
 
 KERNEL_PACKAGES = ("mamba_ssm", "causal_conv1d", "fla", "kernels")

@@ -20,7 +20,6 @@ from firefly.files import first_line
 from firefly.models import tuning
 from firefly.models.adapters import count_body, count_parameters, transformers_model
 from firefly.models.checkpointing import Checkpointing, decoder_layers, install_checkpointing
-from firefly.models.tuning import Choices, Lengths
 from firefly.models.dry_run import NoDryRun, counted_activations, dry_run
 from firefly.models.flops import Products, necessary_flops
 from firefly.models.kernels import segment_attention
@@ -39,9 +38,10 @@ from firefly.models.memory import (
 from firefly.models.meta_model import MetaModel, build_meta_model
 from firefly.models.positions import positions_for
 from firefly.models.precision import Precision
+from firefly.models.probe_cache import known_crossover
 from firefly.models.saved_adapter import tokenizer_source
 from firefly.models.tokens import add_tokens
-from firefly.models.probe_cache import known_crossover
+from firefly.models.tuning import Choices, Lengths
 from firefly.reports.machine import Machine, describe_machine, matmul_rate, precision_on
 from firefly.reports.work import Work, assumed_work, work_of
 from firefly.setup.checks import bind_encoder, check_positions
@@ -355,7 +355,7 @@ class _Sizing:
             crossover = segment_attention.GEMM_LONGEST
         segment_attention.use_crossover(crossover)  # what attention keeps depends on it
         activations = counted_activations(
-            self.inner, self.skeleton.layout, self.autocast, int(self.work.sides.max()), card=self.card
+            self.inner, self.skeleton.layout, self.autocast, int(self.work.sides.max()), device=self.machine.kind
         )
         return tuning.choose(
             self.config.step,
@@ -390,7 +390,7 @@ class _Sizing:
             autocast=self.autocast,
             per_token=pairs,
             accumulated=self.microbatches(choices) > 1,
-            card=self.card,
+            device=self.machine.kind,
         )
 
     def microbatches(self, choices: Choices) -> int:

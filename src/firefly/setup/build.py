@@ -26,10 +26,10 @@ from firefly.models.compilation import compile_layers
 from firefly.models.forwards import install_training_forwards
 from firefly.models.loading import eos_ids, load_model, mend_generation_config, resolve_model
 from firefly.models.memory import Forecast
+from firefly.models.probe_cache import known_layout
 from firefly.models.router import quiet_routers
 from firefly.models.saved_adapter import check_base
 from firefly.models.tokens import fit_embeddings
-from firefly.models.probe_cache import known_layout
 from firefly.run import Run
 from firefly.runs.checkpoints import check_same_run, set_aside_old_checkpoints, stored_optimizer
 from firefly.runs.folders import remove_leftovers

@@ -14,7 +14,6 @@ from firefly import ranks
 from firefly.models import tuning
 from firefly.models.adapters import transformers_model
 from firefly.models.checkpointing import Checkpointing
-from firefly.models.tuning import Choices, Lengths
 from firefly.models.kernels import segment_attention
 from firefly.models.kernels.weight_cache import cache_sizes
 from firefly.models.memory import (
@@ -27,6 +26,7 @@ from firefly.models.memory import (
     optimizer_bytes_of,
 )
 from firefly.models.probe_cache import known_activations, known_crossover
+from firefly.models.tuning import Choices, Lengths
 from firefly.run import Run
 from firefly.runs.checkpoints import stored_choices
 from firefly.setup.arguments import PAGED_ADAM
