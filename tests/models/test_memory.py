@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from firefly.data.batching import pack
+from firefly.models import memory
 from firefly.models.adapters import transformers_model
 from firefly.models.checkpointing import Checkpointing, install_checkpointing
 from firefly.models.dry_run import measure_activations
@@ -19,7 +21,9 @@ from firefly.models.memory import (
     KERNELS,
     KERNELS_OF_SHORT_ROWS,
     Activations,
+    cgroup_room,
     forecast_memory,
+    free_memory,
     kernels_kept,
     optimizer_bytes_of,
 )
@@ -161,3 +165,63 @@ def test_short_rows_need_the_code_of_more_products(
     task: str, lengths: list[int], targets: list[int], kept: int
 ) -> None:
     assert kernels_kept(task, np.array(lengths), np.array(targets)) == kept
+
+
+# ---- control groups ----
+
+V2 = "30 24 0:26 {root} {mount} rw,nosuid - cgroup2 cgroup2 rw"
+V1 = "36 24 0:33 {root} {mount} rw,relatime shared:9 - cgroup cgroup rw,memory"
+CPUACCT = "37 24 0:34 / {mount} rw,relatime - cgroup cgroup rw,cpuacct"
+MEMORY = {
+    V2: ("0::{group}", "memory.max", "memory.current", "inactive_file"),
+    V1: ("4:memory:{group}", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def process_in(folder: Path, version: str, group: str, root: str, levels: dict[str, tuple[str, int, int]]) -> Path:
+    """/proc/self of a process in a control group; of each level: its limit, what it uses, and page cache in that."""
+    line, limit, usage, cache = MEMORY[version]
+    mount = folder / "cgroup"
+    for level, (most, used, cached) in levels.items():
+        (mount / level).mkdir(parents=True, exist_ok=True)
+        (mount / level / "memory.high").write_text("max\n")
+        (mount / level / limit).write_text(f"{most}\n")
+        (mount / level / usage).write_text(f"{used}\n")
+        (mount / level / "memory.stat").write_text(f"anon 1\n{cache} {cached}\n")
+    process = folder / "self"
+    process.mkdir()
+    (process / "cgroup").write_text(f"3:cpuacct:/elsewhere\n{line.format(group=group)}\n")
+    mounts = [CPUACCT.format(mount=folder / "other"), version.format(root=root, mount=mount)]
+    (process / "mountinfo").write_text("\n".join(mounts) + "\n")
+    return process
+
+
+@pytest.mark.parametrize("version", [V1, V2], ids=["v1", "v2"])
+def test_each_level_of_control_groups_has_its_own_room(version: str, tmp_path: Path) -> None:
+    """What a group uses counts without the page cache, which the kernel takes back."""
+    levels = {"pod/box": ("5000", 3000, 500), "pod": ("16000", 15000, 1000)}
+    process = process_in(tmp_path, version, "/pod/box", "/", levels)
+    assert list(cgroup_room(process)) == [5000 - 2500, 16000 - 14000]
+
+
+@pytest.mark.parametrize("version", [V1, V2], ids=["v1", "v2"])
+def test_a_container_that_sees_the_hosts_path_has_its_own_group_at_the_mount(version: str, tmp_path: Path) -> None:
+    process = process_in(tmp_path, version, "/docker/abc", "/docker/abc", {".": ("16000", 1000, 0)})
+    assert list(cgroup_room(process)) == [15000]
+
+
+def test_a_group_without_a_limit_takes_what_there_is(tmp_path: Path) -> None:
+    assert list(cgroup_room(process_in(tmp_path, V2, "/pod", "/", {"pod": ("max", 1000, 0)}))) == []
+    (tmp_path / "cgroup/pod/memory.high").write_text("7000")  # above it the kernel holds processes up
+    assert list(cgroup_room(tmp_path / "self")) == [6000]
+    assert list(cgroup_room(tmp_path / "no-linux")) == []
+
+
+def test_a_group_over_its_limit_has_no_room(tmp_path: Path) -> None:
+    assert list(cgroup_room(process_in(tmp_path, V2, "/pod", "/", {"pod": ("900", 1000, 0)}))) == [0]
+
+
+def test_a_container_of_16_gb_on_a_host_of_512_has_16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "read_proc", lambda *_: 512 << 30)
+    monkeypatch.setattr(memory, "cgroup_room", lambda: iter([16 << 30, 40 << 30]))
+    assert free_memory(CPU) == 16 << 30
