@@ -13,21 +13,25 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from firefly.data.batching import pack
+from firefly.data.examples import ExampleCounts
 from firefly.models import memory
 from firefly.models.adapters import transformers_model
 from firefly.models.checkpointing import Checkpointing, install_checkpointing
 from firefly.models.dry_run import measure_activations
 from firefly.models.memory import (
-    KERNELS,
-    KERNELS_OF_SHORT_ROWS,
+    FRAGMENTATION,
+    PRIMITIVE_BYTES,
+    PRIMITIVES,
+    PRIMITIVES_OF_SHORT_ROWS,
     Activations,
+    Peak,
     cgroup_room,
     forecast_memory,
     free_memory,
-    kernels_kept,
-    optimizer_bytes_of,
 )
+from firefly.setup.task_costs import task_costs
 from tiny import SHAPE, prepared, random_examples
+from trials import configuration
 
 CPU = torch.device("cpu")
 
@@ -127,44 +131,53 @@ def test_bytes_per_token_under_checkpointing(layers: int, offload: bool, expecte
     assert Activations(4, kept=100, entering=10, outside=7).per_token(Checkpointing(layers, offload)) == expected
 
 
+GPU = torch.device("cuda", 0)
+
+
 def test_a_forecast_adds_up_the_parts() -> None:
     model, _, _ = prepared("llama", "lora")
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    activations = Activations(3, kept=1000, entering=100, outside=50)
-    forecast = forecast_memory(model, CPU, activations, Checkpointing(0), 10, optimizer_bytes=2, weight_cache=123)
-    assert forecast.parts["weights"] == 4 * frozen
-    assert forecast.parts["masters"] == forecast.parts["gradients"] == 4 * trained
-    assert forecast.parts["optimizer"] == 2 * trained
-    assert forecast.parts["activations"] == 10 * 3050
-    assert forecast.parts["weight cache"] == 123
-    assert forecast.missing == forecast.total == sum(forecast.parts.values())
-    assert "reference" not in forecast.parts
+    trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = 4 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    peak = Peak(activations=10**6, head=10**5, gradients=trained)
+    found = forecast_memory(model, CPU, peak, optimizer=456, cache=123, primitives=2, available=0)
+    parts = found.parts
+    assert (parts["weights"], parts["adapter"], parts["gradients"]) == (frozen, trained, trained)
+    assert (parts["activations"], parts["head"], parts["optimizer"], parts["cache"]) == (10**6, 10**5, 456, 123)
+    assert parts["allocator"] == int(FRAGMENTATION["cpu"] * peak.total)
+    assert parts["kernels"] == 2 * PRIMITIVE_BYTES
+    assert found.missing == found.total == sum(parts.values())
+    assert "reference" not in parts
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("adamw_torch", 8), ("paged_adamw_32bit", 8), ("adamw_bnb_8bit", 2), ("paged_adamw_8bit", 2), ("sgd", 4)],
-)
-def test_optimizer_state_by_name(name: str, expected: int) -> None:
-    assert optimizer_bytes_of(name) == expected
+def test_of_what_is_on_a_gpu_already_nothing_is_missing() -> None:
+    model, _, _ = prepared("llama", "lora")
+    found = forecast_memory(model, GPU, Peak(10**6, 0, 0), optimizer=10, available=0)
+    assert "allocator" not in found.parts
+    assert found.missing == 10**6 + 10
+
+
+def test_when_weights_change_gradients_may_take_more_than_activations() -> None:
+    model, _, _ = prepared("llama", "full")
+    parts = forecast_memory(model, GPU, Peak(10, 10, 10), optimizer=8, available=0).parts
+    assert parts["gradients"] == 4 * sum(p.numel() for p in model.parameters())
+    assert "activations" not in parts
 
 
 @pytest.mark.parametrize(
     ("task", "lengths", "targets", "kept"),
     [
-        ("sft", [200, 100], [50, 50], KERNELS),
-        ("sft", [20, 30], [5, 5], KERNELS_OF_SHORT_ROWS),
-        ("dpo", [400, 300], [200, 200], KERNELS),  # three segments each
-        ("dpo", [150, 150], [100, 100], KERNELS_OF_SHORT_ROWS),
-        ("pretrain", [1024, 1024], [1020, 1020], KERNELS),  # four documents a block
-        ("pretrain", [1024, 1024], [980, 980], KERNELS_OF_SHORT_ROWS),
+        ("sft", [200, 100], [50, 50], PRIMITIVES),
+        ("sft", [20, 30], [5, 5], PRIMITIVES_OF_SHORT_ROWS),
+        ("dpo", [400, 300], [200, 200], PRIMITIVES),  # three segments each
+        ("dpo", [150, 150], [100, 100], PRIMITIVES_OF_SHORT_ROWS),
+        ("pretrain", [1024, 1024], [1020, 1020], PRIMITIVES),  # four documents a block
+        ("pretrain", [1024, 1024], [980, 980], PRIMITIVES_OF_SHORT_ROWS),
     ],
 )
-def test_short_rows_need_the_code_of_more_products(
-    task: str, lengths: list[int], targets: list[int], kept: int
-) -> None:
-    assert kernels_kept(task, np.array(lengths), np.array(targets)) == kept
+def test_short_rows_need_the_code_of_more_matmuls(task: str, lengths: list[int], targets: list[int], kept: int) -> None:
+    nothing = np.zeros(2, np.int64)
+    counts = ExampleCounts(np.array(lengths), np.array(targets), *5 * [nothing])
+    assert task_costs(configuration(task)).primitives(counts) == kept
 
 
 # ---- control groups ----

@@ -17,7 +17,7 @@ from firefly.models.attention import choose_layout
 from firefly.models.dry_run import dry_run
 from firefly.models.forwards import install_training_forwards
 from firefly.models.loading import load_model
-from firefly.models.memory import Peak, assemble
+from firefly.models.memory import Peak, forecast_memory
 from firefly.models.meta_model import build_meta_model
 from firefly.models.precision import Precision
 from tiny import random_examples, save_tiny_model, tiny_config
@@ -70,7 +70,8 @@ def test_a_skeleton_is_what_a_run_loads(models: Path, name: str, mode: str) -> N
     peaks = [dry_run(transformers_model(each), rows, solo=solo).total for each in (skeleton.model, model)]
     assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
     sizes = [
-        assemble(each, "cuda", Peak(0, 0, 0), optimizer_bytes=8, available=0).parts for each in (skeleton.model, model)
+        forecast_memory(each, torch.device("cuda"), Peak(0, 0, 0), optimizer=8, available=0).parts
+        for each in (skeleton.model, model)
     ]
     assert sizes[0] == sizes[1]
 

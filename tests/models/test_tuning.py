@@ -12,7 +12,7 @@ import torch
 from firefly.config import StepConfig
 from firefly.models import probe_cache
 from firefly.models.checkpointing import Checkpointing
-from firefly.models.memory import Activations, Forecast
+from firefly.models.memory import FRAGMENTATION, Activations, Forecast
 from firefly.models.tuning import LEAST, USABLE, USEFUL, Choices, Lengths, choose, restore_tuning
 from tiny import tiny_model
 
@@ -32,7 +32,8 @@ def chosen(
 
     def forecast(checkpointing: Checkpointing, tokens: int, cached: int) -> Forecast:
         needed = int(TEN_LAYERS.per_token(checkpointing) * tokens)
-        return Forecast({"weights": 5000, "activations": needed, "weight cache": cached}, 5000, int(room / USABLE) + 1)
+        free = int(room * (1 + FRAGMENTATION[device.type]) / USABLE) + 1
+        return Forecast({"weights": 5000, "activations": needed, "cache": cached}, 5000, free)
 
     return choose(StepConfig(**settings), TEN_LAYERS, forecast, Lengths(longest, step), device, list(cache))
 

@@ -6,7 +6,7 @@ plan: a whole step under torch's FakeTensorMode, forward and backward, in which 
 from its birth to its death. So temporaries count there, and so does the order in which things are freed.
 
 (torch.distributed._tools.MemTracker does the latter, too, but replaces `UntypedStorage.resize_` for the whole process,
-and tells neither the head's arrays nor 16-bit matmuls apart.)
+and does not tell the head's arrays apart.)
 """
 
 from __future__ import annotations
@@ -34,10 +34,6 @@ from firefly.models.kernels.target_device import sized_for
 from firefly.models.memory import Activations, Peak
 from firefly.models.reach import Unreached, find_unreached
 from firefly.segments import Segment
-
-MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default} | {
-    *(torch.ops.aten.mm.out, torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default)
-}
 
 LAYERS, HEAD, GRADIENTS = "activations", "head", "gradients"
 """What storages are counted as."""
@@ -186,7 +182,7 @@ def dry_run(
                         found.append(model(**each, per_token=per_token)["logps" if per_token else "loss"].sum())
                 torch.stack(found).sum().backward()
                 del found
-    return Peak(live.peak[LAYERS], live.peak[HEAD], live.peak[GRADIENTS], len(live.matmuls))
+    return Peak(live.peak[LAYERS], live.peak[HEAD], live.peak[GRADIENTS])
 
 
 def counted_activations(
@@ -220,9 +216,7 @@ def _no_dry_run() -> Iterator[None]:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages that operations make; `peak` holds their bytes by kind when they were most together.
-
-    `matmuls` are the 16-bit matrix products met, by their shapes."""
+    """Follows the storages that operations make; `peak` holds their bytes by kind when they were most together."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,7 +224,6 @@ class LiveBytes(TorchDispatchMode):
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self.total = self.most = 0
-        self.matmuls: set[Any] = set()
         self._met: dict[int, _Met] = {}
 
     def restart(self) -> None:
@@ -252,8 +245,6 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
-        if function in MATMULS and out.element_size() == 2:
-            self.matmuls.add((function, *(tensor.shape for tensor in args if isinstance(tensor, Tensor))))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._meet(tensor)

@@ -1,8 +1,7 @@
-"""Memory of a training step before the run: what a pass keeps per token is measured on the model itself, the rest
-follows from its weights.
+"""The memory of a run before it trains: one forecast, for what a run may choose and for what people are told.
 
-Two questions are asked. What a run may choose (`forecast_memory`, for `choices`) needs the bytes that grow with a
-microbatch. What a run will take at its peak (`assemble`, for people) adds what libraries and the allocator take.
+Weights, optimizer state and gradients follow from the model. What a step takes besides comes from `dry_run`, measured
+(`Activations`, of which `estimated_peak` makes the peak of any microbatch) or counted.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,13 +55,11 @@ class Peak:
         activations: what layers keep and compute with.
         head: logits of a chunk and what else the head makes.
         gradients: of trained weights, as far as they are there.
-        kernels: different products in 16 bit that a microbatch asks for: a CPU makes code for each.
     """
 
     activations: int
     head: int
     gradients: int
-    kernels: int = 0
 
     @property
     def total(self) -> int:
@@ -104,134 +100,73 @@ class Forecast:
         return self.total - self.loaded
 
     def beside(self, measured: int, kind: str) -> dict[str, int]:
-        """What was forecast and what was measured, comparable: a card's allocator knows nothing of the context."""
+        """What was forecast and what was measured, comparable: a GPU's allocator knows nothing of the context."""
         uncounted = self.parts.get("libraries", 0) if kind == "cuda" else 0
         return {"forecast_memory_bytes": self.total - uncounted, "run_memory_bytes": measured}
+
+
+FRAGMENTATION = {"cpu": 1 / 3, "cuda": 0.0}
+"""Heap that lies unused between blocks, as a share of what a step takes and gives back. On a CPU all of a run's memory
+is on the heap and stays there (`runs.memory.keep_freed_memory`), and microbatches of other sizes leave holes in which
+the next one's arrays do not fit. Of SmolLM2-135M's runs (glibc 2.36, torch 2.13) it was 0.1 to 0.45, once 0.7; without
+it forecasts for two steps on the longest rows were 13 to 24 % too low."""
+
+LIBRARIES = {"cpu": 130 << 20, "cuda": 600 << 20}
+"""What a process takes besides: on a CPU what a run loads after its imports (measured: 110 to 130 MiB); on a GPU the
+CUDA context with its kernels, which no allocator counts (usual figure, not measured)."""
+
+PRIMITIVES, PRIMITIVES_OF_SHORT_ROWS, SHORT = 192, 1024, 80
+"""Pieces of code for 16-bit matmuls that a CPU keeps at most (`runs.memory.keep_few_kernels`); where segments are
+shorter than so many tokens on average, one microbatch attends over so many lengths that it needs more of them. Measured
+with SmolLM2-135M: 30 in any microbatch, and 6 for each length in it, of which 2,048 tokens have 26 at most then."""
+
+PRIMITIVE_BYTES = 570_000
+"""oneDNN makes code for every shape of a 16-bit matmul; 0.5 to 0.7 MB each, measured with torch 2.13 on a CPU with
+AVX-512 BF16. Without 16-bit matmuls there is none."""
 
 
 def forecast_memory(
     model: Any,
     device: torch.device,
-    activations: Activations,
-    checkpointing: Checkpointing,
-    tokens: int,
-    optimizer_bytes: int = 8,
-    weight_cache: int = 0,
-    reference: int = 0,
-    available: int | None = None,
-) -> Forecast:
-    """Forecast the peak of a training step on `model` (adapters attached) with `tokens` in a microbatch.
-
-    Args:
-        optimizer_bytes: state per trained number (see `optimizer_bytes_of`).
-        weight_cache: bytes of 16-bit copies of 4-bit weights.
-        reference: bytes of a second model that the loss compares with.
-        available: bytes that the device has free; None: those it has now.
-    """
-    weights = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    parts = {
-        "weights": weights,
-        "masters": 4 * trained,
-        "gradients": 4 * trained,
-        "optimizer": optimizer_bytes * trained,
-        "activations": int(activations.per_token(checkpointing) * tokens),
-        "head": head_bytes(model, device, tokens, 2),
-    }
-    parts |= {name: size for name, size in {"weight cache": weight_cache, "reference": reference}.items() if size}
-    # A CPU's weights may be pages of a file, which count as free until they are touched.
-    loaded = weights + 4 * trained if device.type == "cuda" else 0
-    return Forecast(parts, loaded, free_memory(device) if available is None else available)
-
-
-HOLES, HOLES_OF_4_BIT, HOLES_MORE, HOLES_MOST = 0.12, 0.13, 0.012, 0.7
-"""What a CPU's heap grows by beyond what lives on it, as a share of what a step takes and gives back: at first, more
-where 4-bit weights are dequantised in between, more by each microbatch, and at most. All of a run's memory is on the
-heap and stays there (`runs.memory.keep_freed_memory`), and microbatches of other sizes leave holes in which the next
-one's arrays do not fit. Measured with glibc 2.36, torch 2.13 and SmolLM2-135M (benchmarks/results/plan.json)."""
-
-KERNELS, KERNELS_OF_SHORT_ROWS, SHORT = 192, 1024, 80
-"""Pieces of code for 16-bit products that a CPU keeps at most (`runs.memory.keep_few_kernels`); where segments are
-shorter than so many tokens on average, one microbatch attends over so many lengths that it needs more of them. Measured
-with SmolLM2-135M: 30 in any microbatch, and 6 for each length in it, of which 2,048 tokens have 26 at most then."""
-
-KERNEL_BYTES = 570_000
-"""oneDNN makes code for every shape of a 16-bit product; 0.5 to 0.7 MB each, measured with torch 2.13 on a CPU with
-AVX-512 BF16. Without 16-bit products there is none."""
-
-LIBRARIES = {"cpu": 130 << 20, "cuda": 600 << 20}
-"""What a process takes besides: on a CPU what a run loads after its imports (measured: 110 to 130 MiB); on a card the
-CUDA context with its kernels, which no allocator counts (usual figure, not measured)."""
-
-PRODUCTS = 75
-"""Different 16-bit products of a Llama with adapters in one microbatch, forward and backward."""
-
-
-def kernels_kept(task: str, lengths: np.ndarray, targets: np.ndarray) -> int:
-    """How many pieces of code for 16-bit products a CPU should keep: those of a microbatch, which every layer asks for
-    again, with room to spare.
-
-    Args:
-        lengths, targets: tokens of each example and those that are trained.
-    """
-    # All of a block of documents is trained but each one's first token; a pair is a prompt and two answers.
-    segments = int((lengths - targets).sum()) if task == "pretrain" else len(lengths) * (3 if task == "dpo" else 1)
-    return KERNELS if lengths.sum() >= SHORT * segments else KERNELS_OF_SHORT_ROWS
-
-
-def head_bytes(model: Any, device: torch.device, tokens: int, size: int) -> int:
-    """At the head's peak: a chunk's logits, numbers of `size` bytes, and what is made of them in fp32."""
-    vocabulary = model.config.get_text_config().vocab_size
-    chunk = chunk_bytes(device, tokens, vocabulary, size)
-    rows = chunk // (vocabulary * size)
-    return chunk + 4 * vocabulary * (min(rows, ROWS_AT_A_TIME) if device.type == "cpu" else rows)
-
-
-def assemble(
-    model: Any,
-    kind: str,
     peak: Peak,
     *,
-    optimizer_bytes: int,
+    optimizer: int,
     cache: int = 0,
     reference: int = 0,
-    microbatches: int = 1000,
-    shapes: int = 1000,
-    kernels: int = KERNELS,
+    primitives: int = 0,
     available: int,
 ) -> Forecast:
-    """The peak of a run of `model` (adapters attached, on any device) by part; parts of no size are left out.
+    """The peak of a run of `model` (adapters attached, on any device) on `device`; parts of no size are left out.
 
     Args:
-        kind: "cpu" or "cuda".
         peak: of a step (see `dry_run`), or the run's own estimate of it (`estimated_peak`).
-        optimizer_bytes, cache, reference: as for `forecast_memory`.
-        microbatches: that the run computes.
-        shapes: different numbers of tokens that they have, about.
-        kernels: pieces of code for 16-bit products that are kept at most.
+        optimizer: bytes of its state.
+        cache: bytes of 16-bit copies of 4-bit weights.
+        reference: bytes of a second model that the loss compares with.
+        primitives: pieces of code for 16-bit matmuls that are made and kept.
+        available: bytes that the device has free.
     """
     frozen = sum(_bytes_of(p) for p in model.parameters() if not p.requires_grad)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    whole = not frozen
+    trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Weights change when all gradients are there and no activation is; mostly that takes less.
-    updating = 4 * trained > peak.total
-    activations, head = (0, 0) if updating else (peak.activations, peak.head)
+    updating = trained > peak.total
     parts = {
-        "weights": 4 * trained if whole else frozen,
-        "adapter": 0 if whole else 4 * trained,
-        "optimizer": optimizer_bytes * trained,
-        "gradients": 4 * trained if updating else peak.gradients,
-        "activations": activations,
-        "head": head,
+        "weights": frozen or trained,
+        "adapter": trained if frozen else 0,
+        "optimizer": optimizer,
+        "gradients": trained if updating else peak.gradients,
+        "activations": 0 if updating else peak.activations,
+        "head": 0 if updating else peak.head,
         "cache": cache,
         "reference": reference,
-        "libraries": LIBRARIES[kind],
+        "libraries": LIBRARIES[device.type],
+        "kernels": primitives * PRIMITIVE_BYTES,
+        "allocator": int(FRAGMENTATION[device.type] * peak.total),
     }
-    if kind == "cpu":
-        parts["kernels"] = min(kernels, peak.kernels * min(microbatches, shapes)) * KERNEL_BYTES
-        first = HOLES + (HOLES_OF_4_BIT if any(hasattr(p, "quant_state") for p in model.parameters()) else 0)
-        parts["allocator"] = int(min(first + HOLES_MORE * microbatches, HOLES_MOST) * peak.total)
-    return Forecast({name: size for name, size in parts.items() if size}, 0, available)
+    # A CPU's weights may be pages of a file, which count as free until they are touched.
+    there = ("weights", "adapter", "libraries") if device.type == "cuda" else ()
+    found = {name: size for name, size in parts.items() if size}
+    return Forecast(found, sum(parts[name] for name in there), available)
 
 
 def estimated_peak(
@@ -243,12 +178,26 @@ def estimated_peak(
         tokens: of the largest microbatch.
         size: bytes of a number in the compute type.
     """
+    # At the head's peak: a chunk's logits, and what is made of them in fp32.
+    vocabulary = model.config.get_text_config().vocab_size
+    chunk = chunk_bytes(device, tokens, vocabulary, size)
+    rows = chunk // (vocabulary * size)
+    wide = min(rows, ROWS_AT_A_TIME) if device.type == "cpu" else rows
     return Peak(
         activations=int(activations.per_token(checkpointing) * tokens),
-        head=head_bytes(model, device, tokens, size),
+        head=chunk + 4 * vocabulary * wide,
         gradients=sum(4 * p.numel() for p in model.parameters() if p.requires_grad),
-        kernels=PRODUCTS if size == 2 else 0,
     )
+
+
+def primitives_kept(tokens: int, segments: int) -> int:
+    """How many pieces of code for 16-bit matmuls a CPU should keep: those of a microbatch, which every layer asks for
+    again, with room to spare.
+
+    Args:
+        tokens, segments: of all examples.
+    """
+    return PRIMITIVES if tokens >= SHORT * segments else PRIMITIVES_OF_SHORT_ROWS
 
 
 def _bytes_of(parameter: Any) -> int:
@@ -265,13 +214,7 @@ def _constants(state: Any) -> Iterator[Tensor]:
             yield part
 
 
-def optimizer_bytes_of(name: str) -> int:
-    """Bytes of state per trained number: two moments in fp32 for Adam and its kin, in 8 bit where the name says so."""
-    if "8bit" in name:
-        return 2
-    if name.startswith(("sgd", "adagrad", "rmsprop", "lion")):
-        return 4
-    return 8
+# ---- what is free ----
 
 
 def free_memory(device: torch.device) -> int:
