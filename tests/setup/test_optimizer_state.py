@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +15,8 @@ from transformers import trainer_optimizer
 from firefly.config import load_config
 from firefly.distributed.model import create_optimizer
 from firefly.setup.plan import _optimizer_arguments
-from firefly.setup.tuning import optimizer_state_bytes
+from firefly.setup.tuning import count_optimizer_state, optimizer_state_bytes
+from tiny import tiny_model
 
 
 class Model(nn.Module):
@@ -69,7 +71,7 @@ def test_the_bytes_counted_are_those_that_the_optimizer_keeps(keys: dict[str, st
         pytest.importorskip("bitsandbytes")
     args, model = arguments(**keys), Model()
     before = dict(model.named_parameters())
-    assert optimizer_state_bytes(model, args) == really_kept(args)
+    assert count_optimizer_state(model, args, keys["optim"]) == really_kept(args)
     assert all(before[name] is parameter for name, parameter in model.named_parameters())
     assert all(parameter.grad is None for parameter in before.values())
 
@@ -78,7 +80,7 @@ def test_counting_leaves_no_settings_behind_for_the_weights_of_another_model() -
     """bitsandbytes keeps what is special of a weight by the number of its object, for the whole process."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     model, args = Model(), arguments(optim="adamw_8bit")
-    optimizer_state_bytes(model, args)
+    count_optimizer_state(model, args, "adamw_8bit")
     manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
     assert manager.module_weight_config_triple == []
     assert manager.pid2config == manager.index2config == {}
@@ -106,11 +108,20 @@ def test_low_rank_state_counts_with_the_projector_that_belongs_to_it(monkeypatch
     monkeypatch.setitem(sys.modules, "galore_torch", module)
     monkeypatch.setattr(trainer_optimizer, "is_galore_torch_available", lambda: True)
     args = arguments(optim="galore_adamw", optim_target_modules=["wide", "narrow"], optim_args="rank=4")
-    assert optimizer_state_bytes(Model(), args) == 4 * 4 * (64 + 256 + 256 + 64)
+    assert count_optimizer_state(Model(), args, "galore_adamw") == 4 * 4 * (64 + 256 + 256 + 64)
 
 
 def test_what_cannot_be_counted_is_taken_for_adam_and_said(capsys: pytest.CaptureFixture[str]) -> None:
-    model = Model()
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model = tiny_model("llama")
+    trained = sum(p.numel() for p in model.parameters())
     assert optimizer_state_bytes(model, arguments(optim="adamw_anyprecision")) == 8 * trained
     assert "optim adamw_anyprecision: what it keeps cannot be counted" in capsys.readouterr().err
+
+
+def test_a_models_state_is_counted_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FIREFLY_CACHE", str(tmp_path))
+    model = tiny_model("llama")
+    found = [optimizer_state_bytes(model, arguments(optim=name)) for name in ("adamw_torch", "sgd")]
+    monkeypatch.setattr("firefly.setup.tuning.count_optimizer_state", lambda *_: -1)
+    again = [optimizer_state_bytes(model, arguments(optim=name)) for name in ("adamw_torch", "sgd", "adagrad")]
+    assert again == [*found, -1]

@@ -1,9 +1,8 @@
-"""A model's skeleton from its config.json alone: what a run would load and train, on "meta", where nothing takes
-memory.
+"""A model from its config.json alone: what a run would load and train, on the "meta" device, where it takes no memory.
 
-Which of our forwards fit an architecture is found by trials on numbers, which a skeleton has none of. They are made on
-a twin: the same configuration with a few narrow layers, random weights and a small vocabulary. What it got, the
-skeleton gets.
+Which of our forwards fit an architecture is probed on numbers, which a meta model has none of. The probes run on a tiny
+twin: the same configuration with a few narrow layers, random weights and a small vocabulary. What is patched there is
+copied to the meta model.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ class MetaModel:
 
 
 def build_meta_model(config: Config, precision: Precision, rows: int = 0, new_tokens: Sequence[int] = ()) -> MetaModel:
-    """The skeleton of what `config` trains.
+    """The meta model of what `config` trains.
 
     Args:
         rows: that embedding and head need at least (`fit_embeddings`), for a tokenizer that knows more tokens.
@@ -110,9 +109,9 @@ def build_meta_model(config: Config, precision: Precision, rows: int = 0, new_to
 
 
 def _unreached(model: Any, twin: Any) -> tuple[Unreached, Unreached]:
-    """What text does not reach in the skeleton, and in the twin.
+    """What text does not reach in the meta model, and in its tiny twin.
 
-    The skeleton is asked first: the twin may lack layers of a kind. Where a forward pass looks at numbers, as a
+    The meta model is asked first: the twin may lack layers of a kind. Where a forward pass looks at numbers, as a
     router's choice of experts does, the twin tells for it.
     """
     of_twin = known_unreached(twin)

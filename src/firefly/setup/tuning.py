@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from firefly.models.checkpointing import Checkpointing
 from firefly.models.dry_run import without_numbers
 from firefly.models.kernels.weight_cache import cache_sizes
 from firefly.models.memory import Activations, Forecast, Peak, estimated_peak, forecast_memory, free_memory
-from firefly.models.probe_cache import known_activations, known_crossover
+from firefly.models.probe_cache import known_activations, known_bytes, known_crossover
 from firefly.models.tuning import Choices, Lengths
 from firefly.run import Run
 from firefly.runs.checkpoints import stored_choices
@@ -62,21 +63,21 @@ class Sizing:
     available: int
     backend: Backend = BACKENDS["single"]
 
-    @property
+    @cached_property
     def costs(self) -> TaskCosts:
         return task_costs(self.config)
 
-    @property
+    @cached_property
     def cacheable(self) -> list[int]:
         """Bytes of a 16-bit copy of each 4-bit weight."""
         return cache_sizes(transformers_model(self.model), self.compute)
 
-    @property
+    @cached_property
     def lengths(self) -> Lengths:
         largest = np.sort(self.counts.lengths)[::-1][: self.config.step.examples_per_rank]
         return Lengths(longest=int(largest[0]), step=int(largest.sum()))
 
-    @property
+    @cached_property
     def reference(self) -> int:
         """Bytes of the model (full), or of the adapter, that training starts from and goes on being compared with."""
         if not self.costs.reference:
@@ -169,31 +170,17 @@ def autocast_type(config: Config, compute: torch.dtype) -> torch.dtype | None:
 
 
 def optimizer_state_bytes(module: Any, args: Any) -> int:
-    """Bytes that the optimizer keeps for what `module` trains: it makes a first step on arrays without numbers.
+    """Bytes that the optimizer keeps for what `module` trains, counted once (`count_optimizer_state`); where that
+    fails, AdamW's, and a notice.
 
     Args:
         args: `TrainingArguments`, or what has the same names.
     """
     name = str(getattr(args.optim, "value", args.optim))
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    if name in TORCHAO_BITS:
-        return int(2 * trained * (TORCHAO_BITS[name] / 8 + 4 / 256))
+    rests_on = [name, args.optim_args, args.optim_target_modules]
     try:
-        with without_numbers(module) as (fake, parameters):
-            optimizer = create_optimizer(module, args)
-            if hasattr(optimizer, "update_step"):  # bitsandbytes: its kernels read arrays at their addresses
-                optimizer.update_step = lambda *_: None
-                optimizer.is_paged = False
-            if hasattr(optimizer, "train"):  # schedule-free
-                optimizer.train()
-            with fake, _AnyNumber():
-                for parameter in parameters:
-                    parameter.grad = torch.empty_like(parameter)
-                optimizer.step()
-            # GrokAdamW keeps its state in the groups.
-            groups = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
-            storages = [tensor.untyped_storage() for tensor in _tensors([optimizer.state, groups])]
-            return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+        inner = transformers_model(module)
+        return known_bytes("optimizer", inner, rests_on, lambda: count_optimizer_state(module, args, name))
     except Exception as error:  # whatever a package's optimizer raises where there are no numbers
         notice(
             "optim.state_unknown",
@@ -203,7 +190,29 @@ def optimizer_state_bytes(module: Any, args: Any) -> int:
             problem=first_line(error),
             bytes=ADAM_BYTES,
         )
-        return ADAM_BYTES * trained
+        return ADAM_BYTES * sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def count_optimizer_state(module: Any, args: Any, name: str) -> int:
+    """Make the optimizer's first step on arrays without numbers, and count the bytes that it then holds."""
+    if name in TORCHAO_BITS:
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        return int(2 * trained * (TORCHAO_BITS[name] / 8 + 4 / 256))
+    with without_numbers(module) as (fake, parameters):
+        optimizer = create_optimizer(module, args)
+        if hasattr(optimizer, "update_step"):  # bitsandbytes: its kernels read arrays at their addresses
+            optimizer.update_step = lambda *_: None
+            optimizer.is_paged = False
+        if hasattr(optimizer, "train"):  # schedule-free
+            optimizer.train()
+        with fake, _AnyNumber():
+            for parameter in parameters:
+                parameter.grad = torch.empty_like(parameter)
+            optimizer.step()
+        # GrokAdamW keeps its state in the groups.
+        groups = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
+        storages = [tensor.untyped_storage() for tensor in _tensors([optimizer.state, groups])]
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 class _AnyNumber(TorchDispatchMode):
