@@ -27,13 +27,13 @@ from firefly.data.schema import IGNORE, Source, Tokens
 from firefly.distributed.model import TrainableModel
 from firefly.models.adapters import attach_adapter, transformers_model
 from firefly.models.checkpointing import Checkpointing, decoder_layers, install_checkpointing
-from firefly.models.choices import Choices
 from firefly.models.forwards import install_training_forwards
 from firefly.models.kernels.segment_attention import GEMM_LONGEST, use_crossover
 from firefly.models.loading import load_model
 from firefly.models.precision import Precision
+from firefly.models.probe_cache import known_activations, known_layout
 from firefly.models.router import SAMPLING_ROUTERS, quiet_routers
-from firefly.models.verdicts import known_activations, known_layout
+from firefly.models.tuning import Choices
 from firefly.setup.arguments import training_arguments
 from firefly.tasks import TASKS
 from firefly.tasks.base import ComputedStep, Forward
@@ -66,13 +66,8 @@ class Listed:
     def __init__(self, examples: list[Tokens]) -> None:
         self.examples = examples
         index = np.array([index_entry(example, 0, row) for row, example in enumerate(examples)], dtype=INDEX)
-        length, targets, prompt, chosen, chosen_targets = (
-            index[name].astype(np.int64) for name in ("length", "targets", "prompt", "chosen", "chosen_targets")
-        )
         self.names: list[str] = []
-        self.counts = ExampleCounts(
-            length, targets, length + prompt, prompt, chosen, chosen_targets, np.zeros(len(examples), np.int64)
-        )
+        self.counts = ExampleCounts.of(index, np.zeros(len(examples), np.int64))
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -66,7 +66,7 @@ def necessary_flops(shape: Shape, tokens: Tokens, *, task: str, mode: str, rank:
     """FLOPs that these tokens need in one step of training."""
     adapters = shape.adapter(rank) if mode != "full" else 0
     return flops.necessary_flops(
-        flops.Products(body=shape.body, head=shape.head_parameters, adapters=adapters),
+        flops.Linears(body=shape.body, head=shape.head_parameters, adapters=adapters),
         tokens=tokens.computed,
         targets=tokens.targets,
         reference=task == "dpo",

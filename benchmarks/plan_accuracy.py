@@ -1,4 +1,4 @@
-r"""How far `firefly plan` is from what a run takes: `--probe` on SmolLM2-135M, case by case.
+r"""How far `firefly plan` is from what a run takes, on SmolLM2-135M, case by case.
 
     python benchmarks/plan_accuracy.py [--cases sft_full sft_lora sft_qlora dpo_lora] [--steps 2 8] [--fp32]
 
@@ -9,15 +9,24 @@ the resident set over what the process had after its imports. Needs no idle mach
 import argparse
 import json
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from measuring import versions
 from reporting import new_report, saver
 
-from firefly.reports.plan import make_plan
-from firefly.reports.probe import probe
+from firefly.config import load_config
+from firefly.data.dataset import load_split
+from firefly.data.schema import TokenPair
+from firefly.models.loading import load_tokenizer
+from firefly.setup.checks import bind_encoder
+from firefly.setup.plan import make_plan
+from firefly.tasks import TASKS
 
 HERE = Path(__file__).resolve().parent
 SHARED = {
@@ -41,7 +50,7 @@ LIMIT = 0.15
 
 
 def main() -> None:
-    """Probe every case and write the result; exit 3 if one is off by more than LIMIT."""
+    """Measure every case and write the result; exit 3 if one is off by more than LIMIT."""
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
@@ -73,12 +82,64 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure(name: str, steps: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One case, planned and probed."""
+    """One case, planned and trained."""
     file = "dpo_en_demo.json" if name.startswith("dpo") else "alpaca_en_demo.json"
     own = {"model_name_or_path": arguments.model, "train_file": str(arguments.data_dir / file)}
-    plan, data = make_plan("", CASES[name] | own | ({"bf16": False} if arguments.fp32 else {}))
-    found = probe(plan, data, steps).as_dict()
-    return {"case": name, "precision": plan.precision.name, "parts_of_the_run": plan.forecast.parts, **found}
+    with tempfile.TemporaryDirectory(prefix="firefly-plan-") as place:
+        keys = on_longest_rows(CASES[name] | own | ({"bf16": False} if arguments.fp32 else {}), steps, Path(place))
+        plan = make_plan("", keys)
+        measured = trained_memory(keys, Path(place))
+    predicted = plan.forecast.total
+    return {
+        "case": name,
+        "precision": plan.precision.name,
+        "steps": steps,
+        "longest": plan.work.longest,
+        "parts": plan.forecast.parts,
+        "predicted": predicted,
+        "measured": measured,
+        "error": predicted / measured - 1,
+    }
+
+
+def on_longest_rows(keys: dict[str, Any], steps: int, place: Path) -> dict[str, Any]:
+    """The configuration of a run of so many steps on its longest rows alone, in files under `place`."""
+    config = load_config(keys)
+    encoder = bind_encoder(config, load_tokenizer(config.model, None), TASKS[config.task_type].CHATS)
+    examples = load_split(config.data, encoder, config.task_type, config.model.hub).train
+    # The longest last: it then finds a heap with the holes that others left, as in a run.
+    rows = np.argsort(examples.counts.lengths, kind="stable")[-steps * config.step.examples_per_rank :]
+    with (place / "rows.jsonl").open("w", encoding="utf-8") as lines:
+        for row in rows:
+            lines.write(json.dumps(record(examples[int(row)])) + "\n")
+    return keys | {
+        "train_file": str(place / "rows.jsonl"),
+        "output_dir": str(place / "run"),
+        "max_steps": steps,
+        "save_strategy": "no",
+        "report_to": "none",
+        "shuffle": False,
+    }
+
+
+def record(example: Any) -> dict[str, Any]:
+    """An example in the record shapes for what is tokenised already."""
+    if not isinstance(example, TokenPair):
+        return {"input_ids": example.input_ids.tolist(), "labels": example.labels.tolist()}
+    prompt, middle = example.prompt, example.prompt + example.chosen
+    parts = {"prompt_ids": slice(prompt), "chosen_ids": slice(prompt, middle), "rejected_ids": slice(middle, None)}
+    return {name: example.input_ids[part].tolist() for name, part in parts.items()}
+
+
+def trained_memory(keys: dict[str, Any], place: Path) -> int:
+    """Bytes at the peak of a run in a process of its own, over what its imports had taken."""
+    (place / "run.json").write_text(json.dumps(keys), encoding="utf-8")
+    program = "import sys; from firefly.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "train", str(place / "run.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads((place / "run" / "train_results.json").read_text(encoding="utf-8"))["run_memory_bytes"]
 
 
 if __name__ == "__main__":

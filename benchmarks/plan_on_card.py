@@ -15,7 +15,7 @@ from gpu_cases import GPU_CASES
 from measuring import read_dump, versions
 from reporting import new_report, saver
 
-from firefly.reports.plan import make_plan
+from firefly.setup.plan import make_plan
 
 HERE = Path(__file__).resolve().parent
 CONTEXT = 1 << 30
@@ -45,7 +45,7 @@ def planned(name: str, recorded: dict[str, Any]) -> dict[str, Any]:
         path = Path(folder, "run.json")
         path.write_text(json.dumps(configuration), encoding="utf-8")
         memory = f"{(card['device']['memory_bytes'] - CONTEXT) // 10**6}MB"
-        plan, _ = make_plan(str(path), {}, memory, "cuda", card["flops_per_second"] / 1e12)
+        plan = make_plan(str(path), {}, memory, "cuda", card["flops_per_second"] / 1e12)
     predicted = plan.forecast.total - plan.forecast.parts.get("libraries", 0)
     measured = max(run["peak_memory_bytes"] for run in recorded["runs"] if run["framework"] == "firefly")
     return {

@@ -21,7 +21,7 @@ ROOMS = (
     ("setup", "run", "saving"),
     ("loop",),
     ("train", "export"),
-    ("reports",),
+    ("reports", "commands"),
     ("cli",),
 )
 """From the lowest to the highest: a room imports from lower ones and from its own row. "" is the package itself."""

@@ -14,7 +14,7 @@ from firefly.cli import main
 from firefly.errors import UsageError
 from firefly.files import make_cache
 from firefly.models.loading import embedded_model
-from firefly.models.verdicts import known_activations, known_layout
+from firefly.models.probe_cache import known_activations, known_layout
 from firefly.tasks.reference import store
 from tiny import save_tiny_model, tiny_model, write_rows
 
@@ -27,7 +27,7 @@ def unusable(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
         folder.touch()
     elif request.param == "below":
         folder.mkdir()
-        for name in ("examples", "models", "verdicts", "reference"):
+        for name in ("examples", "models", "probes", "reference"):
             (folder / name).touch()
     monkeypatch.setenv("FIREFLY_CACHE", str(folder))
     return folder
@@ -51,8 +51,8 @@ def test_no_command_ends_in_a_traceback_for_its_cache(
     ("name", "use"),
     [
         ("models", embedded_model),
-        ("verdicts", lambda: known_layout(tiny_model("llama"))),
-        ("verdicts", lambda: known_activations(tiny_model("llama"), "segments", None, 8)),
+        ("probes", lambda: known_layout(tiny_model("llama"))),
+        ("probes", lambda: known_activations(tiny_model("llama"), "segments", None, 8)),
         ("reference", lambda: store("key", torch.zeros(2, 2))),
     ],
 )

@@ -230,7 +230,7 @@ def test_a_paged_optimizer_s_update_is_the_fused_one(run: Run, tmp_path: Path, m
     fused = run("fused", **settings)
     passport = json.loads((tmp_path / "fused" / "run.json").read_text())
     assert "optim.unpaged" in [entry["code"] for entry in passport["notices"]]
-    monkeypatch.setattr("firefly.models.choices.fits", lambda forecast: False)
+    monkeypatch.setattr("firefly.models.tuning.fits", lambda forecast: False)
     assert run("paged", **settings) == pytest.approx(fused, rel=1e-3)
 
 

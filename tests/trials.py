@@ -15,8 +15,8 @@ from firefly.data.batching import Step, StepLoader, StepSettings
 from firefly.distributed.model import TrainableModel
 from firefly.evaluation import evaluate
 from firefly.loop import with_less_memory
-from firefly.models.choices import Choices
 from firefly.models.precision import Precision
+from firefly.models.tuning import Choices
 from firefly.saving import RandomState
 from firefly.setup.arguments import training_arguments
 from firefly.tasks import TASKS

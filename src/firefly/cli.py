@@ -131,11 +131,10 @@ def plan_command(
     context: typer.Context,
     config: Annotated[str, typer.Argument(help="JSON or YAML file; every key can be given as --key value too.")] = "",
     memory: Annotated[str, typer.Option("--memory", help="Plan for a machine with so much, such as 24GB.")] = "",
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda; with --memory alone a card is meant.")] = "",
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda; with --memory alone a GPU is meant.")] = "",
     tflops: Annotated[
         float | None, typer.Option("--tflops", help="Rate of matrix products of that machine, for the time.")
     ] = None,
-    probe: Annotated[bool, typer.Option("--probe", help="Train two steps on the longest rows, and compare.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON value on standard output.")] = False,
 ) -> None:
     """Memory by part and time of a run, from the model's config.json alone. Exit 3 if it does not fit."""
@@ -148,25 +147,22 @@ def plan_command(
         config = ""
     if tflops is not None and not tflops > 0:
         raise UsageError("plan.bad_rate", "--tflops {value} is not valid; it must be above 0.", value=tflops)
+    from firefly.commands.plan import as_json as plan_json
+    from firefly.commands.plan import gib, show_plan
+
     with lasting_imports():
-        from firefly.reports import plan_view
-        from firefly.reports.advice import advise
-        from firefly.reports.plan import make_plan
-        from firefly.reports.probe import probe as probe_plan
-    plan, data = make_plan(config, parse_overrides(extra), memory, device, tflops)
-    probed = probe_plan(plan, data) if probe else None
-    advice = [] if plan.fits else advise(plan)
+        from firefly.setup.plan import make_plan
+    plan = make_plan(config, parse_overrides(extra), memory, device, tflops)
     if as_json:
-        print_json(plan_view.as_json(plan, advice, probed))
+        print_json(plan_json(plan))
     else:
-        plan_view.show_plan(plan, advice, probed, stdout_console())
+        show_plan(plan, stdout_console())
     if not plan.fits:
-        total, available = plan_view.gib(plan.forecast.total), plan_view.gib(plan.forecast.available)
         raise VerificationError(
             "plan.failed",
             "the run needs {total} GiB and {available} GiB are available.",
-            total=total,
-            available=available,
+            total=gib(plan.forecast.total),
+            available=gib(plan.forecast.available),
         )
 
 

@@ -204,7 +204,7 @@ def _holder(path: Path) -> Holder:
         return UNKNOWN
 
 
-# ---- what can be had again: prepared examples, verdicts, downloads ----
+# ---- what can be had again: prepared examples, probes, downloads ----
 
 
 def cache_folder() -> Path:

@@ -21,7 +21,7 @@ from firefly.data.encoding import Encoder
 from firefly.distributed.backends import Backend, resolve_backend, settle_rank_variables, take_launcher_settings
 from firefly.errors import UsageError
 from firefly.models.loading import load_tokenizer
-from firefly.models.memory import kernels_kept
+from firefly.models.memory import primitives_kept
 from firefly.models.precision import Precision, pick_device, resolve_precision
 from firefly.models.saved_adapter import open_adapter, tokenizer_source
 from firefly.models.tokens import add_tokens
@@ -149,7 +149,8 @@ def open_run(config: Config) -> Iterator[Run]:
                 "accelerate launch started one process, which trains alone. On CPUs it starts several with "
                 "--multi_gpu, or use torchrun --nproc_per_node=N.",
             )
-        keep_few_kernels(kernels_kept(data.train.counts.lengths, data.train.counts.segments))
+        counts = data.train.counts
+        keep_few_kernels(primitives_kept(int(counts.lengths.sum()), int(counts.segments.sum())))
         args = join_ranks(settled, backend, precision, device)
         checkpoint = ranks.from_first(find_checkpoint(folder, settled.resume_from_checkpoint))
         yield Run(

@@ -15,7 +15,6 @@ from firefly.data.encoding import Encoder
 from firefly.data.schema import IGNORE, Message, TokenPair
 from firefly.data.templates import bind_template
 from firefly.errors import UsageError
-from firefly.reports.work import work_of
 from tiny import tiny_tokenizer
 
 SYSTEM = "Be brief."
@@ -68,7 +67,7 @@ def test_the_longest_text_of_a_pair_counts_answers_whole_though_not_all_of_them_
     assert pair.chosen > pair.chosen_targets
     longest = max(len(side.input_ids) for side in pair.sides)
     assert split.train.longest_text() == (longest, 0)
-    assert work_of(split.train).sides.tolist() == [longest]
+    assert split.train.counts.sides.tolist() == [longest]
 
 
 def test_a_prompt_over_its_limit_loses_its_oldest_turns_first_and_keeps_the_system_prompt(tmp_path: Path) -> None:

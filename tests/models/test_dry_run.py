@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -9,14 +10,12 @@ import torch
 
 from firefly.data.batching import pack
 from firefly.data.pair_batching import pack_pairs
-from firefly.models import dry_run as dry
 from firefly.models.adapters import transformers_model
 from firefly.models.attention import choose_layout
 from firefly.models.checkpointing import Checkpointing, install_checkpointing
-from firefly.models.dry_run import LiveBytes, NoDryRun, counted_activations, dry_run
+from firefly.models.dry_run import LiveBytes, NoDryRun, counted_activations, dry_run, measure_activations
 from firefly.models.forwards import install_training_forwards
-from firefly.models.kernels import segment_attention
-from firefly.models.memory import measure_activations
+from firefly.models.kernels import segment_attention, token_nll
 from tiny import prepared, random_examples, random_pairs, tiny_model, with_our_lora
 
 
@@ -82,13 +81,40 @@ def test_checkpointed_layers_take_less() -> None:
     assert dry_run(inner, rows).activations < 0.7 * before
 
 
-def test_a_card_computes_in_larger_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_computes_in_larger_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _, _ = prepared("llama", "lora")
-    monkeypatch.setitem(dry.token_nll.BYTES_PER_CHUNK, "cpu", 32 * 4 * 264)
+    monkeypatch.setitem(token_nll.BYTES_PER_CHUNK, "cpu", 32 * 4 * 264)
     rows = [pack(random_examples(300))]
     inner = transformers_model(model)
-    assert dry_run(inner, rows, card=True).head > 2 * dry_run(inner, rows).head
-    assert dry.token_nll.BYTES_PER_CHUNK["cpu"] == 32 * 4 * 264
+    assert dry_run(inner, rows, device="cuda").head > 2 * dry_run(inner, rows).head
+
+
+def test_a_run_computes_the_same_while_a_plan_for_a_gpu_is_made_in_another_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In chunks of a GPU, and without the fp32 that a CPU adds up in, its numbers would be others."""
+    monkeypatch.setitem(token_nll.BYTES_PER_CHUNK, "cpu", 32 * 4 * 264)
+    (planned, _, _), (trained, _, _) = prepared("llama", "lora"), prepared("llama", "full")
+    inner, row = transformers_model(planned), pack(random_examples(300))
+    peaks: list[int] = []
+    found: list[list[torch.Tensor]] = []
+
+    def step() -> list[torch.Tensor]:
+        trained.zero_grad()
+        with LiveBytes() as live:
+            loss = trained(**row.model_inputs())["loss"]
+            loss.backward()
+        peaks.append(live.most)
+        return [loss.detach(), *(p.grad for p in trained.parameters())]
+
+    expected = step()
+    with ThreadPoolExecutor(1) as run, ThreadPoolExecutor(1) as plan:
+        hook = inner.register_forward_hook(lambda *_: found.append(run.submit(step).result()))
+        plan.submit(dry_run, inner, [row], device="cuda").result()
+        hook.remove()
+    assert len(found) == 1
+    assert all(torch.equal(one, other) for one, other in zip(expected, found[0], strict=True))
+    assert peaks[0] == peaks[1]
 
 
 def test_a_dry_run_leaves_the_model_as_it_was() -> None:

@@ -14,7 +14,7 @@ from firefly import hub
 from firefly.cli import main
 from firefly.config import load_config
 from firefly.models.known_shapes import KNOWN, known_shape
-from firefly.reports.plan import _with_known_shape
+from firefly.setup.plan import _with_known_shape
 from tiny import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]

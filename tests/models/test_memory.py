@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from firefly.data.batching import pack
+from firefly.models import memory
 from firefly.models.adapters import transformers_model
 from firefly.models.checkpointing import Checkpointing, install_checkpointing
+from firefly.models.dry_run import measure_activations
 from firefly.models.memory import (
-    KERNELS,
-    KERNELS_OF_SHORT_ROWS,
+    FRAGMENTATION,
+    PRIMITIVE_BYTES,
+    PRIMITIVES,
+    PRIMITIVES_OF_SHORT_ROWS,
     Activations,
+    Peak,
+    cgroup_room,
     forecast_memory,
-    kernels_kept,
-    measure_activations,
-    optimizer_bytes_of,
+    free_memory,
+    primitives_kept,
 )
 from tiny import SHAPE, prepared, random_examples
 
@@ -123,39 +128,108 @@ def test_bytes_per_token_under_checkpointing(layers: int, offload: bool, expecte
     assert Activations(4, kept=100, entering=10, outside=7).per_token(Checkpointing(layers, offload)) == expected
 
 
+GPU = torch.device("cuda", 0)
+
+
 def test_a_forecast_adds_up_the_parts() -> None:
     model, _, _ = prepared("llama", "lora")
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    activations = Activations(3, kept=1000, entering=100, outside=50)
-    forecast = forecast_memory(model, CPU, activations, Checkpointing(0), 10, optimizer_bytes=2, weight_cache=123)
-    assert forecast.parts["weights"] == 4 * frozen
-    assert forecast.parts["masters"] == forecast.parts["gradients"] == 4 * trained
-    assert forecast.parts["optimizer"] == 2 * trained
-    assert forecast.parts["activations"] == 10 * 3050
-    assert forecast.parts["weight cache"] == 123
-    assert forecast.missing == forecast.total == sum(forecast.parts.values())
-    assert "reference" not in forecast.parts
+    trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = 4 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    peak = Peak(activations=10**6, head=10**5, gradients=trained)
+    found = forecast_memory(model, CPU, peak, optimizer=456, cache=123, primitives=2, available=0)
+    parts = found.parts
+    assert (parts["weights"], parts["adapter"], parts["gradients"]) == (frozen, trained, trained)
+    assert (parts["activations"], parts["head"], parts["optimizer"], parts["cache"]) == (10**6, 10**5, 456, 123)
+    assert parts["allocator"] == int(FRAGMENTATION["cpu"] * peak.total)
+    assert parts["kernels"] == 2 * PRIMITIVE_BYTES
+    assert found.missing == found.total == sum(parts.values())
+    assert "reference" not in parts
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("adamw_torch", 8), ("paged_adamw_32bit", 8), ("adamw_bnb_8bit", 2), ("paged_adamw_8bit", 2), ("sgd", 4)],
-)
-def test_optimizer_state_by_name(name: str, expected: int) -> None:
-    assert optimizer_bytes_of(name) == expected
+def test_of_what_is_on_a_gpu_already_nothing_is_missing() -> None:
+    model, _, _ = prepared("llama", "lora")
+    found = forecast_memory(model, GPU, Peak(10**6, 0, 0), optimizer=10, available=0)
+    assert "allocator" not in found.parts
+    assert found.missing == 10**6 + 10
+
+
+def test_when_weights_change_gradients_may_take_more_than_activations() -> None:
+    model, _, _ = prepared("llama", "full")
+    parts = forecast_memory(model, GPU, Peak(10, 10, 10), optimizer=8, available=0).parts
+    assert parts["gradients"] == 4 * sum(p.numel() for p in model.parameters())
+    assert "activations" not in parts
 
 
 @pytest.mark.parametrize(
     ("lengths", "segments", "kept"),
     [
-        ([200, 100], [1, 1], KERNELS),
-        ([20, 30], [1, 1], KERNELS_OF_SHORT_ROWS),
-        ([400, 300], [3, 3], KERNELS),  # pairs
-        ([150, 150], [3, 3], KERNELS_OF_SHORT_ROWS),
-        ([1024, 1024], [4, 4], KERNELS),  # blocks of documents
-        ([1024, 1024], [44, 44], KERNELS_OF_SHORT_ROWS),
+        ([200, 100], [1, 1], PRIMITIVES),
+        ([20, 30], [1, 1], PRIMITIVES_OF_SHORT_ROWS),
+        ([400, 300], [3, 3], PRIMITIVES),  # pairs
+        ([150, 150], [3, 3], PRIMITIVES_OF_SHORT_ROWS),
+        ([1024, 1024], [4, 4], PRIMITIVES),  # blocks of documents
+        ([1024, 1024], [44, 44], PRIMITIVES_OF_SHORT_ROWS),
     ],
 )
-def test_short_rows_need_the_code_of_more_products(lengths: list[int], segments: list[int], kept: int) -> None:
-    assert kernels_kept(np.array(lengths), np.array(segments)) == kept
+def test_short_rows_need_the_code_of_more_matmuls(lengths: list[int], segments: list[int], kept: int) -> None:
+    assert primitives_kept(sum(lengths), sum(segments)) == kept
+
+
+# ---- control groups ----
+
+V2 = "30 24 0:26 {root} {mount} rw,nosuid - cgroup2 cgroup2 rw"
+V1 = "36 24 0:33 {root} {mount} rw,relatime shared:9 - cgroup cgroup rw,memory"
+CPUACCT = "37 24 0:34 / {mount} rw,relatime - cgroup cgroup rw,cpuacct"
+MEMORY = {
+    V2: ("0::{group}", "memory.max", "memory.current", "inactive_file"),
+    V1: ("4:memory:{group}", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def process_in(folder: Path, version: str, group: str, root: str, levels: dict[str, tuple[str, int, int]]) -> Path:
+    """/proc/self of a process in a control group; of each level: its limit, what it uses, and page cache in that."""
+    line, limit, usage, cache = MEMORY[version]
+    mount = folder / "cgroup"
+    for level, (most, used, cached) in levels.items():
+        (mount / level).mkdir(parents=True, exist_ok=True)
+        (mount / level / "memory.high").write_text("max\n")
+        (mount / level / limit).write_text(f"{most}\n")
+        (mount / level / usage).write_text(f"{used}\n")
+        (mount / level / "memory.stat").write_text(f"anon 1\n{cache} {cached}\n")
+    process = folder / "self"
+    process.mkdir()
+    (process / "cgroup").write_text(f"3:cpuacct:/elsewhere\n{line.format(group=group)}\n")
+    mounts = [CPUACCT.format(mount=folder / "other"), version.format(root=root, mount=mount)]
+    (process / "mountinfo").write_text("\n".join(mounts) + "\n")
+    return process
+
+
+@pytest.mark.parametrize("version", [V1, V2], ids=["v1", "v2"])
+def test_each_level_of_control_groups_has_its_own_room(version: str, tmp_path: Path) -> None:
+    """What a group uses counts without the page cache, which the kernel takes back."""
+    levels = {"pod/box": ("5000", 3000, 500), "pod": ("16000", 15000, 1000)}
+    process = process_in(tmp_path, version, "/pod/box", "/", levels)
+    assert list(cgroup_room(process)) == [5000 - 2500, 16000 - 14000]
+
+
+@pytest.mark.parametrize("version", [V1, V2], ids=["v1", "v2"])
+def test_a_container_that_sees_the_hosts_path_has_its_own_group_at_the_mount(version: str, tmp_path: Path) -> None:
+    process = process_in(tmp_path, version, "/docker/abc", "/docker/abc", {".": ("16000", 1000, 0)})
+    assert list(cgroup_room(process)) == [15000]
+
+
+def test_a_group_without_a_limit_takes_what_there_is(tmp_path: Path) -> None:
+    assert list(cgroup_room(process_in(tmp_path, V2, "/pod", "/", {"pod": ("max", 1000, 0)}))) == []
+    (tmp_path / "cgroup/pod/memory.high").write_text("7000")  # above it the kernel holds processes up
+    assert list(cgroup_room(tmp_path / "self")) == [6000]
+    assert list(cgroup_room(tmp_path / "no-linux")) == []
+
+
+def test_a_group_over_its_limit_has_no_room(tmp_path: Path) -> None:
+    assert list(cgroup_room(process_in(tmp_path, V2, "/pod", "/", {"pod": ("900", 1000, 0)}))) == [0]
+
+
+def test_a_container_of_16_gb_on_a_host_of_512_has_16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "read_proc", lambda *_: 512 << 30)
+    monkeypatch.setattr(memory, "cgroup_room", lambda: iter([16 << 30, 40 << 30]))
+    assert free_memory(CPU) == 16 << 30

@@ -17,7 +17,7 @@ from firefly.config import ModelConfig
 from firefly.data.blocks import Blocks
 from firefly.models.positions import Positions, positions_for
 from firefly.models.probing import decoder
-from firefly.reports.plan import make_plan
+from firefly.setup.plan import make_plan
 from tiny import tiny_tokenizer
 
 MOST = 64
@@ -192,7 +192,7 @@ def test_documents_count_one_by_one_unless_they_are_joined(capsys: Any, files: d
 def test_a_plan_without_data_notes_the_positions(files: dict[str, Any]) -> None:
     given = {key: value for key, value in files.items() if key != "train_file"}
     for length, noted in ((65, True), (64, False)):
-        plan, _ = make_plan("", given | {"max_seq_length": length}, "8GB", "cpu", 1.0)
+        plan = make_plan("", given | {"max_seq_length": length}, "8GB", "cpu", 1.0)
         assert any("64 positions" in note for note in plan.notes) == noted
 
 

@@ -17,7 +17,7 @@ from firefly.errors import UsageError
 from firefly.models.adapters import attach_adapter
 from firefly.models.attention import choose_layout
 from firefly.models.loading import load_model
-from firefly.models.outline import outline
+from firefly.models.meta_model import build_meta_model
 from firefly.models.precision import Precision
 from firefly.models.reach import Unreached, find_unreached
 from firefly.train import train
@@ -216,25 +216,25 @@ def test_other_refusals_of_peft_are_the_users_message(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("name", ["gemma3", "llava", "mllama"])
-def test_a_skeleton_leaves_out_what_a_run_leaves_out(name: str, mode: str, tmp_path: Path) -> None:
+def test_a_meta_model_leaves_out_what_a_run_leaves_out(name: str, mode: str, tmp_path: Path) -> None:
     save_multimodal_model(tmp_path / "model", name)
     given = {"model_name_or_path": str(tmp_path / "model"), "train_mode": mode, "lora_rank": 4}
     config = load_config({"output_dir": "x", "train_file": "x", **given})
-    skeleton = outline(config, Precision(torch.float32))
+    meta = build_meta_model(config, Precision(torch.float32))
     model = attach_adapter(load_model(config.model, mode, Precision(torch.float32), CPU), config.adapter)
-    assert [(n, p.shape, p.dtype, p.requires_grad) for n, p in skeleton.model.named_parameters()] == [
+    assert [(n, p.shape, p.dtype, p.requires_grad) for n, p in meta.model.named_parameters()] == [
         (n, p.shape, p.dtype, p.requires_grad) for n, p in model.named_parameters()
     ]
-    assert any("never reaches" in note for note in skeleton.notes)
+    assert any("never reaches" in note for note in meta.notes)
 
 
-def test_the_witness_tells_where_a_skeleton_cannot_be_run(tmp_path: Path) -> None:
+def test_the_tiny_twin_tells_where_a_meta_model_cannot_be_run(tmp_path: Path) -> None:
     """In fp32, experts cannot be computed without numbers."""
     save_tiny_model(tmp_path / "model", "deepseek_v32")
     config = load_config({"output_dir": "x", "train_file": "x", "model_name_or_path": str(tmp_path / "model")})
-    skeleton = outline(config, Precision(torch.float32))
+    meta = build_meta_model(config, Precision(torch.float32))
     model = attach_adapter(load_model(config.model, "lora", Precision(torch.float32), CPU), config.adapter)
-    assert [n for n, _ in skeleton.model.named_parameters()] == [n for n, _ in model.named_parameters()]
+    assert [n for n, _ in meta.model.named_parameters()] == [n for n, _ in model.named_parameters()]
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])
@@ -283,4 +283,4 @@ def test_a_model_that_takes_no_text_alone_is_refused_by_name(tmp_path: Path) -> 
     with pytest.raises(UsageError, match="Blip2ForConditionalGeneration cannot be trained on text alone"):
         load_model(given.model, "lora", Precision(torch.float32), CPU)
     with pytest.raises(UsageError, match="Blip2ForConditionalGeneration cannot be trained on text alone"):
-        outline(given, Precision(torch.float32))
+        build_meta_model(given, Precision(torch.float32))

@@ -36,9 +36,9 @@ from firefly.distributed.backends import BACKENDS, Backend, gathered
 from firefly.errors import UsageError
 from firefly.models.adapters import count_body, transformers_model
 from firefly.models.checkpointing import decoder_layers
-from firefly.models.choices import Choices
 from firefly.models.precision import Precision
 from firefly.models.router import router_settings
+from firefly.models.tuning import Choices
 
 
 class TrainableModel:
@@ -378,7 +378,9 @@ def create_optimizer(module: Any, args: TrainingArguments) -> Any:
     if "bitsandbytes" in str(kind) and options.get("optim_bits") == 8:
         from bitsandbytes.optim import GlobalOptimManager  # pyright: ignore[reportPrivateImportUsage]
 
-        manager = GlobalOptimManager.get_instance()
+        # Of its own: the library's is the whole process's, and knows weights by numbers that others get later.
+        manager = optimizer.mng = GlobalOptimManager.__new__(GlobalOptimManager)
+        manager.initialize()
         for part in module.modules():
             if isinstance(part, torch.nn.Embedding):  # in 8 bit they do not converge
                 manager.register_module_override(part, "weight", {"optim_bits": 32})

@@ -1,36 +1,141 @@
-"""The peak of a training step's memory, counted and not taken: the step runs on arrays that have shapes and no numbers.
+"""What a training pass takes: measured on a short pass of the model itself, or counted on arrays that have shapes and
+no numbers.
 
-The prepared model computes under torch's FakeTensorMode, forward and backward, and a dispatch mode follows every
-storage from its birth to its death. So temporaries count, and so does the order in which things are freed; neither
-does what a pass keeps for backward (`memory.measure_activations`) say.
+`measure_activations` is for a run that begins: what one short pass keeps for backward, per token. `dry_run` is for a
+plan: a whole step under torch's FakeTensorMode, forward and backward, in which a dispatch mode follows every storage
+from its birth to its death. So temporaries count there, and so does the order in which things are freed.
+
+(torch.distributed._tools.MemTracker does the latter, too, but replaces `UntypedStorage.resize_` for the whole process,
+and does not tell the head's arrays apart.)
 """
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from firefly.data.batching import PackedBatch
-from firefly.models.kernels import gated_mlp, segment_attention, token_nll
-from firefly.models.memory import Activations, Peak, measure_activations
+from firefly.models.checkpointing import decoder_layers
+from firefly.models.kernels import segment_attention
+from firefly.models.kernels.segment_attention import BLOCK
+from firefly.models.kernels.target_device import sized_for
+from firefly.models.memory import Activations, Peak
 from firefly.models.reach import Unreached, find_unreached
-
-PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default} | {
-    *(torch.ops.aten.mm.out, torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default)
-}
+from firefly.segments import Segment
 
 LAYERS, HEAD, GRADIENTS = "activations", "head", "gradients"
 """What storages are counted as."""
+
+PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
+"""Lengths of the two examples that are measured on: the first that divides no size in the model, so that a dimension
+which it divides is known to be one of tokens."""
+
+
+# ---- what a short pass keeps ----
+
+
+def measure_activations(model: Any, layout: str, autocast: torch.dtype | None, longest: int) -> Activations:
+    """Run one short pass of a prepared model (see `heads`) and count what it keeps for backward.
+
+    Works on any device, also on "meta", where nothing is computed. Random state and gradients stay as they were.
+
+    Args:
+        autocast: the type that full fine-tuning computes in, None without autocast.
+        longest: tokens of the longest example: where attention keeps its probabilities, a token's grow with it.
+    """
+    layers = decoder_layers(model)
+    length = _unique_length(model)
+    # Attention goes in blocks of queries, which see no keys behind their own block: half of the square in the end.
+    seen = longest if longest <= BLOCK else (longest + BLOCK) / 2
+    measured = length if layout == "segments" else 2 * length
+    bytes_of = [0.0, 0.0]
+    for inside, tensor in _kept(model, layers, length, layout, autocast):
+        of_tokens = sum(size % length == 0 for size in tensor.shape)
+        if of_tokens:  # else it is kept once, however many tokens there are
+            per_token = tensor.untyped_storage().nbytes() / (2 * length)
+            bytes_of[0 if inside else 1] += per_token * (seen / measured if of_tokens > 1 else 1)
+    # BLT's configuration has widths for its parts alone; elsewhere embeddings may be narrower than what layers pass on.
+    embedding = model.get_input_embeddings().weight
+    width = getattr(model.config.get_text_config(), "hidden_size", None) or embedding.shape[-1]
+    entering = width * embedding.dtype.itemsize
+    return Activations(len(layers), kept=bytes_of[0] / max(len(layers), 1), entering=entering, outside=bytes_of[1])
+
+
+def _unique_length(model: Any) -> int:
+    """The first of PRIMES that divides no size in the model."""
+    sizes = {size for p in model.parameters() for size in getattr(getattr(p, "quant_state", p), "shape", p.shape)}
+    numbers = model.config.get_text_config().to_dict().values()
+    sizes |= {number for number in numbers if isinstance(number, int) and not isinstance(number, bool)}
+    sizes.discard(0)
+    return next((prime for prime in PRIMES if all(size % prime for size in sizes)), PRIMES[-1])
+
+
+def _kept(
+    model: Any, layers: list[nn.Module], length: int, layout: str, autocast: torch.dtype | None
+) -> list[tuple[bool, Tensor]]:
+    """What a pass over two examples of `length` tokens keeps, all of them targets, and whether inside a layer."""
+    device = next(model.parameters()).device
+    own = {_address(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    seen: dict[tuple[int, int], tuple[bool, Tensor]] = {}  # kept alive, or another tensor could take the address
+    depth = 0  # above 0 while one of the layers computes
+
+    def enter(*_: Any) -> None:
+        nonlocal depth
+        depth += 1
+
+    def leave(*_: Any) -> None:
+        nonlocal depth
+        depth -= 1
+
+    def note(tensor: Tensor) -> Tensor:
+        address = _address(tensor)
+        if tensor.device == device and address not in own:
+            seen.setdefault(address, (depth > 0, tensor.detach()))
+        return tensor
+
+    ids = torch.arange(2 * length, device=device)
+    inputs: dict[str, Any] = {"input_ids": ids[None], "target_index": ids, "targets": ids}
+    if layout == "segments":  # else one example a row, so one of twice the length
+        segments = Segment(0, length), Segment(length, 2 * length)
+        inputs |= {"position_ids": ids[None] % length, "segments": segments}
+    handles = [layer.register_forward_pre_hook(enter) for layer in layers]
+    handles += [layer.register_forward_hook(leave) for layer in layers]
+    was_training = model.training
+    model.train()
+    try:
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            torch.enable_grad(),
+            torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
+            saved_tensors_hooks(note, lambda kept: kept),
+        ):
+            model(**inputs)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return list(seen.values())
+
+
+def _address(tensor: Tensor) -> tuple[int, int]:
+    storage = tensor.untyped_storage()
+    # By the storage object itself: on "meta" and in a dry run numbers have no address.
+    return (storage._cdata, storage.nbytes())
+
+
+# ---- without numbers ----
 
 
 class NoDryRun(RuntimeError):
@@ -45,7 +150,7 @@ def dry_run(
     autocast: torch.dtype | None = None,
     per_token: bool = False,
     accumulated: bool = False,
-    card: bool = False,
+    device: str = "cpu",
 ) -> Peak:
     """Run a microbatch forward and backward without computing, and return its peak.
 
@@ -55,47 +160,41 @@ def dry_run(
         autocast: the type that full fine-tuning computes in, None without autocast.
         per_token: the head gives log-probabilities, as preference losses need them.
         accumulated: the gradients of an earlier microbatch are there already.
-        card: compute as on a CUDA card, in larger chunks.
+        device: "cpu" or "cuda", whose chunks are computed in.
 
     Raises:
         NoDryRun: the architecture cannot.
     """
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
     live = LiveBytes()
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(_without_masks())
-            if card:
-                stack.enter_context(_as_on_a_card())
-            trained = stack.enter_context(without_numbers(model, fake, live))
-            stack.enter_context(_told_apart(model, trained, live))
-            for _ in range(2 if accumulated else 1):
-                live.restart()
-                _one_pass(model, rows, fake, live, solo, autocast, per_token)
-    except Exception as error:  # whatever an architecture that looks at numbers may raise where there are none
-        raise NoDryRun(str(error).partition("\n")[0]) from error
-    return Peak(live.peak[LAYERS], live.peak[HEAD], live.peak[GRADIENTS], len(live.products))
+    with _no_dry_run(), without_numbers(model, device) as (fake, trained), _told_apart(model, trained, live):
+        for tensor in (*model.parameters(), *model.buffers()):
+            live.ignore(tensor)
+        inputs = [
+            {name: fake.from_tensor(value) if isinstance(value, Tensor) else value for name, value in each.items()}
+            for each in (row.model_inputs(solo) for row in rows)
+        ]
+        for _ in range(2 if accumulated else 1):
+            live.restart()
+            with fake, live:
+                found = []
+                for each in inputs:
+                    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+                        found.append(model(**each, per_token=per_token)["logps" if per_token else "loss"].sum())
+                torch.stack(found).sum().backward()
+                del found
+    return Peak(live.peak[LAYERS], live.peak[HEAD], live.peak[GRADIENTS])
 
 
 def counted_activations(
-    model: Any, layout: str, autocast: torch.dtype | None, longest: int, card: bool = False
+    model: Any, layout: str, autocast: torch.dtype | None, longest: int, device: str = "cpu"
 ) -> Activations:
-    """As `memory.measure_activations`, computing nothing.
+    """As `measure_activations`, computing nothing.
 
     Raises:
         NoDryRun: the architecture cannot.
     """
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(_without_masks())
-            if card:
-                stack.enter_context(_as_on_a_card())
-            stack.enter_context(without_numbers(model, fake, LiveBytes()))
-            stack.enter_context(fake)
-            return measure_activations(model, layout, autocast, longest)
-    except Exception as error:
-        raise NoDryRun(str(error).partition("\n")[0]) from error
+    with _no_dry_run(), without_numbers(model, device) as (fake, _), fake:
+        return measure_activations(model, layout, autocast, longest)
 
 
 def unreached_without_numbers(model: Any) -> Unreached:
@@ -104,40 +203,20 @@ def unreached_without_numbers(model: Any) -> Unreached:
     Raises:
         NoDryRun: the architecture cannot.
     """
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with _no_dry_run(), without_numbers(model) as (fake, _), fake:
+        return find_unreached(model)
+
+
+@contextmanager
+def _no_dry_run() -> Iterator[None]:
     try:
-        with _without_masks(), without_numbers(model, fake, LiveBytes()), fake:
-            return find_unreached(model)
-    except Exception as error:
+        yield
+    except Exception as error:  # whatever an architecture that looks at numbers may raise where there are none
         raise NoDryRun(str(error).partition("\n")[0]) from error
 
 
-def _one_pass(
-    model: Any,
-    rows: Sequence[PackedBatch],
-    fake: FakeTensorMode,
-    live: LiveBytes,
-    solo: bool,
-    autocast: torch.dtype | None,
-    per_token: bool,
-) -> None:
-    inputs = [
-        {name: fake.from_tensor(value) if isinstance(value, Tensor) else value for name, value in each.items()}
-        for each in (row.model_inputs(solo) for row in rows)
-    ]
-    with fake, live:
-        computing = torch.autocast("cpu", dtype=autocast, enabled=autocast is not None)
-        found = []
-        for each in inputs:
-            with computing:
-                found.append(model(**each, per_token=per_token)["logps" if per_token else "loss"].sum())
-        torch.stack(found).sum().backward()
-
-
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages that operations make; `peak` holds their bytes by kind when they were most together.
-
-    `products` are the 16-bit matrix products met, by their shapes."""
+    """Follows the storages that operations make; `peak` holds their bytes by kind when they were most together."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +224,6 @@ class LiveBytes(TorchDispatchMode):
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self.total = self.most = 0
-        self.products: set[Any] = set()
         self._met: dict[int, _Met] = {}
 
     def restart(self) -> None:
@@ -167,8 +245,6 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
-        if function in PRODUCTS and out.element_size() == 2:
-            self.products.add((function, *(tensor.shape for tensor in args if isinstance(tensor, Tensor))))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._meet(tensor)
@@ -201,8 +277,14 @@ class _Met:
 
 
 @contextmanager
-def without_numbers(model: nn.Module, fake: FakeTensorMode, live: LiveBytes) -> Iterator[list[nn.Parameter]]:
-    """The model with parameters and buffers that have no numbers; yields those that are trained."""
+def without_numbers(model: nn.Module, device: str = "cpu") -> Iterator[tuple[FakeTensorMode, list[nn.Parameter]]]:
+    """The model in training mode with parameters and buffers that have no numbers; yields the mode to compute under and
+    the parameters that are trained. Nothing outside of this model, and of this thread, is changed.
+
+    Args:
+        device: "cpu" or "cuda", whose chunks kernels compute in; the arrays are a CPU's.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
     own: list[tuple[dict[str, Any], str, Any]] = []
     made: dict[int, nn.Parameter] = {}  # tied weights stay tied
     was_training = model.training
@@ -219,12 +301,9 @@ def without_numbers(model: nn.Module, fake: FakeTensorMode, live: LiveBytes) -> 
                     if buffer is not None:
                         own.append((module._buffers, name, buffer))
                         module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-        for module in model.modules():
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None:
-                    live.ignore(tensor)
         model.train()
-        yield [parameter for parameter in made.values() if parameter.requires_grad]
+        with sized_for(device), _without_masks():
+            yield fake, [parameter for parameter in made.values() if parameter.requires_grad]
     finally:
         model.train(was_training)
         for place, name, value in own:
@@ -241,8 +320,6 @@ def _empty_like(parameter: Any) -> nn.Parameter:
 
 
 def _empty_state(state: Any) -> Any:
-    import copy
-
     made = copy.copy(state)
     for name in ("absmax", "code", "offset"):
         value = getattr(made, name, None)
@@ -288,17 +365,3 @@ def _without_masks() -> Iterator[None]:
     finally:
         segment_attention._biases.clear()
         segment_attention._biases.update(kept)
-
-
-@contextmanager
-def _as_on_a_card() -> Iterator[None]:
-    """Chunks as a CUDA card computes them, and attention that keeps no probabilities, as `varlen_attn` keeps none."""
-    own = token_nll.BYTES_PER_CHUNK["cpu"], token_nll.ROWS_AT_A_TIME, gated_mlp.CPU_ROWS, segment_attention._crossover
-    token_nll.BYTES_PER_CHUNK["cpu"] = token_nll.BYTES_PER_CHUNK["cuda"]
-    token_nll.ROWS_AT_A_TIME = gated_mlp.CPU_ROWS = 1 << 40
-    segment_attention.use_crossover(0)
-    try:
-        yield
-    finally:
-        token_nll.BYTES_PER_CHUNK["cpu"], token_nll.ROWS_AT_A_TIME, gated_mlp.CPU_ROWS = own[:3]
-        segment_attention.use_crossover(own[3])

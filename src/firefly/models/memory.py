@@ -1,34 +1,25 @@
-"""Memory of a training step before the run: what a pass keeps per token is measured on the model itself, the rest
-follows from its weights.
+"""The memory of a run before it trains: one forecast, for what a run may choose and for what people are told.
 
-Two questions are asked. What a run may choose (`forecast_memory`, for `choices`) needs the bytes that grow with a
-microbatch. What a run will take at its peak (`assemble`, for people) adds what libraries and the allocator take.
+Weights, optimizer state and gradients follow from the model. What a step takes besides comes from `dry_run`, measured
+(`Activations`, of which `estimated_peak` makes the peak of any microbatch) or counted.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import Tensor
 
 from firefly.files import read_proc
-from firefly.models.checkpointing import Checkpointing, decoder_layers
-from firefly.models.kernels.segment_attention import BLOCK
+from firefly.models.checkpointing import Checkpointing
 from firefly.models.kernels.token_nll import ROWS_AT_A_TIME, chunk_bytes
 from firefly.ranks import local_world_size
-from firefly.segments import Segment
 from firefly.translation import Phrase
-
-PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
-"""Lengths of the two examples that are measured on: the first that divides no size in the model, so that a dimension
-which it divides is known to be one of tokens."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +55,11 @@ class Peak:
         activations: what layers keep and compute with.
         head: logits of a chunk and what else the head makes.
         gradients: of trained weights, as far as they are there.
-        kernels: different products in 16 bit that a microbatch asks for: a CPU makes code for each.
     """
 
     activations: int
     head: int
     gradients: int
-    kernels: int = 0
 
     @property
     def total(self) -> int:
@@ -111,132 +100,73 @@ class Forecast:
         return self.total - self.loaded
 
     def beside(self, measured: int, kind: str) -> dict[str, int]:
-        """What was forecast and what was measured, comparable: a card's allocator knows nothing of the context."""
+        """What was forecast and what was measured, comparable: a GPU's allocator knows nothing of the context."""
         uncounted = self.parts.get("libraries", 0) if kind == "cuda" else 0
         return {"forecast_memory_bytes": self.total - uncounted, "run_memory_bytes": measured}
+
+
+FRAGMENTATION = {"cpu": 1 / 3, "cuda": 0.0}
+"""Heap that lies unused between blocks, as a share of what a step takes and gives back. On a CPU all of a run's memory
+is on the heap and stays there (`runs.memory.keep_freed_memory`), and microbatches of other sizes leave holes in which
+the next one's arrays do not fit. Of SmolLM2-135M's runs (glibc 2.36, torch 2.13) it was 0.1 to 0.45, once 0.7; without
+it forecasts for two steps on the longest rows were 13 to 24 % too low."""
+
+LIBRARIES = {"cpu": 130 << 20, "cuda": 600 << 20}
+"""What a process takes besides: on a CPU what a run loads after its imports (measured: 110 to 130 MiB); on a GPU the
+CUDA context with its kernels, which no allocator counts (usual figure, not measured)."""
+
+PRIMITIVES, PRIMITIVES_OF_SHORT_ROWS, SHORT = 192, 1024, 80
+"""Pieces of code for 16-bit matmuls that a CPU keeps at most (`runs.memory.keep_few_kernels`); where segments are
+shorter than so many tokens on average, one microbatch attends over so many lengths that it needs more of them. Measured
+with SmolLM2-135M: 30 in any microbatch, and 6 for each length in it, of which 2,048 tokens have 26 at most then."""
+
+PRIMITIVE_BYTES = 570_000
+"""oneDNN makes code for every shape of a 16-bit matmul; 0.5 to 0.7 MB each, measured with torch 2.13 on a CPU with
+AVX-512 BF16. Without 16-bit matmuls there is none."""
 
 
 def forecast_memory(
     model: Any,
     device: torch.device,
-    activations: Activations,
-    checkpointing: Checkpointing,
-    tokens: int,
-    optimizer_bytes: int = 8,
-    weight_cache: int = 0,
-    reference: int = 0,
-    available: int | None = None,
-) -> Forecast:
-    """Forecast the peak of a training step on `model` (adapters attached) with `tokens` in a microbatch.
-
-    Args:
-        optimizer_bytes: state per trained number (see `optimizer_bytes_of`).
-        weight_cache: bytes of 16-bit copies of 4-bit weights.
-        reference: bytes of a second model that the loss compares with.
-        available: bytes that the device has free; None: those it has now.
-    """
-    weights = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    parts = {
-        "weights": weights,
-        "masters": 4 * trained,
-        "gradients": 4 * trained,
-        "optimizer": optimizer_bytes * trained,
-        "activations": int(activations.per_token(checkpointing) * tokens),
-        "head": head_bytes(model, device, tokens, 2),
-    }
-    parts |= {name: size for name, size in {"weight cache": weight_cache, "reference": reference}.items() if size}
-    # A CPU's weights may be pages of a file, which count as free until they are touched.
-    loaded = weights + 4 * trained if device.type == "cuda" else 0
-    return Forecast(parts, loaded, free_memory(device) if available is None else available)
-
-
-HOLES, HOLES_OF_4_BIT, HOLES_MORE, HOLES_MOST = 0.12, 0.13, 0.012, 0.7
-"""What a CPU's heap grows by beyond what lives on it, as a share of what a step takes and gives back: at first, more
-where 4-bit weights are dequantised in between, more by each microbatch, and at most. All of a run's memory is on the
-heap and stays there (`runs.memory.keep_freed_memory`), and microbatches of other sizes leave holes in which the next
-one's arrays do not fit. Measured with glibc 2.36, torch 2.13 and SmolLM2-135M (benchmarks/results/plan.json)."""
-
-KERNELS, KERNELS_OF_SHORT_ROWS, SHORT = 192, 1024, 80
-"""Pieces of code for 16-bit products that a CPU keeps at most (`runs.memory.keep_few_kernels`); where segments are
-shorter than so many tokens on average, one microbatch attends over so many lengths that it needs more of them. Measured
-with SmolLM2-135M: 30 in any microbatch, and 6 for each length in it, of which 2,048 tokens have 26 at most then."""
-
-KERNEL_BYTES = 570_000
-"""oneDNN makes code for every shape of a 16-bit product; 0.5 to 0.7 MB each, measured with torch 2.13 on a CPU with
-AVX-512 BF16. Without 16-bit products there is none."""
-
-LIBRARIES = {"cpu": 130 << 20, "cuda": 600 << 20}
-"""What a process takes besides: on a CPU what a run loads after its imports (measured: 110 to 130 MiB); on a card the
-CUDA context with its kernels, which no allocator counts (usual figure, not measured)."""
-
-PRODUCTS = 75
-"""Different 16-bit products of a Llama with adapters in one microbatch, forward and backward."""
-
-
-def kernels_kept(lengths: np.ndarray, segments: np.ndarray) -> int:
-    """How many pieces of code for 16-bit products a CPU should keep: those of a microbatch, which every layer asks for
-    again, with room to spare.
-
-    Args:
-        lengths, segments: tokens of each example, and how many stretches of them attend by themselves.
-    """
-    return KERNELS if lengths.sum() >= SHORT * segments.sum() else KERNELS_OF_SHORT_ROWS
-
-
-def head_bytes(model: Any, device: torch.device, tokens: int, size: int) -> int:
-    """At the head's peak: a chunk's logits, numbers of `size` bytes, and what is made of them in fp32."""
-    vocabulary = model.config.get_text_config().vocab_size
-    chunk = chunk_bytes(device, tokens, vocabulary, size)
-    rows = chunk // (vocabulary * size)
-    return chunk + 4 * vocabulary * (min(rows, ROWS_AT_A_TIME) if device.type == "cpu" else rows)
-
-
-def assemble(
-    model: Any,
-    kind: str,
     peak: Peak,
     *,
-    optimizer_bytes: int,
+    optimizer: int,
     cache: int = 0,
     reference: int = 0,
-    microbatches: int = 1000,
-    shapes: int = 1000,
-    kernels: int = KERNELS,
+    primitives: int = 0,
     available: int,
 ) -> Forecast:
-    """The peak of a run of `model` (adapters attached, on any device) by part; parts of no size are left out.
+    """The peak of a run of `model` (adapters attached, on any device) on `device`; parts of no size are left out.
 
     Args:
-        kind: "cpu" or "cuda".
         peak: of a step (see `dry_run`), or the run's own estimate of it (`estimated_peak`).
-        optimizer_bytes, cache, reference: as for `forecast_memory`.
-        microbatches: that the run computes.
-        shapes: different numbers of tokens that they have, about.
-        kernels: pieces of code for 16-bit products that are kept at most.
+        optimizer: bytes of its state.
+        cache: bytes of 16-bit copies of 4-bit weights.
+        reference: bytes of a second model that the loss compares with.
+        primitives: pieces of code for 16-bit matmuls that are made and kept.
+        available: bytes that the device has free.
     """
     frozen = sum(_bytes_of(p) for p in model.parameters() if not p.requires_grad)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    whole = not frozen
+    trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Weights change when all gradients are there and no activation is; mostly that takes less.
-    updating = 4 * trained > peak.total
-    activations, head = (0, 0) if updating else (peak.activations, peak.head)
+    updating = trained > peak.total
     parts = {
-        "weights": 4 * trained if whole else frozen,
-        "adapter": 0 if whole else 4 * trained,
-        "optimizer": optimizer_bytes * trained,
-        "gradients": 4 * trained if updating else peak.gradients,
-        "activations": activations,
-        "head": head,
+        "weights": frozen or trained,
+        "adapter": trained if frozen else 0,
+        "optimizer": optimizer,
+        "gradients": trained if updating else peak.gradients,
+        "activations": 0 if updating else peak.activations,
+        "head": 0 if updating else peak.head,
         "cache": cache,
         "reference": reference,
-        "libraries": LIBRARIES[kind],
+        "libraries": LIBRARIES[device.type],
+        "kernels": primitives * PRIMITIVE_BYTES,
+        "allocator": int(FRAGMENTATION[device.type] * peak.total),
     }
-    if kind == "cpu":
-        parts["kernels"] = min(kernels, peak.kernels * min(microbatches, shapes)) * KERNEL_BYTES
-        first = HOLES + (HOLES_OF_4_BIT if any(hasattr(p, "quant_state") for p in model.parameters()) else 0)
-        parts["allocator"] = int(min(first + HOLES_MORE * microbatches, HOLES_MOST) * peak.total)
-    return Forecast({name: size for name, size in parts.items() if size}, 0, available)
+    # A CPU's weights may be pages of a file, which count as free until they are touched.
+    there = ("weights", "adapter", "libraries") if device.type == "cuda" else ()
+    found = {name: size for name, size in parts.items() if size}
+    return Forecast(found, sum(parts[name] for name in there), available)
 
 
 def estimated_peak(
@@ -248,12 +178,26 @@ def estimated_peak(
         tokens: of the largest microbatch.
         size: bytes of a number in the compute type.
     """
+    # At the head's peak: a chunk's logits, and what is made of them in fp32.
+    vocabulary = model.config.get_text_config().vocab_size
+    chunk = chunk_bytes(device, tokens, vocabulary, size)
+    rows = chunk // (vocabulary * size)
+    wide = min(rows, ROWS_AT_A_TIME) if device.type == "cpu" else rows
     return Peak(
         activations=int(activations.per_token(checkpointing) * tokens),
-        head=head_bytes(model, device, tokens, size),
+        head=chunk + 4 * vocabulary * wide,
         gradients=sum(4 * p.numel() for p in model.parameters() if p.requires_grad),
-        kernels=PRODUCTS if size == 2 else 0,
     )
+
+
+def primitives_kept(tokens: int, segments: int) -> int:
+    """How many pieces of code for 16-bit matmuls a CPU should keep: those of a microbatch, which every layer asks for
+    again, with room to spare.
+
+    Args:
+        tokens, segments: of all examples.
+    """
+    return PRIMITIVES if tokens >= SHORT * segments else PRIMITIVES_OF_SHORT_ROWS
 
 
 def _bytes_of(parameter: Any) -> int:
@@ -270,128 +214,54 @@ def _constants(state: Any) -> Iterator[Tensor]:
             yield part
 
 
-def optimizer_bytes_of(name: str) -> int:
-    """Bytes of state per trained number: two moments in fp32 for Adam and its kin, in 8 bit where the name says so."""
-    if "8bit" in name:
-        return 2
-    if name.startswith(("sgd", "adagrad", "rmsprop", "lion")):
-        return 4
-    return 8
+# ---- what is free ----
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this rank could still take: on a CPU its part of what is free."""
+    """Bytes that this rank could still take: on a CPU its part of what the machine and its control groups have free."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     available = read_proc("/proc/meminfo", "MemAvailable")
     if available is None:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return available // local_world_size()
+    return min([available, *cgroup_room()]) // local_world_size()
 
 
-# ---- measuring ----
+def cgroup_room(process: Path = Path("/proc/self")) -> Iterator[int]:
+    """Bytes that each control group around a process (cgroup v1 or v2, from the innermost out) may still take: its
+    limit without what it uses, of which the page cache can be taken back. Groups without a limit are left out.
 
-
-def measure_activations(model: Any, layout: str, autocast: torch.dtype | None, longest: int) -> Activations:
-    """Run one short pass of a prepared model (see `heads`) and count what it keeps for backward.
-
-    Works on any device, also on "meta", where nothing is computed. Random state and gradients stay as they were.
-
-    Args:
-        autocast: the type that full fine-tuning computes in, None without autocast.
-        longest: tokens of the longest example: where attention keeps its probabilities, a token's grow with it.
+    A container has a limit of its own, which /proc/meminfo, the whole machine's, does not show.
     """
-    layers = decoder_layers(model)
-    length = _strange_length(model)
-    # Attention goes in blocks of queries, which see no keys behind their own block: half of the square in the end.
-    seen = longest if longest <= BLOCK else (longest + BLOCK) / 2
-    measured = length if layout == "segments" else 2 * length
-    bytes_of = [0.0, 0.0]
-    for inside, tensor in _kept(model, layers, length, layout, autocast):
-        of_tokens = sum(size % length == 0 for size in tensor.shape)
-        if of_tokens:  # else it is kept once, however many tokens there are
-            per_token = tensor.untyped_storage().nbytes() / (2 * length)
-            bytes_of[0 if inside else 1] += per_token * (seen / measured if of_tokens > 1 else 1)
-    # BLT's configuration has widths for its parts alone; elsewhere embeddings may be narrower than what layers pass on.
-    embedding = model.get_input_embeddings().weight
-    width = getattr(model.config.get_text_config(), "hidden_size", None) or embedding.shape[-1]
-    entering = width * embedding.dtype.itemsize
-    return Activations(len(layers), kept=bytes_of[0] / max(len(layers), 1), entering=entering, outside=bytes_of[1])
-
-
-def _strange_length(model: Any) -> int:
-    """The first of PRIMES that divides no size in the model."""
-    sizes = {size for p in model.parameters() for size in getattr(getattr(p, "quant_state", p), "shape", p.shape)}
-    numbers = model.config.get_text_config().to_dict().values()
-    sizes |= {number for number in numbers if isinstance(number, int) and not isinstance(number, bool)}
-    sizes.discard(0)
-    return next((prime for prime in PRIMES if all(size % prime for size in sizes)), PRIMES[-1])
-
-
-def _kept(
-    model: Any, layers: list[nn.Module], length: int, layout: str, autocast: torch.dtype | None
-) -> list[tuple[bool, Tensor]]:
-    """What a pass over two examples of `length` tokens keeps, all of them targets, and whether inside a layer."""
-    place = _place(model)
-    own = {_address(p) for p in model.parameters()} | {_address(b) for b in model.buffers()}
-    seen: dict[tuple[int, int], tuple[bool, Tensor]] = {}  # kept alive, or another tensor could take the address
-    depth = [0]
-
-    def note(tensor: Tensor) -> Tensor:
-        address = _address(tensor)
-        if tensor.device == place and address not in own:
-            seen.setdefault(address, (depth[0] > 0, tensor.detach()))
-        return tensor
-
-    ids = torch.arange(2 * length, device=place)
-    inputs: dict[str, Any] = {"input_ids": ids[None], "target_index": ids, "targets": ids}
-    if layout == "segments":  # else one example a row, so one of twice the length
-        segments = Segment(0, length), Segment(length, 2 * length)
-        inputs |= {"position_ids": ids[None] % length, "segments": segments}
-    computing = torch.autocast(place.type, dtype=autocast, enabled=autocast is not None)
-    with _counting_depth(layers, depth), _unchanged(model), computing, saved_tensors_hooks(note, lambda kept: kept):
-        model(**inputs)
-    return list(seen.values())
-
-
-def _address(tensor: Tensor) -> tuple[int, int]:
-    storage = tensor.untyped_storage()
-    # By the storage object itself: on "meta" and in a dry run numbers have no address.
-    return (storage._cdata, storage.nbytes())
-
-
-def _place(model: Any) -> torch.device:
-    return next(model.parameters()).device
-
-
-@contextmanager
-def _counting_depth(layers: list[nn.Module], depth: list[int]) -> Iterator[None]:
-    """`depth[0]` is above 0 while one of the layers computes."""
-
-    def enter(*_: Any) -> None:
-        depth[0] += 1
-
-    def leave(*_: Any) -> None:
-        depth[0] -= 1
-
-    handles = [layer.register_forward_pre_hook(enter) for layer in layers]
-    handles += [layer.register_forward_hook(leave) for layer in layers]
     try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _unchanged(model: Any) -> Iterator[None]:
-    """Training mode for a while; the random state is as before afterwards."""
-    was_training = model.training
-    place = _place(model)
-    model.train()
-    try:
-        with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), torch.enable_grad():
-            yield
-    finally:
-        model.train(was_training)
+        groups = [line.split(":", 2) for line in (process / "cgroup").read_text().splitlines()]
+        mounts = [line.split() for line in (process / "mountinfo").read_text().splitlines()]
+    except OSError:
+        return
+    for fields in mounts:
+        # 36 35 98:0 ROOT MOUNT_POINT OPTIONS … - TYPE SOURCE SUPER_OPTIONS
+        root, mount = PurePosixPath(fields[3]), Path(fields[4])
+        kind, _, options = fields[fields.index("-") + 1 :][:3]
+        if kind == "cgroup2":
+            path = next((path for number, _, path in groups if number == "0"), None)
+            limits, usage, cached = ("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file")
+        elif kind == "cgroup" and "memory" in options.split(","):
+            path = next((path for _, names, path in groups if "memory" in names.split(",")), None)
+            limits, usage = ("memory.limit_in_bytes",), "memory.usage_in_bytes"
+            cached = ("total_inactive_file", "total_active_file")
+        else:
+            continue
+        # In a container without a namespace of its own the path is the host's, and only what lies below ROOT is shown.
+        group = PurePosixPath(path or "/")
+        inside = group.relative_to(root) if group.is_relative_to(root) else PurePosixPath()
+        for level in (inside, *inside.parents):
+            folder = mount / level
+            try:
+                found = [(folder / name).read_text().strip() for name in limits]
+                used = int((folder / usage).read_text())
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            except OSError:  # the outermost group has no limit, and so no such files
+                continue
+            used -= sum(int(stat.get(name, 0)) for name in cached)
+            yield from (max(int(limit) - used, 0) for limit in found if limit != "max")

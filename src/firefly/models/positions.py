@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from firefly.config import ModelConfig
-from firefly.models.dry_run import LiveBytes, without_numbers
+from firefly.models.dry_run import without_numbers
 from firefly.models.loading import quiet_libraries, read_config
-from firefly.models.outline import make_witness
+from firefly.models.meta_model import make_tiny_twin
 from firefly.models.probing import decoder
 
 DECLARED = (
@@ -44,8 +43,8 @@ class Positions:
 def positions_for(model: ModelConfig, longest: int) -> Positions:
     """Whether a model can be run on a text of `longest` tokens; where its configuration declares as many, none is made.
 
-    Otherwise a small model of the same make with random weights is tried (`outline`): which architectures have tables
-    of positions, and where these begin, is not told by their names.
+    Otherwise a small model of the same make with random weights is tried (`meta_model.make_tiny_twin`): which
+    architectures have tables of positions, and where these begin, is not told by their names.
 
     Raises:
         UsageError: no such model, or a configuration that transformers cannot read.
@@ -58,7 +57,7 @@ def positions_for(model: ModelConfig, longest: int) -> Positions:
         return Positions(None, trained)
     try:
         with quiet_libraries(), torch.no_grad():
-            most = _most(make_witness(described, model).eval(), longest, declared)
+            most = _most(make_tiny_twin(described, model).eval(), longest, declared)
     except Exception:  # a trial that cannot be made tells nothing; code that a model brings along may raise anything
         most = None
     return Positions(most, trained)
@@ -77,18 +76,18 @@ def _scaled(text: Any, declared: int) -> int:
     return max([declared, *scaled])
 
 
-def _most(witness: Any, longest: int, declared: list[int]) -> int | None:
+def _most(twin: Any, longest: int, declared: list[int]) -> int | None:
     """Tokens of the longest text that can be run, if that is shorter than `longest`."""
-    found = [count for count in (_rows_of_a_table(witness),) if count is not None and count < longest]
-    if not found and _runs_at(witness, len(TOKENS)) and not _runs_at(witness, longest):
-        count = _last(lambda count: _runs_at(witness, count), longest)
-        if not _runs(witness, torch.zeros(count + 1, dtype=torch.long), torch.arange(count + 1)):
+    found = [count for count in (_rows_of_a_table(twin),) if count is not None and count < longest]
+    if not found and _runs_at(twin, len(TOKENS)) and not _runs_at(twin, longest):
+        count = _last(lambda count: _runs_at(twin, count), longest)
+        if not _runs(twin, torch.zeros(count + 1, dtype=torch.long), torch.arange(count + 1)):
             found.append(count)  # tables of sines may grow with a row, and not with its positions
-    shortest = _operations(witness, len(TOKENS)) if declared else None
+    shortest = _operations(twin, len(TOKENS)) if declared else None
     # A recurrent model that computes token by token has no shapes that end, and would take long.
-    if shortest is not None and shortest == _operations(witness, 2 * len(TOKENS)):
+    if shortest is not None and shortest == _operations(twin, 2 * len(TOKENS)):
         for count in (count for count in declared if count < longest):
-            if _operations(witness, count) is not None and _operations(witness, count + 1) is None:
+            if _operations(twin, count) is not None and _operations(twin, count + 1) is None:
                 found.append(count)
     return min(found, default=None)
 
@@ -102,28 +101,28 @@ def _last(works: Any, fails: int) -> int:
     return good
 
 
-def _runs_at(witness: Any, count: int) -> bool:
+def _runs_at(twin: Any, count: int) -> bool:
     """Whether a short row runs at the last positions of a text of `count` tokens."""
-    return _runs(witness, torch.tensor(TOKENS), torch.arange(count - len(TOKENS), count))
+    return _runs(twin, torch.tensor(TOKENS), torch.arange(count - len(TOKENS), count))
 
 
-def _runs(witness: Any, ids: Tensor, positions: Tensor) -> bool:
+def _runs(twin: Any, ids: Tensor, positions: Tensor) -> bool:
     try:
-        _run(witness, ids, positions)
+        _run(twin, ids, positions)
     except (IndexError, RuntimeError):
         return False
     return True
 
 
-def _run(witness: Any, ids: Tensor, positions: Tensor) -> None:
+def _run(twin: Any, ids: Tensor, positions: Tensor) -> None:
     """As a run calls a model, with positions, where it takes them."""
-    body = decoder(witness)
+    body = decoder(twin)
     taken = signature(body.forward).parameters
     named = "position_ids" in taken or any(each.kind is Parameter.VAR_KEYWORD for each in taken.values())
     body(input_ids=ids[None], use_cache=False, **({"position_ids": positions[None]} if named else {}))
 
 
-def _operations(witness: Any, count: int) -> int | None:
+def _operations(twin: Any, count: int) -> int | None:
     """How many operations a text of `count` tokens takes, nothing being computed; None where arrays do not fit together
     or it cannot be told without numbers."""
     made = 0
@@ -134,19 +133,18 @@ def _operations(witness: Any, count: int) -> int | None:
             made += 1
             return function(*args, **(kwargs or {}))
 
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with without_numbers(witness, fake, LiveBytes()), fake, Counting():
-            witness.eval()
-            decoder(witness)(input_ids=torch.zeros(1, count, dtype=torch.long), use_cache=False)
+        with without_numbers(twin) as (fake, _), fake, Counting():
+            twin.eval()
+            decoder(twin)(input_ids=torch.zeros(1, count, dtype=torch.long), use_cache=False)
     except (IndexError, RuntimeError):
         return None
     return made
 
 
-def _rows_of_a_table(witness: Any) -> int | None:
+def _rows_of_a_table(twin: Any) -> int | None:
     """Tokens that the weights with one row for each position have rows for; None where there are no such weights."""
-    tables = {parameter.data_ptr(): parameter for parameter in witness.parameters()}
+    tables = {parameter.data_ptr(): parameter for parameter in twin.parameters()}
     met: list[int] = []
 
     class Lookups(TorchDispatchMode):
@@ -158,7 +156,7 @@ def _rows_of_a_table(witness: Any) -> int | None:
             return function(*args, **(kwargs or {}))
 
     with Lookups():
-        _run(witness, torch.tensor(TOKENS), torch.arange(len(TOKENS)))
+        _run(twin, torch.tensor(TOKENS), torch.arange(len(TOKENS)))
     return min(met, default=None)
 
 

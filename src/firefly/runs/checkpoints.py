@@ -17,7 +17,7 @@ from typing import Any
 from firefly.console import notice
 from firefly.errors import UsageError
 from firefly.files import seal
-from firefly.models.choices import Choices
+from firefly.models.tuning import Choices
 from firefly.ranks import is_first
 from firefly.runs.folders import finish_replacing, leftovers
 from firefly.runs.passport import write_json

@@ -11,12 +11,12 @@ from firefly.console import stderr_console
 from firefly.distributed.model import TrainableModel
 from firefly.models.adapters import transformers_model
 from firefly.models.checkpointing import decoder_layers
-from firefly.models.choices import Choices
 from firefly.models.kernels.elementwise import implementation, is_card
 from firefly.models.kernels.segment_attention import describe_attention
 from firefly.models.kernels.weight_cache import cache_sizes
 from firefly.models.memory import PARTS
 from firefly.models.precision import Precision
+from firefly.models.tuning import Choices
 from firefly.run import Run
 from firefly.runs.overview import show_example
 from firefly.setup.build import ModelFacts

@@ -19,17 +19,17 @@ from firefly.data.certificate import FILE_NAME as CERTIFICATE
 from firefly.data.certificate import Certificate
 from firefly.distributed.backends import refuse_uneven_passes, shard_weights
 from firefly.distributed.model import TrainableModel
-from firefly.models import choices as choosing
+from firefly.models import tuning
 from firefly.models.adapters import attach_adapter, count_parameters, transformers_model
 from firefly.models.base_weights import identify_weights
 from firefly.models.compilation import compile_layers
 from firefly.models.forwards import install_training_forwards
 from firefly.models.loading import eos_ids, load_model, mend_generation_config, resolve_model
 from firefly.models.memory import Forecast
+from firefly.models.probe_cache import known_layout
 from firefly.models.router import quiet_routers
 from firefly.models.saved_adapter import check_base
 from firefly.models.tokens import fit_embeddings
-from firefly.models.verdicts import known_layout
 from firefly.run import Run
 from firefly.runs.checkpoints import check_same_run, set_aside_old_checkpoints, stored_optimizer
 from firefly.runs.folders import remove_leftovers
@@ -104,7 +104,7 @@ def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
         check_same_run(checkpoint, identity, config.resume_anyway)
         args = with_optimizer(args, stored_optimizer(checkpoint, args.optim))
     choices, forecast = resolve_choices(run, args, module, layout[0])
-    choosing.apply(choices, transformers_model(module), run.precision.compute)
+    tuning.apply(choices, transformers_model(module), run.precision.compute)
     if choices.unpaged_optimizer and args.optim in PAGED_ADAM:
         notice(
             "optim.unpaged",

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -120,8 +120,8 @@ class Task(ABC):
 
     METRICS: ClassVar[tuple[str, ...]]
     """Names of what `evaluation_metrics` gives."""
-    HEAD: ClassVar[str] = "tokens"
-    """What the model's head tells: "tokens", or the "score" of a text."""
+    HEAD: ClassVar[Literal["nll", "logps", "score"]]
+    """What the model's head makes of targets: the sum of their NLL, the log-probability of each, or a text's score."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -136,6 +136,11 @@ class Task(ABC):
     @classmethod
     def asks_reference(cls, config: Config) -> bool:
         """Whether every step asks a reference model too: in full training a second one, in the compute type."""
+        return False
+
+    @classmethod
+    def trains_prompt(cls, config: Config) -> bool:
+        """Whether a pair's prompt has targets, too."""
         return False
 
     def identity(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ class TokenTask(Task):
     the replies are."""
 
     METRICS = ("loss", "perplexity", "target_tokens")
+    HEAD = "nll"
 
     def packing(self, held_out: bool, solo: bool) -> Packer:
         return pack_rows

@@ -62,6 +62,10 @@ class PreferenceTask(ReferenceTask):
     def needs_reference(cls, config: Config) -> bool:
         return PREFERENCE_LOSSES[config.preference.loss].reference
 
+    @classmethod
+    def trains_prompt(cls, config: Config) -> bool:
+        return PREFERENCE_LOSSES[config.preference.loss].trains_prompt
+
     def identity(self) -> dict[str, Any]:
         """Where the reference is computed changes no number, and so is not among them."""
         settings = self.settings

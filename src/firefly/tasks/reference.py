@@ -106,6 +106,7 @@ class ReferenceTask(Task):
         self.reference = reference
         self.precomputed: dict[bool, np.ndarray] = {}
 
+    HEAD = "logps"
     BEFOREHAND: ClassVar[bool] = True
     """Whether the reference can be asked about all examples before training."""
 

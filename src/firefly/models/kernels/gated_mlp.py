@@ -22,6 +22,7 @@ from firefly.models.kernels.gate import ACTIVATIONS, Activation, gate_for, graph
 from firefly.models.kernels.lora_linear import dense, is_plain_lora
 from firefly.models.kernels.products import in_type, scaled_product, wide_product
 from firefly.models.kernels.second_pass import in_second_pass
+from firefly.models.kernels.target_device import device_kind
 from firefly.models.precision import compute_type
 from firefly.models.probing import agree, attempt, evaluating
 
@@ -298,5 +299,5 @@ def _part(tensor: Tensor | None, part: slice) -> Tensor | None:
 def _chunks(rows: Tensor, whole: bool = False) -> list[slice]:
     if whole or torch.compiler.is_compiling():  # a loop would be compiled anew for every number of rows
         return [slice(None)]
-    size = CPU_ROWS if rows.device.type == "cpu" else max(len(rows), 1)
+    size = CPU_ROWS if device_kind(rows.device) == "cpu" else max(len(rows), 1)
     return [slice(start, start + size) for start in range(0, len(rows), size)]

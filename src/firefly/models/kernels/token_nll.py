@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from firefly.models.kernels.gate import graph_is_kept
+from firefly.models.kernels.target_device import device_kind
 from firefly.models.precision import compute_type
 
 BYTES_PER_CHUNK = {"cpu": 1 << 25, "cuda": 1 << 28}
@@ -58,7 +59,7 @@ def chunk_bytes(device: torch.device, tokens: int, vocabulary: int, size: int) -
 
 
 def _tokens_per_chunk(device: torch.device, vocabulary: int, size: int) -> int:
-    return max(32, BYTES_PER_CHUNK.get(device.type, BYTES_PER_CHUNK["cpu"]) // (vocabulary * size))
+    return max(32, BYTES_PER_CHUNK.get(device_kind(device), BYTES_PER_CHUNK["cpu"]) // (vocabulary * size))
 
 
 def _chunks(head: Tensor, tokens: int) -> list[slice]:
@@ -174,7 +175,7 @@ def _log_p_of_targets(logits: Tensor, target: Tensor, exact: Tensor | None) -> T
 
 def _rows(logits: Tensor) -> list[slice]:
     """What is made of logits at a time: a few rows on a CPU, all on a card, where every call has its price."""
-    size = ROWS_AT_A_TIME if logits.device.type == "cpu" else len(logits)
+    size = ROWS_AT_A_TIME if device_kind(logits.device) == "cpu" else len(logits)
     return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 

@@ -1,9 +1,8 @@
-"""A model's skeleton from its config.json alone: what a run would load and train, on "meta", where nothing takes
-memory.
+"""A model from its config.json alone: what a run would load and train, on the "meta" device, where it takes no memory.
 
-Which of our forwards fit an architecture is found by trials on numbers, which a skeleton has none of. They are made on
-a witness: the same configuration with a few narrow layers, random weights and a small vocabulary. What it got, the
-skeleton gets.
+Which of our forwards fit an architecture is probed on numbers, which a meta model has none of. The probes run on a tiny
+twin: the same configuration with a few narrow layers, random weights and a small vocabulary. What is patched there is
+copied to the meta model.
 """
 
 from __future__ import annotations
@@ -27,19 +26,19 @@ from firefly.models.dry_run import NoDryRun, unreached_without_numbers
 from firefly.models.forwards import install_training_forwards
 from firefly.models.loading import as_quantised, load_failure, model_class, nf4_config, read_config
 from firefly.models.precision import Precision
+from firefly.models.probe_cache import known_unreached
 from firefly.models.reach import Unreached, unreached_like
 from firefly.models.saved_adapter import adapter_settings
-from firefly.models.verdicts import known_unreached
 from firefly.translation import translate
 
-WITNESS_VOCABULARY, WITNESS_INNER = 512, 128
+TWIN_VOCABULARY, TWIN_INNER = 512, 128
 """Numbers of tokens, and the width of feed-forward blocks: no trial depends on them, and most of a model lies there."""
 
 INNER_WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner")
 
 
 @dataclass(frozen=True)
-class Outline:
+class MetaModel:
     """A model as a run would train it.
 
     Attributes:
@@ -60,8 +59,8 @@ class Outline:
         return type(transformers_model(self.model)).__name__
 
 
-def outline(config: Config, precision: Precision, rows: int = 0, new_tokens: Sequence[int] = ()) -> Outline:
-    """The skeleton of what `config` trains.
+def build_meta_model(config: Config, precision: Precision, rows: int = 0, new_tokens: Sequence[int] = ()) -> MetaModel:
+    """The meta model of what `config` trains.
 
     Args:
         rows: that embedding and head need at least (`fit_embeddings`), for a tokenizer that knows more tokens.
@@ -81,10 +80,10 @@ def outline(config: Config, precision: Precision, rows: int = 0, new_tokens: Seq
     dtype = torch.float32 if config.adapter.mode == "full" else precision.compute
     with torch.device("meta"):
         model = _from_config(described, dtype, config.model)
-    witness = make_witness(described, config.model)
-    refuse_textless(witness)
-    layout, reason = choose_layout(witness)
-    unreached, of_witness = _unreached(model, witness)
+    twin = make_tiny_twin(described, config.model)
+    refuse_textless(twin)
+    layout, reason = choose_layout(twin)
+    unreached, of_twin = _unreached(model, twin)
     notes: list[str] = []
     if config.adapter.mode == "qlora":
         _put_into_nf4(model, precision.compute)
@@ -101,25 +100,25 @@ def outline(config: Config, precision: Precision, rows: int = 0, new_tokens: Seq
         )
     if config.adapter.mode != "full":
         small_adapter = AdapterConfig(mode="lora", rank=4, dropout=config.adapter.dropout)
-        witness = attach_adapter(witness, small_adapter, unreached=of_witness, notify=lambda *_, **__: None)
-    head = install_training_forwards(witness)
-    inner, small = transformers_model(model), transformers_model(witness)
+        twin = attach_adapter(twin, small_adapter, unreached=of_twin, notify=lambda *_, **__: None)
+    head = install_training_forwards(twin)
+    inner, small = transformers_model(model), transformers_model(twin)
     inner.set_attn_implementation(str(small.config._attn_implementation))
     _follow(inner, small)
-    return Outline(model, layout, reason, head, tuple(notes))
+    return MetaModel(model, layout, reason, head, tuple(notes))
 
 
-def _unreached(model: Any, witness: Any) -> tuple[Unreached, Unreached]:
-    """What text does not reach in the skeleton, and in the witness.
+def _unreached(model: Any, twin: Any) -> tuple[Unreached, Unreached]:
+    """What text does not reach in the meta model, and in its tiny twin.
 
-    The skeleton is asked first: the witness may lack layers of a kind. Where a forward pass looks at numbers, as a
-    router's choice of experts does, the witness tells for it.
+    The meta model is asked first: the twin may lack layers of a kind. Where a forward pass looks at numbers, as a
+    router's choice of experts does, the twin tells for it.
     """
-    of_witness = known_unreached(witness)
+    of_twin = known_unreached(twin)
     try:
-        return unreached_without_numbers(model), of_witness
+        return unreached_without_numbers(model), of_twin
     except NoDryRun:
-        return unreached_like(model, witness, of_witness), of_witness
+        return unreached_like(model, twin, of_twin), of_twin
 
 
 def _from_config(described: Any, dtype: torch.dtype, model: ModelConfig) -> Any:
@@ -162,7 +161,7 @@ def _as_new(adapter: AdapterConfig) -> AdapterConfig:
     )
 
 
-def make_witness(described: Any, model: ModelConfig) -> Any:
+def make_tiny_twin(described: Any, model: ModelConfig) -> Any:
     """A small model of the same make with random weights, on the CPU, in fp32.
 
     A layer of each kind stands in it; widths that heads are cut from stay as they are.
@@ -175,24 +174,24 @@ def make_witness(described: Any, model: ModelConfig) -> Any:
         text.num_hidden_layers = max(2, len(kinds), dense_first + 1)
     if kinds and "layer_types" in vars(text):  # Mamba's are all of one kind, told by a property
         text.layer_types = (kinds * text.num_hidden_layers)[: text.num_hidden_layers]
-    text.vocab_size = min(text.vocab_size, WITNESS_VOCABULARY)
+    text.vocab_size = min(text.vocab_size, TWIN_VOCABULARY)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if getattr(text, name, None) is not None:
             setattr(text, name, 0)
     for name in INNER_WIDTHS:
         width = getattr(text, name, None)
         if isinstance(width, int):
-            setattr(text, name, min(width, WITNESS_INNER))
+            setattr(text, name, min(width, TWIN_INNER))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return _from_config(small, torch.float32, model)
 
 
-def _follow(model: nn.Module, witness: nn.Module) -> None:
-    """Give each module of `model` the forward that its like in `witness` was given; one of its own stays."""
+def _follow(model: nn.Module, twin: nn.Module) -> None:
+    """Give each module of `model` the forward that its like in `twin` was given; one of its own stays."""
     given = {
         (_place(name), type(module)): vars(module)["forward"].__func__
-        for name, module in witness.named_modules()
+        for name, module in twin.named_modules()
         if isinstance(vars(module).get("forward"), MethodType)
     }
     for name, module in model.named_modules():

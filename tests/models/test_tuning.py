@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from firefly.config import StepConfig
-from firefly.models import verdicts
+from firefly.models import probe_cache
 from firefly.models.checkpointing import Checkpointing
-from firefly.models.choices import LEAST, USABLE, USEFUL, Choices, Lengths, choose, settled
-from firefly.models.memory import Activations, Forecast
+from firefly.models.memory import FRAGMENTATION, Activations, Forecast
+from firefly.models.tuning import LEAST, USABLE, USEFUL, Choices, Lengths, choose, restore_tuning
 from tiny import tiny_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -32,7 +32,8 @@ def chosen(
 
     def forecast(checkpointing: Checkpointing, tokens: int, cached: int) -> Forecast:
         needed = int(TEN_LAYERS.per_token(checkpointing) * tokens)
-        return Forecast({"weights": 5000, "activations": needed, "weight cache": cached}, 5000, int(room / USABLE) + 1)
+        free = int(room * (1 + FRAGMENTATION[device.type]) / USABLE) + 1
+        return Forecast({"weights": 5000, "activations": needed, "cache": cached}, 5000, free)
 
     return choose(StepConfig(**settings), TEN_LAYERS, forecast, Lengths(longest, step), device, list(cache))
 
@@ -111,14 +112,15 @@ def test_copies_of_4_bit_weights_fill_what_nothing_else_needs(
 
 def test_a_resumed_run_keeps_stored_choices_but_for_what_is_named_outright() -> None:
     stored, today = Choices(100, 3, True, 7, 128), Choices(900, 0, False, 9, 512)
-    assert settled(StepConfig(), stored, today) == stored
+    assert restore_tuning(StepConfig(), stored, today) == stored
     named = StepConfig(tokens_per_microbatch=900)
-    assert settled(named, stored, today) == dataclasses.replace(stored, tokens_per_microbatch=900)
+    assert restore_tuning(named, stored, today) == dataclasses.replace(stored, tokens_per_microbatch=900)
     named = StepConfig(gradient_checkpointing=False)
-    assert settled(named, stored, today) == dataclasses.replace(stored, checkpointed_layers=0, offload=False)
-    assert settled(StepConfig(), stored, dataclasses.replace(today, cached_weights=2)).cached_weights == 2  # less room
+    assert restore_tuning(named, stored, today) == dataclasses.replace(stored, checkpointed_layers=0, offload=False)
+    less_room = dataclasses.replace(today, cached_weights=2)
+    assert restore_tuning(StepConfig(), stored, less_room).cached_weights == 2
     named = StepConfig(nf4_cache=True)
-    assert settled(named, stored, today) == dataclasses.replace(stored, cached_weights=9)
+    assert restore_tuning(named, stored, today) == dataclasses.replace(stored, cached_weights=9)
 
 
 def test_memory_that_no_microbatch_needs_goes_to_copies_of_4_bit_weights() -> None:
@@ -136,11 +138,11 @@ def test_attention_is_measured_once_for_heads_of_a_shape(monkeypatch: pytest.Mon
     """A plan and its run would disagree else, where other programs are busy during one of them."""
     measured: list[tuple[int, ...]] = []
     monkeypatch.setenv("FIREFLY_CACHE", str(tmp_path))
-    monkeypatch.setattr(verdicts, "measure_crossover", lambda *shape: measured.append(shape) or 256 * len(measured))
+    monkeypatch.setattr(probe_cache, "measure_crossover", lambda *shape: measured.append(shape) or 256 * len(measured))
     model, cpu = tiny_model("llama"), torch.device("cpu")
-    assert [verdicts.known_crossover(model, cpu, torch.bfloat16) for _ in range(3)] == [256, 256, 256]
-    assert verdicts.known_crossover(tiny_model("qwen3"), cpu, torch.bfloat16) in (256, 512)
-    assert verdicts.known_crossover(model, cpu, torch.float32) == 0
+    assert [probe_cache.known_crossover(model, cpu, torch.bfloat16) for _ in range(3)] == [256, 256, 256]
+    assert probe_cache.known_crossover(tiny_model("qwen3"), cpu, torch.bfloat16) in (256, 512)
+    assert probe_cache.known_crossover(model, cpu, torch.float32) == 0
     assert measured[0] == (model.config.num_attention_heads, model.config.num_key_value_heads, 8, 8)
 
 
@@ -151,6 +153,6 @@ def test_attention_is_measured_with_the_widths_that_the_model_has(
     """Latent attention writes the width of its rotary part as `head_dim`."""
     measured: list[tuple[int, ...]] = []
     monkeypatch.setenv("FIREFLY_CACHE", str(tmp_path))
-    monkeypatch.setattr(verdicts, "measure_crossover", lambda *shape: measured.append(shape) or 256)
-    verdicts.known_crossover(tiny_model(name), torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(probe_cache, "measure_crossover", lambda *shape: measured.append(shape) or 256)
+    probe_cache.known_crossover(tiny_model(name), torch.device("cpu"), torch.bfloat16)
     assert measured[0][2:] == widths

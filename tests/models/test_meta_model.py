@@ -1,4 +1,4 @@
-"""A skeleton from config.json is the model that a run trains: the same parameters, the same forwards."""
+"""A meta from config.json is the model that a run trains: the same parameters, the same forwards."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from firefly.models.attention import choose_layout
 from firefly.models.dry_run import dry_run
 from firefly.models.forwards import install_training_forwards
 from firefly.models.loading import load_model
-from firefly.models.memory import Peak, assemble
-from firefly.models.outline import outline
+from firefly.models.memory import Peak, forecast_memory
+from firefly.models.meta_model import build_meta_model
 from firefly.models.precision import Precision
 from tiny import random_examples, save_tiny_model, tiny_config
 
@@ -56,49 +56,50 @@ def forwards(model: Any) -> dict[str, str]:
 
 @pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("name", ["llama_tied", "gemma2", "bloom"])
-def test_a_skeleton_is_what_a_run_loads(models: Path, name: str, mode: str) -> None:
+def test_a_meta_model_is_what_a_run_loads(models: Path, name: str, mode: str) -> None:
     config = described(models, name, train_mode=mode, lora_rank=4)
-    skeleton, (model, layout, head) = outline(config, FP32), loaded(config)
-    assert {p.device.type for p in skeleton.model.parameters()} == {"meta"}
-    assert [(n, p.shape, p.dtype, p.requires_grad) for n, p in skeleton.model.named_parameters()] == [
+    meta, (model, layout, head) = build_meta_model(config, FP32), loaded(config)
+    assert {p.device.type for p in meta.model.parameters()} == {"meta"}
+    assert [(n, p.shape, p.dtype, p.requires_grad) for n, p in meta.model.named_parameters()] == [
         (n, p.shape, p.dtype, p.requires_grad) for n, p in model.named_parameters()
     ]
-    assert (skeleton.layout, skeleton.head) == (layout, head)
-    assert forwards(skeleton.model) == forwards(model)
+    assert (meta.layout, meta.head) == (layout, head)
+    assert forwards(meta.model) == forwards(model)
     rows = [pack(random_examples(40))]
     solo = layout == "solo"
-    peaks = [dry_run(transformers_model(each), rows, solo=solo).total for each in (skeleton.model, model)]
+    peaks = [dry_run(transformers_model(each), rows, solo=solo).total for each in (meta.model, model)]
     assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
     sizes = [
-        assemble(each, "cuda", Peak(0, 0, 0), optimizer_bytes=8, available=0).parts for each in (skeleton.model, model)
+        forecast_memory(each, torch.device("cuda"), Peak(0, 0, 0), optimizer=8, available=0).parts
+        for each in (meta.model, model)
     ]
     assert sizes[0] == sizes[1]
 
 
-def test_a_config_json_is_all_that_a_skeleton_needs(tmp_path: Path) -> None:
+def test_a_config_json_is_all_that_a_meta_model_needs(tmp_path: Path) -> None:
     tiny_config("llama").save_pretrained(tmp_path / "bare")
-    skeleton = outline(described(tmp_path, "bare", train_mode="lora"), FP32)
-    assert skeleton.architecture == "LlamaForCausalLM"
-    assert skeleton.layout == "segments"
+    meta = build_meta_model(described(tmp_path, "bare", train_mode="lora"), FP32)
+    assert meta.architecture == "LlamaForCausalLM"
+    assert meta.layout == "segments"
 
 
 def test_more_tokens_than_rows_lengthen_the_embedding(models: Path) -> None:
-    skeleton = outline(described(models, "llama_tied", train_mode="full"), FP32, rows=300)
-    assert transformers_model(skeleton.model).get_input_embeddings().weight.shape[0] == 300
+    meta = build_meta_model(described(models, "llama_tied", train_mode="full"), FP32, rows=300)
+    assert transformers_model(meta.model).get_input_embeddings().weight.shape[0] == 300
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [({"use_dora": True}, "use_dora"), ({"model_name_or_path": "/nowhere/at/all"}, "/nowhere/at/all")],
 )
-def test_what_has_no_skeleton_is_named(models: Path, changes: dict[str, Any], named: str) -> None:
+def test_what_has_no_meta_model_is_named(models: Path, changes: dict[str, Any], named: str) -> None:
     with pytest.raises(UsageError, match=named):
-        outline(described(models, "llama_tied", **{"train_mode": "lora"} | changes), FP32)
+        build_meta_model(described(models, "llama_tied", **{"train_mode": "lora"} | changes), FP32)
 
 
 def test_quantising_afterwards_still_works(models: Path) -> None:
-    """bitsandbytes keeps a table of constants for the process: a skeleton must not leave an empty one behind."""
+    """bitsandbytes keeps a table of constants for the process: a meta must not leave an empty one behind."""
     config = described(models, "llama_tied", train_mode="qlora")
-    outline(config, FP32)
+    build_meta_model(config, FP32)
     model = load_model(config.model, "qlora", FP32, torch.device("cpu"))
     assert torch.isfinite(model(input_ids=torch.arange(5)[None]).logits).all()

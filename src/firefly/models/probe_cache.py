@@ -1,6 +1,6 @@
 """What was proved or measured of an architecture, kept so that the next run of the same one begins sooner.
 
-A verdict is found again only by all that it rests on: the model's configuration and class, its parameters' shapes and
+A result is found again only by all that it rests on: the model's configuration and class, its parameters' shapes and
 types, the libraries, this room's code and the device. Weights do not count: that segments stay apart, and what a token
 keeps for backward, follow from how a model computes. Code that a model brings along is tried every time.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
 from importlib.util import find_spec
@@ -24,8 +25,9 @@ from firefly.console import notice
 from firefly.errors import UsageError
 from firefly.files import atomic_file, cache_folder, make_cache
 from firefly.models.attention import NAME, choose_layout
+from firefly.models.dry_run import measure_activations
 from firefly.models.kernels.segment_attention import measure_crossover
-from firefly.models.memory import Activations, measure_activations
+from firefly.models.memory import Activations
 from firefly.models.reach import Unreached, find_unreached
 
 KERNEL_PACKAGES = ("mamba_ssm", "causal_conv1d", "fla", "kernels")
@@ -116,6 +118,16 @@ def known_crossover(model: Any, device: torch.device, compute: torch.dtype) -> i
     return int(found["tokens"])
 
 
+def known_bytes(kind: str, model: Any, rests_on: list[Any], count: Callable[[], int]) -> int:
+    """What `count` finds for this transformers model and for what else it rests on, counted once."""
+    path = _path(kind, model, rests_on)
+    found = _read(path)
+    if found is None:
+        found = {"bytes": count()}
+        _write(path, found)
+    return int(found["bytes"])
+
+
 def _head_widths(config: Any) -> tuple[int, int]:
     """Widths of a head's queries and of its values. Latent attention (DeepSeek-V2 and its kin) has two, and writes
     the width of the rotary part alone as `head_dim`."""
@@ -126,7 +138,7 @@ def _head_widths(config: Any) -> tuple[int, int]:
 
 
 def _path(kind: str, model: Any, parts: list[Any]) -> Path | None:
-    """Where the verdict on this model lies; None where it cannot be known again."""
+    """Where a probe of this model is kept; None where it cannot be known again."""
     if type(model).__module__.startswith("transformers_modules"):
         return None
     config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
@@ -139,9 +151,9 @@ def _path(kind: str, model: Any, parts: list[Any]) -> Path | None:
 
 
 def _file(kind: str, rests_on: list[Any]) -> Path:
-    """Where a verdict lies that rests on all of this."""
+    """Where a probe is kept that rests on all of this."""
     digest = hashlib.sha256(json.dumps(rests_on, default=str, sort_keys=True).encode()).hexdigest()
-    return cache_folder() / "verdicts" / f"{kind}-{digest[:32]}.json"
+    return cache_folder() / "probes" / f"{kind}-{digest[:32]}.json"
 
 
 @cache
@@ -163,9 +175,9 @@ def _read(path: Path | None) -> dict[str, Any] | None:
         return None
 
 
-def _write(path: Path | None, verdict: dict[str, Any]) -> None:
+def _write(path: Path | None, found: dict[str, Any]) -> None:
     if path is None:
         return
     make_cache(path.parent)
     with atomic_file(path) as scratch:
-        scratch.write_text(json.dumps(verdict), encoding="utf-8")
+        scratch.write_text(json.dumps(found), encoding="utf-8")

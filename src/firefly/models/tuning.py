@@ -15,7 +15,7 @@ from firefly.config import StepConfig
 from firefly.models.checkpointing import Checkpointing, install_checkpointing
 from firefly.models.kernels import segment_attention
 from firefly.models.kernels.weight_cache import cache_weights, weights_that_fit
-from firefly.models.memory import Activations, Forecast
+from firefly.models.memory import FRAGMENTATION, Activations, Forecast
 
 USABLE = 0.8
 """Share of the free memory that a forecast may fill."""
@@ -93,15 +93,17 @@ def choose(
 
     Args:
         cache_bytes: what a copy of each 4-bit weight would take.
-        attention_by_products: what `verdicts.known_crossover` found.
+        attention_by_products: what `probe_cache.known_crossover` found.
         compute: the type that products are computed in.
     """
 
     empty = forecast(Checkpointing(), 0, 0)  # without tokens it is the same whatever is computed again
     room = USABLE * empty.available - empty.missing
 
+    heap = 1 + FRAGMENTATION[device.type]
+
     def fitting(checkpointing: Checkpointing) -> int:
-        return int(room / max(activations.per_token(checkpointing), 1))
+        return int(room / max(activations.per_token(checkpointing) * heap, 1))
 
     most = USEFUL if compute == torch.float32 else USEFUL | USEFUL_16_BIT
     useful = min(most[device.type], max(lengths.step, lengths.longest))
@@ -130,8 +132,8 @@ def _even(budget: int, lengths: Lengths) -> int:
     return min(budget, max(lengths.longest, lengths.step * 11 // (10 * parts)))
 
 
-def most_careful(choices: Sequence[Choices]) -> Choices:
-    """Of what ranks chose for themselves, what is good for all: they share one plan of each step."""
+def agree_on_tuning(choices: Sequence[Choices]) -> Choices:
+    """The most conservative setting over ranks: all share one step schedule."""
     return Choices(
         tokens_per_microbatch=min(one.tokens_per_microbatch for one in choices),
         checkpointed_layers=max(one.checkpointed_layers for one in choices),
@@ -142,7 +144,7 @@ def most_careful(choices: Sequence[Choices]) -> Choices:
     )
 
 
-def settled(settings: StepConfig, stored: Choices, today: Choices) -> Choices:
+def restore_tuning(settings: StepConfig, stored: Choices, today: Choices) -> Choices:
     """The choices of a resumed run: those stored with its checkpoint, but for what the settings name outright."""
     if settings.tokens_per_microbatch != "auto":
         stored = replace(stored, tokens_per_microbatch=today.tokens_per_microbatch)
@@ -173,8 +175,13 @@ def _choose_checkpointing(
     return Checkpointing(layers, offload=device.type == "cuda" and layers > 0)
 
 
+def use_crossover(model: Any, tokens: int) -> None:
+    """Let a CPU compute bf16 segments of up to so many tokens as matmuls in this transformers model."""
+    segment_attention.use_crossover(tokens)
+
+
 def apply(choices: Choices, model: Any, compute: torch.dtype) -> None:
     """Set the prepared transformers model up as chosen."""
-    segment_attention.use_crossover(choices.attention_by_products)
+    use_crossover(model, choices.attention_by_products)
     install_checkpointing(model, choices.checkpointing)
     cache_weights(model, choices.cached_weights, compute)

@@ -1,0 +1,140 @@
+"""`firefly plan`: memory by part and time of a run, and what would spare memory where it does not fit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from firefly.translation import Phrase, translate
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from firefly.setup.plan import Duration, Plan
+
+
+@dataclass(frozen=True)
+class Hint:
+    """A change that spares memory.
+
+    Attributes:
+        key, value: of the configuration; key "" where it is no key but another way to run.
+        cost: what is given up for it.
+    """
+
+    key: str
+    value: Any
+    cost: Phrase
+
+
+HINTS = (
+    Hint("gradient_checkpointing", True, Phrase("same result, up to 1.46 times the computing")),
+    Hint("train_mode", "qlora", Phrase("an adapter is trained, on frozen weights in 4 bit")),
+    Hint("", "FSDP, ZeRO", Phrase("several GPUs: shard optimizer, gradients and weights (docs/scale.md)")),
+)
+"""From the one that costs least; microbatches are as small already as memory asks for."""
+
+
+def hints(plan: Plan) -> list[Hint]:
+    """What would spare memory in a plan that does not fit."""
+    set_already = {"train_mode": plan.config.adapter.mode}
+    if plan.choices is not None and plan.choices.checkpointed_layers:
+        set_already["gradient_checkpointing"] = True
+    return [hint for hint in HINTS if set_already.get(hint.key) != hint.value]
+
+
+def as_json(plan: Plan) -> str:
+    """The one value that `--json` prints."""
+    advice = [{"key": hint.key, "value": hint.value, "cost": str(hint.cost)} for hint in hints(plan)]
+    return json.dumps(plan.as_dict() | {"advice": [] if plan.fits else advice}, ensure_ascii=False)
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """Print memory by part, time, the verdict, what was assumed, and hints where it does not fit."""
+    from firefly.models.memory import PARTS
+
+    show = partial(console.print, soft_wrap=True)
+    trained, total = plan.parameters
+    show(
+        translate(
+            "plan: {architecture}, {trained} of {total} parameters trained; {device}, {precision}, layout {layout}",
+            architecture=plan.architecture,
+            total=f"{total:,}",
+            trained=f"{trained:,}",
+            device=plan.machine.kind,
+            precision=plan.precision.name,
+            layout=plan.layout,
+        )
+    )
+    for note in plan.notes:
+        show(f"  {note}", style="yellow")
+    for name, size in plan.forecast.parts.items():
+        show(f"  {gib(size):>9} GiB  {size / plan.forecast.total:4.0%}  {PARTS[name]}")
+    if plan.unknown:
+        show(plan.unknown, style="yellow")
+    if plan.choices is not None:
+        show(
+            translate(
+                "microbatches of at most {budget} tokens (longest example: {longest}); {again} layers recomputed in "
+                "backward; {cached} 4-bit weights cached",
+                budget=plan.choices.tokens_per_microbatch,
+                longest=plan.work.longest,
+                again=plan.choices.checkpointed_layers,
+                cached=plan.choices.cached_weights,
+            )
+        )
+    show(_time(plan.duration))
+    numbers = {"total": gib(plan.forecast.total), "available": gib(plan.forecast.available)}
+    if not plan.fits:
+        show(translate("it does not fit: {total} GiB are needed, {available} GiB available.", **numbers), style="red")
+        show(translate("what would spare memory, cheapest first:"))
+        for hint in hints(plan):
+            change = f"{hint.key} = {json.dumps(hint.value)}" if hint.key else str(hint.value)
+            show(f"  {change:<34} {hint.cost}")
+    elif plan.unknown:
+        show(translate("what is known fits: {total} GiB of {available} GiB; activations come on top.", **numbers))
+    elif plan.forecast.total > 0.85 * plan.forecast.available:
+        show(
+            translate(
+                "it fits, but closely: {total} GiB of {available} GiB, and a forecast may be off by 15 %.", **numbers
+            )
+        )
+    else:
+        show(translate("it fits: {total} GiB of {available} GiB.", **numbers))
+
+
+def _time(duration: Duration) -> str:
+    if duration.rate is None or duration.step_seconds is None:
+        return translate("time: not estimated for another machine; --tflops N gives the rate of its matrix products.")
+    numbers = {
+        "flops": f"{duration.flops / 1e9:,.0f}",
+        "rate": f"{duration.rate / 1e9:,.0f}",
+        "source": translate("measured here" if duration.measured else "as given by --tflops"),
+        "efficiency": f"{duration.efficiency:.0%}",
+        "step": _span(duration.step_seconds),
+    }
+    if duration.seconds is None:
+        return translate(
+            "time: about {step} for a step: {flops} GFLOP, at {efficiency} of {rate} GFLOP/s ({source}).", **numbers
+        )
+    return translate(
+        "time: about {whole} for {steps} steps, {step} each: {flops} GFLOP a step, at {efficiency} of {rate} "
+        "GFLOP/s ({source}). Evaluation and checkpoints come on top.",
+        steps=duration.steps,
+        whole=_span(duration.seconds),
+        **numbers,
+    )
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def _span(seconds: float) -> str:
+    """0.8 s, 95 s, 12 min, 3.4 h, 2.1 d."""
+    for limit, unit, divisor in ((120, "s", 1), (7200, "min", 60), (172800, "h", 3600)):
+        if seconds < limit:
+            return f"{seconds / divisor:.3g} {unit}"
+    return f"{seconds / 86400:.3g} d"
