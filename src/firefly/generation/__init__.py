@@ -1,15 +1,20 @@
-"""One way to serve a model: loaded once, prompted with the template it was trained with, streamed token by token."""
+"""A model that answers: loaded once, prompted with the template it was trained with, streamed token by token."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Sequence
+from collections import abc
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import (
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
 from firefly.config import ModelConfig, PrecisionConfig
 from firefly.data.certificate import allows_special, recheck, stored_choices
@@ -55,22 +60,9 @@ class GenerationSettings:
                     expected=expected,
                 )
 
-    def generate_options(self) -> dict[str, Any]:
-        """Keyword arguments of transformers' `generate`."""
-        options: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,
-            "repetition_penalty": self.repetition_penalty,
-            "do_sample": self.temperature > 0,
-        }
-        if self.temperature > 0:
-            options |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-        else:
-            options |= {"temperature": None, "top_p": None, "top_k": None}
-        return options
-
 
 @dataclass(frozen=True)
-class Engine:
+class Generator:
     """A model, its tokenizer and template, ready to answer."""
 
     model: Any
@@ -85,7 +77,7 @@ class Engine:
         template_name: str = "auto",
         load_in_4bit: bool = False,
         force: bool = False,
-    ) -> Engine:
+    ) -> Generator:
         """Load a model, or an unmerged adapter on its base (which the adapter names if `model` does not).
 
         Args:
@@ -124,7 +116,7 @@ class Engine:
 
     def stream(
         self, messages: Sequence[Message], settings: GenerationSettings, stop: threading.Event | None = None
-    ) -> Generator[str, None, None]:
+    ) -> abc.Generator[str, None, None]:
         """Yield the answer's text as it is generated. Setting `stop` ends it after the current token.
 
         Raises:
@@ -133,6 +125,7 @@ class Engine:
         ids = torch.tensor([self.encoder.encode_prompt(messages)], device=self.model.device)
         if settings.seed is not None:
             torch.manual_seed(settings.seed)
+        sampled = settings.temperature > 0
         streamer = TextIteratorStreamer(self.encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop = stop or threading.Event()
         failure: list[BaseException] = []
@@ -145,9 +138,14 @@ class Engine:
                         attention_mask=torch.ones_like(ids),
                         eos_token_id=list(self.encoder.template.stop_ids),
                         pad_token_id=self.encoder.template.stop_ids[0],
+                        max_new_tokens=settings.max_new_tokens,
+                        repetition_penalty=settings.repetition_penalty,
+                        do_sample=sampled,
+                        temperature=settings.temperature if sampled else None,
+                        top_p=settings.top_p if sampled else None,
+                        top_k=0 if sampled else None,
+                        stopping_criteria=StoppingCriteriaList([StopWhenSet(stop)]),
                         streamer=streamer,
-                        stopping_criteria=StoppingCriteriaList([_Stopped(stop)]),
-                        **settings.generate_options(),
                     )
             except BaseException as error:  # handed to the reader, who waits on the streamer
                 failure.append(error)
@@ -169,7 +167,7 @@ class Engine:
         return "".join(self.stream(messages, settings)).strip()
 
 
-class _Stopped(StoppingCriteria):
+class StopWhenSet(StoppingCriteria):
     def __init__(self, event: threading.Event) -> None:
         self.event = event
 
