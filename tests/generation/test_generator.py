@@ -44,6 +44,38 @@ def test_the_same_seed_gives_the_same_answer(generator: Generator) -> None:
     assert len(answers) == 1
 
 
+def test_a_seed_repeats_an_answer_beside_another_request_and_leaves_the_random_state_of_the_process(
+    generator: Generator,
+) -> None:
+    settings = GenerationSettings(max_new_tokens=24, temperature=5.0, seed=3)
+    alone = generator.answer([Message("user", "red")], settings)
+    state = torch.get_rng_state()
+    pieces = generator.stream([Message("user", "red")], settings)
+    beside = [next(pieces), *generator.stream([Message("user", "blue")], GenerationSettings(temperature=5.0))]
+    assert "".join([beside[0], *pieces]).strip() == alone
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_tokens_are_drawn_as_transformers_draws_them(generator: Generator) -> None:
+    settings = GenerationSettings(max_new_tokens=24, temperature=1.5, top_p=0.8, repetition_penalty=1.2, seed=7)
+    messages = [Message("user", "two blue red")]
+    ids = torch.tensor([generator.encoder.encode_prompt(messages)])
+    torch.manual_seed(7)
+    drawn = generator.model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        eos_token_id=list(generator.encoder.template.stop_ids),
+        max_new_tokens=24,
+        do_sample=True,
+        temperature=1.5,
+        top_p=0.8,
+        top_k=0,
+        repetition_penalty=1.2,
+    )
+    expected = generator.encoder.tokenizer.decode(drawn[0, ids.shape[1] :], skip_special_tokens=True)
+    assert generator.answer(messages, settings) == expected.strip()
+
+
 def test_a_set_event_stops_the_answer(generator: Generator) -> None:
     stop = threading.Event()
     settings = GenerationSettings(max_new_tokens=400, temperature=0, repetition_penalty=1.3)

@@ -1,4 +1,8 @@
-"""A model that answers: loaded once, prompted with the template it was trained with, streamed token by token."""
+"""A model that answers: loaded once, prompted with the template it was trained with, streamed token by token.
+
+Nothing here touches the state of the process: each request draws its tokens from a random generator of its own, so
+several may run beside each other or beside a training run.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,13 @@ from typing import Any
 
 import torch
 from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
+    TemperatureLogitsWarper,
     TextIteratorStreamer,
+    TopPLogitsWarper,
 )
 
 from firefly.config import ModelConfig, PrecisionConfig
@@ -59,6 +67,29 @@ class GenerationSettings:
                     value=getattr(self, name),
                     expected=expected,
                 )
+
+
+class TokenSampler(LogitsProcessor):
+    """Draws each token itself, from a random generator of its own, and leaves `generate` one finite logit to take.
+
+    transformers' own sampling draws from the random state of the process, which other requests and a training run
+    share: with that, a seed repeats an answer only if nothing else draws meanwhile, and setting it disturbs the others.
+    """
+
+    def __init__(self, settings: GenerationSettings, device: torch.device) -> None:
+        self.generator = torch.Generator(device)
+        if settings.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(settings.seed)
+        self.shape = LogitsProcessorList([TemperatureLogitsWarper(float(settings.temperature))])
+        if settings.top_p < 1:
+            self.shape.append(TopPLogitsWarper(settings.top_p))
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        probabilities = torch.softmax(self.shape(input_ids, scores), dim=-1)
+        chosen = torch.multinomial(probabilities, 1, generator=self.generator)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
 @dataclass(frozen=True)
@@ -123,9 +154,7 @@ class Generator:
             TemplateFailure: the template refuses these messages.
         """
         ids = torch.tensor([self.encoder.encode_prompt(messages)], device=self.model.device)
-        if settings.seed is not None:
-            torch.manual_seed(settings.seed)
-        sampled = settings.temperature > 0
+        samplers = [TokenSampler(settings, self.model.device)] if settings.temperature > 0 else []
         streamer = TextIteratorStreamer(self.encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop = stop or threading.Event()
         failure: list[BaseException] = []
@@ -140,10 +169,11 @@ class Generator:
                         pad_token_id=self.encoder.template.stop_ids[0],
                         max_new_tokens=settings.max_new_tokens,
                         repetition_penalty=settings.repetition_penalty,
-                        do_sample=sampled,
-                        temperature=settings.temperature if sampled else None,
-                        top_p=settings.top_p if sampled else None,
-                        top_k=0 if sampled else None,
+                        do_sample=False,  # the sampler has drawn
+                        temperature=None,
+                        top_p=None,
+                        top_k=None,
+                        logits_processor=LogitsProcessorList(samplers),
                         stopping_criteria=StoppingCriteriaList([StopWhenSet(stop)]),
                         streamer=streamer,
                     )
