@@ -20,8 +20,10 @@ from firefly.commands.runs import compare_runs
 from firefly.config import load_config
 from firefly.errors import UsageError
 from firefly.runs.records import open_run, read_metrics, series
+from firefly.runs.state import SILENCE_SECONDS
 from firefly.tasks.causal import CausalTask
 from firefly.train import train
+from run_folders import age
 from tiny import save_tiny_model, write_rows
 
 STEPS = 3
@@ -171,6 +173,7 @@ def test_a_killed_run_is_seen_running_and_then_interrupted(settings, tmp_path):
     assert (running.state, running.total_steps) == ("running", 100_000)
     process.send_signal(signal.SIGKILL)
     _, lines = process.communicate()
+    age(out, SILENCE_SECONDS)
     killed = open_run(out)
     assert killed.state == "interrupted"
     assert killed.steps >= 6
