@@ -21,6 +21,9 @@ from firefly.errors import UsageError, VerificationError
 LEAST = {"output_dir": "out", "model_name_or_path": "model", "train_file": "data.jsonl"}
 
 
+HEAVY = ("torch", "transformers", "numpy", "pyarrow", "datasets", "jinja2")
+
+
 @pytest.fixture
 def config_file(tmp_path: Path) -> Path:
     path = tmp_path / "config.json"
@@ -49,10 +52,9 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_answers_at_once_without_the_heavy_libraries():
-    heavy = ("torch", "transformers", "numpy", "pyarrow", "datasets", "jinja2")
     code = (
         "import sys; from firefly.cli import VERBS, main; code = main(['--help']); "
-        f"print([name for name in {heavy} if name in sys.modules], file=sys.stderr); sys.exit(code)"
+        f"print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr); sys.exit(code)"
     )
     seconds = []
     for _ in range(3):
@@ -65,6 +67,16 @@ def test_help_answers_at_once_without_the_heavy_libraries():
         if seconds[-1] < 0.6:
             break
     assert min(seconds) < 0.6
+
+
+def test_the_help_of_no_command_needs_the_heavy_libraries():
+    code = (
+        "import sys; from firefly.cli import VERBS, main\n"
+        "for verb in VERBS: assert main([verb, '--help']) == 0\n"
+        f"print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
+    )
+    answer = python(code)
+    assert (answer.returncode, answer.stderr.strip()) == (0, "[]")
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
