@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from firefly.config import ModelConfig
     from firefly.data.dataset import Split
-    from firefly.data.encoding import Encoder
     from firefly.data.formats import TaskName
     from firefly.data.schema import Tokens
 
@@ -54,18 +53,15 @@ class DataCheck:
     """What was found of a configuration's data.
 
     Attributes:
+        template: its name; None where the rows are no chats.
         problem: why a run would stop; None if it would start.
     """
 
     data: Split
     task: TaskName
-    encoder: Encoder
+    tokenizer: Any
+    template: str | None
     problem: str | None
-
-    @property
-    def template(self) -> str | None:
-        """The name of the template; plain documents need none."""
-        return None if self.task == "pretrain" else self.encoder.template.name
 
     def as_dict(self) -> dict[str, Any]:
         """The value that `firefly check --json` prints."""
@@ -92,6 +88,7 @@ def check_data(config_file: str, overrides: Mapping[str, Any]) -> DataCheck:
     from firefly.models.saved_adapter import tokenizer_source
     from firefly.models.tokens import add_tokens
     from firefly.setup.checks import bind_encoder, check_positions, prove_template
+    from firefly.tasks import TASKS
 
     config = load_config(config_file or {}, overrides, required=("train_file",), to_train=False)
     # Without a configuration the data tells; with one, `firefly train` would not ask it.
@@ -107,17 +104,19 @@ def check_data(config_file: str, overrides: Mapping[str, Any]) -> DataCheck:
         model = replace(model, name_or_path=EMBEDDED)
     tokenizer = load_tokenizer(model, tokenizer_source(model, config.adapter.name_or_path))
     add_tokens(tokenizer, model.add_tokens)
-    encoder = bind_encoder(config, tokenizer, chats=task != "pretrain")
-    if task != "pretrain":
+    chats = TASKS[task].CHATS
+    encoder = bind_encoder(config, tokenizer, chats)
+    if chats:
         prove_template(encoder)
     data = load_split(config.data, encoder, task, model.hub)
+    problem = None
     try:
         data.check(config.data)
         if has_config(model):
             check_positions(model, data)
     except UsageError as error:
-        return DataCheck(data, task, encoder, str(error))
-    return DataCheck(data, task, encoder, None)
+        problem = str(error)
+    return DataCheck(data, task, tokenizer, encoder.template.name if chats else None, problem)
 
 
 def has_config(model: ModelConfig) -> bool:
@@ -192,7 +191,7 @@ def show_check(check: DataCheck, console: Any) -> None:
     ):
         show_bars(console, title, bars)
     if len(data.train):
-        show_example(console, data.train[0], check.encoder.tokenizer)
+        show_example(console, data.train[0], check.tokenizer)
 
 
 def show_bars(console: Any, title: str, bars: list[tuple[str, int]], width: int = 40) -> None:
@@ -216,7 +215,7 @@ def write_html(check: DataCheck, path: Path) -> None:
     for index in range(min(PREVIEWED, len(check.data.train))):
         example = check.data.train[index]
         sides = (example,) if isinstance(example, Tokens) else example.sides
-        shown = "\n\n".join(marked(side, check.encoder.tokenizer) for side in sides)
+        shown = "\n\n".join(marked(side, check.tokenizer) for side in sides)
         place = html.escape(str(check.data.train.place(index)))
         parts.append(f"<h2>{place}</h2><pre>{shown}</pre>")
     findings = check.data.train.ledger.findings
