@@ -86,7 +86,7 @@ class TokenSampler(LogitsProcessor):
         if settings.top_p < 1:
             self.shape.append(TopPLogitsWarper(settings.top_p))
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Any, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         probabilities = torch.softmax(self.shape(input_ids, scores), dim=-1)
         chosen = torch.multinomial(probabilities, 1, generator=self.generator)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
