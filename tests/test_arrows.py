@@ -16,12 +16,12 @@ ROOMS = (
     ("", "translation", "ranks", "errors", "console", "files", "segments", "legacy", "arguments", "config", "hub"),
     ("data",),
     ("models",),
-    ("runs", "inference", "distributed"),
+    ("runs", "generation", "distributed"),
     ("tasks", "evaluation"),
     ("setup", "run", "saving"),
     ("loop",),
     ("train", "export"),
-    ("reports", "commands"),
+    ("commands",),
     ("cli",),
 )
 """From the lowest to the highest: a room imports from lower ones and from its own row. "" is the package itself."""

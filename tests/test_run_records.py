@@ -16,12 +16,14 @@ import pytest
 
 import firefly
 from firefly.cli import main
+from firefly.commands.runs import compare_runs
 from firefly.config import load_config
 from firefly.errors import UsageError
-from firefly.reports.run_diff import compare_runs
-from firefly.runs.records import open_run, read_metrics
+from firefly.runs.records import open_run, read_metrics, series
+from firefly.runs.state import SILENCE_SECONDS
 from firefly.tasks.causal import TokenTask
 from firefly.train import train
+from run_folders import age
 from tiny import save_tiny_model, write_rows
 
 STEPS = 3
@@ -105,10 +107,10 @@ def test_a_run_that_does_not_end_well_says_how(run, tmp_path, monkeypatch, error
 
 def test_a_run_of_the_same_seed_is_the_same_run_and_one_of_another_is_told_from_it(run):
     first, again, other = (open_run(run(name, seed=seed)) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
-    same, different = compare_runs(first, again), compare_runs(first, other)
-    assert (same.trained, same.computed, same.agreement.first) == ([], [], None)
-    assert [item.what for item in different.trained] == ["seed"]
-    assert different.agreement.first is not None
+    assert not any(compare_runs(first, again).values())
+    assert series(first.metrics, "loss") == series(again.metrics, "loss")
+    assert {part: list(pairs) for part, pairs in compare_runs(first, other).items() if pairs} == {"settings": ["seed"]}
+    assert series(first.metrics, "loss") != series(other.metrics, "loss")
 
 
 def test_each_training_log_tells_the_pace(run):
@@ -171,6 +173,7 @@ def test_a_killed_run_is_seen_running_and_then_interrupted(settings, tmp_path):
     assert (running.state, running.total_steps) == ("running", 100_000)
     process.send_signal(signal.SIGKILL)
     _, lines = process.communicate()
+    age(out, SILENCE_SECONDS)
     killed = open_run(out)
     assert killed.state == "interrupted"
     assert killed.steps >= 6

@@ -14,7 +14,7 @@ from firefly.data.encoding import Encoder
 from firefly.data.schema import Message
 from firefly.data.templates import bind_template
 from firefly.export.merge import merge
-from firefly.inference.engine import Engine
+from firefly.generation import Generator
 from firefly.models.loading import EMBEDDED, load_tokenizer
 from firefly.train import train
 
@@ -53,16 +53,16 @@ def test_4_bit_chat_has_the_logits_of_the_model_that_was_trained(run: Path, monk
     from firefly.models.precision import Precision, pick_device
 
     monkeypatch.setattr("firefly.models.precision.has_bf16", lambda device: False)  # rounding apart
-    engine = Engine.load(ModelConfig(), str(run), load_in_4bit=True)
-    ids = torch.tensor([engine.encoder.encode_prompt([Message.of("user", "Who are you?")])])
+    generator = Generator.load(ModelConfig(), str(run), load_in_4bit=True)
+    ids = torch.tensor([generator.encoder.encode_prompt([Message.of("user", "Who are you?")])])
     config = load_config(run / "train_args.json")
-    precision = Precision(next(engine.model.parameters()).dtype)
+    precision = Precision(next(generator.model.parameters()).dtype)
     trained = attach_adapter(load_model(config.model, "qlora", precision, pick_device()), config.adapter)
     assert isinstance(trained, PeftModel)
     trained.load_adapter(str(run), "default")
     trained.eval()
     with torch.no_grad():
-        found, expected = (model(input_ids=ids).logits for model in (engine.model, trained))
+        found, expected = (model(input_ids=ids).logits for model in (generator.model, trained))
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
 
 

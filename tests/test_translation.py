@@ -63,6 +63,15 @@ def templates_of(tree: ast.Module) -> Iterator[tuple[int, str | None]]:
                 yield node.lineno, None
 
 
+def helps_of(tree: ast.Module) -> Iterator[str]:
+    """What `--help` shows: the help of options, arguments and groups, and the docstrings of commands in groups."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("typer.Option", "typer.Argument", "typer.Typer"):
+            yield from (ast.literal_eval(item.value) for item in node.keywords if item.arg == "help")
+        if isinstance(node, ast.FunctionDef) and any(".command('" in ast.unparse(d) for d in node.decorator_list):
+            yield ast.get_docstring(node) or f"{node.name} has no help"  # a verb's own stands in the command line
+
+
 def fields(template: str) -> set[str]:
     return {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
 
@@ -79,11 +88,20 @@ def raised() -> dict[str, str]:
     return found
 
 
-def test_every_message_is_translated_with_the_same_fields_and_nothing_else_is(raised: dict[str, str]) -> None:
+@pytest.fixture(scope="module")
+def helps() -> set[str]:
+    return {text for path in SOURCE.rglob("*.py") for text in helps_of(ast.parse(path.read_text(encoding="utf-8")))}
+
+
+def test_every_message_is_translated_with_the_same_fields_and_nothing_else_is(
+    raised: dict[str, str], helps: set[str]
+) -> None:
     known = chinese()
     assert len(raised) > 400
+    assert len(helps) > 40
     assert {text: place for text, place in raised.items() if text not in known} == {}
-    assert [text for text in known if text not in raised] == []
+    assert [text for text in helps if text not in known] == []
+    assert [text for text in known if text not in raised and text not in helps] == []
     assert [text for text in raised if fields(text) != fields(known[text])] == []
     assert all(name.isidentifier() for text in raised for name in fields(text))
 

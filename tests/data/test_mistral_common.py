@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from firefly.commands.templates import render_request
 from firefly.data.families import find_family
 from firefly.data.formats import parse_record
 from firefly.data.schema import Conversation
 from firefly.data.templates import ChatTemplate, read_template
 from firefly.errors import UsageError
-from firefly.reports.template_tools import render_request
 
 Generate = Callable[..., str]
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from firefly.commands.templates import describe_templates, render_request
 from firefly.data.families import TEMPLATES, family_names, find_family
 from firefly.data.rendering import render_chat
 from firefly.data.templates import ChatTemplate, TemplateFailure, read_template
 from firefly.errors import UsageError
-from firefly.reports.template_tools import describe_templates, render_request
 
 UPSTREAM = (
     "default internlm internlm2 qwen yi orion deepseek chatglm2 chatglm3 ziya2 xverse minicpm minicpm3 zephyr mistral "

@@ -17,7 +17,8 @@ from firefly.cli import main
 from firefly.config import ModelConfig, load_config
 from firefly.errors import UsageError, VerificationError
 from firefly.export import merge as merging
-from firefly.export.merge import merge, round_unbiased
+from firefly.export.layers import round_unbiased, with_magnitude
+from firefly.export.merge import merge
 from firefly.export.verification import all_logits, compare, has_effect, largest_gap, rounding_gap
 from firefly.models.adapter_loading import load_adapter
 from firefly.train import train
@@ -405,10 +406,10 @@ def test_added_tokens_are_trained_and_only_they(tmp_path: Path) -> None:
 
 def test_a_merged_dora_layer_has_the_trained_lengths() -> None:
     direction, magnitude = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)), torch.linspace(0.1, 2, 64)
-    merged = merging.with_magnitude(direction, magnitude, transposed=False)
+    merged = with_magnitude(direction, magnitude, transposed=False)
     torch.testing.assert_close(merged.norm(dim=1), magnitude)
     torch.testing.assert_close(torch.cosine_similarity(merged, direction), torch.ones(64))
-    torch.testing.assert_close(merging.with_magnitude(direction.T, magnitude, transposed=True), merged.T)
+    torch.testing.assert_close(with_magnitude(direction.T, magnitude, transposed=True), merged.T)
 
 
 def test_a_logit_that_is_no_number_is_a_difference() -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from firefly.config import AdapterConfig, ModelConfig
 from firefly.data.batching import pack
 from firefly.errors import UsageError
-from firefly.export.merge import load_base, merge_layers
+from firefly.export.layers import merge_layers
+from firefly.export.merge import load_base
 from firefly.models import loading
 from firefly.models.adapter_loading import load_adapter
 from firefly.models.adapters import attach_adapter, count_parameters

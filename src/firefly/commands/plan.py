@@ -5,14 +5,51 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from firefly.commands.options import ANY_KEY, ConfigArgument, JsonOption, given_configuration, lasting_imports
+from firefly.console import print_json, stdout_console
+from firefly.errors import UsageError, VerificationError
 from firefly.translation import Phrase, translate
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from firefly.setup.plan import Duration, Plan
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(context_settings=ANY_KEY)
+def plan_command(
+    context: typer.Context,
+    config: ConfigArgument = "",
+    memory: Annotated[str, typer.Option("--memory", help="Plan for a machine with so much, such as 24GB.")] = "",
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda; with --memory alone a GPU is meant.")] = "",
+    tflops: Annotated[
+        float | None, typer.Option("--tflops", help="Rate of matrix products of that machine, for the time.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    source, overrides = given_configuration(context, config)
+    if tflops is not None and not tflops > 0:
+        raise UsageError("plan.bad_rate", "--tflops {value} is not valid; it must be above 0.", value=tflops)
+    with lasting_imports():
+        from firefly.setup.plan import make_plan
+    plan = make_plan(source, overrides, memory, device, tflops)
+    if as_json:
+        print_json(plan_as_json(plan))
+    else:
+        show_plan(plan, stdout_console())
+    if not plan.fits:
+        raise VerificationError(
+            "plan.failed",
+            "the run needs {total} GiB and {available} GiB are available.",
+            total=gib(plan.forecast.total),
+            available=gib(plan.forecast.available),
+        )
 
 
 @dataclass(frozen=True)
@@ -45,7 +82,7 @@ def hints(plan: Plan) -> list[Hint]:
     return [hint for hint in HINTS if set_already.get(hint.key) != hint.value]
 
 
-def as_json(plan: Plan) -> str:
+def plan_as_json(plan: Plan) -> str:
     """The one value that `--json` prints."""
     advice = [{"key": hint.key, "value": hint.value, "cost": str(hint.cost)} for hint in hints(plan)]
     return json.dumps(plan.as_dict() | {"advice": [] if plan.fits else advice}, ensure_ascii=False)

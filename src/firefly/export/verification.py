@@ -72,6 +72,26 @@ class Comparison:
         return self.kl <= LARGEST_KL and self.agreement >= LEAST_AGREEMENT
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What the unmerged model does, and the merged one has to do.
+
+    Attributes:
+        prompts: token ids.
+        logits: of each prompt, (tokens, vocabulary).
+        rounding: the largest logit gap that rounding alone makes in it.
+        updates: a look at what the adapter adds to each weight.
+    """
+
+    prompts: list[list[int]]
+    logits: list[Tensor]
+    rounding: float
+    updates: list[SampledUpdate]
+
+    def compare(self, merged: Any) -> Comparison:
+        return compare(self.logits, all_logits(merged, self.prompts), self.prompts, self.rounding)
+
+
 def encode_prompts(tokenizer: Any) -> list[list[int]]:
     """The fixed prompts as ids, in the model's own chat format where it has one."""
     if not tokenizer.chat_template:

@@ -153,7 +153,7 @@ class RunRecorder(TrainerCallback):
                 self.drawing.wait(REDRAW_SECONDS)
 
     def _show_life(self) -> None:
-        """Readers on other machines know a run that still goes on by the time of its metrics.jsonl."""
+        """Readers know a run that still goes on by the time of its metrics.jsonl."""
         now = time.time()
         if now - self.beat > HEARTBEAT_SECONDS:
             self.beat = now

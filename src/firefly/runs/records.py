@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from firefly.errors import UsageError
-from firefly.runs.state import FAILED, FINISHED, RUNNING, has_newer_results, last_sign, run_state, time_of
+from firefly.runs.state import FAILED, FINISHED, RUNNING, last_sign, run_state, time_of
 
 DEPTH = 3
 """Folders below the one that is searched in which a run may lie."""
@@ -51,9 +51,7 @@ class RunRecord:
     @cached_property
     def results(self) -> dict[str, Any]:
         """train_results.json, if it is of this run: a run that was started anew leaves the earlier one's in place."""
-        recorded = self.passport.get("state") is not None
-        current = self.state == FINISHED if recorded else has_newer_results(self.folder)
-        return read_object(self.folder / "train_results.json") if current else {}
+        return read_object(self.folder / "train_results.json") if self.state == FINISHED else {}
 
     @cached_property
     def data(self) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
@@ -20,7 +22,7 @@ from firefly.runs.memory import peak_memory
 from firefly.runs.metrics import draw_result
 from firefly.runs.overview import show_peak
 from firefly.runs.passport import git_commit, hardware, package_versions, record_memory, write_json
-from firefly.runs.state import RUNNING, this_process
+from firefly.runs.state import RUNNING
 from firefly.setup.build import ModelFacts
 
 
@@ -84,7 +86,7 @@ def write_records(run: Run, model: TrainableModel, facts: ModelFacts) -> None:
             "resumed_from": None if run.checkpoint is None else str(run.checkpoint),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "state": RUNNING,
-            "process": this_process(),
+            "process": {"host": platform.node(), "pid": os.getpid()},
         },
     )
 

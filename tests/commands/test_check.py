@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from firefly.cli import main
-from firefly.reports.check import histogram
+from firefly.commands.check import histogram
 from tiny import save_tiny_model
 
 
@@ -187,9 +187,8 @@ def test_verify_proves_a_template_or_is_exit_3(capsys, model, monkeypatch):
     assert code == 0
     assert proved["passed"]
     assert len(proved["hash"]) == 64
-    from firefly.reports import verify
 
-    monkeypatch.setattr(verify, "stop_ids_of", lambda config: [0])
+    monkeypatch.setattr("firefly.models.loading.stop_ids_of", lambda config: [0])
     code, out, err = run(capsys, "templates", "verify", "--model_name_or_path", model, "--template_name", "qwen")
     assert code == 3
     assert "FAIL stop_in_generation_config" in out

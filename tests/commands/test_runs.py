@@ -13,10 +13,9 @@ import pytest
 
 import firefly
 from firefly.cli import main
+from firefly.commands.runs import clock, compare_runs, shown
 from firefly.console import notice, take_notices
 from firefly.errors import UsageError
-from firefly.reports.run_diff import compare_losses, compare_runs, shortened
-from firefly.reports.runs import BLOCKS, clock, sparkline
 from firefly.runs.passport import describe_error
 from firefly.runs.records import open_run, read_object
 from run_folders import CONFIG, PASSPORT, RESULTS, write_run
@@ -57,11 +56,11 @@ def test_the_list_says_what_became_of_each_run(capsys):
     code, out, err = run(capsys, "list")
     assert (code, err) == (0, "")
     lines = [line.split() for line in out.splitlines()]
-    assert lines[1][:3] == ["output/bad", "failed", "9.0000"]
-    assert lines[2][:5] == ["sft", "lora,", "tiny", "3/20", "–"]
-    assert lines[3][:3] == ["output/good", "finished", "1.0000"]
-    assert lines[4] == ["sft", "lora,", "tiny", "20/20", "1.2500", "0:03:20"]
-    assert len(lines) == 5
+    assert lines[0] == ["run", "state", "steps", "loss", "eval_loss", "started", "took"]
+    assert lines[1][:5] == ["output/bad", "failed", "3/20", "9.0000", "–"]
+    assert lines[2][:5] == ["output/good", "finished", "20/20", "1.0000", "1.2500"]
+    assert lines[2][-1] == "0:03:20"
+    assert len(lines) == 3
 
 
 def test_the_list_as_json_is_one_value(capsys):
@@ -85,7 +84,8 @@ def test_long_names_are_folded_and_not_cut(capsys):
     write_run(Path(name) / name, LOSSES)
     _, out, _ = run(capsys, "list")
     assert columns(out) <= 80
-    assert "".join(line[:38].strip() for line in out.splitlines()[1:]).startswith(f"{name}/{name}")
+    width = out.index("state")
+    assert "".join(line[:width].strip() for line in out.splitlines()[1:]) == f"{name}/{name}"
 
 
 # ---- show ----
@@ -104,16 +104,16 @@ def test_a_run_is_shown_with_everything_that_a_person_asks_for(capsys):
         "resumed from output/run/checkpoint-10",
         "learning_rate 0.0001",
         "precision float32",
-        "42 rows, 38 kept, 2 cut, lost: too_long 2; 10,000 tokens, 40% trained",
-        "40 examples to train, 0 held out",
-        "loss 2.9000 ██▇▇▇▆▆▅▅▅▄▄▄▃▃▂▂▂▁▁ 1.0000 lowest 1.0000 at step 20",
-        "eval_loss 2.5000 █▁ 1.2500",
+        'rows 42 kept 38 cut 2 lost {"too_long": 2} tokens 10,000 target_tokens 4,000 train_examples 40',
+        "loss 2.9000 → 1.0000 lowest 1.0000 at step 20",
+        "eval_loss 2.5000 → 1.2500",
         "train_runtime 0:03:00",
         "peak_memory_bytes 3.00 GiB",
         "10, 20 (incomplete)",
         "bf16 was asked for [here].",
         "torch 2.13.0",
-        "AMD EPYC, 8.00 GiB",
+        "cpu AMD EPYC",
+        "memory_bytes 8.00 GiB",
         f"firefly_commit {'5' * 40}",
     ):
         assert text in shown
@@ -185,9 +185,9 @@ def test_a_folder_to_search_that_is_not_there_is_exit_2(capsys):
 def test_all_is_chinese_and_fits_with_firefly_lang_zh(capsys, monkeypatch, command):
     monkeypatch.setenv("FIREFLY_LANG", "zh")
     write_run(Path("output/a"), LOSSES, {20: 1.0})
-    write_run(Path("output/b"), LOSSES | {20: 2.0}, seed=7, config={"learning_rate": 1e-5})
+    write_run(Path("output/b"), LOSSES | {20: 2.0}, config={"learning_rate": 1e-5}, hashes={})
     arguments = {"list": [], "show": ["output/a"], "diff": ["output/a", "output/b"]}[command]
-    expected = {"list": "已完成", "show": "版本与硬件", "diff": "直到第 19 步，损失之差不超过 1e-6。"}[command]
+    expected = {"list": "已完成", "show": "版本与硬件", "diff": "模型与数据"}[command]
     _, out, _ = run(capsys, command, *arguments)
     assert expected in out
     assert columns(out) <= 80
@@ -206,13 +206,6 @@ def test_the_commands_answer_without_the_heavy_libraries(tmp_path):
     assert (done.returncode, done.stderr.strip()) == (0, "[]")
 
 
-def test_a_curve_in_characters_keeps_its_shape():
-    assert sparkline([3.0, 2.0, 1.0], 40) == f"{BLOCKS[-1]}{BLOCKS[4]}{BLOCKS[0]}"
-    assert len(sparkline(list(range(1000)), 40)) == 40
-    assert sparkline([1.0, 1.0]) == BLOCKS[0] * 2
-    assert sparkline([1.0, float("nan"), 0.0]) == f"{BLOCKS[-1]}×{BLOCKS[0]}"
-
-
 @pytest.mark.parametrize(
     ("seconds", "text"), [(None, "–"), (59.6, "0:01:00"), (3723, "1:02:03"), (90061, "1d 1:01:01")]
 )
@@ -223,151 +216,68 @@ def test_a_duration_is_read_like_a_clock(seconds, text):
 # ---- diff ----
 
 
-def names(items) -> list[str]:
-    return [item.what for item in items]
-
-
-def test_what_changes_training_comes_first_and_most_telling_first(capsys):
+def test_what_differs_is_told_by_part(capsys):
     write_run(Path("a"), LOSSES)
     hashes = PASSPORT["hashes"] | {"data": "7" * 32, "base_weights": {"sha256": "8" * 64}}
-    changed = {"learning_rate": 1e-5, "logging_steps": 1, "tokens_per_microbatch": 99, "beta": 0.5}
     write_run(
         Path("b"),
         LOSSES,
-        config=changed,
+        config={"learning_rate": 1e-5, "logging_steps": 1, "beta": 0.5},
         hashes=hashes,
-        seed=7,
         resolved=resolved(precision="bfloat16", tokens_per_microbatch=99),
-        versions=PASSPORT["versions"] | {"numpy": "2", "python": "3.12", "torch": "2.14.0"},
+        versions=PASSPORT["versions"] | {"numpy": "2", "torch": "2.14.0"},
         firefly_commit="9" * 40,
         world_size=2,
     )
-    diff = compare_runs(open_run("a"), open_run("b"))
-    assert names(diff.trained) == ["base", "data", "seed", "examples_per_step", "learning_rate"]
-    assert names(diff.computed) == [
-        "precision",
-        "tokens_per_microbatch",
-        "world_size",
-        "torch",
-        "python",
-        "firefly_commit",
-    ]
-    assert names(diff.idle) == ["output_dir", "beta", "logging_steps"]  # there is no beta in SFT
-    assert diff.same == ["task", "mode", "template", "tokenizer", "hardware"]
-    out = " ".join(run(capsys, "diff", "a", "b")[1].split())
-    assert out.index("what is trained differs") < out.index("how it is computed") < out.index("without an effect")
-    assert "base model 4444444444… 8888888888…" in out
-    assert "the same: task, train_mode, template, tokenizer, hardware" in out
-    assert "examples per step 8 16" in out
-    assert "the hash of the data covers the prepared examples" in out
+    found = compare_runs(open_run("a"), open_run("b"))
+    assert {part: list(pairs) for part, pairs in found.items()} == {
+        "settings": ["beta", "logging_steps", "learning_rate"],
+        "data": ["base_weights", "data"],
+        "choices": ["precision", "tokens_per_microbatch", "world_size"],
+        "versions": ["torch", "firefly_commit", "numpy"],
+    }
+    assert found["settings"]["learning_rate"] == (1e-4, 1e-5)
+    assert found["versions"]["numpy"] == (None, "2")  # only one of them recorded it
+    code, out, err = run(capsys, "diff", "a", "b")
+    assert (code, err) == (0, "")
+    assert columns(out) <= 80
+    lines = [line.split() for line in out.splitlines()]
+    assert ["learning_rate", "0.0001", "1e-05"] in lines
+    assert ["base_weights", "4444444444…", "8888888888…"] in lines
+    assert ["numpy", "–", "2"] in lines
 
 
 def test_runs_that_differ_in_nothing_say_so(capsys):
     for name in ("a", "b"):
         write_run(Path(name), LOSSES)
-    out = " ".join(run(capsys, "diff", "a", "b")[1].split())
-    assert "the same: task, train_mode, base model, data, template, tokenizer, seed, examples per step" in out
-    assert "nothing that shapes training differs" in out
-    assert "the losses are identical at all 20 common logs, up to step 20." in out
-    assert "what is trained differs" not in out
-
-
-def test_the_same_step_in_other_microbatches_is_a_matter_of_rounding(capsys):
-    write_run(Path("a"), LOSSES)
-    write_run(Path("b"), LOSSES, config={"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1})
-    diff = compare_runs(open_run("a"), open_run("b"))
-    assert diff.trained == []
-    assert "examples_per_step" in diff.same
-    write_run(Path("c"), LOSSES, resolved=resolved(tokens_per_microbatch=64))
-    assert "what the losses differ by comes from how they were computed" in " ".join(
-        run(capsys, "diff", "a", "c")[1].split()
-    )
+    assert not any(compare_runs(open_run("a"), open_run("b")).values())
+    assert "settings, data, choices and versions are the same" in run(capsys, "diff", "a", "b")[1]
 
 
 def test_a_key_that_only_one_run_names_is_compared_with_the_default_of_the_other():
     write_run(Path("a"), LOSSES, config={"weight_decay": 0.0, "lora_dropout": 0.05})
-    write_run(Path("b"), LOSSES, without=["defaults"])
+    write_run(Path("b"), LOSSES)
     write_run(Path("c"), LOSSES, config={"num_train_epochs": 1.0, "max_prompt_length": None, "task_type": "dpo"})
-    assert compare_runs(open_run("a"), open_run("b")).trained == []
-    found = {item.what: (item.a, item.b) for item in compare_runs(open_run("b"), open_run("c")).trained}
-    assert found == {"task": ("sft", "dpo"), "max_prompt_length": (512, None), "num_train_epochs": (3.0, 1.0)}
+    assert compare_runs(open_run("a"), open_run("b"))["settings"] == {}
+    assert compare_runs(open_run("b"), open_run("c"))["settings"] == {
+        "task_type": ("sft", "dpo"),
+        "max_prompt_length": (512, None),
+        "num_train_epochs": (3.0, 1.0),
+    }
 
 
-def test_other_evaluation_data_trains_nothing():
-    write_run(Path("a"), LOSSES)
-    write_run(Path("b"), LOSSES, hashes=PASSPORT["hashes"] | {"eval_data": "7" * 32})
-    diff = compare_runs(open_run("a"), open_run("b"))
-    assert (diff.trained, names(diff.idle)) == ([], ["eval_data", "output_dir"])
-
-
-def test_what_one_run_did_not_record_is_no_difference(capsys):
-    write_run(Path("a"), LOSSES)
-    write_run(Path("b"), LOSSES, without=["hashes", "versions", "hardware", "resolved", "world_size", "seed"])
-    diff = compare_runs(open_run("a"), open_run("b"))
-    assert (diff.trained, diff.computed) == ([], [])
-    assert diff.unknown == ["base", "data", "tokenizer", "seed"]
-    assert "recorded by one of them only: base model, data" in " ".join(run(capsys, "diff", "a", "b")[1].split())
-
-
-def test_the_outcome_stands_side_by_side(capsys):
+def test_the_results_stand_side_by_side(capsys):
     write_run(Path("a"), LOSSES, {20: 2.0})
-    write_run(Path("b"), LOSSES, {20: 1.0}, results=RESULTS | {"input_tokens_per_second": 111.0})
+    write_run(Path("b"), LOSSES | {20: float("nan")}, {20: 1.0}, results=RESULTS | {"input_tokens_per_second": 111.0})
     _, out, _ = run(capsys, "diff", "a", "b", "--json")
-    outcome = json.loads(out)["outcome"]
-    assert outcome["eval_loss"] == [2.0, 1.0]
-    assert outcome["tokens_per_second"] == [55.5, 111.0]
+    found = json.loads(out, parse_constant=pytest.fail)  # NaN is no JSON
+    assert (found["a"]["path"], found["b"]["path"]) == ("a", "b")
+    assert found["results"]["eval_loss"] == [2.0, 1.0]
+    assert found["results"]["tokens_per_second"] == [55.5, 111.0]
+    assert found["results"]["loss"] == [1.0, None]
     lines = [line.split() for line in run(capsys, "diff", "a", "b")[1].splitlines()]
-    assert ["tokens_per_second", "55.50", "111.00", "2.000"] in lines
-    assert ["peak_memory_bytes", "3.00", "GiB", "3.00", "GiB", "1.000"] in lines
-
-
-# ---- how far losses agree ----
-
-
-def test_losses_agree_until_they_do_not(capsys):
-    drifting = {step: loss + (2e-7 if step <= 10 else 4e-4 if step <= 15 else 0.5) for step, loss in LOSSES.items()}
-    drifting[20] = LOSSES[20]  # that they meet again is no agreement
-    found = compare_losses(LOSSES, drifting)
-    assert found.until == {"1e-6": 10, "1e-3": 15}
-    assert (found.steps, found.last) == (20, 20)
-    assert found.first == (1, LOSSES[1], drifting[1])
-    write_run(Path("a"), LOSSES)
-    write_run(Path("b"), drifting)
-    out = run(capsys, "diff", "a", "b")[1]
-    assert "the losses agree to 1e-6 until step 10." in out
-    assert "the losses agree to 1e-3 until step 15." in out
-    assert "largest difference: 5.0e-01, at step" in out
-
-
-@pytest.mark.parametrize(
-    ("other", "said"),
-    [
-        ({step: loss + 1e-8 for step, loss in LOSSES.items()}, "agree to 1e-6 at all 20 common logs"),
-        ({step: loss + 1e-5 for step, loss in LOSSES.items()}, "agree to 1e-3 at all 20 common logs"),
-        ({step: loss + 1 for step, loss in LOSSES.items()}, "do not agree to 1e-3 even at the first common log"),
-        ({step: loss if step < 5 else float("nan") for step, loss in LOSSES.items()}, "agree to 1e-6 until step 4"),
-        ({100: 1.0}, "no step was logged by both"),
-    ],
-)
-def test_how_far_losses_agree_is_said_plainly(capsys, other, said):
-    write_run(Path("a"), LOSSES)
-    write_run(Path("b"), other)
-    assert said in " ".join(run(capsys, "diff", "a", "b")[1].split())
-    assert json.loads(run(capsys, "diff", "a", "b", "--json")[1], parse_constant=pytest.fail)
-
-
-def test_runs_that_log_at_other_steps_are_compared_over_the_same_steps():
-    every = {step: float(step % 7) for step in range(1, 31)}
-    fifth = {end: sum(every[step] for step in range(end - 4, end + 1)) / 5 for end in range(5, 31, 5)}
-    found = compare_losses(every, fifth)
-    assert (found.steps, found.until) == (6, {"1e-6": 30, "1e-3": 30})
-    assert compare_losses({10: 1.0, 20: 2.0}, {10: 1.0}).first is None  # an interrupted run as far as it went
-
-
-def test_losses_that_are_no_numbers_in_both_are_no_difference():
-    nan = float("nan")
-    assert compare_losses({1: 1.0, 2: nan}, {1: 1.0, 2: nan}).first is None
-    assert compare_losses({1: nan}, {1: 1.0}).until == {"1e-6": None, "1e-3": None}
+    assert ["tokens_per_second", "55.5", "111"] in lines
+    assert ["peak_memory_bytes", "3.00", "GiB", "3.00", "GiB"] in lines
 
 
 @pytest.mark.parametrize(
@@ -382,4 +292,4 @@ def test_losses_that_are_no_numbers_in_both_are_no_difference():
     ],
 )
 def test_hashes_are_shown_as_far_as_they_tell(value, text):
-    assert shortened(value) == text
+    assert shown("", value) == text

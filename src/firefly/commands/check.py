@@ -7,26 +7,44 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
+import typer
 
-from firefly.config import RECORDS_OF_TASK, Config, DataConfig, ModelConfig, RecordKind, load_config
-from firefly.console import notice
-from firefly.data.certificate import certify
-from firefly.data.dataset import Split, find_kind, load_split
-from firefly.data.encoding import Encoder
-from firefly.data.schema import Tokens
-from firefly.data.templates import ChatTemplate, bind_template, plain_template
-from firefly.errors import UsageError
-from firefly.models.loading import EMBEDDED, load_tokenizer, read_config
-from firefly.models.saved_adapter import tokenizer_source
-from firefly.models.tokens import add_tokens
-from firefly.runs.overview import token_runs
-from firefly.setup.checks import check_positions
+from firefly.commands.options import ANY_KEY, JsonOption, given_configuration
+from firefly.console import notice, print_json, stdout_console
+from firefly.errors import UsageError, VerificationError
 from firefly.translation import translate
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from firefly.config import ModelConfig
+    from firefly.data.dataset import Split
+    from firefly.data.schema import Tokens
+
 PREVIEWED = 5
+"""Examples on the page that --html writes."""
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(context_settings=ANY_KEY)
+def check_command(
+    context: typer.Context,
+    config: Annotated[str, typer.Argument(help="JSON or YAML file; or give --train_file alone.")] = "",
+    as_json: JsonOption = False,
+    html: Annotated[str, typer.Option("--html", help="Also write a page with a preview.")] = "",
+) -> None:
+    checked = check_data(*given_configuration(context, config))
+    if html:
+        write_html(checked, Path(html).expanduser())
+    if as_json:
+        print_json(json.dumps(checked.as_dict(), ensure_ascii=False))
+    else:
+        show_check(checked, stdout_console())
+    if checked.problem:
+        raise VerificationError("check.failed", "a run would not start: {problem}", problem=checked.problem)
 
 
 @dataclass(frozen=True)
@@ -34,14 +52,14 @@ class DataCheck:
     """What was found of a configuration's data.
 
     Attributes:
+        template: its name; None where the rows are no chats.
         problem: why a run would stop; None if it would start.
     """
 
     data: Split
     task: str
-    kind: RecordKind
     tokenizer: Any
-    template: ChatTemplate
+    template: str | None
     problem: str | None
 
     def as_dict(self) -> dict[str, Any]:
@@ -49,7 +67,7 @@ class DataCheck:
         examples = self.data.train
         return {
             "task": self.task,
-            "template": None if self.kind == "document" else self.template.name,
+            "template": self.template,
             **self.data.report(),
             "lengths": histogram(examples.counts.input_tokens),
             "target_share": target_shares(examples.counts.input_tokens, examples.targets),
@@ -63,6 +81,13 @@ def check_data(config_file: str, overrides: Mapping[str, Any]) -> DataCheck:
     Raises:
         UsageError: the configuration or a file is at fault so that there is nothing to judge.
     """
+    from firefly.config import RECORDS_OF_TASK, load_config
+    from firefly.data.dataset import find_kind, load_split
+    from firefly.models.loading import EMBEDDED, load_tokenizer
+    from firefly.models.saved_adapter import tokenizer_source
+    from firefly.models.tokens import add_tokens
+    from firefly.setup.checks import bind_encoder, check_positions, prove_template
+
     config = load_config(config_file or {}, overrides, required=("train_file",), to_train=False)
     # Without a configuration the data tells; with one, `firefly train` would not ask it.
     told = config_file or config.given.get("task_type")
@@ -70,25 +95,35 @@ def check_data(config_file: str, overrides: Mapping[str, Any]) -> DataCheck:
     if not told:
         kind = find_kind(config.data, config.model.hub)
         task = next(task for task, wanted in RECORDS_OF_TASK.items() if wanted == kind)
-    model = named_model(config).model
+    model = config.model
+    if not model.name_or_path:
+        notice(
+            "check.embedded_tokenizer",
+            "no model_name_or_path given: tokens are counted with the tokenizer and template of {name}.",
+            name=EMBEDDED,
+        )
+        model = replace(model, name_or_path=EMBEDDED)
     tokenizer = load_tokenizer(model, tokenizer_source(model, config.adapter.name_or_path))
-    add_tokens(tokenizer, config.model.add_tokens)
-    template = choose_template(config.data, tokenizer, kind)
-    encoder = Encoder(tokenizer, template, config.data.allow_special_in_content)
-    if kind != "document":
-        note_failed_checks(encoder)
-    data = load_split(config.data, encoder, kind, config.model.hub)
+    add_tokens(tokenizer, model.add_tokens)
+    chats = kind != "document"
+    encoder = bind_encoder(config, tokenizer, chats)
+    if chats:
+        prove_template(encoder)
+    data = load_split(config.data, encoder, kind, model.hub)
+    problem = None
     try:
         data.check(config.data)
         if has_config(model):
             check_positions(model, data)
     except UsageError as error:
-        return DataCheck(data, task, kind, tokenizer, template, str(error))
-    return DataCheck(data, task, kind, tokenizer, template, None)
+        problem = str(error)
+    return DataCheck(data, task, tokenizer, encoder.template.name if chats else None, problem)
 
 
 def has_config(model: ModelConfig) -> bool:
     """Whether the model's configuration is here: a folder with a tokenizer alone is enough to count tokens."""
+    from firefly.models.loading import read_config
+
     try:
         read_config(model)
     except UsageError:
@@ -96,39 +131,10 @@ def has_config(model: ModelConfig) -> bool:
     return True
 
 
-def note_failed_checks(encoder: Encoder) -> None:
-    """Say what the template certificate of a run would not prove."""
-    for check in certify(encoder).checks:
-        if not check.passed:
-            notice(
-                "certificate.failed",
-                "the template {name} does not pass {check}: {detail}.",
-                name=encoder.template.name,
-                check=check.name,
-                detail=check.detail,
-            )
-
-
-def named_model(config: Config) -> Config:
-    """Tokens are counted with the model's own tokenizer; without a model, with the embedded one's."""
-    if config.model.name_or_path:
-        return config
-    notice(
-        "check.embedded_tokenizer",
-        "no model_name_or_path given: tokens are counted with the tokenizer and template of {name}.",
-        name=EMBEDDED,
-    )
-    return replace(config, model=replace(config.model, name_or_path=EMBEDDED))
-
-
-def choose_template(data: DataConfig, tokenizer: Any, kind: RecordKind) -> ChatTemplate:
-    """The configured template; plain documents need none."""
-    choices = {"on_system": data.on_system, "thinking": data.thinking, "date": data.template_date}
-    return plain_template() if kind == "document" else bind_template(data.template_name, tokenizer, **choices)
-
-
 def histogram(values: np.ndarray, bins: int = 12) -> list[dict[str, int]]:
     """Counts of token lengths in steps of equal width: `[{"from", "to", "count"}, …]`, `to` included."""
+    import numpy as np
+
     if not len(values):
         return []
     low, high = int(values.min()), int(values.max())
@@ -143,6 +149,8 @@ def histogram(values: np.ndarray, bins: int = 12) -> list[dict[str, int]]:
 
 def target_shares(lengths: np.ndarray, targets: np.ndarray) -> list[dict[str, float]]:
     """Counts of examples by the share of their tokens that is trained, in tenths."""
+    import numpy as np
+
     if not len(lengths):
         return []
     counts, _ = np.histogram(targets / lengths, np.linspace(0, 1, 11))
@@ -166,10 +174,12 @@ def show_check(check: DataCheck, console: Any) -> None:
             )
         )
     formats = ", ".join(f"{name} {count}" for name, count in data.train.ledger.formats.items()) or "–"
-    template = "–" if check.kind == "document" else check.template.name
     console.print(
         translate(
-            "format: {formats}; task {task}; template {template}", formats=formats, task=check.task, template=template
+            "format: {formats}; task {task}; template {template}",
+            formats=formats,
+            task=check.task,
+            template=check.template or "–",
         )
     )
     tokens = data.train.counts.input_tokens  # as the ledger counts them: the prompt of a pair once for each answer
@@ -200,11 +210,13 @@ def write_html(check: DataCheck, path: Path) -> None:
     Raises:
         UsageError: the file cannot be written.
     """
+    from firefly.data.schema import Tokens
+
     parts = []
     for index in range(min(PREVIEWED, len(check.data.train))):
         example = check.data.train[index]
         sides = (example,) if isinstance(example, Tokens) else example.sides
-        shown = "\n\n".join(_marked(side, check.tokenizer) for side in sides)
+        shown = "\n\n".join(marked(side, check.tokenizer) for side in sides)
         place = html.escape(str(check.data.train.place(index)))
         parts.append(f"<h2>{place}</h2><pre>{shown}</pre>")
     findings = check.data.train.ledger.findings
@@ -253,14 +265,12 @@ td {{ padding: .1rem .8rem .1rem 0; vertical-align: top; }}
 """
 
 
-def _marked(tokens: Tokens, tokenizer: Any) -> str:
+def marked(tokens: Tokens, tokenizer: Any) -> str:
     """An example's text as HTML, what is trained of it marked."""
+    from firefly.runs.overview import token_runs
+
     return "".join(
         f"<{tag}>{html.escape(tokenizer.decode(run, skip_special_tokens=False))}</{tag}>"
         for trained, run in token_runs(tokens.input_ids.tolist(), tokens.labels)
         for tag in ["mark" if trained else "span"]
     )
-
-
-def as_json(check: DataCheck) -> str:
-    return json.dumps(check.as_dict(), ensure_ascii=False)

@@ -1,15 +1,28 @@
-"""One way to serve a model: loaded once, prompted with the template it was trained with, streamed token by token."""
+"""A model that answers: loaded once, prompted with the template it was trained with, streamed token by token.
+
+Nothing here touches the state of the process: each request draws its tokens from a random generator of its own, so
+several may run beside each other or beside a training run.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Sequence
+from collections import abc
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TextIteratorStreamer,
+    TopPLogitsWarper,
+)
 
 from firefly.config import ModelConfig, PrecisionConfig
 from firefly.data.certificate import allows_special, recheck, stored_choices
@@ -55,22 +68,32 @@ class GenerationSettings:
                     expected=expected,
                 )
 
-    def generate_options(self) -> dict[str, Any]:
-        """Keyword arguments of transformers' `generate`."""
-        options: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,
-            "repetition_penalty": self.repetition_penalty,
-            "do_sample": self.temperature > 0,
-        }
-        if self.temperature > 0:
-            options |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
+class TokenSampler(LogitsProcessor):
+    """Draws each token itself, from a random generator of its own, and leaves `generate` one finite logit to take.
+
+    transformers' own sampling draws from the random state of the process, which other requests and a training run
+    share: with that, a seed repeats an answer only if nothing else draws meanwhile, and setting it disturbs the others.
+    """
+
+    def __init__(self, settings: GenerationSettings, device: torch.device) -> None:
+        self.generator = torch.Generator(device)
+        if settings.seed is None:
+            self.generator.seed()
         else:
-            options |= {"temperature": None, "top_p": None, "top_k": None}
-        return options
+            self.generator.manual_seed(settings.seed)
+        self.shape = LogitsProcessorList([TemperatureLogitsWarper(float(settings.temperature))])
+        if settings.top_p < 1:
+            self.shape.append(TopPLogitsWarper(settings.top_p))
+
+    def __call__(self, input_ids: Any, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        probabilities = torch.softmax(self.shape(input_ids, scores), dim=-1)
+        chosen = torch.multinomial(probabilities, 1, generator=self.generator)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
 @dataclass(frozen=True)
-class Engine:
+class Generator:
     """A model, its tokenizer and template, ready to answer."""
 
     model: Any
@@ -85,7 +108,7 @@ class Engine:
         template_name: str = "auto",
         load_in_4bit: bool = False,
         force: bool = False,
-    ) -> Engine:
+    ) -> Generator:
         """Load a model, or an unmerged adapter on its base (which the adapter names if `model` does not).
 
         Args:
@@ -124,15 +147,14 @@ class Engine:
 
     def stream(
         self, messages: Sequence[Message], settings: GenerationSettings, stop: threading.Event | None = None
-    ) -> Generator[str, None, None]:
+    ) -> abc.Generator[str, None, None]:
         """Yield the answer's text as it is generated. Setting `stop` ends it after the current token.
 
         Raises:
             TemplateFailure: the template refuses these messages.
         """
         ids = torch.tensor([self.encoder.encode_prompt(messages)], device=self.model.device)
-        if settings.seed is not None:
-            torch.manual_seed(settings.seed)
+        samplers = [TokenSampler(settings, self.model.device)] if settings.temperature > 0 else []
         streamer = TextIteratorStreamer(self.encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop = stop or threading.Event()
         failure: list[BaseException] = []
@@ -145,9 +167,15 @@ class Engine:
                         attention_mask=torch.ones_like(ids),
                         eos_token_id=list(self.encoder.template.stop_ids),
                         pad_token_id=self.encoder.template.stop_ids[0],
+                        max_new_tokens=settings.max_new_tokens,
+                        repetition_penalty=settings.repetition_penalty,
+                        do_sample=False,  # the sampler has drawn
+                        temperature=None,
+                        top_p=None,
+                        top_k=None,
+                        logits_processor=LogitsProcessorList(samplers),
+                        stopping_criteria=StoppingCriteriaList([StopWhenSet(stop)]),
                         streamer=streamer,
-                        stopping_criteria=StoppingCriteriaList([_Stopped(stop)]),
-                        **settings.generate_options(),
                     )
             except BaseException as error:  # handed to the reader, who waits on the streamer
                 failure.append(error)
@@ -169,7 +197,7 @@ class Engine:
         return "".join(self.stream(messages, settings)).strip()
 
 
-class _Stopped(StoppingCriteria):
+class StopWhenSet(StoppingCriteria):
     def __init__(self, event: threading.Event) -> None:
         self.event = event
 

@@ -1,0 +1,53 @@
+"""What several commands take."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Context settings of a command that takes every key of the configuration as an option."""
+
+ConfigArgument = Annotated[str, typer.Argument(help="JSON or YAML file; every key can be given as --key value too.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON value on standard output.")]
+ModelOption = Annotated[
+    str, typer.Option("--model_name_or_path", help="Model folder, hub id, or smollm2-135m-instruct.")
+]
+AdapterOption = Annotated[str, typer.Option("--adapter_name_or_path", help="Folder of a LoRA or QLoRA adapter.")]
+HubOption = Annotated[str, typer.Option("--hub", help="huggingface or modelscope.")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Go on although the template is not the one that was trained.")
+]
+RemoteCodeOption = Annotated[bool, typer.Option("--trust_remote_code", help="Run code that the model brings along.")]
+
+
+def given_configuration(context: typer.Context, config: str) -> tuple[str, dict[str, Any]]:
+    """The configuration file ("" where none is named), and the keys that are given as --key value.
+
+    An option that typer does not know stands among the arguments: one in front of the file takes its place.
+    """
+    from firefly.config import parse_overrides
+
+    if config.startswith("--"):
+        return "", parse_overrides([config, *context.args])
+    return config, parse_overrides(context.args)
+
+
+@contextmanager
+def lasting_imports() -> Iterator[None]:
+    """For the import of torch and transformers: no garbage is looked for in the million objects that it makes and that
+    stay, neither while they grow in number (a fifth of the time) nor, from then on, in any later collection."""
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

@@ -1,0 +1,127 @@
+"""A generator prompts as training did, and draws from a random state of its own."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from firefly.config import ModelConfig
+from firefly.data.schema import Message
+from firefly.errors import UsageError
+from firefly.generation import GenerationSettings, Generator
+from tiny import save_tiny_model, tiny_tokenizer
+
+GREEDY = GenerationSettings(max_new_tokens=8, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory: pytest.TempPathFactory) -> Generator:
+    folder = save_tiny_model(tmp_path_factory.mktemp("chat") / "model", "llama")
+    return Generator.load(ModelConfig(name_or_path=str(folder)), template_name="default")
+
+
+def test_the_streamed_text_is_the_greedy_continuation_of_the_encoded_prompt(generator: Generator) -> None:
+    messages = [Message("user", "two blue red")]
+    ids = torch.tensor([generator.encoder.encode_prompt(messages)])
+    with torch.no_grad():
+        for _ in range(GREEDY.max_new_tokens):
+            token = generator.model(input_ids=ids).logits[0, -1].argmax()
+            ids = torch.cat([ids, token[None, None]], dim=1)
+            if token.item() in generator.encoder.template.stop_ids:
+                break
+    new = ids[0, len(generator.encoder.encode_prompt(messages)) :]
+    expected = generator.encoder.tokenizer.decode(new, skip_special_tokens=True)
+    assert "".join(generator.stream(messages, GREEDY)).strip() == expected.strip()
+
+
+def test_the_same_seed_gives_the_same_answer(generator: Generator) -> None:
+    settings = GenerationSettings(max_new_tokens=12, temperature=5.0, seed=3)
+    answers = {generator.answer([Message("user", "red")], settings) for _ in range(3)}
+    assert len(answers) == 1
+
+
+def test_a_seed_repeats_an_answer_beside_another_request_and_leaves_the_random_state_of_the_process(
+    generator: Generator,
+) -> None:
+    settings = GenerationSettings(max_new_tokens=24, temperature=5.0, seed=3)
+    alone = generator.answer([Message("user", "red")], settings)
+    state = torch.get_rng_state()
+    pieces = generator.stream([Message("user", "red")], settings)
+    beside = [next(pieces), *generator.stream([Message("user", "blue")], GenerationSettings(temperature=5.0))]
+    assert "".join([beside[0], *pieces]).strip() == alone
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_tokens_are_drawn_as_transformers_draws_them(generator: Generator) -> None:
+    settings = GenerationSettings(max_new_tokens=24, temperature=1.5, top_p=0.8, repetition_penalty=1.2, seed=7)
+    messages = [Message("user", "two blue red")]
+    ids = torch.tensor([generator.encoder.encode_prompt(messages)])
+    torch.manual_seed(7)
+    drawn = generator.model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        eos_token_id=list(generator.encoder.template.stop_ids),
+        max_new_tokens=24,
+        do_sample=True,
+        temperature=1.5,
+        top_p=0.8,
+        top_k=0,
+        repetition_penalty=1.2,
+    )
+    expected = generator.encoder.tokenizer.decode(drawn[0, ids.shape[1] :], skip_special_tokens=True)
+    assert generator.answer(messages, settings) == expected.strip()
+
+
+def test_a_set_event_stops_the_answer(generator: Generator) -> None:
+    stop = threading.Event()
+    settings = GenerationSettings(max_new_tokens=400, temperature=0, repetition_penalty=1.3)
+    pieces = generator.stream([Message("user", "red")], settings, stop)
+    next(pieces)
+    stop.set()
+    assert len(list(pieces)) < 100
+
+
+def test_bad_settings_are_named() -> None:
+    with pytest.raises(UsageError, match="top_p"):
+        GenerationSettings(top_p=0)
+
+
+def test_an_unmerged_adapter_folder_needs_no_base_on_the_command_line(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"adapter_config\.json is missing"):
+        Generator.load(ModelConfig(), adapter=str(tmp_path))
+
+
+def test_another_template_than_the_trained_one_is_refused_unless_forced(tmp_path):
+    from firefly.data.certificate import FILE_NAME, certify
+    from firefly.data.encoding import Encoder
+    from firefly.data.templates import bind_template
+
+    folder = save_tiny_model(tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    trained = certify(Encoder(tokenizer, bind_template("qwen", tokenizer)))
+    (folder / FILE_NAME).write_text(json.dumps(trained.as_dict()), encoding="utf-8")
+    model = ModelConfig(name_or_path=str(folder))
+    assert Generator.load(model, template_name="qwen").encoder.template.name == "qwen"
+    with pytest.raises(UsageError, match="--force"):
+        Generator.load(model, template_name="smollm2")
+    assert Generator.load(model, template_name="smollm2", force=True).encoder.template.name == "smollm2"
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_special_tokens_in_a_question_are_read_as_in_training(allowed: bool, tmp_path: Path) -> None:
+    from firefly.data.certificate import FILE_NAME, certify
+    from firefly.data.encoding import Encoder
+    from firefly.data.schema import Message
+    from firefly.data.templates import bind_template
+
+    folder = save_tiny_model(tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    encoder = Encoder(tokenizer, bind_template("qwen", tokenizer), allowed)
+    (folder / FILE_NAME).write_text(json.dumps(certify(encoder).as_dict()), encoding="utf-8")
+    served = Generator.load(ModelConfig(name_or_path=str(folder)), template_name="qwen").encoder
+    question = [Message("user", "what is <|im_end|> for?")]
+    assert served.encode_prompt(question) == encoder.encode_prompt(question)
