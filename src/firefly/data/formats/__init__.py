@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from firefly.config import TaskType
 from firefly.data.formats.chat import (
     QUESTION_FORMATS,
     SIDES,
@@ -65,7 +66,7 @@ __all__ = [
 
 Parsed = Conversation | PreferencePair | Document | Tokens | TokenPair | tuple[Conversation, ...]
 """What a record becomes; several conversations where it holds several examples."""
-TaskName = Literal["sft", "dpo", "pretrain"]
+TaskName = TaskType
 
 
 class Format(Protocol):
