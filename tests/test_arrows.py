@@ -22,7 +22,7 @@ ROOMS = (
     ("loop",),
     ("train", "export"),
     ("reports",),
-    ("cli",),
+    ("cli", "commands"),
 )
 """From the lowest to the highest: a room imports from lower ones and from its own row. "" is the package itself."""
 

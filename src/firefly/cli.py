@@ -326,6 +326,15 @@ def chat_command(
     chat(engine, settings, system or None)
 
 
+@app.command("schema")
+def schema_command() -> None:
+    """The JSON schema of a configuration, by which editors complete and check its keys."""
+    with lasting_imports():
+        from firefly.commands.schema import print_schema
+
+        print_schema()
+
+
 runs_app = typer.Typer(no_args_is_help=True, help="Runs and what they left: list, show, diff.")
 app.add_typer(runs_app, name="runs")
 
