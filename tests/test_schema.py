@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +152,17 @@ def test_a_run_file_may_name_its_schema(place: str, tmp_path: Path) -> None:
 def test_the_command_prints_the_schema(capsys: pytest.CaptureFixture[str], schema: dict[str, Any]) -> None:
     assert main(["schema"]) == 0
     assert json.loads(capsys.readouterr().out).keys() == schema.keys()
+
+
+def test_the_tables_of_keys_in_the_documentation_are_made_from_the_keys() -> None:
+    spec = importlib.util.spec_from_file_location("key_tables", ROOT / "script" / "key_tables.py")
+    assert spec
+    assert spec.loader
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    for page, language in tables.PAGES.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert "<!-- keys: " in text
+        assert tables.written(text, language) == text, "python script/key_tables.py writes it anew"
+        for link in re.findall(r"\]\(([\w/.-]+\.md)", text):
+            assert (ROOT / page).parent.joinpath(link).exists(), f"{page}: {link}"
