@@ -13,7 +13,7 @@ ROOT = Path(firefly.__file__).parent
 
 ROOMS = (
     # the ground
-    ("", "translation", "ranks", "errors", "console", "files", "segments", "legacy", "arguments", "config", "hub"),
+    ("", "translation", "ranks", "errors", "console", "files", "segments", "config", "hub"),
     ("data",),
     ("models",),
     ("runs", "generation", "distributed"),

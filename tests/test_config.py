@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firefly import legacy
 from firefly.config import (
     PREFERENCE_LOSS_NAMES,
+    UNUSED,
     Config,
-    known_keys,
+    legacy,
     load_config,
     names_in,
     own_fields,
     parse_overrides,
     read_config_file,
-    training_fields,
 )
+from firefly.config.arguments import training_fields
+from firefly.config.checking import run_file
 from firefly.console import take_notices
 from firefly.errors import UsageError
 
@@ -382,10 +384,33 @@ def test_the_flat_view_is_json_and_loads_again():
     assert again.flat() == first.flat()
 
 
+def test_a_config_can_be_pickled():
+    config = configured(lora_target=["q_proj"], seed=3)
+    again = pickle.loads(pickle.dumps(config))
+    assert again == config
+    assert (again.training["seed"], again.given["lora_target"]) == (3, ["q_proj"])
+
+
 def test_a_key_belongs_to_one_field():
-    assert len(own_fields()) == sum(
-        "key" in spec.metadata for section in configured().sections() for spec in dataclasses.fields(section)
-    )
+    config = configured()
+    sections = [config, *(getattr(config, spec.name) for spec in dataclasses.fields(config))]
+    names = [
+        spec.metadata["key"] or spec.name
+        for section in sections
+        if dataclasses.is_dataclass(section)
+        for spec in dataclasses.fields(section)
+        if "key" in spec.metadata
+    ]
+    assert len(names) == len(set(names)) == len(own_fields()) > 50
+
+
+def test_a_key_is_without_effect_under_settings_that_do_not_read_it():
+    unused = {(setting, value): names for setting, value, names in UNUSED}
+    assert set(unused["task_type", "sft"]) >= {"beta", "max_prompt_length", "document_attention"}
+    assert not set(unused["task_type", "dpo"]) & {"beta", "max_prompt_length", "template_name"}
+    assert unused["train_mode", "lora"] == ("nf4_cache",)
+    assert unused["train_mode", "qlora"] == ()
+    assert "output_dir" not in {name for names in unused.values() for name in names}
 
 
 # ---- files ----
@@ -586,7 +611,7 @@ include_num_input_tokens_seen neftune_noise_alpha optim_target_modules
 
 @pytest.mark.parametrize("key", FIELDS_OF_TRANSFORMERS_4)
 def test_every_key_of_transformers_4_is_known_renamed_or_named_as_ignored(key):
-    known = known_keys()
+    known = run_file().model_fields
     assert key in known or key in (*legacy.RENAMED, *legacy.IGNORED, *legacy.LAUNCHER_KEYS, "adafactor")
     assert legacy.RENAMED.get(key, "seed") in known
 

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 import firefly
+from firefly.config.json_schema import descriptions
 from firefly.errors import FireflyError, UsageError, VerificationError
 from firefly.translation import CHINESE, Phrase, chinese, language, translate
 
 SOURCE = Path(firefly.__file__).parent
 TEXT_AT = {"translate": 0, "Phrase": 0, "MalformedRecord": 0, "TemplateFailure": 0, "say": 1} | dict.fromkeys(
-    ("UsageError", "VerificationError", "Interrupted", "notice", "notify"), 1
+    ("UsageError", "VerificationError", "Interrupted", "notice", "notify", "refused"), 1
 )
 """Which argument of a call is the template."""
 
@@ -85,7 +86,7 @@ def raised() -> dict[str, str]:
             place = f"{path.relative_to(SOURCE)}:{line}"
             assert text is not None, f"{place}: the template of a message is to be written out where it is raised"
             found[text] = place
-    return found
+    return found | dict.fromkeys(descriptions().values(), "config/schema.py")
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ VERBS = {
     "chat": Phrase("Talk with a model in the terminal."),
     "templates": Phrase("Chat templates: list, show, render, verify."),
     "runs": Phrase("Runs and what they left: list, show, diff."),
+    "schema": Phrase("The JSON schema of a configuration, by which editors complete and check its keys."),
 }
 """The modules of `firefly.commands`, and what `firefly --help` says of each."""
 

@@ -12,8 +12,8 @@ import torch
 from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
-from firefly.arguments import FIELDS
 from firefly.config import Config
+from firefly.config.arguments import FIELDS
 from firefly.console import notice
 from firefly.distributed.backends import Backend, load_whole
 from firefly.errors import UsageError

@@ -352,8 +352,8 @@ def read_record(value: Any, kind: RecordKind | None = None, data_format: str = "
         raise MalformedRecord(
             "a record of the format {format} is for task_type {task}, not {wanted}: set task_type to {task} for it",
             format=name,
-            task=tasks_on(*(wanted for wanted, read in READ_AS.items() if entry.kind in read)),
-            wanted=tasks_on(kind),
+            task=" / ".join(tasks_on(*(wanted for wanted, read in READ_AS.items() if entry.kind in read))),
+            wanted=" / ".join(tasks_on(kind)),
         )
     # A null that decides is a fault to be named; any other says as little as no key.
     fields = Fields({key: item for key, item in value.items() if item is not None or key in keys})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 RENAMED: dict[str, str] = {
@@ -19,30 +19,11 @@ RENAMED: dict[str, str] = {
 }
 
 IGNORED: tuple[str, ...] = (
-    "use_unsloth",
-    "group_by_length",
-    "save_safetensors",
-    "use_mps_device",
-    "use_ipex",
-    "jit_mode_eval",
-    "past_index",
-    "ray_scope",
-    "mp_parameters",
-    "sharded_ddp",
-    "tpu_num_cores",
-    "fp16_backend",
-    "half_precision_backend",
-    "fp16_opt_level",
-    "include_inputs_for_metrics",
-    "dispatch_batches",
-    "split_batches",
-    "fsdp_min_num_params",
-    "fsdp_transformer_layer_cls_to_wrap",
-    "push_to_hub_organization",
-    "tpu_metrics_debug",
-    "use_legacy_prediction_loop",
-    "overwrite_output_dir",
-    "logging_dir",
+    *("use_unsloth", "group_by_length", "save_safetensors", "use_mps_device", "use_ipex", "jit_mode_eval"),
+    *("past_index", "ray_scope", "mp_parameters", "sharded_ddp", "tpu_num_cores", "fp16_backend", "fp16_opt_level"),
+    *("half_precision_backend", "include_inputs_for_metrics", "dispatch_batches", "split_batches"),
+    *("fsdp_min_num_params", "fsdp_transformer_layer_cls_to_wrap", "push_to_hub_organization", "tpu_metrics_debug"),
+    *("use_legacy_prediction_loop", "overwrite_output_dir", "logging_dir"),
 )
 
 # Launchers add it (`--local_rank=0`); torchrun's environment says the same, so it is accepted and dropped.
@@ -62,7 +43,7 @@ def today(name: str) -> str:
     )
 
 
-def translate(given: Mapping[str, Any], known: list[str], notice: Callable[..., None]) -> dict[str, Any]:
+def translate(given: Mapping[str, Any], known: Collection[str], notice: Callable[..., None]) -> dict[str, Any]:
     """Return `given` in today's spelling. `notice(code, **values)` is called once for each thing changed.
 
     A key that transformers still knows is never touched: this table only speaks where the library fell silent.
