@@ -126,8 +126,8 @@ def test_descriptions_are_in_the_users_language_and_ours_in_both(monkeypatch: py
             "en": english[name]["description"], "zh": chinese[name]["description"]
         }  # fmt: skip
         assert both["en"] != both["zh"]
-    assert english["beta"]["description"].startswith("`dpo`: ")
-    assert chinese["beta"]["description"].startswith("`dpo`：")
+    assert english["beta"]["description"].startswith("`dpo`, `kto`: ")
+    assert chinese["beta"]["description"].startswith("`dpo`、`kto`：")
 
 
 def test_a_refused_key_and_one_without_effect_are_not_suggested(schema: dict[str, Any]) -> None:
