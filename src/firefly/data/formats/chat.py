@@ -281,8 +281,8 @@ class LabelledMessagesFormat:
     """Messages with a verdict on their last reply (`label`: true or false), as KTO takes them."""
 
     def recognises(self, record: Fields) -> tuple[str, ...]:
-        keys = [key for key in MESSAGE_KEYS if key in record]
-        return (*keys, *_labels(record)) if len(keys) == 1 and not is_paired(record) and _labels(record) else ()
+        keys, labels = record.present(MESSAGE_KEYS), verdicts(record)
+        return (*keys, *labels) if len(keys) == 1 and labels and not is_paired(record) else ()
 
     def parse(self, record: Fields) -> Labelled:
         return _judged(record, MessagesFormat(record.first_of(MESSAGE_KEYS) or "messages").parse(record))
@@ -296,15 +296,11 @@ class LabelledAnswerFormat:
         keys = question_and_answer(record)
         if keys is None or is_paired(record) or answers_in_list(record, *keys) or record.first_of(MESSAGE_KEYS):
             return ()
-        return (*keys, *_labels(record)) if _labels(record) else ()
+        labels = verdicts(record)
+        return (*keys, *labels) if labels else ()
 
     def parse(self, record: Fields) -> Labelled:
         return _judged(record, read_question(record, *(question_and_answer(record) or _missing_question(record))))
-
-
-def _labels(record: Fields) -> tuple[str, ...]:
-    """The keys under which a verdict stands."""
-    return tuple(verdicts(record))
 
 
 def _judged(record: Fields, conversation: Conversation) -> Labelled:
