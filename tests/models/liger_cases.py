@@ -27,8 +27,7 @@ from triton.runtime import interpreter
 
 from firefly.models.attention import choose_layout
 from firefly.models.kernels import elementwise, liger, rotary
-from firefly.models.kernels.gate import ACTIVATIONS, LigerGate, TorchGate
-from firefly.models.kernels.gated_mlp import install_gated_mlps
+from firefly.models.kernels.gated_mlp import ACTIVATIONS, LigerGate, TorchGate, install_gated_mlps
 from firefly.models.kernels.rms_norm import install_rms_norms
 from firefly.models.kernels.rotary import NAME, install_rotary
 from firefly.models.probing import decoder

@@ -18,8 +18,8 @@ import firefly.models.kernels
 from firefly.console import take_notices
 from firefly.models.forwards import install_training_forwards
 from firefly.models.kernels import elementwise
-from firefly.models.kernels.gate import ACTIVATIONS, Gate, LigerGate, TorchGate, gate_for, graph_is_kept
-from firefly.models.kernels.gated_mlp import install_gated_mlps
+from firefly.models.kernels.gated_mlp import ACTIVATIONS, Gate, LigerGate, TorchGate, gate_for, install_gated_mlps
+from firefly.models.kernels.matmul import graph_is_kept
 from firefly.models.kernels.rms_norm import FORMS, RMSNorm, install_rms_norms
 from firefly.models.kernels.rotary import NAME, install_rotary
 from tiny import assert_same, gradients, tiny_model, with_our_lora

@@ -14,7 +14,7 @@ import torch
 from firefly.config import StepConfig
 from firefly.models.checkpointing import Checkpointing, install_checkpointing
 from firefly.models.kernels import segment_attention
-from firefly.models.kernels.weight_cache import cache_weights, weights_that_fit
+from firefly.models.kernels.lora_linear import cache_weights, weights_that_fit
 from firefly.models.memory import Activations, Forecast
 
 USABLE = 0.8
@@ -38,7 +38,7 @@ class Choices:
     """Attributes:
     tokens_per_microbatch: more are never computed together, but for a single longer example.
     checkpointed_layers, offload: see `checkpointing`.
-    cached_weights: how many 4-bit weights have a copy in the compute type (see `weight_cache`).
+    cached_weights: how many 4-bit weights have a copy in the compute type (see `lora_linear`).
     unpaged_optimizer: whether the state of an optimizer that could page it lies in the card's memory.
     attention_by_products: tokens up to which a CPU's bf16 attention is computed by products (see `segment_attention`).
     """

@@ -24,7 +24,7 @@ from firefly.models.choices import Choices, Lengths
 from firefly.models.dry_run import NoDryRun, counted_activations, dry_run
 from firefly.models.flops import Products, necessary_flops
 from firefly.models.kernels import segment_attention
-from firefly.models.kernels.weight_cache import cache_sizes
+from firefly.models.kernels.lora_linear import cache_sizes
 from firefly.models.known_shapes import known_shape
 from firefly.models.loading import load_tokenizer, quiet_libraries, read_config, resolve_model
 from firefly.models.memory import (

@@ -14,7 +14,7 @@ from firefly.models.checkpointing import decoder_layers
 from firefly.models.choices import Choices
 from firefly.models.kernels.elementwise import implementation, is_card
 from firefly.models.kernels.segment_attention import describe_attention
-from firefly.models.kernels.weight_cache import cache_sizes
+from firefly.models.kernels.lora_linear import cache_sizes
 from firefly.models.memory import PARTS
 from firefly.models.precision import Precision
 from firefly.run import Run

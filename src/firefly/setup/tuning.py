@@ -16,7 +16,7 @@ from firefly.models.adapters import transformers_model
 from firefly.models.checkpointing import Checkpointing
 from firefly.models.choices import Choices, Lengths
 from firefly.models.kernels import segment_attention
-from firefly.models.kernels.weight_cache import cache_sizes
+from firefly.models.kernels.lora_linear import cache_sizes
 from firefly.models.memory import (
     Forecast,
     assemble,

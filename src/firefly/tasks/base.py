@@ -32,7 +32,7 @@ from firefly.data.batching import (
 from firefly.data.dataset import Split
 from firefly.distributed.backends import Backend
 from firefly.distributed.model import TrainableModel
-from firefly.models.kernels.products import casts_kept
+from firefly.models.kernels.matmul import casts_kept
 from firefly.models.precision import Precision
 from firefly.models.router import count_choices, recorded_logits, router_loss
 
@@ -202,7 +202,7 @@ class Task(ABC):
         total: Any = 0.0
         sums = None
         # FSDP and ZeRO swap parameter storage between passes, so a cast kept beyond one would be stale.
-        casts = casts_kept() if model.backend.name in ("single", "ddp") else nullcontext()
+        casts = casts_kept(model.parameters) if model.backend.name in ("single", "ddp") else nullcontext()
         failed, expert_counts = None, None
         with casts:
             for number, batch in enumerate(batches):
