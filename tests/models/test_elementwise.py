@@ -60,14 +60,11 @@ class StandIn(SimpleNamespace):
 
 @pytest.fixture(autouse=True)
 def fresh() -> Any:
-    """No choice is remembered from another test or for one, and models have their own rotary function."""
+    """No choice is remembered from another test or for one."""
     elementwise._liger_works.cache_clear()
     take_notices()
     yield
     elementwise._liger_works.cache_clear()
-    modeling_llama.apply_rotary_pos_emb = getattr(
-        modeling_llama.apply_rotary_pos_emb, "own", modeling_llama.apply_rotary_pos_emb
-    )
 
 
 @pytest.fixture
@@ -217,9 +214,8 @@ def test_attention_takes_ligers_rotation_and_only_where_it_fits(liger: StandIn) 
     model = tiny_model("llama")
     ids = torch.arange(12)[None] + 3
     expected = model(ids).logits
-    assert [install_rotary(each) for each in (model, model, tiny_model("llama", seed=1))] == [1, 1, 1]
-    ours: Any = modeling_llama.apply_rotary_pos_emb
-    assert ours.own is own
+    assert install_rotary(model) == 3
+    ours: Any = model.model.layers[0].self_attn.forward.__func__.__globals__[NAME]
     liger.calls.clear()
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
     assert liger.calls == ["rotate"] * 3
@@ -239,19 +235,16 @@ def test_attention_takes_ligers_rotation_and_only_where_it_fits(liger: StandIn) 
 def test_without_a_card_the_installed_function_is_the_models_own(
     liger: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install_rotary(tiny_model("llama"))
+    model = tiny_model("llama")
+    install_rotary(model)
     liger.calls.clear()
     monkeypatch.setattr(elementwise, "is_card", lambda device: False)
-    tiny_model("llama")(torch.arange(12)[None] + 3)
+    model(torch.arange(12)[None] + 3)
     assert not liger.calls
 
 
 def test_a_rotation_that_differs_is_not_installed(liger: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     assert install_rotary(tiny_model("cohere")) == 0  # neighbours, not halves
-    model = tiny_model("llama")
-    own = modeling_llama.apply_rotary_pos_emb
-    assert install_rotary(model) == 1
     right = liger.rotate
     monkeypatch.setattr(liger, "rotate", lambda q, k, cos, sin, dtype: right(q, k, cos, -sin, dtype))
-    assert install_rotary(model) == 0
-    assert getattr(modeling_llama, NAME) is own
+    assert install_rotary(tiny_model("llama")) == 0
