@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from firefly.config import StepConfig
+from firefly.models.attention import use_crossover
 from firefly.models.checkpointing import Checkpointing, install_checkpointing
-from firefly.models.kernels import segment_attention
 from firefly.models.kernels.lora_linear import cache_weights, weights_that_fit
 from firefly.models.memory import Activations, Forecast
 
@@ -175,6 +175,6 @@ def _choose_checkpointing(
 
 def apply(choices: Choices, model: Any, compute: torch.dtype) -> None:
     """Set the prepared transformers model up as chosen."""
-    segment_attention.use_crossover(choices.attention_by_products)
+    use_crossover(model, choices.attention_by_products)
     install_checkpointing(model, choices.checkpointing)
     cache_weights(model, choices.cached_weights, compute)

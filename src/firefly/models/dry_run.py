@@ -21,7 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from firefly.data.batching import PackedBatch
-from firefly.models.kernels import gated_mlp, segment_attention, token_nll
+from firefly.models.attention import segmented, use_crossover
+from firefly.models.kernels import gated_mlp, token_nll
+from firefly.models.kernels.segment_attention import AttentionSettings
 from firefly.models.memory import Activations, Peak, measure_activations
 from firefly.models.reach import Unreached, find_unreached
 
@@ -64,9 +66,9 @@ def dry_run(
     live = LiveBytes()
     try:
         with ExitStack() as stack:
-            stack.enter_context(_without_masks())
+            stack.enter_context(_without_masks(model))
             if card:
-                stack.enter_context(_as_on_a_card())
+                stack.enter_context(_as_on_a_card(model))
             trained = stack.enter_context(without_numbers(model, fake, live))
             stack.enter_context(_told_apart(model, trained, live))
             for _ in range(2 if accumulated else 1):
@@ -88,9 +90,9 @@ def counted_activations(
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with ExitStack() as stack:
-            stack.enter_context(_without_masks())
+            stack.enter_context(_without_masks(model))
             if card:
-                stack.enter_context(_as_on_a_card())
+                stack.enter_context(_as_on_a_card(model))
             stack.enter_context(without_numbers(model, fake, LiveBytes()))
             stack.enter_context(fake)
             return measure_activations(model, layout, autocast, longest)
@@ -106,7 +108,7 @@ def unreached_without_numbers(model: Any) -> Unreached:
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with _without_masks(), without_numbers(model, fake, LiveBytes()), fake:
+        with _without_masks(model), without_numbers(model, fake, LiveBytes()), fake:
             return find_unreached(model)
     except Exception as error:
         raise NoDryRun(str(error).partition("\n")[0]) from error
@@ -279,26 +281,28 @@ def _told_apart(model: Any, trained: Sequence[nn.Parameter], live: LiveBytes) ->
 
 
 @contextmanager
-def _without_masks() -> Iterator[None]:
+def _without_masks(model: Any) -> Iterator[None]:
     """Attention keeps a few masks for later calls: none without numbers may be left behind."""
-    kept = dict(segment_attention._biases)
-    segment_attention._biases.clear()
+    used = segmented(model)
+    settings = AttentionSettings() if used is None else used.settings
+    kept, settings.masks = settings.masks, {}
     try:
         yield
     finally:
-        segment_attention._biases.clear()
-        segment_attention._biases.update(kept)
+        settings.masks = kept
 
 
 @contextmanager
-def _as_on_a_card() -> Iterator[None]:
+def _as_on_a_card(model: Any) -> Iterator[None]:
     """Chunks as a CUDA card computes them, and attention that keeps no probabilities, as `varlen_attn` keeps none."""
-    own = token_nll.BYTES_PER_CHUNK["cpu"], token_nll.ROWS_AT_A_TIME, gated_mlp.CPU_ROWS, segment_attention._crossover
+    own = token_nll.BYTES_PER_CHUNK["cpu"], token_nll.ROWS_AT_A_TIME, gated_mlp.CPU_ROWS
+    used = segmented(model)
+    crossover = 0 if used is None else used.settings.crossover
     token_nll.BYTES_PER_CHUNK["cpu"] = token_nll.BYTES_PER_CHUNK["cuda"]
     token_nll.ROWS_AT_A_TIME = gated_mlp.CPU_ROWS = 1 << 40
-    segment_attention.use_crossover(0)
+    use_crossover(model, 0)
     try:
         yield
     finally:
-        token_nll.BYTES_PER_CHUNK["cpu"], token_nll.ROWS_AT_A_TIME, gated_mlp.CPU_ROWS = own[:3]
-        segment_attention.use_crossover(own[3])
+        token_nll.BYTES_PER_CHUNK["cpu"], token_nll.ROWS_AT_A_TIME, gated_mlp.CPU_ROWS = own
+        use_crossover(model, crossover)

@@ -22,7 +22,7 @@ from torch import nn
 from firefly.config import AdapterConfig, Config, ModelConfig
 from firefly.errors import UsageError
 from firefly.models.adapters import attach_adapter, transformers_model
-from firefly.models.attention import choose_layout, refuse_textless
+from firefly.models.attention import choose_layout, refuse_textless, use_segments
 from firefly.models.dry_run import NoDryRun, unreached_without_numbers
 from firefly.models.forwards import install_training_forwards
 from firefly.models.loading import as_quantised, load_failure, model_class, nf4_config, read_config
@@ -103,9 +103,10 @@ def outline(config: Config, precision: Precision, rows: int = 0, new_tokens: Seq
         small_adapter = AdapterConfig(mode="lora", rank=4, dropout=config.adapter.dropout)
         witness = attach_adapter(witness, small_adapter, unreached=of_witness, notify=lambda *_, **__: None)
     head = install_training_forwards(witness)
-    inner, small = transformers_model(model), transformers_model(witness)
-    inner.set_attn_implementation(str(small.config._attn_implementation))
-    _follow(inner, small)
+    inner = transformers_model(model)
+    if layout == "segments":
+        use_segments(inner)
+    _follow(inner, transformers_model(witness))
     return Outline(model, layout, reason, head, tuple(notes))
 
 

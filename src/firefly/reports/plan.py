@@ -19,12 +19,13 @@ from firefly.errors import UsageError
 from firefly.files import first_line
 from firefly.models import choices as choosing
 from firefly.models.adapters import count_body, count_parameters, transformers_model
+from firefly.models.attention import use_crossover
 from firefly.models.checkpointing import Checkpointing, decoder_layers, install_checkpointing
 from firefly.models.choices import Choices, Lengths
 from firefly.models.dry_run import NoDryRun, counted_activations, dry_run
 from firefly.models.flops import Products, necessary_flops
-from firefly.models.kernels import segment_attention
 from firefly.models.kernels.lora_linear import cache_sizes
+from firefly.models.kernels.segment_attention import GEMM_LONGEST
 from firefly.models.known_shapes import known_shape
 from firefly.models.loading import load_tokenizer, quiet_libraries, read_config, resolve_model
 from firefly.models.memory import (
@@ -352,8 +353,8 @@ class _Sizing:
         if self.machine.here:
             crossover = known_crossover(self.inner, self.machine.device, self.precision.compute)
         elif self.machine.kind == "cpu":
-            crossover = segment_attention.GEMM_LONGEST
-        segment_attention.use_crossover(crossover)  # what attention keeps depends on it
+            crossover = GEMM_LONGEST
+        use_crossover(self.inner, crossover)  # what attention keeps depends on it
         activations = counted_activations(
             self.inner, self.skeleton.layout, self.autocast, int(self.work.sides.max()), card=self.card
         )

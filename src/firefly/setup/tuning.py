@@ -13,9 +13,9 @@ from transformers import TrainingArguments
 from firefly import ranks
 from firefly.models import choices as choosing
 from firefly.models.adapters import transformers_model
+from firefly.models.attention import use_crossover
 from firefly.models.checkpointing import Checkpointing
 from firefly.models.choices import Choices, Lengths
-from firefly.models.kernels import segment_attention
 from firefly.models.kernels.lora_linear import cache_sizes
 from firefly.models.memory import (
     Forecast,
@@ -43,7 +43,7 @@ def resolve_choices(run: Run, args: TrainingArguments, module: Any, layout: str)
     largest = np.sort(examples.counts.lengths)[::-1][: config.step.examples_per_rank]
     lengths = Lengths(longest=int(largest[0]), step=int(largest.sum()))
     by_products = known_crossover(inner, device, precision.compute)
-    segment_attention.use_crossover(by_products)  # what attention keeps is measured below
+    use_crossover(inner, by_products)  # what attention keeps is measured below
     autocast = precision.compute if full and precision.compute != torch.float32 else None
     activations = known_activations(inner, layout, autocast, int(examples.counts.sides.max()))
     keeps_copy = config.task_type == "dpo" and full and not config.preference.precompute_reference
