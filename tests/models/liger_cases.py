@@ -27,7 +27,7 @@ from triton.runtime import interpreter
 
 from firefly.models.attention import choose_layout
 from firefly.models.kernels import elementwise, liger, rotary
-from firefly.models.kernels.gated_mlp import ACTIVATIONS, LigerGate, TorchGate, install_gated_mlps
+from firefly.models.kernels.gated_mlp import ACTIVATIONS, Gate, install_gated_mlps
 from firefly.models.kernels.rms_norm import install_rms_norms
 from firefly.models.kernels.rotary import NAME, install_rotary
 from firefly.models.probing import decoder
@@ -35,6 +35,8 @@ from firefly.segments import Segment
 from tiny import assert_same, gradients, tiny_model, with_our_lora
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_liger.py"
+
+BY_NAME = {phi.name: phi for phi in ACTIVATIONS}
 
 # ---- what Triton's interpreter lacks (seen in 3.7.1 and 3.9.0); `test_the_interpreter_still_needs_help` tells when not
 
@@ -122,16 +124,18 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("spend", [False, True])
 def test_a_gate_is_pytorchs(kind: str, dtype: torch.dtype, spend: bool) -> None:
-    plain = TorchGate(next(phi for phi in ACTIVATIONS if phi.name == kind))
+    plain = Gate(BY_NAME[kind], liger=False)
     g, u, grad = (numbers(5, 50, seed=seed).to(dtype) for seed in range(3))
     kept = g.clone(), u.clone()
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(LigerGate(kind).forward(g, u), plain.forward(g, u), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        Gate(BY_NAME[kind], liger=True).forward(g, u), plain.forward(g, u), rtol=tolerance, atol=tolerance
+    )
     product, value = plain.again(g, u, True)
     expected = plain.backward(g, u, grad.clone(), value, spend)
-    again, value = LigerGate(kind).again(g, u, True)
+    again, value = Gate(BY_NAME[kind], liger=True).again(g, u, True)
     torch.testing.assert_close(again, product, rtol=tolerance, atol=tolerance)
-    found = LigerGate(kind).backward(g, u, grad.clone(), value, spend)
+    found = Gate(BY_NAME[kind], liger=True).backward(g, u, grad.clone(), value, spend)
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     assert torch.equal(g, kept[0]) is torch.equal(u, kept[1]) is not spend
 

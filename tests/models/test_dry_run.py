@@ -25,7 +25,7 @@ def real_peak(model: Any, rows: list[Any], per_token: bool = False, solo: bool =
     for tensor in (*model.parameters(), *model.buffers()):
         live.ignore(tensor)
     if (used := segmented(model)) is not None:
-        used.settings.masks.clear()
+        used.masks.clear()
     model.train()
     with live:
         found = [model(**row.model_inputs(solo), per_token=per_token) for row in rows]
@@ -97,16 +97,16 @@ def test_a_dry_run_leaves_the_model_as_it_was() -> None:
     parameters = dict(inner.named_parameters())
     used = segmented(inner)
     assert used is not None
-    used.settings.masks.clear()
+    used.masks.clear()
     rows = list(pack_pairs(random_pairs((30, 20, 11))).rows)  # an answer behind a prompt has a mask
     dry_run(inner, rows, per_token=True)
     assert all(parameters[name] is parameter for name, parameter in inner.named_parameters())
     assert all(parameter.grad is None for parameter in parameters.values())
-    assert not used.settings.masks
+    assert not used.masks
     assert not inner.training
     assert not any(hooks for module in inner.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks))
     assert real_peak(inner, rows, per_token=True)
-    assert used.settings.masks
+    assert used.masks
 
 
 def test_activations_per_token_are_counted_as_they_are_measured() -> None:

@@ -18,7 +18,7 @@ import firefly.models.kernels
 from firefly.console import take_notices
 from firefly.models.forwards import install_training_forwards
 from firefly.models.kernels import elementwise
-from firefly.models.kernels.gated_mlp import ACTIVATIONS, Gate, LigerGate, TorchGate, gate_for, install_gated_mlps
+from firefly.models.kernels.gated_mlp import ACTIVATIONS, Gate, gate_for, install_gated_mlps
 from firefly.models.kernels.matmul import graph_is_kept
 from firefly.models.kernels.rms_norm import FORMS, RMSNorm, install_rms_norms
 from firefly.models.kernels.rotary import NAME, install_rotary
@@ -39,11 +39,11 @@ class StandIn(SimpleNamespace):
 
     def gated(self, kind: str, g: Tensor, u: Tensor) -> Tensor:
         self.calls.append("gated")
-        return TorchGate(self.GATES[kind]).forward(g, u)
+        return Gate(self.GATES[kind], liger=False).forward(g, u)
 
     def gated_backward(self, kind: str, g: Tensor, u: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         self.calls.append("gated_backward")
-        plain = TorchGate(self.GATES[kind])
+        plain = Gate(self.GATES[kind], liger=False)
         grad_g, grad_u = plain.backward(g.clone(), u.clone(), grad.clone(), plain.again(g, u, False)[1], True)
         return g.data.copy_(grad_g), u.data.copy_(grad_u)
 
@@ -94,7 +94,7 @@ def test_a_cpu_has_pytorch_whatever_is_installed(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(elementwise, "trial", lambda device: pytest.fail("nothing is tried on a CPU"))
     assert elementwise.implementation(CPU) == "torch"
     install_training_forwards(tiny_model("llama"))
-    assert isinstance(gate_for(SILU, CPU, 48), TorchGate)
+    assert not gate_for(SILU, CPU, 48).liger
 
 
 def test_a_card_is_what_cuda_calls_one() -> None:
@@ -137,13 +137,13 @@ def test_the_trial_sees_a_wrong_kernel(liger: StandIn, monkeypatch: pytest.Monke
 
 
 def test_what_liger_lacks_is_pytorchs(liger: StandIn) -> None:
-    assert gate_for(SILU, CPU, 48) == LigerGate("silu")
-    assert gate_for(GELU_TANH, CPU, 1 << 16) == LigerGate("gelu_tanh")
-    assert gate_for(GELU, CPU, 48) == TorchGate(GELU)
-    assert gate_for(SILU, CPU, (1 << 16) + 1) == TorchGate(SILU)
+    assert gate_for(SILU, CPU, 48) == Gate(SILU, liger=True)
+    assert gate_for(GELU_TANH, CPU, 1 << 16) == Gate(GELU_TANH, liger=True)
+    assert gate_for(GELU, CPU, 48) == Gate(GELU, liger=False)
+    assert gate_for(SILU, CPU, (1 << 16) + 1) == Gate(SILU, liger=False)
 
 
-@pytest.mark.parametrize("gate", [TorchGate(SILU), LigerGate("silu")])
+@pytest.mark.parametrize("gate", [Gate(SILU, liger=False), Gate(SILU, liger=True)])
 def test_what_backward_reads_is_whole_afterwards_unless_it_may_be_spent(liger: StandIn, gate: Gate) -> None:
     g, u, grad = torch.randn(3, 4, 5)
     before = g.clone(), u.clone()
@@ -153,7 +153,7 @@ def test_what_backward_reads_is_whole_afterwards_unless_it_may_be_spent(liger: S
     assert torch.equal(u, before[1])
     found = gate.backward(g, u, grad.clone(), gate.again(g, u, False)[1], spend=True)
     torch.testing.assert_close(found, expected)
-    assert isinstance(gate, TorchGate) or found[0].data_ptr() == g.data_ptr()
+    assert not gate.liger or found[0].data_ptr() == g.data_ptr()
 
 
 def test_autograd_tells_whether_it_keeps_the_graph() -> None:

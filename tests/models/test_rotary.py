@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, SmolLM3Config
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as own
 
 from firefly.models.kernels import rotary
 from firefly.models.kernels.rotary import install_rotary, rotate
 from firefly.models.probing import first_call
-from tiny import tiny_model
+from tiny import SHAPE, tiny_model
 
 
 def arrays(dtype: torch.dtype, angles: torch.dtype) -> list[Tensor]:
@@ -70,3 +71,8 @@ def test_another_model_of_the_class_keeps_its_own_function(monkeypatch: pytest.M
     assert torch.equal(other(ids).logits, expected)
     assert functions == [own]
     assert modeling_llama.apply_rotary_pos_emb is own
+
+
+def test_a_first_layer_that_turns_nothing_hides_no_other() -> None:
+    config = SmolLM3Config(**SHAPE, no_rope_layers=[0, 1, 1])
+    assert install_rotary(AutoModelForCausalLM.from_config(config)) == 3

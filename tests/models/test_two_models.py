@@ -91,5 +91,5 @@ def test_each_model_has_its_own_crossover() -> None:
     for model, tokens in ((first, 128), (second, 512)):
         choose_layout(model)
         use_crossover(model, tokens)
-    found = [used.settings.crossover for model in (first, second) if (used := segmented(model)) is not None]
+    found = [used.crossover for model in (first, second) if (used := segmented(model)) is not None]
     assert found == [128, 512]

@@ -46,18 +46,16 @@ ATTRIBUTE = "firefly_segments"
 
 
 @dataclass(eq=False)
-class SegmentedModel:
+class SegmentedModel(AttentionSettings):
     """What makes one model attend to segments.
 
     Attributes:
-        settings: for the kernels.
         own: the configuration of each attention module as it was: its like now names our attention function.
         configs: those of the decoder and of models inside it, from outside in.
         running: whether a pass with segments is under way.
         windows: sliding windows that reached the attention function (see `isolation_fault`).
     """
 
-    settings: AttentionSettings = field(default_factory=AttentionSettings)
     own: dict[nn.Module, PreTrainedConfig] = field(default_factory=dict)
     configs: list[PreTrainedConfig] = field(default_factory=list)
     running: bool = False
@@ -73,7 +71,7 @@ def use_crossover(model: Any, tokens: int) -> None:
     """Let a CPU compute bf16 segments of up to so many tokens as matrix products, in this transformers model."""
     used = segmented(model)
     if used is not None:
-        used.settings.crossover = tokens
+        used.crossover = tokens
 
 
 def use_segments(model: PreTrainedModel) -> SegmentedModel:
@@ -211,19 +209,16 @@ def attend_packed(
         is_causal = getattr(module, "is_causal", True)
     if query.shape[0] != 1 or is_causal is False:
         raise UnsupportedAttention(f"{type(module).__name__} attends in rows or to later tokens, as segments do not")
-    if sliding_window is None and _is_sliding(module):
-        sliding_window = getattr(module, "sliding_window")  # noqa: B009 — Qwen2-MoE passes none; its type is nn.Module
+    declared = getattr(module, "sliding_window", None)  # Qwen2-MoE passes none
+    if sliding_window is None and isinstance(declared, int) and getattr(module, "is_sliding", True):
+        sliding_window = declared
     used.windows.add(sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Squeezed, not indexed: the gradient of an index is a copy of the whole array, in another layout. Under autocast,
     # rotary positions of fp32 weights make fp32 of queries and keys, which no 16-bit way would take.
     query, key, value = (x.squeeze(0).to(compute_type(x)) for x in (query, key, value))
-    out = attend(query, key, value, segments, scale, sliding_window, softcap, dropout, used.settings)
+    out = attend(query, key, value, segments, scale, sliding_window, softcap, dropout, used)
     return out.transpose(0, 1).contiguous()[None]
-
-
-def _is_sliding(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "sliding_window", None), int) and getattr(module, "is_sliding", True)
 
 
 AttentionInterface.register(NAME, segment_attention)
@@ -259,15 +254,52 @@ def refuse_other_models(model: PreTrainedModel) -> None:
     Raises:
         UsageError: one of the two does not hold.
     """
-    if model.config.model_type == "reformer":  # what it hides from autograd's graph, no probe of the graph would find
+    kind = model.config.model_type
+    if kind == "reformer":  # what it hides from autograd's graph, no probe of the graph would find
         raise UsageError(
             "model.reversible",
             "model_type {kind}: its layers are reversible, with gradients that they compute outside of autograd's "
             "graph, and attend by random hashes. Such a model is not trained.",
-            kind=model.config.model_type,
+            kind=kind,
         )
     ids = _probe_ids(model)[1]
-    half = ids.shape[1] // 2
+    tokens, half = ids.shape[1], ids.shape[1] // 2
+    logits, embedded = _logits_and_embeddings(model, ids, half)
+    # Weighed unevenly, so that a norm behind it does not make the sum nearly the same whatever comes in.
+    weights = torch.linspace(-1, 2, logits.numel(), device=logits.device).view(logits.shape)
+    found = attempt(lambda: torch.autograd.grad((logits * weights).sum(), embedded, allow_unused=True))
+    if found is None:  # without a gradient, as of some kernels: it cannot be told
+        return
+    rows = [each.float().reshape(tokens, -1) for each in found if each is not None and tokens in each.shape[:2]]
+    if not any(bool(each[half:].abs().max() > 1e-6 * each.abs().max()) for each in rows):
+        return
+    with torch.no_grad():
+        other = torch.cat([ids[:, :half], ids[:, half:].flip(1)], dim=1)
+        moved = (model(input_ids=other, use_cache=False).logits[:, :half].float() - logits.detach()).abs().max()
+    if moved <= 1e-6 * logits.detach().abs().max():
+        return
+    if getattr(model.config, "is_decoder", None) is False:
+        raise UsageError(
+            "model.encoder",
+            "model_type {kind}: an encoder, whose tokens see the tokens behind them, so that a loss on the next "
+            'token would read its own answer. To train it as a decoder, write "is_decoder": true into its '
+            "config.json.",
+            kind=kind,
+        )
+    raise UsageError(
+        "model.not_causal",
+        "model_type {kind}: its tokens see the tokens behind them, so a loss on the next token would read its own "
+        "answer. It is no causal language model and is not trained.",
+        kind=kind,
+    )
+
+
+def _logits_and_embeddings(model: PreTrainedModel, ids: Tensor, count: int) -> tuple[Tensor, list[Tensor]]:
+    """Logits of the first `count` tokens of a row, fp32, and what its tokens were embedded as, for gradients by it.
+
+    Raises:
+        UsageError: the model cannot be computed from tokens alone, or not in its type.
+    """
     embedded: list[Tensor] = []
 
     def note(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -277,18 +309,17 @@ def refuse_other_models(model: PreTrainedModel) -> None:
     watch = model.get_input_embeddings().register_forward_hook(note)
     try:
         with torch.enable_grad():
-            logits = model(input_ids=ids, use_cache=False).logits[:, :half].float()
+            return model(input_ids=ids, use_cache=False).logits[:, :count].float(), embedded
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:
+    except Exception as error:  # code that a model brings along may raise anything
         problem, kind = " ".join(str(error).split())[:300], model.config.model_type
         if model.dtype != torch.float32 and any(word in problem for word in ("dtype", "scalar type")):
-            name = str(model.dtype).removeprefix("torch.")
             raise UsageError(
                 "precision.only_fp32",
                 'model_type {kind}: its code does not run in {name} ({problem}). Write "bf16": false.',
                 kind=kind,
-                name=name,
+                name=str(model.dtype).removeprefix("torch."),
                 problem=problem,
             ) from error
         raise UsageError(
@@ -300,34 +331,6 @@ def refuse_other_models(model: PreTrainedModel) -> None:
         ) from error
     finally:
         watch.remove()
-    # Weighed unevenly, so that a norm behind it does not make the sum nearly the same whatever comes in.
-    weights = torch.linspace(-1, 2, logits.numel(), device=logits.device).view(logits.shape)
-    found = attempt(lambda: torch.autograd.grad((logits * weights).sum(), embedded, allow_unused=True))
-    if found is None:  # without a gradient, as of some kernels: it cannot be told
-        return
-    tokens = ids.shape[1]
-    rows = [each.float().reshape(tokens, -1) for each in found if each is not None and tokens in each.shape[:2]]
-    if not any(bool(each[half:].abs().max() > 1e-6 * each.abs().max()) for each in rows):
-        return
-    with torch.no_grad():
-        other = torch.cat([ids[:, :half], ids[:, half:].flip(1)], dim=1)
-        moved = (model(input_ids=other, use_cache=False).logits[:, :half].float() - logits.detach()).abs().max()
-    if moved > 1e-6 * logits.detach().abs().max():
-        kind = model.config.model_type
-        if getattr(model.config, "is_decoder", None) is False:
-            raise UsageError(
-                "model.encoder",
-                "model_type {kind}: an encoder, whose tokens see the tokens behind them, so that a loss on the next "
-                'token would read its own answer. To train it as a decoder, write "is_decoder": true into its '
-                "config.json.",
-                kind=kind,
-            )
-        raise UsageError(
-            "model.not_causal",
-            "model_type {kind}: its tokens see the tokens behind them, so a loss on the next token would read its own "
-            "answer. It is no causal language model and is not trained.",
-            kind=kind,
-        )
 
 
 def _declared_fault(model: PreTrainedModel) -> str | None:

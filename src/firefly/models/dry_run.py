@@ -284,7 +284,7 @@ def _told_apart(model: Any, trained: Sequence[nn.Parameter], live: LiveBytes) ->
 def _without_masks(model: Any) -> Iterator[None]:
     """Attention keeps a few masks for later calls: none without numbers may be left behind."""
     used = segmented(model)
-    settings = AttentionSettings() if used is None else used.settings
+    settings = AttentionSettings() if used is None else used
     kept, settings.masks = settings.masks, {}
     try:
         yield
@@ -297,7 +297,7 @@ def _as_on_a_card(model: Any) -> Iterator[None]:
     """Chunks as a CUDA card computes them, and attention that keeps no probabilities, as `varlen_attn` keeps none."""
     own = token_nll.BYTES_PER_CHUNK["cpu"], token_nll.ROWS_AT_A_TIME, gated_mlp.CPU_ROWS
     used = segmented(model)
-    crossover = 0 if used is None else used.settings.crossover
+    crossover = 0 if used is None else used.crossover
     token_nll.BYTES_PER_CHUNK["cpu"] = token_nll.BYTES_PER_CHUNK["cuda"]
     token_nll.ROWS_AT_A_TIME = gated_mlp.CPU_ROWS = 1 << 40
     use_crossover(model, 0)

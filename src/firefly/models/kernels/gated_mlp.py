@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MethodType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -196,72 +196,49 @@ ACTIVATIONS = (
 )
 
 
-class Gate(Protocol):
-    """g, u and all results: (rows, inner width) in the compute type."""
+@dataclass(frozen=True)
+class Gate:
+    """By PyTorch's operations, or by one kernel of Liger's each way. g, u and all results: (rows, inner width) in the
+    compute type."""
+
+    activation: Activation
+    liger: bool
 
     def forward(self, g: Tensor, u: Tensor) -> Tensor:
         """φ(g) ∘ u."""
-        ...
+        if self.liger:
+            from firefly.models.kernels import liger
+
+            return liger.gated(self.activation.name, g, u)
+        return self.activation.value(g).mul_(u)
 
     def again(self, g: Tensor, u: Tensor, product: bool) -> tuple[Tensor | None, Tensor | None]:
         """In backward: (φ(g) ∘ u if `product`, what `backward` is to be given as `value`)."""
-        ...
+        if self.liger:
+            return (self.forward(g, u) if product else None), None
+        value = self.activation.value(g)
+        return (value * u if product else None), value
 
     def backward(self, g: Tensor, u: Tensor, grad: Tensor, value: Tensor | None, spend: bool) -> tuple[Tensor, Tensor]:
         """The gradients of g and u from `grad`, that of φ(g) ∘ u, which is overwritten.
 
         `spend`: g and u will not be read again, so their memory may be taken for the gradients.
         """
-        ...
+        if value is None:
+            from firefly.models.kernels import liger
 
-
-def gate_for(activation: Activation, device: torch.device, width: int) -> Gate:
-    """The implementation for arrays of `width` columns on `device`."""
-    if implementation(device) == "liger":
-        from firefly.models.kernels import liger
-
-        if activation.name in liger.GATES and width <= liger.WIDEST:
-            return LigerGate(activation.name)
-    return TorchGate(activation)
-
-
-@dataclass(frozen=True)
-class TorchGate:
-    """By PyTorch's operations."""
-
-    activation: Activation
-
-    def forward(self, g: Tensor, u: Tensor) -> Tensor:
-        return self.activation.value(g).mul_(u)
-
-    def again(self, g: Tensor, u: Tensor, product: bool) -> tuple[Tensor | None, Tensor | None]:
-        value = self.activation.value(g)
-        return (value * u if product else None), value
-
-    def backward(self, g: Tensor, u: Tensor, grad: Tensor, value: Tensor | None, spend: bool) -> tuple[Tensor, Tensor]:
-        assert value is not None
+            return liger.gated_backward(self.activation.name, *((g, u) if spend else (g.clone(), u.clone())), grad)
         grad_u = value.mul_(grad)
         return self.activation.backward(grad.mul_(u), g), grad_u
 
 
-@dataclass(frozen=True)
-class LigerGate:
-    """By one kernel each way."""
+def gate_for(activation: Activation, device: torch.device, width: int) -> Gate:
+    """The implementation for arrays of `width` columns on `device`."""
+    if implementation(device) != "liger":
+        return Gate(activation, liger=False)
+    from firefly.models.kernels import liger
 
-    kind: str
-
-    def forward(self, g: Tensor, u: Tensor) -> Tensor:
-        from firefly.models.kernels import liger
-
-        return liger.gated(self.kind, g, u)
-
-    def again(self, g: Tensor, u: Tensor, product: bool) -> tuple[Tensor | None, Tensor | None]:
-        return (self.forward(g, u) if product else None), None
-
-    def backward(self, g: Tensor, u: Tensor, grad: Tensor, value: Tensor | None, spend: bool) -> tuple[Tensor, Tensor]:
-        from firefly.models.kernels import liger
-
-        return liger.gated_backward(self.kind, *((g, u) if spend else (g.clone(), u.clone())), grad)
+    return Gate(activation, activation.name in liger.GATES and width <= liger.WIDEST)
 
 
 class GatedMLP(torch.autograd.Function):

@@ -41,7 +41,7 @@ def install_rotary(model: Any) -> int:
     count = 0
     for kind, modules in by_class.items():
         own: Any = kind.forward.__globals__.get(NAME)
-        arguments = _rotary_call(model, modules[0]) if callable(own) else None
+        arguments = _rotary_call(model, modules) if callable(own) else None
         keeps_type = None if arguments is None else _same_result(own, arguments)
         if keeps_type is None:
             continue
@@ -61,23 +61,26 @@ def _forward_with(kind: type[nn.Module], rotary: Rotary) -> Any:
     return forward
 
 
-def _rotary_call(model: Any, module: nn.Module) -> tuple[Tensor, ...] | None:
-    """What `module` calls the function with, for a row of two examples; None if it does otherwise."""
+def _rotary_call(model: Any, modules: list[nn.Module]) -> tuple[Tensor, ...] | None:
+    """What modules of a class call the function with, for a row of two examples; None if they do otherwise."""
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.arange(12, device=model.device)[None] * 7919 % max(vocabulary - 2, 1)
     positions = torch.cat((torch.arange(5), torch.arange(7)))[None].to(model.device)
-    call = first_call(model, {"input_ids": ids, "position_ids": positions}, partial(_calling, module))
+    call = first_call(model, {"input_ids": ids, "position_ids": positions}, partial(_calling, modules))
     return call[0] if call and _fits(*call) else None
 
 
 @contextmanager
-def _calling(module: nn.Module, function: Callable[..., None]) -> Iterator[None]:
-    """Let `module` call `function` in the place of the rotary function."""
-    module.forward = MethodType(_forward_with(type(module), function), module)  # type: ignore[method-assign]
+def _calling(modules: list[nn.Module], function: Callable[..., None]) -> Iterator[None]:
+    """Let modules of a class call `function` in the place of the rotary function."""
+    forward = _forward_with(type(modules[0]), function)
+    for module in modules:  # some layers turn nothing
+        module.forward = MethodType(forward, module)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        del module.forward
+        for module in modules:
+            del module.forward
 
 
 def _same_result(own: Rotary, arguments: tuple[Tensor, ...]) -> bool | None:

@@ -93,7 +93,7 @@ def attend(
             v = torch.cat([values[opening][:, :prefix], v], dim=1)
         near = window if window is not None and window < k.shape[1] else None
         way = pick(q, near, softcap, dropout, settings.crossover)
-        pieces.append(way(q, k, v, scale, near, softcap, dropout, settings.masks))
+        pieces.append(way(q, k, v, scale, near, settings.masks, softcap, dropout))
     if len(pieces) == 1:
         return pieces[0]
     return torch.cat([piece.transpose(0, 1) for piece in pieces]).transpose(0, 1)
@@ -130,7 +130,7 @@ def _seconds(way: Any, inputs: list[Tensor], scale: float) -> float:
     found, masks = [], {}
     for _ in range(7):
         started = time.perf_counter()
-        torch.autograd.grad(way(*inputs, scale, None, None, 0.0, masks).sum(), inputs)
+        torch.autograd.grad(way(*inputs, scale, None, masks).sum(), inputs)
         found.append(time.perf_counter() - started)
     return min(found)
 
@@ -144,9 +144,7 @@ def describe_attention(device: torch.device, dtype: torch.dtype, crossover: int 
     return translate("sdpa per segment")
 
 
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: Any, dropout: float, masks: Masks
-) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, masks: Masks, *_: Any) -> Tensor:
     grouped = q.shape[0] != k.shape[0]
     if grouped and q.is_cuda:  # there grouped heads rule out the one kernel that takes fp32, and cards before sm80
         k, v, grouped = *_repeated(q, k, v), False
@@ -172,7 +170,7 @@ def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _plain(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: Any, dropout: float, masks: Masks
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, _: Masks, softcap: float | None, dropout: float
 ) -> Tensor:
     k, v = _repeated(q, k, v)
     outputs = []
@@ -186,9 +184,7 @@ def _plain(
     return torch.cat(outputs, dim=1)
 
 
-def _gemm(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: Any, dropout: float, masks: Masks
-) -> Tensor:
+def _gemm(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, masks: Masks, *_: Any) -> Tensor:
     return (_OneBlock if q.shape[1] <= BLOCK else _GemmAttention).apply(q, k, v, scale, window, masks)
 
 
