@@ -26,9 +26,10 @@ from firefly.data.examples import INDEX, ExampleCounts, index_entry
 from firefly.data.schema import IGNORE, Source, Tokens
 from firefly.distributed.model import TrainableModel
 from firefly.models.adapters import attach_adapter, transformers_model
+from firefly.models.attention import use_crossover
 from firefly.models.checkpointing import Checkpointing, decoder_layers, install_checkpointing
 from firefly.models.forwards import install_training_forwards
-from firefly.models.kernels.segment_attention import GEMM_LONGEST, use_crossover
+from firefly.models.kernels.segment_attention import GEMM_LONGEST
 from firefly.models.loading import load_model
 from firefly.models.precision import Precision
 from firefly.models.probe_cache import known_activations, known_layout
@@ -111,7 +112,7 @@ class Ours:
         self.head = install_training_forwards(self.model)
         self.inner = transformers_model(self.model)
         by_products = GEMM_LONGEST if compute != torch.float32 else 0  # a run measures; our own kernel is tested here
-        use_crossover(by_products)
+        use_crossover(self.inner, by_products)
         autocast = compute if mode == "full" and compute != torch.float32 else None
         known_activations(self.inner, self.layout, autocast, max(LENGTHS))
         self.choices = Choices(TOKENS_PER_MICROBATCH, attention_by_products=by_products)

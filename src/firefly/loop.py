@@ -24,14 +24,13 @@ from firefly.distributed.model import TrainableModel
 from firefly.errors import UsageError
 from firefly.evaluation import evaluate
 from firefly.models.adapters import transformers_model
-from firefly.models.checkpointing import decoder_layers, install_checkpointing
+from firefly.models.checkpointing import RandomState, decoder_layers, install_checkpointing
 from firefly.run import Run
 from firefly.runs.interruption import Interrupted, Interruption, resume_command
 from firefly.runs.metrics import RunRecorder
 from firefly.runs.observers import Observers, make_observers
 from firefly.runs.progress import Progress
 from firefly.saving import (
-    RandomState,
     checkpoint_folder,
     count_flops,
     load_random_state,

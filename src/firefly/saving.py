@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import TrainerState, set_seed
 from transformers.trainer_pt_utils import safe_globals
 
@@ -212,20 +211,6 @@ def resume_progress(checkpoint: Path, output_dir: Path, model: TrainableModel) -
 
 
 # ---- random states ----
-
-
-class RandomState:
-    """The random states that a step draws from, to begin it again."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.cpu: Tensor = torch.get_rng_state()
-        self.gpu: Tensor | None = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.gpu is not None:
-            torch.cuda.set_rng_state(self.gpu, self.device)
 
 
 def _random_file(model: TrainableModel) -> str:

@@ -11,11 +11,11 @@ import torch
 from firefly.data.batching import pack
 from firefly.data.pair_batching import pack_pairs
 from firefly.models.adapters import transformers_model
-from firefly.models.attention import choose_layout
+from firefly.models.attention import choose_layout, segmented
 from firefly.models.checkpointing import Checkpointing, install_checkpointing
 from firefly.models.dry_run import LiveBytes, NoDryRun, counted_activations, dry_run, measure_activations
 from firefly.models.forwards import install_training_forwards
-from firefly.models.kernels import segment_attention, token_nll
+from firefly.models.kernels import token_nll
 from tiny import prepared, random_examples, random_pairs, tiny_model, with_our_lora
 
 
@@ -24,7 +24,8 @@ def real_peak(model: Any, rows: list[Any], per_token: bool = False, solo: bool =
     live = LiveBytes()
     for tensor in (*model.parameters(), *model.buffers()):
         live.ignore(tensor)
-    segment_attention._biases.clear()
+    if (used := segmented(model)) is not None:
+        used.masks.clear()
     model.train()
     with live:
         found = [model(**row.model_inputs(solo), per_token=per_token) for row in rows]
@@ -121,16 +122,18 @@ def test_a_dry_run_leaves_the_model_as_it_was() -> None:
     model, _, _ = prepared("llama", "lora")
     inner = transformers_model(model).eval()
     parameters = dict(inner.named_parameters())
-    segment_attention._biases.clear()
+    used = segmented(inner)
+    assert used is not None
+    used.masks.clear()
     rows = list(pack_pairs(random_pairs((30, 20, 11))).rows)  # an answer behind a prompt has a mask
     dry_run(inner, rows, per_token=True)
     assert all(parameters[name] is parameter for name, parameter in inner.named_parameters())
     assert all(parameter.grad is None for parameter in parameters.values())
-    assert not segment_attention._biases
+    assert not used.masks
     assert not inner.training
     assert not any(hooks for module in inner.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks))
     assert real_peak(inner, rows, per_token=True)
-    assert segment_attention._biases
+    assert used.masks
 
 
 def test_activations_per_token_are_counted_as_they_are_measured() -> None:

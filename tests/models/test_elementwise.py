@@ -18,8 +18,8 @@ import firefly.models.kernels
 from firefly.console import take_notices
 from firefly.models.forwards import install_training_forwards
 from firefly.models.kernels import elementwise
-from firefly.models.kernels.gate import ACTIVATIONS, Gate, LigerGate, TorchGate, gate_for, graph_is_kept
-from firefly.models.kernels.gated_mlp import install_gated_mlps
+from firefly.models.kernels.gated_mlp import ACTIVATIONS, Gate, gate_for, install_gated_mlps
+from firefly.models.kernels.matmul import graph_is_kept
 from firefly.models.kernels.rms_norm import FORMS, RMSNorm, install_rms_norms
 from firefly.models.kernels.rotary import NAME, install_rotary
 from tiny import assert_same, gradients, tiny_model, with_our_lora
@@ -39,11 +39,11 @@ class StandIn(SimpleNamespace):
 
     def gated(self, kind: str, g: Tensor, u: Tensor) -> Tensor:
         self.calls.append("gated")
-        return TorchGate(self.GATES[kind]).forward(g, u)
+        return Gate(self.GATES[kind], liger=False).forward(g, u)
 
     def gated_backward(self, kind: str, g: Tensor, u: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         self.calls.append("gated_backward")
-        plain = TorchGate(self.GATES[kind])
+        plain = Gate(self.GATES[kind], liger=False)
         grad_g, grad_u = plain.backward(g.clone(), u.clone(), grad.clone(), plain.again(g, u, False)[1], True)
         return g.data.copy_(grad_g), u.data.copy_(grad_u)
 
@@ -60,14 +60,11 @@ class StandIn(SimpleNamespace):
 
 @pytest.fixture(autouse=True)
 def fresh() -> Any:
-    """No choice is remembered from another test or for one, and models have their own rotary function."""
+    """No choice is remembered from another test or for one."""
     elementwise._liger_works.cache_clear()
     take_notices()
     yield
     elementwise._liger_works.cache_clear()
-    modeling_llama.apply_rotary_pos_emb = getattr(
-        modeling_llama.apply_rotary_pos_emb, "own", modeling_llama.apply_rotary_pos_emb
-    )
 
 
 @pytest.fixture
@@ -97,7 +94,7 @@ def test_a_cpu_has_pytorch_whatever_is_installed(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(elementwise, "trial", lambda device: pytest.fail("nothing is tried on a CPU"))
     assert elementwise.implementation(CPU) == "torch"
     install_training_forwards(tiny_model("llama"))
-    assert isinstance(gate_for(SILU, CPU, 48), TorchGate)
+    assert not gate_for(SILU, CPU, 48).liger
 
 
 def test_a_card_is_what_cuda_calls_one() -> None:
@@ -140,13 +137,13 @@ def test_the_trial_sees_a_wrong_kernel(liger: StandIn, monkeypatch: pytest.Monke
 
 
 def test_what_liger_lacks_is_pytorchs(liger: StandIn) -> None:
-    assert gate_for(SILU, CPU, 48) == LigerGate("silu")
-    assert gate_for(GELU_TANH, CPU, 1 << 16) == LigerGate("gelu_tanh")
-    assert gate_for(GELU, CPU, 48) == TorchGate(GELU)
-    assert gate_for(SILU, CPU, (1 << 16) + 1) == TorchGate(SILU)
+    assert gate_for(SILU, CPU, 48) == Gate(SILU, liger=True)
+    assert gate_for(GELU_TANH, CPU, 1 << 16) == Gate(GELU_TANH, liger=True)
+    assert gate_for(GELU, CPU, 48) == Gate(GELU, liger=False)
+    assert gate_for(SILU, CPU, (1 << 16) + 1) == Gate(SILU, liger=False)
 
 
-@pytest.mark.parametrize("gate", [TorchGate(SILU), LigerGate("silu")])
+@pytest.mark.parametrize("gate", [Gate(SILU, liger=False), Gate(SILU, liger=True)])
 def test_what_backward_reads_is_whole_afterwards_unless_it_may_be_spent(liger: StandIn, gate: Gate) -> None:
     g, u, grad = torch.randn(3, 4, 5)
     before = g.clone(), u.clone()
@@ -156,7 +153,7 @@ def test_what_backward_reads_is_whole_afterwards_unless_it_may_be_spent(liger: S
     assert torch.equal(u, before[1])
     found = gate.backward(g, u, grad.clone(), gate.again(g, u, False)[1], spend=True)
     torch.testing.assert_close(found, expected)
-    assert isinstance(gate, TorchGate) or found[0].data_ptr() == g.data_ptr()
+    assert not gate.liger or found[0].data_ptr() == g.data_ptr()
 
 
 def test_autograd_tells_whether_it_keeps_the_graph() -> None:
@@ -217,9 +214,8 @@ def test_attention_takes_ligers_rotation_and_only_where_it_fits(liger: StandIn) 
     model = tiny_model("llama")
     ids = torch.arange(12)[None] + 3
     expected = model(ids).logits
-    assert [install_rotary(each) for each in (model, model, tiny_model("llama", seed=1))] == [1, 1, 1]
-    ours: Any = modeling_llama.apply_rotary_pos_emb
-    assert ours.own is own
+    assert install_rotary(model) == 3
+    ours: Any = model.model.layers[0].self_attn.forward.__func__.__globals__[NAME]
     liger.calls.clear()
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
     assert liger.calls == ["rotate"] * 3
@@ -239,19 +235,16 @@ def test_attention_takes_ligers_rotation_and_only_where_it_fits(liger: StandIn) 
 def test_without_a_card_the_installed_function_is_the_models_own(
     liger: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install_rotary(tiny_model("llama"))
+    model = tiny_model("llama")
+    install_rotary(model)
     liger.calls.clear()
     monkeypatch.setattr(elementwise, "is_card", lambda device: False)
-    tiny_model("llama")(torch.arange(12)[None] + 3)
+    model(torch.arange(12)[None] + 3)
     assert not liger.calls
 
 
 def test_a_rotation_that_differs_is_not_installed(liger: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     assert install_rotary(tiny_model("cohere")) == 0  # neighbours, not halves
-    model = tiny_model("llama")
-    own = modeling_llama.apply_rotary_pos_emb
-    assert install_rotary(model) == 1
     right = liger.rotate
     monkeypatch.setattr(liger, "rotate", lambda q, k, cos, sin, dtype: right(q, k, cos, -sin, dtype))
-    assert install_rotary(model) == 0
-    assert getattr(modeling_llama, NAME) is own
+    assert install_rotary(tiny_model("llama")) == 0

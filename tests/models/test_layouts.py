@@ -16,7 +16,7 @@ from firefly.data.schema import IGNORE, Tokens
 from firefly.errors import UsageError
 from firefly.models import attention
 from firefly.models.adapters import transformers_model
-from firefly.models.attention import NAME, choose_layout
+from firefly.models.attention import choose_layout, segmented
 from firefly.models.checkpointing import Checkpointing, install_checkpointing
 from firefly.models.heads import install_target_head
 from firefly.models.kernels.segment_attention import attend
@@ -157,8 +157,10 @@ def test_a_window_longer_than_the_probe_is_honoured_or_the_model_refused(name: s
 @pytest.mark.parametrize("name", PACKABLE)
 def test_architectures_with_an_isolating_attention_are_packed(name: str) -> None:
     model = tiny_model(name)
+    own = model.config._attn_implementation
     assert choose_layout(model) == ("segments", "")
-    assert model.config._attn_implementation == NAME
+    assert segmented(model) is not None
+    assert model.config._attn_implementation == own
 
 
 @pytest.mark.parametrize("name", SOLO)
@@ -214,7 +216,8 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 def test_attention_returns_what_models_may_take_views_of(lengths: tuple[int, ...], dtype: torch.dtype) -> None:
     (inputs,) = [packed_inputs(random_examples(*lengths))]
     query, key, value = (torch.randn(1, 4, sum(lengths), width, dtype=dtype) for width in (16, 16, 8))
-    out, _ = attention.segment_attention(nn.Module(), query, key, value, None, segments=inputs["segments"])
+    model = attention.SegmentedModel()
+    out = attention.attend_packed(nn.Module(), query, key, value, None, inputs["segments"], model)
     assert out.shape == (1, sum(lengths), 4, 8)
     assert out.is_contiguous()
 
@@ -233,9 +236,9 @@ def test_attention_returns_what_models_may_take_views_of(lengths: tuple[int, ...
 def test_attention_that_is_more_than_causal_is_never_done_without_it(given: dict[str, Any], word: str) -> None:
     """An indexer chooses all tokens of a short example, so that a probe would find no difference."""
     heads = torch.randn(3, 1, 4, 9, 8)
-    arguments = {"attention_mask": None, "segments": apart(0, 9)} | given
+    arguments = {"attention_mask": None, "segments": apart(0, 9), "used": attention.SegmentedModel()} | given
     with pytest.raises(attention.UnsupportedAttention, match=word):
-        attention.segment_attention(nn.Module(), *heads, **arguments)
+        attention.attend_packed(nn.Module(), *heads, **arguments)
 
 
 @pytest.mark.parametrize(

@@ -176,14 +176,8 @@ def test_torch_takes_the_arguments_that_we_pass(monkeypatch: pytest.MonkeyPatch)
 def test_the_measured_crossover_decides_between_products_and_sdpa() -> None:
     longest = segment_attention.measure_crossover(2, 1, 8, 4)
     assert longest in (0, 128, 256, 512, segment_attention.GEMM_LONGEST)
-    before = segment_attention._crossover
     query = torch.empty(2, 200, 8, dtype=torch.bfloat16)
-    try:
-        segment_attention.use_crossover(256)
-        assert segment_attention.pick(query, None, None, 0.0) is segment_attention._gemm
-        segment_attention.use_crossover(128)
-        assert segment_attention.pick(query, None, None, 0.0) is segment_attention._sdpa
-        assert segment_attention.pick(query, 100, None, 0.0) is segment_attention._gemm
-        assert segment_attention.pick(query.float(), None, None, 0.0) is segment_attention._sdpa
-    finally:
-        segment_attention.use_crossover(before)
+    assert segment_attention.pick(query, None, None, 0.0, 256) is segment_attention._gemm
+    assert segment_attention.pick(query, None, None, 0.0, 128) is segment_attention._sdpa
+    assert segment_attention.pick(query, 100, None, 0.0, 128) is segment_attention._gemm
+    assert segment_attention.pick(query.float(), None, None, 0.0, 128) is segment_attention._sdpa

@@ -14,7 +14,7 @@ from firefly.models.adapters import attach_adapter, transformers_model
 from firefly.models.attention import choose_layout
 from firefly.models.forwards import install_training_forwards
 from firefly.models.kernels import lora_linear
-from firefly.models.kernels.weight_cache import cache_sizes, cache_weights, cacheable_weights, weights_that_fit
+from firefly.models.kernels.lora_linear import cache_sizes, cache_weights, cacheable_weights, weights_that_fit
 from firefly.models.loading import load_model
 from firefly.models.precision import Precision
 from tiny import assert_same, gradients, random_examples, randomise_adapters, save_tiny_model

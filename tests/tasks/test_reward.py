@@ -16,7 +16,7 @@ from test_steps import assert_same
 from transformers import AutoModelForSequenceClassification
 
 from firefly.data.schema import TokenPair
-from firefly.models.attention import NAME
+from firefly.models.attention import use_segments
 from firefly.models.scores import install_score_head, padding_beside
 from firefly.tasks.base import Forward
 from firefly.tasks.reward import RewardTask, ScorePacking
@@ -45,7 +45,7 @@ def make_reward_trial(
     **keys: Any,
 ) -> Trial:
     if layout == "segments":
-        module.set_attn_implementation(NAME)
+        use_segments(module)
     install_score_head(module)
     task = RewardTask(configuration("reward", train_mode="full", **keys))
     return make_trial(module, folder, pairs, budget, layout, "full", held_out=pairs, task=task)

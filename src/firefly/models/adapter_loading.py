@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from firefly.console import notice
 from firefly.errors import UsageError
 from firefly.models.kernels.expert_linear import install_expert_kernels
-from firefly.models.kernels.token_rows import install_token_rows
+from firefly.models.kernels.peft_layers import install_token_rows
 from firefly.models.saved_adapter import OUR_PREFIX, SavedAdapter, is_exact_start, module_of, open_adapter
 from firefly.models.tokens import is_tied, resize_embeddings, vocabulary_ends
 from firefly.translation import Phrase

@@ -20,8 +20,7 @@ from firefly.models.adapter_loading import load_adapter
 from firefly.models.experts import expert_parameters, shortened
 from firefly.models.kernels.expert_linear import install_expert_kernels
 from firefly.models.kernels.lora_linear import install_lora_kernels
-from firefly.models.kernels.saved_modules import install_saved_modules, install_trained_biases
-from firefly.models.kernels.token_rows import install_token_rows
+from firefly.models.kernels.peft_layers import install_saved_modules, install_token_rows, install_trained_biases
 from firefly.models.probe_cache import known_unreached
 from firefly.models.reach import Unreached, alike
 from firefly.models.saved_adapter import open_adapter

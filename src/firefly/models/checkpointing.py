@@ -7,7 +7,7 @@ layers go, the first ones first: when one of them is computed again, all later l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from firefly.errors import UsageError
 from firefly.models.attention import short_row
 from firefly.models.kernels.expert_linear import is_known
 from firefly.models.kernels.gated_mlp import UNREAD, fused_blocks
-from firefly.models.kernels.second_pass import checkpoint_anywhere, checkpoint_plainly
 from firefly.models.probing import agree, attempt, first_call
 
 
@@ -54,7 +54,7 @@ def install_checkpointing(model: Any, chosen: Checkpointing) -> None:
     plain = plain_layers(model, layers[: chosen.layers])
     for number, layer in enumerate(layers):
         switched: Any = layer
-        function = checkpoint_plainly if layer in plain else checkpoint_anywhere
+        function = partial(checkpoint_plainly, plain[layer]) if layer in plain else checkpoint_anywhere
         switched._gradient_checkpointing_func = partial(offloading, function) if chosen.offload else function
         switched.gradient_checkpointing = number < chosen.layers
 
@@ -65,11 +65,98 @@ def offloading(function: Any, *args: Any) -> Any:
         return function(*args)
 
 
+# ---- a layer that is recomputed ----
+
+
+def checkpoint_anywhere(function: Any, *args: Any) -> Any:
+    """torch's checkpoint of one layer, which every engine and every kind of layer goes with.
+
+    Not reentrant: inputs without a gradient are fine, and random state is restored for the second pass.
+    """
+    return checkpoint(function, *args, use_reentrant=False)
+
+
+def checkpoint_plainly(block: nn.Module, function: Any, hidden: Tensor, *args: Any) -> Any:
+    """The same for a layer whose only differentiable input is `hidden`: a quarter of what Python has to do.
+
+    torch's own way calls hooks for each tensor that any operation keeps. Here the layer is one operation that keeps its
+    input. Whatever does not fit goes torch's way.
+
+    Args:
+        block: the gated block of the layer, whose output the second pass leaves out.
+    """
+    if torch.is_autocast_enabled(hidden.device.type) or _learns(args) or _learns(getattr(function, "keywords", {})):
+        return checkpoint(function, hidden, *args, use_reentrant=False, context_fn=partial(_both_passes, block))
+    if not hidden.requires_grad:  # the first layer's: its own weights need the pass all the same
+        hidden = hidden.detach().requires_grad_()
+    return _Layer.apply(hidden, lambda hidden: function(hidden, *args), block)
+
+
+@contextmanager
+def _recomputing(block: nn.Module) -> Iterator[None]:
+    """While its layer is recomputed: nobody reads the block's output."""
+    setattr(block, UNREAD, True)
+    try:
+        yield
+    finally:
+        setattr(block, UNREAD, False)
+
+
+def _both_passes(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """The contexts of a layer's first and second pass, as `torch.utils.checkpoint` takes them."""
+    return nullcontext(), _recomputing(block)
+
+
+def _learns(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    if isinstance(value, dict):
+        return any(_learns(each) for each in value.values())
+    return isinstance(value, list | tuple) and any(_learns(each) for each in value)
+
+
+class _Layer(torch.autograd.Function):
+    """A layer as one operation: hidden → its output, weights that it trains inside."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, run: Any, block: nn.Module) -> Tensor:
+        ctx.run, ctx.block, ctx.random = run, block, RandomState(hidden.device)
+        ctx.save_for_backward(hidden)
+        return run(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+        (kept,) = ctx.saved_tensors
+        hidden = kept.detach().requires_grad_()
+        now = RandomState(hidden.device)
+        ctx.random.restore()
+        with torch.enable_grad(), _recomputing(ctx.block):
+            out = ctx.run(hidden)
+        now.restore()
+        torch.autograd.backward(out, grad)
+        return hidden.grad, None, None
+
+
+class RandomState:
+    """The random states of torch on a device, to draw the same numbers again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cpu: Tensor = torch.get_rng_state()
+        self.gpu: Tensor | None = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.gpu is not None:
+            torch.cuda.set_rng_state(self.gpu, self.device)
+
+
 # ---- what a second pass need not do ----
 
 
-def plain_layers(model: Any, layers: Sequence[nn.Module]) -> set[nn.Module]:
-    """The layers that `checkpoint_plainly` is for: with one gated block, whose output a second pass need not compute.
+def plain_layers(model: Any, layers: Sequence[nn.Module]) -> dict[nn.Module, nn.Module]:
+    """The layers that `checkpoint_plainly` is for, each with its one gated block, whose output a second pass need not
+    compute.
 
     In most architectures it is only added to the residual stream, which no gradient needs. Whether a layer is like that
     is tried once for each kind: with NaN in the output's place, its gradients must be those of torch's own checkpoint.
@@ -77,10 +164,10 @@ def plain_layers(model: Any, layers: Sequence[nn.Module]) -> set[nn.Module]:
     experts, whose router's logits are read on the way and may have a loss of their own.
     """
     if not layers or (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return set()
+        return {}
     found: dict[Any, bool] = {}
     call = None
-    plain = set()
+    plain = {}
     for layer in layers:
         inside = fused_blocks(layer)
         blocks = list(inside.values())
@@ -89,10 +176,8 @@ def plain_layers(model: Any, layers: Sequence[nn.Module]) -> set[nn.Module]:
         if kind not in found:
             call = call or first_call(model, short_row(model), partial(_before, layers[0]))
             found[kind] = bool(call) and len(blocks) == 1 and not sparse and _is_plain(layer, blocks[0], call)
-        for block in blocks:
-            setattr(block, UNREAD, found[kind])
         if found[kind]:
-            plain.add(layer)
+            plain[layer] = blocks[0]
     return plain
 
 
@@ -111,10 +196,8 @@ def _is_plain(layer: Any, block: nn.Module, call: tuple[Any, dict[str, Any]]) ->
     layer.gradient_checkpointing = False
 
     def same_gradients() -> bool:
-        setattr(block, UNREAD, False)
         expected = _gradients(checkpoint_anywhere, layer, call)
-        setattr(block, UNREAD, True)
-        found = _gradients(checkpoint_plainly, layer, call)
+        found = _gradients(partial(checkpoint_plainly, block), layer, call)
         computed = call[0][0].dtype  # gradients of fp32 adapters in a 16-bit layer are made of 16-bit products
         return all(agree(*pair, computed=computed) for pair in zip(found, expected, strict=True))
 

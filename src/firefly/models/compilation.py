@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 
 from firefly.errors import UsageError
 from firefly.models.adapters import transformers_model
-from firefly.models.attention import NAME, segment_attention
+from firefly.models.attention import segment_attention, segmented
 from firefly.models.checkpointing import decoder_layers
 from firefly.models.probing import decoder
 from firefly.segments import Segment
@@ -26,6 +26,9 @@ from firefly.segments import Segment
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 OLDEST = (2, 13)
 """With torch 2.11 the gradients of adapters in compiled layers are wrong, and nothing tells; 2.12 was not tried."""
+
+NAME = "firefly_segments_uncompiled"
+"""Of the attention function in transformers' registry, as compiled layers call it."""
 
 VARIANTS = 32
 """Of one function: with and without gradients, in training and evaluation, the adapter on and off. torch stops at 8."""
@@ -60,17 +63,21 @@ def compile_layers(model: Any, backend: str | None = None, mode: str | None = No
     layers: list[Any] = decoder_layers(decoder(transformers_model(model)))
     if not layers:
         return 0
-    AttentionInterface.register(NAME, torch.compiler.disable(_attend_sealed))
-    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+    if (used := segmented(transformers_model(model))) is not None:
+        AttentionInterface.register(NAME, torch.compiler.disable(_attend_sealed))
+        for module in used.own:
+            module.config._attn_implementation = NAME  # type: ignore[union-attr]
     for layer in layers:
         own = MethodType(inspect.unwrap(type(layer).forward), layer)  # without the checkpoint around it
-        compiled = torch.compile(own, dynamic=True, backend=backend or "inductor", mode=mode)
-        layer.forward = MethodType(_forward_with(compiled), layer)  # type: ignore[method-assign]
+        compiled = torch.compile(own, dynamic=True, backend=backend or "inductor", mode=mode, recompile_limit=VARIANTS)
+        layer.forward = MethodType(_forward_with(own, compiled), layer)  # type: ignore[method-assign]
     return len(layers)
 
 
-def _forward_with(compiled: Callable[..., Any]) -> Callable[..., Any]:
+def _forward_with(own: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, segments: tuple[Segment, ...] | None = None, **kwargs: Any) -> Any:
+        if kwargs.get("past_key_values") is not None or "cache" in kwargs:  # a token at a time, as in `generate`
+            return own(*args, **kwargs)
         if segments is not None:
             kwargs["segments"] = Sealed(segments)
         if self.gradient_checkpointing and self.training:  # around compiled code: a checkpoint within is not compiled

@@ -27,9 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from firefly.data.batching import PackedBatch
+from firefly.models.attention import segmented
 from firefly.models.checkpointing import decoder_layers
-from firefly.models.kernels import segment_attention
-from firefly.models.kernels.segment_attention import BLOCK
+from firefly.models.kernels.segment_attention import BLOCK, AttentionSettings
 from firefly.models.kernels.target_device import sized_for
 from firefly.models.memory import Activations, Peak
 from firefly.models.reach import Unreached, find_unreached
@@ -302,7 +302,7 @@ def without_numbers(model: nn.Module, device: str = "cpu") -> Iterator[tuple[Fak
                         own.append((module._buffers, name, buffer))
                         module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
         model.train()
-        with sized_for(device), _without_masks():
+        with sized_for(device), _without_masks(model):
             yield fake, [parameter for parameter in made.values() if parameter.requires_grad]
     finally:
         model.train(was_training)
@@ -356,12 +356,12 @@ def _told_apart(model: Any, trained: Sequence[nn.Parameter], live: LiveBytes) ->
 
 
 @contextmanager
-def _without_masks() -> Iterator[None]:
+def _without_masks(model: Any) -> Iterator[None]:
     """Attention keeps a few masks for later calls: none without numbers may be left behind."""
-    kept = dict(segment_attention._biases)
-    segment_attention._biases.clear()
+    used = segmented(model)
+    settings = AttentionSettings() if used is None else used
+    kept, settings.masks = settings.masks, {}
     try:
         yield
     finally:
-        segment_attention._biases.clear()
-        segment_attention._biases.update(kept)
+        settings.masks = kept

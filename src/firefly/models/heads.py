@@ -8,6 +8,7 @@ sharding see nothing new. `router_logits` come along where the model was asked f
 from __future__ import annotations
 
 import inspect
+from functools import wraps
 from types import MethodType
 from typing import Any
 
@@ -30,12 +31,11 @@ def install_target_head(model: PreTrainedModel) -> str:
     architecture can leave the others out.
     """
     head = model.get_output_embeddings()
-    if type(head) is nn.Linear and not _is_patched(head) and _is_plain(model, head):
+    fused = type(head) is nn.Linear and "forward" not in vars(head) and _is_plain(model, head)
+    if fused:
         head.forward = MethodType(_head_forward, head)
-        model.forward = MethodType(_forward_fused, model)  # type: ignore[method-assign]
-        return "fused"
-    model.forward = MethodType(_forward_logits, model)  # type: ignore[method-assign]
-    return "logits"
+    model.forward = MethodType(_forward_with_targets(type(model).forward, fused), model)  # type: ignore[method-assign]
+    return "fused" if fused else "logits"
 
 
 def _is_plain(model: PreTrainedModel, head: nn.Linear) -> bool:
@@ -86,47 +86,39 @@ def _same(given: dict[str, Any], inputs: dict[str, Any]) -> bool:
     return given.keys() == inputs.keys() and all(given[name] is value for name, value in inputs.items())
 
 
-def _is_patched(head: nn.Module) -> bool:
-    return "forward" in vars(head)
-
-
 def _head_forward(self: nn.Linear, hidden: Tensor, targets: Tensor | None = None, per_token: bool = False) -> Tensor:
     if targets is None:
         return F.linear(hidden, self.weight, self.bias)
     return (token_logps if per_token else summed_nll)(hidden, self.weight, self.bias, targets)
 
 
-def _forward_fused(
-    self: Any,
-    *args: Any,
-    target_index: Tensor | None = None,
-    targets: Tensor | None = None,
-    per_token: bool = False,
-    **kwargs: Any,
-) -> Any:
-    if target_index is None:
-        return type(self).forward(self, *args, **kwargs)
-    output = decoder(self)(*args, use_cache=False, **kwargs)
-    chosen = output.last_hidden_state[0].index_select(0, target_index)
-    # Through the head's __call__, so that sharded engines gather its weight.
-    result = self.get_output_embeddings()(chosen, targets, per_token)
-    return {"logps" if per_token else "loss": result, "router_logits": getattr(output, "router_logits", None)}
+def _forward_with_targets(own: Any, fused: bool) -> Any:
+    """A model's forward that can return the loss; without targets it is `own`, whose signature it has, since `generate`
+    reads there what it may pass."""
+    keeps = "logits_to_keep" in inspect.signature(own).parameters
 
+    @wraps(own)
+    def forward(
+        self: Any,
+        *args: Any,
+        target_index: Tensor | None = None,
+        targets: Tensor | None = None,
+        per_token: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if target_index is None or targets is None:
+            return own(self, *args, **kwargs)
+        if fused:
+            output = decoder(self)(*args, use_cache=False, **kwargs)
+            chosen = output.last_hidden_state[0].index_select(0, target_index)
+            # Through the head's __call__, so that sharded engines gather its weight.
+            result = self.get_output_embeddings()(chosen, targets, per_token)
+        else:
+            asked = {"logits_to_keep": target_index} if keeps else {}
+            output = own(self, *args, use_cache=False, **asked, **kwargs)
+            logits = output.logits[0] if keeps else output.logits[0].index_select(0, target_index)
+            nll = F.cross_entropy(logits.float(), targets, reduction="none" if per_token else "sum")
+            result = -nll if per_token else nll
+        return {"logps" if per_token else "loss": result, "router_logits": getattr(output, "router_logits", None)}
 
-def _forward_logits(
-    self: Any,
-    *args: Any,
-    target_index: Tensor | None = None,
-    targets: Tensor | None = None,
-    per_token: bool = False,
-    **kwargs: Any,
-) -> Any:
-    if target_index is None or targets is None:
-        return type(self).forward(self, *args, **kwargs)
-    keeps = "logits_to_keep" in inspect.signature(type(self).forward).parameters
-    asked = {"logits_to_keep": target_index} if keeps else {}
-    output = type(self).forward(self, *args, use_cache=False, **asked, **kwargs)
-    logits = output.logits[0] if keeps else output.logits[0].index_select(0, target_index)
-    nll = F.cross_entropy(logits.float(), targets, reduction="none" if per_token else "sum")
-    router = getattr(output, "router_logits", None)
-    return {"logps": -nll, "router_logits": router} if per_token else {"loss": nll, "router_logits": router}
+    return forward

@@ -21,7 +21,7 @@ from torch import nn
 from firefly.config import AdapterConfig, Config, ModelConfig
 from firefly.errors import UsageError
 from firefly.models.adapters import attach_adapter, transformers_model
-from firefly.models.attention import choose_layout, refuse_textless
+from firefly.models.attention import choose_layout, refuse_textless, use_segments
 from firefly.models.dry_run import NoDryRun, unreached_without_numbers
 from firefly.models.forwards import install_training_forwards
 from firefly.models.loading import as_quantised, load_failure, model_class, nf4_config, read_config
@@ -103,7 +103,8 @@ def build_meta_model(config: Config, precision: Precision, rows: int = 0, new_to
         twin = attach_adapter(twin, small_adapter, unreached=of_twin, notify=lambda *_, **__: None)
     head = install_training_forwards(twin)
     inner, small = transformers_model(model), transformers_model(twin)
-    inner.set_attn_implementation(str(small.config._attn_implementation))
+    if layout == "segments":
+        use_segments(inner)
     _follow(inner, small)
     return MetaModel(model, layout, reason, head, tuple(notes))
 

@@ -24,7 +24,7 @@ from torch import nn
 from firefly.console import notice
 from firefly.errors import UsageError
 from firefly.files import atomic_file, cache_folder, make_cache
-from firefly.models.attention import NAME, choose_layout
+from firefly.models.attention import choose_layout, use_segments
 from firefly.models.dry_run import measure_activations
 from firefly.models.kernels.segment_attention import measure_crossover
 from firefly.models.memory import Activations
@@ -43,7 +43,7 @@ def known_layout(model: Any) -> tuple[str, str]:
         _write(path, {"layout": layout, "reason": reason})
         return layout, reason
     if found["layout"] == "segments":
-        model.set_attn_implementation(NAME)
+        use_segments(model)
     return found["layout"], found["reason"]
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from firefly.config import StepConfig
+from firefly.models.attention import use_crossover
 from firefly.models.checkpointing import Checkpointing, install_checkpointing
-from firefly.models.kernels import segment_attention
-from firefly.models.kernels.weight_cache import cache_weights, weights_that_fit
+from firefly.models.kernels.lora_linear import cache_weights, weights_that_fit
 from firefly.models.memory import FRAGMENTATION, Activations, Forecast
 
 USABLE = 0.8
@@ -38,7 +38,7 @@ class Choices:
     """Attributes:
     tokens_per_microbatch: more are never computed together, but for a single longer example.
     checkpointed_layers, offload: see `checkpointing`.
-    cached_weights: how many 4-bit weights have a copy in the compute type (see `weight_cache`).
+    cached_weights: how many 4-bit weights have a copy in the compute type (see `lora_linear`).
     unpaged_optimizer: whether the state of an optimizer that could page it lies in the card's memory.
     attention_by_products: tokens up to which a CPU's bf16 attention is computed by products (see `segment_attention`).
     """
@@ -173,11 +173,6 @@ def _choose_checkpointing(
             if fitting(Checkpointing(count)) >= tokens:
                 return Checkpointing(count)
     return Checkpointing(layers, offload=device.type == "cuda" and layers > 0)
-
-
-def use_crossover(model: Any, tokens: int) -> None:
-    """Let a CPU compute bf16 segments of up to so many tokens as matmuls in this transformers model."""
-    segment_attention.use_crossover(tokens)
 
 
 def apply(choices: Choices, model: Any, compute: torch.dtype) -> None:

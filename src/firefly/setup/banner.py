@@ -12,8 +12,8 @@ from firefly.distributed.model import TrainableModel
 from firefly.models.adapters import transformers_model
 from firefly.models.checkpointing import decoder_layers
 from firefly.models.kernels.elementwise import implementation, is_card
+from firefly.models.kernels.lora_linear import cache_sizes
 from firefly.models.kernels.segment_attention import describe_attention
-from firefly.models.kernels.weight_cache import cache_sizes
 from firefly.models.memory import PARTS
 from firefly.models.precision import Precision
 from firefly.models.tuning import Choices
@@ -98,5 +98,5 @@ def describe_choices(choices: Choices, model: Any, precision: Precision, device:
         offload=translate(" (their inputs are kept in CPU memory)") if choices.offload else "",
         cached=choices.cached_weights,
         weights=len(cache_sizes(model, precision.compute)),
-        attention=describe_attention(device, precision.compute),
+        attention=describe_attention(device, precision.compute, choices.attention_by_products),
     )

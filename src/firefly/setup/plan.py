@@ -24,8 +24,8 @@ from firefly.data.schema import IGNORE, TokenPair, Tokens
 from firefly.distributed.backends import BACKENDS
 from firefly.errors import UsageError
 from firefly.files import first_line
-from firefly.models import tuning
 from firefly.models.adapters import count_parameters, transformers_model
+from firefly.models.attention import use_crossover
 from firefly.models.checkpointing import Checkpointing, decoder_layers, install_checkpointing
 from firefly.models.dry_run import NoDryRun, counted_activations, dry_run
 from firefly.models.flops import linears_of, matmul_rate, necessary_flops
@@ -424,7 +424,7 @@ def plan_run(
     crossover = GEMM_LONGEST if machine.kind == "cpu" else 0
     if machine.here:
         crossover = known_crossover(inner, machine.device, precision.compute)
-    tuning.use_crossover(inner, crossover)  # what attention keeps depends on it
+    use_crossover(inner, crossover)  # what attention keeps depends on it
     activations, unknown = None, ""
     try:
         longest = int(work.counts.sides.max())

@@ -22,9 +22,10 @@ from firefly.distributed.model import create_optimizer
 from firefly.files import first_line
 from firefly.models import tuning
 from firefly.models.adapters import transformers_model
+from firefly.models.attention import use_crossover
 from firefly.models.checkpointing import Checkpointing
 from firefly.models.dry_run import without_numbers
-from firefly.models.kernels.weight_cache import cache_sizes
+from firefly.models.kernels.lora_linear import cache_sizes
 from firefly.models.memory import (
     Activations,
     Forecast,
@@ -139,7 +140,7 @@ def resolve_choices(run: Run, args: TrainingArguments, module: Any, layout: str)
     config, device, precision, backend = run.config, run.device, run.precision, run.backend
     inner, counts = transformers_model(module), run.data.train.counts
     crossover = known_crossover(inner, device, precision.compute)
-    tuning.use_crossover(inner, crossover)  # what attention keeps is measured below
+    use_crossover(inner, crossover)  # what attention keeps is measured below
     sizing = Sizing(
         config=config,
         model=module,

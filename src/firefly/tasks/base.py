@@ -35,7 +35,7 @@ from firefly.data.batching import (
 from firefly.data.dataset import Split
 from firefly.distributed.backends import Backend
 from firefly.distributed.model import TrainableModel
-from firefly.models.kernels.products import casts_kept
+from firefly.models.kernels.matmul import casts_kept
 from firefly.models.precision import Precision
 from firefly.models.router import count_choices, recorded_logits, router_loss
 
@@ -237,7 +237,7 @@ class Task(ABC):
         total: Any = 0.0
         sums = None
         # FSDP and ZeRO swap parameter storage between passes, so a cast kept beyond one would be stale.
-        casts = casts_kept() if model.backend.name in ("single", "ddp") else nullcontext()
+        casts = casts_kept(model.parameters) if model.backend.name in ("single", "ddp") else nullcontext()
         failed, expert_counts, of_step = None, None, None
         largest = max(range(len(batches)), key=lambda n: sum(row.input_ids.numel() for row in batches[n].rows))
         with casts:

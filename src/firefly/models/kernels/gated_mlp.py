@@ -10,18 +10,27 @@ The idea of recomputing is that of Unsloth's and Liger's kernels (arXiv:2410.109
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from firefly.models.kernels.dropout import draw_mask, drop, drop_drawing, probability
-from firefly.models.kernels.gate import ACTIVATIONS, Activation, gate_for, graph_is_kept
+from firefly.models.kernels.elementwise import implementation
 from firefly.models.kernels.lora_linear import dense, is_plain_lora
-from firefly.models.kernels.products import in_type, scaled_product, wide_product
-from firefly.models.kernels.second_pass import in_second_pass
+from firefly.models.kernels.matmul import (
+    draw_mask,
+    drop,
+    drop_drawing,
+    graph_is_kept,
+    in_type,
+    probability,
+    scaled_product,
+    wide_product,
+)
 from firefly.models.kernels.target_device import device_kind
 from firefly.models.precision import compute_type
 from firefly.models.probing import agree, attempt, evaluating
@@ -29,21 +38,47 @@ from firefly.models.probing import agree, attempt, evaluating
 CPU_ROWS = 512
 """Rows of a chunk on a CPU: enough for matrix products at their rate."""
 
-UNREAD = "firefly_unread_again"
-"""Attribute of a block: in a second pass no gradient depends on its output (see `checkpointing`)."""
+UNREAD = "firefly_unread"
+"""Attribute of a block while its layer is recomputed and no gradient depends on its output (see `checkpointing`)."""
 
 LAYERS = ("gate_proj", "up_proj", "down_proj")
 
 
+class Weights(NamedTuple):
+    """W of a linear layer, A and B of its adapter; or of each, whether its gradient is asked for."""
+
+    w: Any
+    a: Any = None
+    b: Any = None
+
+
 class Projection(NamedTuple):
-    """What a linear layer without bias computes now: x Wᵀ, plus scale · (x Aᵀ) Bᵀ where an adapter is on, before which
+    """How a linear layer without bias computes now: x Wᵀ, plus scale · (x Aᵀ) Bᵀ where an adapter is on, before which
     numbers of x are dropped with probability `dropped`."""
 
-    weight: Tensor
-    a: Tensor | None = None
-    b: Tensor | None = None
     scale: float = 1.0
     dropped: float = 0.0
+
+
+class Block(NamedTuple):
+    """What is constant in one call of the block. `unread`: nobody reads the output, which is nothing but NaN."""
+
+    activation: Activation
+    grad_enabled: bool
+    unread: bool
+    gate: Projection
+    up: Projection
+    down: Projection
+
+    def layers(self, weights: Sequence[Any], dtype: torch.dtype, needs: Sequence[bool] = (False,) * 9) -> list[_Layer]:
+        """Gate, up and down, from the nine weights that autograd hands over."""
+        each = zip((self.gate, self.up, self.down), _by_layer(weights), _by_layer(needs), strict=True)
+        return [_Layer(projection, own, dtype, asked) for projection, own, asked in each]
+
+
+def _by_layer(flat: Sequence[Any]) -> tuple[Weights, Weights, Weights]:
+    gate_w, gate_a, gate_b, up_w, up_a, up_b, down_w, down_a, down_b = flat
+    return Weights(gate_w, gate_a, gate_b), Weights(up_w, up_a, up_b), Weights(down_w, down_a, down_b)
 
 
 def install_gated_mlps(model: nn.Module) -> int:
@@ -107,27 +142,27 @@ def _input_type(module: Any) -> torch.dtype:
 
 def _forward_with(activation: Activation) -> Callable[[Any, Tensor], Tensor]:
     def forward(self: Any, x: Tensor) -> Tensor:
-        projections = [_current(getattr(self, name)) for name in LAYERS]
-        if None in projections:
+        gate, up, down = (_current(getattr(self, name)) for name in LAYERS)
+        if gate is None or up is None or down is None:
             return type(self).forward(self, x)
-        dtype = compute_type(x)
-        flat = [part for p in projections if p is not None for part in p]
-        unread = not torch.compiler.is_compiling() and in_second_pass() and getattr(self, UNREAD, False)
+        unread = not torch.compiler.is_compiling() and vars(self).get(UNREAD, False)
+        (gate_weights, gate), (up_weights, up), (down_weights, down) = gate, up, down
+        block = Block(activation, torch.is_grad_enabled(), unread, gate, up, down)
         with torch.autocast(x.device.type, enabled=False):
-            return GatedMLP.apply(x.to(dtype), activation, torch.is_grad_enabled(), unread, *flat)
+            return GatedMLP.apply(x.to(compute_type(x)), block, *gate_weights, *up_weights, *down_weights)
 
     return forward
 
 
-def _current(layer: Any) -> Projection | None:
+def _current(layer: Any) -> tuple[Weights, Projection] | None:
     """The layer as it stands; None if it needs its own forward (merged, several adapters, another kind of dropout)."""
     if not hasattr(layer, "lora_A"):
-        return Projection(layer.weight)
+        return Weights(layer.weight), Projection()
     base = layer.get_base_layer()
     if layer.merged:
         return None
     if layer.disable_adapters:
-        return Projection(base.weight)
+        return Weights(base.weight), Projection()
     names = layer.active_adapters
     if len(names) != 1 or names[0] not in layer.lora_A:
         return None
@@ -135,32 +170,97 @@ def _current(layer: Any) -> Projection | None:
     dropped = probability(layer.lora_dropout[name])
     if dropped is None:
         return None
-    return Projection(base.weight, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], dropped)
+    weights = Weights(base.weight, layer.lora_A[name].weight, layer.lora_B[name].weight)
+    return weights, Projection(layer.scaling[name], dropped)
+
+
+# ---- the gate, φ(g) ∘ u, and its gradients ----
+
+
+@dataclass(frozen=True)
+class Activation:
+    """φ, and the gradient of its argument from that of its value."""
+
+    name: str
+    value: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+
+ACTIVATIONS = (
+    Activation("silu", F.silu, lambda grad, x: torch.ops.aten.silu_backward(grad, x)),
+    Activation(
+        "gelu_tanh",
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
+    ),
+    Activation("gelu", F.gelu, lambda grad, x: torch.ops.aten.gelu_backward(grad, x)),
+)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """By PyTorch's operations, or by one kernel of Liger's each way. g, u and all results: (rows, inner width) in the
+    compute type."""
+
+    activation: Activation
+    liger: bool
+
+    def forward(self, g: Tensor, u: Tensor) -> Tensor:
+        """φ(g) ∘ u."""
+        if self.liger:
+            from firefly.models.kernels import liger
+
+            return liger.gated(self.activation.name, g, u)
+        return self.activation.value(g).mul_(u)
+
+    def again(self, g: Tensor, u: Tensor, product: bool) -> tuple[Tensor | None, Tensor | None]:
+        """In backward: (φ(g) ∘ u if `product`, what `backward` is to be given as `value`)."""
+        if self.liger:
+            return (self.forward(g, u) if product else None), None
+        value = self.activation.value(g)
+        return (value * u if product else None), value
+
+    def backward(self, g: Tensor, u: Tensor, grad: Tensor, value: Tensor | None, spend: bool) -> tuple[Tensor, Tensor]:
+        """The gradients of g and u from `grad`, that of φ(g) ∘ u, which is overwritten.
+
+        `spend`: g and u will not be read again, so their memory may be taken for the gradients.
+        """
+        if value is None:
+            from firefly.models.kernels import liger
+
+            return liger.gated_backward(self.activation.name, *((g, u) if spend else (g.clone(), u.clone())), grad)
+        grad_u = value.mul_(grad)
+        return self.activation.backward(grad.mul_(u), g), grad_u
+
+
+def gate_for(activation: Activation, device: torch.device, width: int) -> Gate:
+    """The implementation for arrays of `width` columns on `device`."""
+    if implementation(device) != "liger":
+        return Gate(activation, liger=False)
+    from firefly.models.kernels import liger
+
+    return Gate(activation, activation.name in liger.GATES and width <= liger.WIDEST)
 
 
 class GatedMLP(torch.autograd.Function):
-    """x: (…, width) in the compute type; then the parts of gate, up and down projection; returns (…, width).
-
-    `unread`: the output will not be read, so that it holds nothing but NaN.
-    """
+    """x: (…, width) in the compute type; weights: W, A and B of gate, up and down projection; returns (…, width)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, activation: Activation, grad_enabled: bool, unread: bool, *parts: Any) -> Tensor:
-        projections = [Projection(*parts[i : i + 5]) for i in range(0, 15, 5)]
-        gate, up, down = layers = [_Layer(p, x.dtype) for p in projections]
+    def forward(ctx: Any, x: Tensor, block: Block, *weights: Any) -> Tensor:
+        gate, up, down = layers = block.layers(weights, x.dtype)
         rows = x.reshape(-1, x.shape[-1])
         shape = (*x.shape[:-1], down.outputs)
         # As in LoraLinear: what is returned may be changed in place, which a view may not.
-        out = rows.new_full((), torch.nan).expand(shape) if unread else rows.new_empty(shape)
-        flat = None if unread else out.view(-1, down.outputs)
-        keep = grad_enabled and any(ctx.needs_input_grad)
+        out = rows.new_full((), torch.nan).expand(shape) if block.unread else rows.new_empty(shape)
+        flat = None if block.unread else out.view(-1, down.outputs)
+        keep = block.grad_enabled and any(ctx.needs_input_grad)
         inner = [rows.new_empty(len(rows), gate.outputs) for _ in range(2)] if keep else [None, None]
         lows = [layer.empty_low(rows) if keep else None for layer in layers]
         chunks = _chunks(rows)
         if len(chunks) > 1:  # drawn for all rows in the order of the block's own layers, so that chunks change nothing
             for layer in layers:
                 layer.mask = draw_mask((len(rows), layer.inputs), layer.dropped, rows.device)
-        gating = gate_for(activation, rows.device, gate.outputs)
+        gating = gate_for(block.activation, rows.device, gate.outputs)
         for part in chunks:
             low = [_part(each, part) for each in lows]
             g = gate.forward(rows[part], part, _part(inner[0], part), low[0])
@@ -170,51 +270,44 @@ class GatedMLP(torch.autograd.Function):
             elif low[2] is not None:
                 down.lower(gating.forward(g, u), part, low[2])
         if keep:
-            weights = [tensor for p in projections for tensor in p[:3]]
             ctx.save_for_backward(rows, *inner, *lows, *(layer.mask for layer in layers), *weights)
-            ctx.gating, ctx.shape, ctx.constants = gating, x.shape, [p[3:] for p in projections]
+            ctx.gating, ctx.shape, ctx.block = gating, x.shape, block
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        rows, gated, lifted, *rest = ctx.saved_tensors
-        lows, masks, weights = rest[:3], rest[3:6], rest[6:]
-        gate, up, down = layers = [
-            _Layer(
-                Projection(*weights[3 * i : 3 * i + 3], *ctx.constants[i]),
-                rows.dtype,
-                ctx.needs_input_grad[4 + 5 * i : 7 + 5 * i],
-            )
-            for i in range(3)
-        ]
+        rows, gated, lifted, *kept = ctx.saved_tensors
+        gate_low, up_low, down_low, gate_mask, up_mask, down_mask, *weights = kept
+        needs_x, _, *needs = ctx.needs_input_grad
+        gate, up, down = layers = ctx.block.layers(weights, rows.dtype, needs)
         grad = grad.reshape(-1, grad.shape[-1])
-        grad_x = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        grad_x = torch.empty_like(rows) if needs_x else None
         spend = not graph_is_kept()
         # A weight's gradient is cast to fp32 and added up once a product: of all rows, that is once.
-        for part in _chunks(rows, whole=any(layer.needs[0] for layer in layers)):
-            low, mask = ([_part(each, part) for each in of_all] for of_all in (lows, masks))
+        for part in _chunks(rows, whole=any(layer.needs.w for layer in layers)):
             g, u = gated[part], lifted[part]
             product, value = ctx.gating.again(g, u, down.learns)
             grad_h = torch.empty_like(g)
-            down.backward(grad[part], product, mask[2], low[2], grad_h)
+            down.backward(grad[part], product, _part(down_mask, part), _part(down_low, part), grad_h)
             del product
             grad_g, grad_u = ctx.gating.backward(g, u, grad_h, value, spend)
             into = _part(grad_x, part)
-            gate.backward(grad_g, rows[part], mask[0], low[0], into)
-            up.backward(grad_u, rows[part], mask[1], low[1], into, add=True)
-        gradients = [gradient for layer in layers for gradient in (*layer.gradients(), None, None)]
-        return (None if grad_x is None else grad_x.view(ctx.shape), None, None, None, *gradients)
+            gate.backward(grad_g, rows[part], _part(gate_mask, part), _part(gate_low, part), into)
+            up.backward(grad_u, rows[part], _part(up_mask, part), _part(up_low, part), into, add=True)
+        gradients = (*gate.gradients(), *up.gradients(), *down.gradients())
+        return (None if grad_x is None else grad_x.view(ctx.shape), None, *gradients)
 
 
 class _Layer:
     """One projection in the compute type, for the chunks of one pass; sums the gradients of what is trained of it."""
 
-    def __init__(self, p: Projection, dtype: torch.dtype, needs: Sequence[bool] = (False, False, False)) -> None:
-        self.outputs, self.inputs = getattr(p.weight, "quant_state", p.weight).shape
-        self.weight, self.dtype = p.weight, dtype
-        self.a = None if p.a is None else in_type(p.a, dtype)
-        self.b = None if p.b is None else in_type(p.b, dtype)
-        self.scale, self.dropped = p.scale, p.dropped
+    def __init__(self, projection: Projection, weights: Weights, dtype: torch.dtype, needs: Weights) -> None:
+        weight, a, b = weights
+        self.outputs, self.inputs = getattr(weight, "quant_state", weight).shape
+        self.weight, self.dtype = weight, dtype
+        self.a = None if a is None else in_type(a, dtype)
+        self.b = None if b is None else in_type(b, dtype)
+        self.scale, self.dropped = projection
         self.mask: Tensor | None = None
         """What dropout leaves of the rows on their way into the adapter, of all chunks."""
         self.needs, self.learns = needs, any(needs)
@@ -257,7 +350,7 @@ class _Layer:
     ) -> None:
         """Sum the gradients that `grad` gives; write the gradient of `rows` to `into`, or add it to what is there."""
         grad_low = None if self.b is None else scaled_product(grad, self.b, self.scale)
-        dropped = drop(rows, mask, self.dropped) if rows is not None and self.needs[1] else None
+        dropped = drop(rows, mask, self.dropped) if rows is not None and self.needs.a else None
         for number, (left, right) in enumerate(((grad, rows), (grad_low, dropped), (grad, low))):
             if self.needs[number] and left is not None and right is not None:
                 self._add(number, left, right)

@@ -6,19 +6,20 @@ and B stay fp32 masters, and a 4-bit base is dequantised where it is used, so it
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import copy
+from itertools import accumulate
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from firefly.models.kernels.dropout import drop, drop_drawing, probability
-from firefly.models.kernels.products import in_type, scaled_product, wide_product
+from firefly.models.kernels.matmul import drop, drop_drawing, in_type, probability, scaled_product, wide_product
 from firefly.models.precision import compute_type
 
 DENSE_COPY = "firefly_dense_copy"
-"""Attribute of a 4-bit weight: its copy in the compute type, where `weight_cache` keeps one."""
+"""Attribute of a 4-bit weight: its copy in the compute type, where `cache_weights` keeps one."""
 
 
 def install_lora_kernels(model: nn.Module) -> int:
@@ -161,3 +162,30 @@ def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
         flat.shape = torch.Size([state.shape.numel()])
         return dequantize_4bit(weight.data.view(-1, 1), flat).to(dtype).view(state.shape)
     return dequantize_4bit(weight.data, state).to(dtype)
+
+
+# ---- copies of 4-bit weights in the compute type, for as many layers as memory has room for ----
+# A dequantised weight is exactly what every pass would compute anew, so nothing changes but time and memory.
+
+
+def cacheable_weights(model: nn.Module) -> Iterator[Any]:
+    """The 4-bit weights of linear layers whose forward is ours, from the first layer to the last."""
+    for module in model.modules():
+        if uses_dense(module):
+            yield module.get_base_layer().weight  # type: ignore[operator]
+
+
+def cache_sizes(model: nn.Module, dtype: torch.dtype) -> list[int]:
+    """Bytes that a copy of each of them takes."""
+    return [weight.quant_state.shape.numel() * dtype.itemsize for weight in cacheable_weights(model)]
+
+
+def weights_that_fit(sizes: list[int], room: int) -> int:
+    """How many of the first copies fit into `room` bytes."""
+    return sum(total <= room for total in accumulate(sizes))
+
+
+def cache_weights(model: nn.Module, count: int, dtype: torch.dtype) -> None:
+    """Keep a copy of the first `count` weights."""
+    for _, weight in zip(range(count), cacheable_weights(model), strict=False):
+        setattr(weight, DENSE_COPY, dense(weight, dtype))

@@ -1,22 +1,22 @@
-"""Rotary positions in fewer passes: in the module of a model's class, its own function gives way to one that chooses.
+"""Rotary positions in half as many passes over q and k as models' own functions take.
 
-Every model of that class then calls the new function, on whatever device it lies. So the choice is made anew at each
-call, by what is called: arrays on a card, of the form that the trial has seen. Anything else goes to the own function.
+A model's attention calls the rotary function by its name in the module of its class. The attention modules of a model
+that is trained get a forward of the same code that finds ours under that name; the class, and so every other model, has
+its own. The choice is made anew at each call, by what is called: arrays of the form that the trial has seen.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from firefly.models.kernels.elementwise import implementation
-from firefly.models.kernels.rotation import rotate
 from firefly.models.precision import has_bf16
 from firefly.models.probing import agree, first_call
 
@@ -27,53 +27,60 @@ Rotary = Callable[..., Any]
 
 
 def install_rotary(model: Any) -> int:
-    """Let the attention of `model`, a transformers model, take our way; return in how many modules it does.
+    """Let the attention of `model`, a transformers model, take our way; return how many modules do.
 
-    It does so after a trial on arrays that the model itself made.
+    Each class of them does so after a trial on arrays that the model itself made.
     """
     if model.device.type == "meta":
         return 0
+    by_class: dict[type[nn.Module], list[nn.Module]] = {}
+    for module in model.modules():
+        code = getattr(type(module).forward, "__code__", None)  # none of a forward in other code: its names are others
+        if code is not None and NAME in code.co_names and "forward" not in vars(module):
+            by_class.setdefault(type(module), []).append(module)
     count = 0
-    for names in _modules_with_rotary(model):
-        own: Rotary = getattr(names[NAME], "own", names[NAME])
-        names[NAME] = own  # a trial is of the own function; what fails it stays, also if another model passed before
-        arguments = _rotary_call(model, names)
+    for kind, modules in by_class.items():
+        own: Any = kind.forward.__globals__.get(NAME)
+        arguments = _rotary_call(model, modules) if callable(own) else None
         keeps_type = None if arguments is None else _same_result(own, arguments)
-        if keeps_type is not None:
-            names[NAME] = _choosing(own, keeps_type)
-            count += 1
+        if keeps_type is None:
+            continue
+        forward = _forward_with(kind, _choosing(own, keeps_type))
+        for module in modules:
+            module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+        count += len(modules)
     return count
 
 
-def _modules_with_rotary(model: nn.Module) -> list[dict[str, Any]]:
-    """The names of each module of code that the model's classes look their rotary function up in."""
-    found = {}
-    for module in model.modules():
-        forward = inspect.unwrap(type(module).forward)
-        names = getattr(forward, "__globals__", {})
-        if callable(names.get(NAME)):
-            found[id(names)] = names
-    return list(found.values())
+def _forward_with(kind: type[nn.Module], rotary: Rotary) -> Any:
+    """The forward of a class of modules, calling `rotary` where it calls the rotary function by its name."""
+    own: Any = kind.forward
+    names = {**own.__globals__, NAME: rotary}
+    forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+    forward.__kwdefaults__ = own.__kwdefaults__
+    return forward
 
 
-def _rotary_call(model: Any, names: dict[str, Any]) -> tuple[Tensor, ...] | None:
-    """What the model's first layer calls the function with, for a row of two examples; None if it does otherwise."""
+def _rotary_call(model: Any, modules: list[nn.Module]) -> tuple[Tensor, ...] | None:
+    """What modules of a class call the function with, for a row of two examples; None if they do otherwise."""
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.arange(12, device=model.device)[None] * 7919 % max(vocabulary - 2, 1)
     positions = torch.cat((torch.arange(5), torch.arange(7)))[None].to(model.device)
-    call = first_call(model, {"input_ids": ids, "position_ids": positions}, partial(_instead_of, names))
+    call = first_call(model, {"input_ids": ids, "position_ids": positions}, partial(_calling, modules))
     return call[0] if call and _fits(*call) else None
 
 
 @contextmanager
-def _instead_of(names: dict[str, Any], function: Callable[..., None]) -> Iterator[None]:
-    """Call `function` in the place of the rotary function."""
-    own = names[NAME]
-    names[NAME] = function
+def _calling(modules: list[nn.Module], function: Callable[..., None]) -> Iterator[None]:
+    """Let modules of a class call `function` in the place of the rotary function."""
+    forward = _forward_with(type(modules[0]), function)
+    for module in modules:  # some layers turn nothing
+        module.forward = MethodType(forward, module)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        names[NAME] = own
+        for module in modules:
+            del module.forward
 
 
 def _same_result(own: Rotary, arguments: tuple[Tensor, ...]) -> bool | None:
@@ -116,7 +123,6 @@ def _choosing(own: Rotary, keeps_type: bool) -> Rotary:
 
         return liger.rotate(q, k, cos, sin, dtype)
 
-    rotary.own = own  # type: ignore[attr-defined]
     return rotary
 
 
@@ -135,3 +141,42 @@ def _fits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         and q.dtype == k.dtype
         and cos.dtype == sin.dtype == torch.promote_types(q.dtype, cos.dtype)
     )
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Turn the halves of q and k by their positions' angles.
+
+    Args:
+        q: (rows, heads, tokens, width), as k, which may have fewer heads.
+        cos: (rows or 1, tokens, width), as sin; the second half repeats the first.
+        dtype: what is returned.
+    """
+    return _Rotation.apply(q, k, cos, sin, dtype)  # pyright: ignore[reportReturnType]
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        cos, sin = cos[:, None], sin[:, None]
+        ctx.save_for_backward(cos, sin)
+        ctx.types = q.dtype, k.dtype
+        return _turned(q, cos, sin, 1, dtype), _turned(k, cos, sin, 1, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return (
+            _turned(grad_q, cos, sin, -1, ctx.types[0]),
+            _turned(grad_k, cos, sin, -1, ctx.types[1]),
+            None,
+            None,
+            None,
+        )
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: int, dtype: torch.dtype) -> Tensor:
+    half = x.shape[-1] // 2
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-direction)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=direction)
+    return out.to(dtype)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,25 @@ BLOCK = 256
 GEMM_LONGEST = 1024
 """Above this many tokens the kept probabilities outweigh the speed."""
 
+MASKS, MASK_BYTES = 256, 1 << 26
+"""How many additive masks a model keeps at most, and of what size together."""
+
+
+Masks = dict[tuple[Any, ...], Tensor]
+
+
+@dataclass(eq=False)
+class AttentionSettings:
+    """How one model attends to segments. Each model has its own, so that two in a process do not meet.
+
+    Attributes:
+        crossover: tokens up to which a CPU computes a bf16 segment by matrix products, longer ones by `sdpa`.
+        masks: additive masks of recent shapes (see `_mask`).
+    """
+
+    crossover: int = GEMM_LONGEST
+    masks: Masks = field(default_factory=dict)
+
 
 def attend(
     query: Tensor,
@@ -41,6 +61,7 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
+    settings: AttentionSettings | None = None,
 ) -> Tensor:
     """Attention in which a token sees itself, earlier tokens of its own segment and the segment's prefix, at most
     `window` of them counted backwards: positions in a segment go on where its prefix ends.
@@ -49,12 +70,14 @@ def attend(
         query: (heads, tokens, width); key: (key heads, tokens, width); value: (key heads, tokens, value width), which
             latent attention (DeepSeek-V2, arXiv:2405.04434) makes narrower than queries.
         segments: one after another over all tokens; a prefix is the beginning of an earlier segment.
+        settings: the model's own; None for those that a model begins with.
 
     Returns:
         (heads, tokens, value width).
     """
     if not softcap and not dropout and is_supported(query, value):
         return attend_varlen(query, key, value, segments, scale, window)
+    settings = settings or AttentionSettings()
     sizes = [segment.end - segment.start for segment in segments]
     # Models hand over views of (tokens, heads, width). Cut and joined along that, neither pass moves numbers about.
     queries, keys, values = (
@@ -69,29 +92,21 @@ def attend(
             k = torch.cat([keys[opening][:, :prefix], k], dim=1)
             v = torch.cat([values[opening][:, :prefix], v], dim=1)
         near = window if window is not None and window < k.shape[1] else None
-        pieces.append(pick(q, near, softcap, dropout)(q, k, v, scale, near, softcap, dropout))
+        way = pick(q, near, softcap, dropout, settings.crossover)
+        pieces.append(way(q, k, v, scale, near, settings.masks, softcap, dropout))
     if len(pieces) == 1:
         return pieces[0]
     return torch.cat([piece.transpose(0, 1) for piece in pieces]).transpose(0, 1)
 
 
-def pick(query: Tensor, window: int | None, softcap: float | None, dropout: float) -> Any:
+def pick(query: Tensor, window: int | None, softcap: float | None, dropout: float, crossover: int) -> Any:
     """The way to compute one segment. Each takes the queries of a segment and the keys of its prefix and itself."""
     if softcap or dropout:
         return _plain
-    by_products = query.dtype == torch.bfloat16 and query.shape[1] <= _crossover
+    by_products = query.dtype == torch.bfloat16 and query.shape[1] <= crossover
     if query.device.type == "cpu" and (window is not None or by_products):
         return _gemm
     return _sdpa
-
-
-_crossover = GEMM_LONGEST
-
-
-def use_crossover(tokens: int) -> None:
-    """Compute bf16 segments of up to so many tokens as matrix products on a CPU, longer ones by `sdpa`."""
-    global _crossover  # attention is one registered function for all models of a process
-    _crossover = tokens
 
 
 def measure_crossover(heads: int, key_heads: int, width: int, value_width: int) -> int:
@@ -112,24 +127,24 @@ def measure_crossover(heads: int, key_heads: int, width: int, value_width: int) 
 
 def _seconds(way: Any, inputs: list[Tensor], scale: float) -> float:
     """The least of some runs: other programs may be busy."""
-    found = []
+    found, masks = [], {}
     for _ in range(7):
         started = time.perf_counter()
-        torch.autograd.grad(way(*inputs, scale, None, None, 0.0).sum(), inputs)
+        torch.autograd.grad(way(*inputs, scale, None, masks).sum(), inputs)
         found.append(time.perf_counter() - started)
     return min(found)
 
 
-def describe_attention(device: torch.device, dtype: torch.dtype) -> str:
-    """In a few words, how segments are computed on `device`."""
+def describe_attention(device: torch.device, dtype: torch.dtype, crossover: int = GEMM_LONGEST) -> str:
+    """In a few words, how segments are computed on `device`; `crossover` as in `AttentionSettings`."""
     if dtype in (torch.bfloat16, torch.float16) and device_has_kernel(device):
         return "varlen_attn"
     if device.type == "cpu" and dtype == torch.bfloat16:
-        return translate("matrix products up to {tokens} tokens, else sdpa", tokens=_crossover)
+        return translate("matrix products up to {tokens} tokens, else sdpa", tokens=crossover)
     return translate("sdpa per segment")
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: Any, dropout: float) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, masks: Masks, *_: Any) -> Tensor:
     grouped = q.shape[0] != k.shape[0]
     if grouped and q.is_cuda:  # there grouped heads rule out the one kernel that takes fp32, and cards before sm80
         k, v, grouped = *_repeated(q, k, v), False
@@ -139,7 +154,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, sof
         )[0]
     outputs = []
     for block in _blocks(q.shape[1], k.shape[1], window):
-        mask = _bias(block, window, 1, q.dtype, q.device)
+        mask = _mask(masks, block, window, 1, q.dtype, q.device)
         rows, columns = slice(block.first, block.last), slice(block.low, block.high)
         part = F.scaled_dot_product_attention(
             q[None, :, rows], k[None, :, columns], v[None, :, columns], mask, scale=scale, enable_gqa=grouped
@@ -155,7 +170,7 @@ def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _plain(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None, dropout: float
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, _: Masks, softcap: float | None, dropout: float
 ) -> Tensor:
     k, v = _repeated(q, k, v)
     outputs = []
@@ -169,22 +184,22 @@ def _plain(
     return torch.cat(outputs, dim=1)
 
 
-def _gemm(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: Any, dropout: float) -> Tensor:
-    return (_OneBlock if q.shape[1] <= BLOCK else _GemmAttention).apply(q, k, v, scale, window)
+def _gemm(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, masks: Masks, *_: Any) -> Tensor:
+    return (_OneBlock if q.shape[1] <= BLOCK else _GemmAttention).apply(q, k, v, scale, window, masks)
 
 
 class _OneBlock(torch.autograd.Function):
     """A segment that is one block: the whole of each product at once, nothing cut or put together."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, masks: Masks) -> Tensor:
         (block,) = _blocks(q.shape[1], k.shape[1], window)
         if block.low:
             k, v = k[:, block.low :], v[:, block.low :]
         groups = q.shape[0] // k.shape[0]
         folded = _fold(q, groups)
-        bias = _bias(block, window, groups, q.dtype, q.device)
-        p = torch.softmax(torch.baddbmm(bias, folded, k.transpose(1, 2), alpha=scale), dim=-1)
+        mask = _mask(masks, block, window, groups, q.dtype, q.device)
+        p = torch.softmax(torch.baddbmm(mask, folded, k.transpose(1, 2), alpha=scale), dim=-1)
         ctx.save_for_backward(folded, k, v, p)
         ctx.scale, ctx.low = scale, block.low
         return torch.bmm(p, v).view(*q.shape[:2], v.shape[2])
@@ -201,14 +216,14 @@ class _OneBlock(torch.autograd.Function):
         grad_v = torch.bmm(p.transpose(1, 2), grads)
         if ctx.low:  # keys before the window
             grad_k, grad_v = (torch.nn.functional.pad(each, (0, 0, ctx.low, 0)) for each in (grad_k, grad_v))
-        return grad_q, grad_k, grad_v, None, None
+        return grad_q, grad_k, grad_v, None, None, None
 
 
 class _GemmAttention(torch.autograd.Function):
     """One segment. Query heads that share a key head are rows of one product: (key heads, group · rows, width)."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, masks: Masks) -> Tensor:
         heads, length, _ = q.shape
         groups = heads // k.shape[0]
         out = q.new_empty(heads, length, v.shape[2])
@@ -216,8 +231,8 @@ class _GemmAttention(torch.autograd.Function):
         for block in _blocks(length, k.shape[1], window):
             rows, columns = slice(block.first, block.last), slice(block.low, block.high)
             folded = _fold(q[:, rows], groups)
-            bias = _bias(block, window, groups, q.dtype, q.device)
-            scores = torch.baddbmm(bias, folded, k[:, columns].transpose(1, 2), alpha=scale)
+            mask = _mask(masks, block, window, groups, q.dtype, q.device)
+            scores = torch.baddbmm(mask, folded, k[:, columns].transpose(1, 2), alpha=scale)
             p = torch.softmax(scores, dim=-1)
             out[:, rows] = torch.bmm(p, v[:, columns]).view(heads, block.last - block.first, v.shape[2])
             kept.append(p)
@@ -241,7 +256,7 @@ class _GemmAttention(torch.autograd.Function):
                 torch.bmm(grad_scores, k[:, columns]).mul_(ctx.scale).view(heads, block.last - block.first, width)
             )
             grad_k[:, columns].add_(torch.bmm(grad_scores.transpose(1, 2), folded), alpha=ctx.scale)
-        return grad_q, grad_k, grad_v, None, None
+        return grad_q, grad_k, grad_v, None, None, None
 
 
 def _fold(x: Tensor, groups: int) -> Tensor:
@@ -276,18 +291,15 @@ def _visible(block: _Block, window: int | None, device: torch.device) -> Tensor:
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
-_biases: dict[tuple[Any, ...], Tensor] = {}
-BIASES, BIAS_BYTES = 256, 1 << 26
-"""How many are kept at most, and of what size together."""
-
-
-def _bias(block: _Block, window: int | None, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """0 where a query sees a key, −∞ elsewhere, (groups · rows, columns). A few recent shapes are kept."""
+def _mask(
+    masks: Masks, block: _Block, window: int | None, groups: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """0 where a query sees a key, −∞ elsewhere, (groups · rows, columns). A few recent shapes are kept in `masks`."""
     key = (block.last - block.first, block.high - block.low, window, groups, dtype, device)
-    if key not in _biases:
-        if len(_biases) >= BIASES or sum(bias.nbytes for bias in _biases.values()) > BIAS_BYTES:
-            _biases.clear()
+    if key not in masks:
+        if len(masks) >= MASKS or sum(mask.nbytes for mask in masks.values()) > MASK_BYTES:
+            masks.clear()
         visible = _visible(block, window, device)
-        bias = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
-        _biases[key] = bias.repeat(groups, 1)
-    return _biases[key]
+        mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
+        masks[key] = mask.repeat(groups, 1)
+    return masks[key]

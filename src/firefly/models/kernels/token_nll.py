@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firefly.models.kernels.gate import graph_is_kept
+from firefly.models.kernels.matmul import graph_is_kept
 from firefly.models.kernels.target_device import device_kind
 from firefly.models.precision import compute_type
 

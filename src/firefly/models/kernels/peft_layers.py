@@ -1,4 +1,9 @@
-"""What is trained whole beside an adapter, modules and biases: fp32 masters that compute in the frozen model's type."""
+"""What is trained beside low-rank adapters: whole modules, biases, and single rows of an embedding or a head.
+
+fp32 masters compute in the frozen model's type. For rows of tokens that were added to a frozen model peft writes them
+into a copy of the whole matrix in every pass, whose gradient is as large again, and leaves out the head's bias. Here
+the frozen layer answers first, and the trained tokens' part of its answer is replaced.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,8 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.func import functional_call
 
 
@@ -20,16 +26,16 @@ def install_saved_modules(model: nn.Module) -> int:
 
     wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     for wrapper in wrappers:
-        wrapper._forward_wrapped = MethodType(_forward, wrapper)
+        wrapper._forward_wrapped = MethodType(_saved_module_forward, wrapper)
     return len(wrappers)
 
 
-def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _saved_module_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     module = self.modules_to_save[self.active_adapters[0]]
     original = dict(self.original_module.named_parameters())
     if all(p.dtype == original[name].dtype for name, p in module.named_parameters() if name in original):
         return module(*args, **kwargs)
-    weights: dict[str, torch.Tensor] = {
+    weights: dict[str, Tensor] = {
         name: p.to(original[name].dtype) for name, p in module.named_parameters() if name in original
     }
     return functional_call(module, weights, args, kwargs)
@@ -68,3 +74,36 @@ class _AsClass(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.inner).forward(self.inner, *args, **kwargs)
+
+
+def install_token_rows(model: nn.Module) -> int:
+    """Give every layer with trained token rows the forward below; return how many got it."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    layers = [module for module in model.modules() if isinstance(module, TrainableTokensLayer)]
+    for layer in layers:
+        layer.forward = MethodType(_token_rows_forward, layer)
+    return len(layers)
+
+
+def _token_rows_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    names = self.active_adapters
+    if self.disable_adapters or self.merged or len(names) != 1 or names[0] not in self.token_indices or args or kwargs:
+        return type(self).forward(self, x, *args, **kwargs)
+    base = self.base_layer
+    out = base(x)
+    ids = torch.as_tensor(self.token_indices[names[0]], device=x.device)
+    rows = self.trainable_tokens_delta[names[0]].to(out.dtype)
+    if isinstance(base, nn.Embedding):
+        scale = self._get_embed_scale()  # Gemma 3 scales inside its embedding
+        return replace_rows(x, out, ids, rows if scale is None else rows * scale.to(rows.dtype))
+    bias = None if base.bias is None else base.bias[ids].to(out.dtype)
+    return out.index_copy(-1, ids, F.linear(x.to(out.dtype), rows, bias))
+
+
+def replace_rows(x: Tensor, out: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+    """x: (…) token ids; out: (…, width) their embeddings; ids: (n,) and rows: (n, width), theirs instead."""
+    order = torch.argsort(ids)
+    place = torch.searchsorted(ids[order], x).clamp_max(len(ids) - 1)
+    found = ids[order][place] == x
+    return torch.where(found[..., None], F.embedding(order[place], rows), out)

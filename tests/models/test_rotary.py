@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers.models.cohere import modeling_cohere
+from transformers import AutoModelForCausalLM, SmolLM3Config
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as own
 
-from firefly.models.kernels.rotary import NAME, install_rotary
-from firefly.models.kernels.rotation import rotate
-from tiny import tiny_model
-
-
-@pytest.fixture(autouse=True)
-def own_functions() -> Iterator[None]:
-    yield
-    for module in (modeling_llama, modeling_cohere):
-        setattr(module, NAME, getattr(getattr(module, NAME), "own", getattr(module, NAME)))
+from firefly.models.kernels import rotary
+from firefly.models.kernels.rotary import install_rotary, rotate
+from firefly.models.probing import first_call
+from tiny import SHAPE, tiny_model
 
 
 def arrays(dtype: torch.dtype, angles: torch.dtype) -> list[Tensor]:
@@ -50,8 +43,36 @@ def test_outputs_and_gradients_are_those_of_the_models_own_function(dtype: torch
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=0, atol=tolerance * float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize(("name", "module", "taken"), [("llama", modeling_llama, 1), ("cohere", modeling_cohere, 0)])
-def test_it_is_taken_where_a_trial_finds_the_same(name: str, module: Any, taken: int) -> None:
+@pytest.mark.parametrize(("name", "taken"), [("llama", 3), ("cohere", 0)])
+def test_it_is_taken_where_a_trial_finds_the_same(name: str, taken: int) -> None:
     """Cohere turns neighbours, not halves."""
     assert install_rotary(tiny_model(name)) == taken
-    assert hasattr(getattr(module, NAME), "own") is bool(taken)
+
+
+def test_another_model_of_the_class_keeps_its_own_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while the first one is tried: a forward of the other meets nothing of the trial."""
+    patched, other = tiny_model("llama"), tiny_model("llama")
+    ids = torch.arange(12)[None] + 3
+    expected = other(ids).logits
+    functions: list[Any] = []
+
+    def beside(*args: Any) -> Any:
+        functions.append(modeling_llama.apply_rotary_pos_emb)
+        assert torch.equal(other(ids).logits, expected)
+        return first_call(*args)
+
+    def turning_nothing(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return q, k
+
+    monkeypatch.setattr(rotary, "first_call", beside)
+    assert install_rotary(patched) == 3
+    monkeypatch.setattr(rotary, "rotate", turning_nothing)
+    assert not torch.allclose(patched(ids).logits, expected)
+    assert torch.equal(other(ids).logits, expected)
+    assert functions == [own]
+    assert modeling_llama.apply_rotary_pos_emb is own
+
+
+def test_a_first_layer_that_turns_nothing_hides_no_other() -> None:
+    config = SmolLM3Config(**SHAPE, no_rope_layers=[0, 1, 1])
+    assert install_rotary(AutoModelForCausalLM.from_config(config)) == 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from firefly.models.kernels.products import casts_kept, in_type, scaled_product, wide_product
+from firefly.models.kernels.matmul import casts_kept, in_type, scaled_product, wide_product
 
 
 def master() -> nn.Parameter:
@@ -15,11 +15,11 @@ def master() -> nn.Parameter:
 
 def test_a_master_is_cast_once_a_step_and_anew_in_the_next() -> None:
     a = master()
-    with casts_kept():
+    with casts_kept([a]):
         first = in_type(a, torch.bfloat16)
         assert in_type(a, torch.bfloat16) is first
     a.data.add_(1)  # as an optimizer that goes past autograd's version counter
-    with casts_kept():
+    with casts_kept([a]):
         assert torch.equal(in_type(a, torch.bfloat16), a.detach().bfloat16())
 
 
@@ -33,7 +33,7 @@ def test_outside_of_a_step_nothing_is_kept() -> None:
 
 def test_numbers_that_take_a_master_s_place_within_a_step_are_cast_themselves() -> None:
     a = master()
-    with casts_kept():
+    with casts_kept([a]):
         trained = in_type(a, torch.bfloat16)
         own, a.data = a.data, torch.zeros(3, 4)
         assert not in_type(a, torch.bfloat16).any()

@@ -1,0 +1,100 @@
+"""The small products of an adapter, its dropout and its casts, in few passes over memory and few calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CAST = "firefly_cast"
+"""Attribute of an adapter's master inside `casts_kept`: (where its numbers lay, what they were cast to), or None."""
+
+
+@contextmanager
+def casts_kept(masters: Iterable[Tensor]) -> Iterator[None]:
+    """Masters that do not change inside: each is cast to the compute type once, not once a pass.
+
+    An optimizer may write past autograd's version counter, so that only whoever runs it can tell.
+    """
+    masters = list(masters)
+    for master in masters:
+        setattr(master, CAST, None)
+    try:
+        yield
+    finally:
+        for master in masters:
+            delattr(master, CAST)
+
+
+def in_type(master: Tensor, dtype: torch.dtype) -> Tensor:
+    """An adapter's matrix in the compute type."""
+    if master.dtype == dtype or not hasattr(master, CAST) or torch.compiler.is_compiling():
+        return master.to(dtype)
+    address = master.data_ptr()  # a reference adapter takes a master's place within a step (`FrozenAdapter`)
+    found: tuple[int, Tensor] | None = getattr(master, CAST)
+    if found is not None and found[0] == address and (found[1].dtype, found[1].device) == (dtype, master.device):
+        return found[1]
+    kept = master.detach().to(dtype)
+    setattr(master, CAST, (address, kept))
+    return kept
+
+
+def scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    """scale · left right; left: (n, k), right: (k, m)."""
+    if scale == 1:
+        return torch.mm(left, right, out=out)
+    nothing = left.new_empty(()) if out is None else out
+    return torch.addmm(nothing, left, right, beta=0, alpha=scale, out=out)
+
+
+def wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left right in `dtype`: a GPU writes sums of 16-bit products in fp32 as cheaply as rounded ones."""
+    if left.is_cuda and dtype == torch.float32 and left.dtype != dtype and hasattr(torch.ops.aten.mm, "dtype"):
+        mm: Any = torch.mm
+        return mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
+
+
+def graph_is_kept() -> bool:
+    """Whether autograd may run the backward that is running now once more (retain_graph, create_graph)."""
+    autograd: Any = getattr(torch._C, "_autograd", None)
+    ask = getattr(autograd, "_get_current_graph_task_keep_graph", None)  # what torch.compile asks, too
+    return ask is None or bool(ask())
+
+
+# ---- dropout inside autograd functions: what is kept of it is a mask of one byte a number, not the dropped input ----
+
+
+def probability(dropout: nn.Module) -> float | None:
+    """The probability with which the module drops now; None if it is no plain dropout."""
+    if isinstance(dropout, nn.Identity):
+        return 0.0
+    if not isinstance(dropout, nn.Dropout):
+        return None
+    return dropout.p if dropout.training else 0.0
+
+
+def draw_mask(shape: Sequence[int], probability: float, device: torch.device) -> Tensor | None:
+    """Which numbers stay, bool of `shape`, drawn as `nn.Dropout` draws on a CPU; None if nothing is dropped."""
+    if not probability:
+        return None
+    return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - probability)
+
+
+def drop_drawing(x: Tensor, probability: float) -> tuple[Tensor, Tensor | None]:
+    """(x after dropout, the mask that was drawn for it); a GPU does both in one pass."""
+    if probability and x.is_cuda:
+        return torch.native_dropout(x, probability, True)
+    mask = draw_mask(x.shape, probability, x.device)
+    return drop(x, mask, probability), mask
+
+
+def drop(x: Tensor, mask: Tensor | None, probability: float) -> Tensor:
+    """x ∘ mask / (1 − probability)."""
+    if mask is None:
+        return x
+    scale = 1 / (1 - probability) if probability < 1 else 0.0
+    return torch.ops.aten.native_dropout_backward(x, mask, scale)
