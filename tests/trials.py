@@ -15,9 +15,9 @@ from firefly.data.batching import Step, StepLoader, StepSettings
 from firefly.distributed.model import TrainableModel
 from firefly.evaluation import evaluate
 from firefly.loop import with_less_memory
+from firefly.models.checkpointing import RandomState
 from firefly.models.precision import Precision
 from firefly.models.tuning import Choices
-from firefly.saving import RandomState
 from firefly.setup.arguments import training_arguments
 from firefly.tasks import TASKS
 from firefly.tasks.base import ComputedStep, OutOfMemory, Task
