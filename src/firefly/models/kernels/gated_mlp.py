@@ -148,8 +148,9 @@ def _forward_with(activation: Activation) -> Callable[[Any, Tensor], Tensor]:
         unread = not torch.compiler.is_compiling() and vars(self).get(UNREAD, False)
         (gate_weights, gate), (up_weights, up), (down_weights, down) = gate, up, down
         block = Block(activation, torch.is_grad_enabled(), unread, gate, up, down)
+        rows = x.to(compute_type(x))  # autocast's, which is off below
         with torch.autocast(x.device.type, enabled=False):
-            return GatedMLP.apply(x.to(compute_type(x)), block, *gate_weights, *up_weights, *down_weights)
+            return GatedMLP.apply(rows, block, *gate_weights, *up_weights, *down_weights)
 
     return forward
 
