@@ -21,6 +21,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from firefly.errors import UsageError
+from firefly.models.causal_lm import CausalLM
 from firefly.models.kernels.segment_attention import AttentionSettings, attend
 from firefly.models.precision import compute_type
 from firefly.models.probing import agree, attempt, decoder, evaluating
@@ -62,12 +63,12 @@ class SegmentedModel(AttentionSettings):
     windows: set[int | None] = field(default_factory=set)
 
 
-def segmented(model: Any) -> SegmentedModel | None:
+def segmented(model: CausalLM) -> SegmentedModel | None:
     """What makes a transformers model attend to segments; None in the solo layout."""
     return vars(model).get(ATTRIBUTE)
 
 
-def use_crossover(model: Any, tokens: int) -> None:
+def use_crossover(model: CausalLM, tokens: int) -> None:
     """Let a CPU compute bf16 segments of up to so many tokens as matrix products, in this transformers model."""
     used = segmented(model)
     if used is not None:

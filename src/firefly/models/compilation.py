@@ -67,9 +67,10 @@ def compile_layers(model: Any, backend: str | None = None, mode: str | None = No
         AttentionInterface.register(NAME, torch.compiler.disable(_attend_sealed))
         for module in used.own:
             module.config._attn_implementation = NAME  # type: ignore[union-attr]
+    compiler: Any = torch.compile  # torch 2.13 leaves recompile_limit out of the types it declares
     for layer in layers:
         own = MethodType(inspect.unwrap(type(layer).forward), layer)  # without the checkpoint around it
-        compiled = torch.compile(own, dynamic=True, backend=backend or "inductor", mode=mode, recompile_limit=VARIANTS)
+        compiled = compiler(own, dynamic=True, backend=backend or "inductor", mode=mode, recompile_limit=VARIANTS)
         layer.forward = MethodType(_forward_with(own, compiled), layer)  # type: ignore[method-assign]
     return len(layers)
 

@@ -30,7 +30,7 @@ def install_target_head(model: PreTrainedModel) -> str:
     otherwise. Every other model computes its own logits, at the target positions only (`logits_to_keep`) where its
     architecture can leave the others out.
     """
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     fused = type(head) is nn.Linear and "forward" not in vars(head) and _is_plain(model, head)
     if fused:
         head.forward = MethodType(_head_forward, head)

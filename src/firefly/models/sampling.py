@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from firefly.models.adapters import transformers_model
+from firefly.models.causal_lm import CausalLM
 from firefly.models.kernels.matmul import casts_kept
 
 
 @contextmanager
-def sampling(model: Any) -> Iterator[Any]:
+def sampling(model: CausalLM) -> Iterator[Any]:
     """The transformers model inside `model` (PEFT's or itself), ready for `generate` and `generate_batch`.
 
     It computes what an untouched model with these weights would: in eval mode, so without dropout and recomputing, with
@@ -25,7 +26,7 @@ def sampling(model: Any) -> Iterator[Any]:
     """
     inner = transformers_model(model)
     modes = [(module, module.training) for module in model.modules()]
-    attention, settings = inner.config._attn_implementation, inner.generation_config
+    attention, settings = str(inner.config._attn_implementation), inner.generation_config
     numbers = random.getstate(), np.random.get_state(), torch.get_rng_state()
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     inner.generation_config = copy.deepcopy(settings)
