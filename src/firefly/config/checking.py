@@ -72,7 +72,8 @@ def run_file() -> type[BaseModel]:
         for name, spec in training_fields().items()
     }
     own: dict[str, Any] = {
-        name: (_plain(spec.type, **spec.metadata["limits"]), spec.default) for name, (_, spec) in own_fields().items()
+        name: (_plain(spec.metadata["kind"] or spec.type, **spec.metadata["limits"]), spec.default)
+        for name, (_, spec) in own_fields().items()
     }
     return create_model("RunFile", __config__=ConfigDict(protected_namespaces=()), **fields | own)
 
@@ -177,9 +178,11 @@ def _refusal(error: ValidationError, values: Mapping[str, Any]) -> UsageError:
     for fault in error.errors(include_url=False):
         faults.setdefault(fault["loc"][0], []).append(fault)
     name = next(name for name in values if name in faults)
-    own = own_fields()
-    annotation = own[name][1].type if name in own else training_fields()[name].type
-    limits = own[name][1].metadata["limits"] if name in own else TRAINING_LIMITS.get(name, {})
+    if name in own_fields():
+        _, spec = own_fields()[name]
+        annotation, limits = spec.metadata["kind"] or spec.type, spec.metadata["limits"]
+    else:
+        annotation, limits = training_fields()[name].type, TRAINING_LIMITS.get(name, {})
     shown = json.dumps(values[name], default=str)
     for fault in faults[name]:
         if fault["type"] == "greater_than_equal":

@@ -58,8 +58,8 @@ def json_schema() -> dict[str, Any]:
 def descriptions() -> dict[str, str]:
     """Key → the text below its field, from the source: Python keeps it nowhere."""
     below: dict[tuple[str, str], str] = {}
-    for section in ast.parse(inspect.getsource(schema)).body:
-        for line, text in pairwise(section.body) if isinstance(section, ast.ClassDef) else ():
+    for section in (node for node in ast.parse(inspect.getsource(schema)).body if isinstance(node, ast.ClassDef)):
+        for line, text in pairwise(section.body):
             if isinstance(line, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
                 below[section.name, ast.unparse(line.target)] = " ".join(str(text.value.value).split())
     classes = {None: "Config"} | {name: section.__name__ for name, section in schema.SECTIONS.items()}

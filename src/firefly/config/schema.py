@@ -59,6 +59,7 @@ def key(
     modes: Sequence[TrainMode] = (),
     ge: float | None = None,
     lt: float | None = None,
+    kind: Any = None,
 ) -> Any:
     """A field that a flat run file sets. The text below it is its description; the Chinese is in locale/zh.json.
 
@@ -68,9 +69,10 @@ def key(
         modes: the train_mode values under which it is read; none named: all.
         ge: the least value.
         lt: what a value must stay below.
+        kind: the type in a file, where it is narrower than the field's.
     """
     only = {"task_type": tasks, "train_mode": modes}
-    return field(default=default, metadata={"key": name, "limits": {"ge": ge, "lt": lt}, "only": only})
+    return field(default=default, metadata={"key": name, "limits": {"ge": ge, "lt": lt}, "kind": kind, "only": only})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ class ModelConfig:
 
     name_or_path: str = key("", name="model_name_or_path")
     """Folder, hub id, or `smollm2-135m-instruct`."""
-    hub: Literal["huggingface", "modelscope"] = key("huggingface")
+    hub: str = key("huggingface", kind=Literal["huggingface", "modelscope"])
     """The hub that names without a folder mean."""
     revision: str | None = key(None, name="model_revision")
     """Branch, tag or commit on the hub."""
