@@ -76,7 +76,7 @@ HINTS = (
 
 def hints(plan: Plan) -> list[Hint]:
     """What would spare memory in a plan that does not fit."""
-    set_already = {"train_mode": plan.config.adapter.mode}
+    set_already: dict[str, Any] = {"train_mode": plan.config.adapter.mode}
     if plan.choices is not None and plan.choices.checkpointed_layers:
         set_already["gradient_checkpointing"] = True
     return [hint for hint in HINTS if set_already.get(hint.key) != hint.value]

@@ -496,7 +496,7 @@ def _forecast(sizing: Sizing, meta: MetaModel, work: Work, autocast: torch.dtype
 def _optimizer_arguments(config: Config) -> Any:
     """What of `TrainingArguments` an optimizer is made from, on any machine. Made as a whole they would set
     accelerate's state of the process."""
-    own = {field.name: field.default for field in fields(TrainingArguments)} | config.training
+    own = {field.name: field.default for field in fields(TrainingArguments)} | dict(config.training)
     optim = OptimizerNames(own["optim"])
     return SimpleNamespace(**(own | {"optim": optim, "parallel_mode": ParallelMode.NOT_PARALLEL}))
 
