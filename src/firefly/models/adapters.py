@@ -25,6 +25,7 @@ from firefly.models.kernels.token_rows import install_token_rows
 from firefly.models.reach import Unreached, alike
 from firefly.models.saved_adapter import open_adapter
 from firefly.models.tokens import is_tied, vocabulary_ends
+from firefly.models.unread import copies_unread
 from firefly.models.verdicts import known_unreached
 
 ALL_LINEAR = "all-linear"
@@ -84,7 +85,9 @@ def attach_adapter(
             problem=_one_line(error),
         ) from error
     _refuse_zero_rows(wrapped)
-    return _ready_to_train(wrapped, config.dropout)
+    wrapped = _ready_to_train(wrapped, config.dropout)
+    copies_unread(wrapped)
+    return wrapped
 
 
 def _note_unreached(model: PreTrainedModel, unreached: Unreached, notify: Callable[..., None]) -> None:

@@ -84,7 +84,7 @@ def outline(config: Config, precision: Precision, rows: int = 0, new_tokens: Seq
     witness = make_witness(described, config.model)
     refuse_textless(witness)
     layout, reason = choose_layout(witness)
-    unreached, of_witness = _unreached(model, witness)
+    unreached, of_witness = unreached_by(model, witness)
     notes: list[str] = []
     if config.adapter.mode == "qlora":
         _put_into_nf4(model, precision.compute)
@@ -105,11 +105,11 @@ def outline(config: Config, precision: Precision, rows: int = 0, new_tokens: Seq
     head = install_training_forwards(witness)
     inner, small = transformers_model(model), transformers_model(witness)
     inner.set_attn_implementation(str(small.config._attn_implementation))
-    _follow(inner, small)
+    follow_forwards(inner, small)
     return Outline(model, layout, reason, head, tuple(notes))
 
 
-def _unreached(model: Any, witness: Any) -> tuple[Unreached, Unreached]:
+def unreached_by(model: Any, witness: Any) -> tuple[Unreached, Unreached]:
     """What text does not reach in the skeleton, and in the witness.
 
     The skeleton is asked first: the witness may lack layers of a kind. Where a forward pass looks at numbers, as a
@@ -162,10 +162,13 @@ def _as_new(adapter: AdapterConfig) -> AdapterConfig:
     )
 
 
-def make_witness(described: Any, model: ModelConfig) -> Any:
+def make_witness(described: Any, model: ModelConfig, share: float | None = None) -> Any:
     """A small model of the same make with random weights, on the CPU, in fp32.
 
     A layer of each kind stands in it; widths that heads are cut from stay as they are.
+
+    Args:
+        share: how much of the width of feed-forward blocks is left; None: so little that no trial depends on it.
     """
     small = copy.deepcopy(described)
     text = small.get_text_config()
@@ -182,13 +185,13 @@ def make_witness(described: Any, model: ModelConfig) -> Any:
     for name in INNER_WIDTHS:
         width = getattr(text, name, None)
         if isinstance(width, int):
-            setattr(text, name, min(width, WITNESS_INNER))
+            setattr(text, name, min(width, WITNESS_INNER) if share is None else max(int(width * share), 8))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return _from_config(small, torch.float32, model)
 
 
-def _follow(model: nn.Module, witness: nn.Module) -> None:
+def follow_forwards(model: nn.Module, witness: nn.Module) -> None:
     """Give each module of `model` the forward that its like in `witness` was given; one of its own stays."""
     given = {
         (_place(name), type(module)): vars(module)["forward"].__func__

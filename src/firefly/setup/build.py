@@ -23,13 +23,12 @@ from firefly.models import choices as choosing
 from firefly.models.adapters import attach_adapter, count_parameters, transformers_model
 from firefly.models.base_weights import identify_weights
 from firefly.models.compilation import compile_layers
-from firefly.models.forwards import install_training_forwards
-from firefly.models.loading import eos_ids, load_model, mend_generation_config, resolve_model
+from firefly.models.loading import eos_ids, mend_generation_config, resolve_model
 from firefly.models.memory import Forecast
 from firefly.models.router import quiet_routers
 from firefly.models.saved_adapter import check_base
 from firefly.models.tokens import fit_embeddings
-from firefly.models.verdicts import known_layout
+from firefly.models.trials import load_for_training
 from firefly.run import Run
 from firefly.runs.checkpoints import check_same_run, set_aside_old_checkpoints, stored_optimizer
 from firefly.runs.folders import remove_leftovers
@@ -68,18 +67,19 @@ def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
     """
     config, checkpoint = run.config, run.checkpoint
     set_seed(run.args.seed)
-    # Weights to be sharded are loaded whole into the CPU's memory, where the model is tested.
-    place = torch.device("cpu") if run.backend.shards_weights else run.device
     with ThreadPoolExecutor(1) as beside:  # hashing leaves the interpreter free to load what is hashed
         weights = resolve_model(config.model)
         hashed = beside.submit(identify_weights, weights) if Path(weights).is_dir() else None
-        module = load_model(config.model, config.adapter.mode, run.precision, place)
+        trials = load_for_training(
+            config.model, config.adapter.mode, run.precision, run.device, run.backend.shards_weights
+        )
+    module = trials.model
     # What a hub's model is, its files say once they are here.
     identified = hashed.result() if hashed else identify_weights(weights, config.model.revision)
     if config.adapter.name_or_path:
         check_base(config.adapter.name_or_path, config.model, config.adapter.on_other_base, identified)
     mend_generation_config(module.generation_config)
-    layout = known_layout(module)
+    layout = trials.layout()
     refuse_uneven_passes(config, layout[0], run.backend)
     certificate = None
     if run.task.CHATS:
@@ -87,7 +87,9 @@ def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
         module.generation_config.eos_token_id = list(dict.fromkeys(stops))
         certificate = prove_template(run.encoder)
     new_tokens = fit_embeddings(module, run.tokenizer, run.added_tokens)
-    module = attach_adapter(module, config.adapter, new_tokens, config.given, run.added_tokens)
+    module = attach_adapter(
+        module, config.adapter, new_tokens, config.given, run.added_tokens, unreached=trials.unreached()
+    )
     if noisy := quiet_routers(module):
         notice(
             "router.quiet",
@@ -95,7 +97,7 @@ def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
             "does not depend on how it is packed.",
             count=len(noisy),
         )
-    head = install_training_forwards(module)
+    head = trials.install_forwards(module, config.adapter)
     base = identify_base(identified, module)
     identity = identify_run(run, layout[0], base)
     parameters = count_parameters(module)
@@ -103,7 +105,7 @@ def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
     if checkpoint:
         check_same_run(checkpoint, identity, config.resume_anyway)
         args = with_optimizer(args, stored_optimizer(checkpoint, args.optim))
-    choices, forecast = resolve_choices(run, args, module, layout[0])
+    choices, forecast = resolve_choices(run, args, module, trials, layout[0])
     choosing.apply(choices, transformers_model(module), run.precision.compute)
     if choices.unpaged_optimizer and args.optim in PAGED_ADAM:
         notice(

@@ -26,13 +26,16 @@ from firefly.models.memory import (
     kernels_kept,
     optimizer_bytes_of,
 )
-from firefly.models.verdicts import known_activations, known_crossover
+from firefly.models.trials import Trials
+from firefly.models.verdicts import known_crossover
 from firefly.run import Run
 from firefly.runs.checkpoints import stored_choices
 from firefly.setup.arguments import PAGED_ADAM
 
 
-def resolve_choices(run: Run, args: TrainingArguments, module: Any, layout: str) -> tuple[Choices, Forecast]:
+def resolve_choices(
+    run: Run, args: TrainingArguments, module: Any, trials: Trials, layout: str
+) -> tuple[Choices, Forecast]:
     """Resolve what is "auto", by measurement or from the checkpoint, and forecast the memory of a run so trained.
 
     The same on every rank: the choices of the one with the least memory. The forecast is `firefly plan`'s, but for what
@@ -45,7 +48,7 @@ def resolve_choices(run: Run, args: TrainingArguments, module: Any, layout: str)
     by_products = known_crossover(inner, device, precision.compute)
     segment_attention.use_crossover(by_products)  # what attention keeps is measured below
     autocast = precision.compute if full and precision.compute != torch.float32 else None
-    activations = known_activations(inner, layout, autocast, int(examples.counts.sides.max()))
+    activations = trials.activations(config.adapter, layout, autocast, int(examples.counts.sides.max()))
     keeps_copy = config.task_type == "dpo" and full and not config.preference.precompute_reference
     copied = sum(p.numel() for p in module.parameters()) * precision.compute.itemsize if keeps_copy else 0
     cacheable = cache_sizes(inner, precision.compute)
