@@ -426,7 +426,7 @@ def load_failure(error: Exception, place: str) -> Exception:
             problem=cause.strerror,
             variable="HF_HOME",
         )
-    if isinstance(error, (OSError, ValueError, KeyError, ImportError)) or "safetensors" in type(error).__name__.lower():
+    if isinstance(error, (OSError, ValueError, KeyError, ImportError)) or "safetensor" in type(error).__name__.lower():
         problem = first_line(error)
         if Path(place).is_dir():
             return UsageError(

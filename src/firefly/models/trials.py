@@ -18,16 +18,18 @@ from firefly.models.attention import refuse_textless
 from firefly.models.checkpointing import decoder_layers
 from firefly.models.dry_run import NoDryRun, counted_activations
 from firefly.models.forwards import install_training_forwards
-from firefly.models.loading import load_model, read_config, text_only_of
+from firefly.models.loading import load_model, quiet_libraries, read_config, text_only_of
 from firefly.models.memory import Activations
 from firefly.models.outline import follow_forwards, make_witness, unreached_by
 from firefly.models.precision import Precision
 from firefly.models.reach import Unreached
 from firefly.models.verdicts import known_activations, known_layout
 
-SHARES = 1 / 16, 1 / 8
+SHARES, SHARES_OF_SMALL = (1 / 16, 1 / 8), (1 / 2, 1)
 """Of the widths of feed-forward blocks, on which activations are measured where they cannot be counted: what a token
 keeps is linear in them."""
+SMALL = 10_000_000
+"""Parameters of a model that is small itself."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,10 @@ class Trials:
 
     def unreached(self) -> Unreached | None:
         """What text does not reach; None where the model can be asked itself."""
-        return None if self.twin is None else unreached_by(self.model, self.twin)[0]
+        if self.twin is None:
+            return None
+        with quiet_libraries():
+            return unreached_by(self.model, self.twin)[0]
 
     def install_forwards(self, wrapped: Any, adapter: AdapterConfig) -> str:
         """As `forwards.install_training_forwards`.
@@ -74,13 +79,15 @@ class Trials:
         if self.twin is None:
             return known_activations(self.model, layout, autocast, longest)
         try:
-            return counted_activations(self.model, layout, autocast, longest, self.model.device.type == "cuda")
+            with quiet_libraries():
+                return counted_activations(self.model, layout, autocast, longest, self.model.device.type == "cuda")
         except NoDryRun:
             found = None
             if ranks.is_first():
-                few, more = (self._measured_narrow(share, adapter, layout, autocast, longest) for share in SHARES)
-                per_share = (more.kept - few.kept) / (SHARES[1] - SHARES[0])
-                kept = more.kept + per_share * (1 - SHARES[1])
+                small = sum(p.numel() for p in self.model.parameters()) < SMALL
+                shares = SHARES_OF_SMALL if small else SHARES
+                few, more = (self._measured_narrow(share, adapter, layout, autocast, longest) for share in shares)
+                kept = more.kept + (more.kept - few.kept) / (shares[1] - shares[0]) * (1 - shares[1])
                 found = replace(more, layers=len(decoder_layers(self.model)), kept=kept)
             return ranks.from_first(found)
 

@@ -171,7 +171,7 @@ def read_here(parameters: Iterable[Any]) -> int:
     for parameter in parameters:
         unread = vars(parameter).pop("unread", None)
         if unread is not None:
-            parameter.data = unread.read().to(parameter.device)
+            parameter.data = unread.read().to(parameter.device, parameter.dtype)  # a copy to train is wider
             count += 1
     return count
 
