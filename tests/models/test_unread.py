@@ -28,7 +28,7 @@ from tiny import save_tiny_model, tiny_model, tiny_tokenizer
 CPU, FP32, BF16 = torch.device("cpu"), Precision(torch.float32), Precision(torch.bfloat16)
 # Plain, tied, cut apart and put together by transformers (Phi's and JetMoE's blocks), experts stacked or as they are
 # stored, Conv1D, types that some weights keep.
-NAMES = ["llama", "llama_tied", "phi3", "mixtral", "qwen3_moe", "jetmoe", "gpt_oss", "deepseek_v3", "gpt2", "mamba2"]
+NAMES = ["llama", "llama_tied", "phi3", "mixtral", "jetmoe", "gpt_oss", "gpt2"]
 
 
 def both(folder: Path, mode: str = "lora", precision: Precision = FP32) -> tuple[Any, Any]:
@@ -145,8 +145,10 @@ def test_a_saved_adapter_is_trained_on(start: Any, saved: Any, tmp_path: Path) -
 # ---- what is tried before ----
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
-@pytest.mark.parametrize("name", ["llama_tied", "gemma2", "mixtral", "bloom"])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("llama_tied", "full"), ("llama_tied", "lora"), ("gemma2", "lora"), ("mixtral", "lora"), ("bloom", "lora")],
+)
 def test_trials_on_the_twin_find_what_those_on_the_model_do(name: str, mode: str, tmp_path: Path) -> None:
     source = ModelConfig(name_or_path=str(save_tiny_model(tmp_path, name)))
     adapter = AdapterConfig(mode=mode, rank=4)  # type: ignore[arg-type]

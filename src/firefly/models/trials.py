@@ -11,7 +11,6 @@ import torch
 from firefly import ranks
 from firefly.config import AdapterConfig, ModelConfig
 from firefly.console import notice
-from firefly.errors import UsageError
 from firefly.files import first_line
 from firefly.models.adapters import attach_adapter, transformers_model
 from firefly.models.attention import refuse_textless
@@ -132,7 +131,7 @@ def load_for_training(
         twin = make_witness(described, source).to(device)
         if text_only_of(described):
             refuse_textless(twin)
-    except (UsageError, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever code of another make does to weights that have no numbers
         problem = f"{type(error).__name__}: {first_line(error)}"
@@ -140,5 +139,6 @@ def load_for_training(
     if problem is None:
         return Trials(model, source, twin)
     torch.set_rng_state(before)
+    whole = load_model(source, mode, precision, torch.device("cpu"))  # what is the user's fault is said by it
     notice("engine.loads_whole", "every process loads the whole model: {reason}", reason=problem)
-    return Trials(load_model(source, mode, precision, torch.device("cpu")), source)
+    return Trials(whole, source)

@@ -95,6 +95,7 @@ def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
         check_same_run(checkpoint, identity, config.resume_anyway)
         args = with_optimizer(args, stored_optimizer(checkpoint, args.optim))
     choices, forecast = resolve_choices(run, args, module, trials, layout[0])
+    del trials  # a twin is not small beside a shard
     choosing.apply(choices, transformers_model(module), run.precision.compute)
     if choices.unpaged_optimizer and args.optim in PAGED_ADAM:
         notice(
