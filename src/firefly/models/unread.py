@@ -119,7 +119,7 @@ def build_unread(kind: Any, described: Any, name: str, dtype: torch.dtype, **hub
         skeleton = kind.from_config(described, dtype=dtype, trust_remote_code=hub.get("trust_remote_code"))
     files = _weight_files(name, hub.get("revision"))
     model = type(skeleton).from_pretrained(None, config=skeleton.config, state_dict=open_weights(files), dtype=dtype)
-    model.config.name_or_path = name
+    model.name_or_path = model.config.name_or_path = name  # an adapter's file says it
     options = {"revision": hub["revision"]} if hub.get("revision") else {}
     try:
         model.generation_config = GenerationConfig.from_pretrained(name, **options)

@@ -65,8 +65,8 @@ def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
     Raises:
         UsageError: the model or its adapter cannot be trained so, or the checkpoint is another run's.
     """
-    config, checkpoint = run.config, run.checkpoint
-    set_seed(run.args.seed)
+    config, args, checkpoint = run.config, run.args, run.checkpoint
+    set_seed(args.seed)
     trials, base = load_base(run)
     module = trials.model
     layout = trials.layout()
@@ -90,7 +90,6 @@ def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
     head = trials.install_forwards(module, config.adapter)
     identity = identify_run(run, layout[0], base)
     parameters = count_parameters(module)
-    args = run.args
     if checkpoint:
         check_same_run(checkpoint, identity, config.resume_anyway)
         args = with_optimizer(args, stored_optimizer(checkpoint, args.optim))
