@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +14,22 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from test_steps import assert_same
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from firefly.config import ModelConfig, load_config
 from firefly.data.schema import TokenPair
+from firefly.errors import UsageError
+from firefly.export.merge import merge
+from firefly.generation import Generator
 from firefly.models.attention import use_segments
 from firefly.models.scores import install_score_head, padding_beside
+from firefly.runs.metrics import read_metrics
 from firefly.tasks.base import Forward
 from firefly.tasks.reward import RewardTask, ScorePacking
-from tiny import gradients, random_pairs, tiny_model, tiny_tokenizer
+from firefly.train import train
+from tiny import gradients, random_pairs, save_tiny_model, tiny_model, tiny_tokenizer
 from trials import Trial, configuration, make_trial
 
 SHAPES = ((7, 5, 9), (40, 30, 3), (1, 12, 12), (20, 1, 1), (3, 2, 60), (11, 70, 20))
@@ -148,3 +157,96 @@ def test_padding_is_a_token_that_no_text_ends_in() -> None:
     assert other in tokenizer.all_special_ids
     assert other != own
     assert padding_beside(tokenizer, range(len(tokenizer))) is None
+
+
+# ---- whole runs ----
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model and pairs, of which the better answer says good."""
+    folder = tmp_path_factory.mktemp("place")
+    save_tiny_model(folder / "model", "llama_tied")
+    rows = [
+        {"prompt": f"question {i} " * (1 + i % 3), "chosen": "good " * (1 + i % 4), "rejected": "bad " * (1 + i % 5)}
+        for i in range(24)
+    ]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return folder
+
+
+def train_rewards(place: Path, output: Path, **keys: Any) -> Path:
+    settings = {
+        "task_type": "reward",
+        "model_name_or_path": str(place / "model"),
+        "train_file": str(place / "pairs.jsonl"),
+        "output_dir": str(output),
+        "template_name": "default",
+        "lora_rank": 4,
+        "per_device_train_batch_size": 6,
+        "tokens_per_microbatch": 200,
+        "learning_rate": 0.02,
+        "num_train_epochs": 6,
+        "eval_ratio": 0.25,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "seed": 1,
+    }
+    return train(load_config(settings | keys))
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
+def test_a_trained_reward_model_scores_in_transformers_what_it_scored_in_training(
+    mode: str, place: Path, tmp_path: Path
+) -> None:
+    out = train_rewards(place, tmp_path / "out", train_mode=mode)
+    lines = read_metrics(out / "metrics.jsonl")
+    evaluated = [line for line in lines if "eval_accuracy" in line][-1]
+    assert evaluated["eval_accuracy"] == 1.0
+    result = out
+    if mode != "full":
+        onto = "dequantized" if mode == "qlora" else "original"
+        result = merge(ModelConfig(), str(out), str(tmp_path / "merged"), onto=onto, dtype="float32")
+    model: Any = AutoModelForSequenceClassification.from_pretrained(result)
+    tokenizer = AutoTokenizer.from_pretrained(result)
+    assert model.config.architectures == ["LlamaForSequenceClassification"]
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": "question 3"}, {"role": "assistant", "content": answer}], tokenize=False
+        )
+        for answer in ("good good good good", "bad")
+    ]
+    batch = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
+    assert int((batch["input_ids"][:, -1] == tokenizer.pad_token_id).sum()) == 1
+    with torch.no_grad():
+        together = model(**batch).logits[:, 0]
+        alone = [
+            model(input_ids=tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]).logits
+            for text in texts
+        ]
+    torch.testing.assert_close(together, torch.cat(alone)[:, 0], rtol=1e-4, atol=1e-5)
+    assert together[0] > together[1]
+
+
+def test_a_reward_run_goes_on_from_its_checkpoint_bit_for_bit(place: Path, tmp_path: Path) -> None:
+    keys = {"train_mode": "lora", "save_strategy": "steps", "save_steps": 4, "max_steps": 8, "eval_ratio": 0.0}
+    whole = train_rewards(place, tmp_path / "whole", **keys)
+    cut = Path(shutil.copytree(whole, tmp_path / "cut"))
+    shutil.rmtree(cut / "checkpoint-8")
+    (cut / "adapter_model.safetensors").unlink()
+    resumed = train_rewards(place, cut, **keys, resume_from_checkpoint=True)
+    assert_same(load_file(resumed / "adapter_model.safetensors"), load_file(whole / "adapter_model.safetensors"), 0)
+
+
+def test_a_reward_model_is_trained_on_as_one_and_does_not_talk(place: Path, tmp_path: Path) -> None:
+    first = train_rewards(place, tmp_path / "first", train_mode="full", max_steps=2)
+    again = train_rewards(place, tmp_path / "again", train_mode="full", max_steps=2, model_name_or_path=str(first))
+    assert (again / "model.safetensors").is_file()
+    with pytest.raises(UsageError, match="scores texts"):
+        Generator.load(ModelConfig(name_or_path=str(first)))
+    with pytest.raises(UsageError, match="scores texts"):
+        train_rewards(place, tmp_path / "talk", train_mode="full", task_type="dpo", model_name_or_path=str(first))

@@ -39,6 +39,7 @@ from firefly.models.adapters import count_body, transformers_model
 from firefly.models.checkpointing import decoder_layers
 from firefly.models.precision import Precision
 from firefly.models.router import router_settings
+from firefly.models.scores import scores
 from firefly.models.tuning import Choices
 from firefly.models.unread import Unread, unread_of
 from firefly.runs.memory import return_freed_memory
@@ -82,7 +83,8 @@ class TrainableModel:
         self.solo = layout == "solo"
         # Frozen weights are held in the compute type; full fine-tuning keeps fp32 weights and computes under autocast.
         self.autocast_type = precision.compute if full and precision.compute != torch.float32 else None
-        self.router = router_settings(transformers_model(module))
+        inner = transformers_model(module)
+        self.router = None if scores(inner) else router_settings(inner)  # no classifier has a router loss
         # Products of the body per parameter and token: forward 2, gradient of the input 2, gradient of the weight 2.
         self.flops_per_token = (6 if full else 4) * count_body(module)
         self.accelerator = make_accelerator(args)

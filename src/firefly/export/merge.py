@@ -52,6 +52,7 @@ from firefly.models.saved_adapter import (
     tokenizer_source,
     trained_in_4_bits,
 )
+from firefly.models.scores import ADAPTER_TASK, as_classifier, scores
 from firefly.models.tokens import is_tied
 from firefly.runs.folders import RESULT, move_into
 from firefly.runs.passport import write_json
@@ -101,7 +102,7 @@ def merge(
     )
     tokenizer = load_tokenizer(model, tokenizer_source(model, adapter))
     certificate = check_template(tokenizer, saved.folder, force)
-    base = load_base(model, weights, onto)
+    base = load_base(model, weights, onto, saved)
     check_base(adapter, model, force)
     trained, expected = attach_and_record(base, saved, tokenizer, weights)
 
@@ -111,7 +112,7 @@ def merge(
     gc.collect()
 
     notice("merge.verifying", "reloading from disk and comparing with the unmerged model …")
-    merged = load_base(replace(model, name_or_path=str(partial), revision=None), weights, "original").eval()
+    merged = load_base(replace(model, name_or_path=str(partial), revision=None), weights, "original", saved).eval()
     found, wrong = expected.compare(merged), wrong_updates(merged, expected.updates)
     report = {"onto": onto, "dtype": str(weights), "adapter": adapter, "base": model.name_or_path, **vars(found)}
     if wrong or not found.passes(weights):
@@ -252,12 +253,13 @@ def base_type(model: ModelConfig) -> torch.dtype:
     return dtype if dtype in TYPES.values() else torch.float32
 
 
-def load_base(model: ModelConfig, weights: torch.dtype, onto: str) -> Any:
-    """The base in the type to merge in; "dequantized" turns 4-bit weights into the matrices they stand for."""
-    device = pick_device()
-    if onto == "original":
-        return load_model(model, "lora", Precision(weights), device)
-    return dequantised(load_model(model, "qlora", Precision(weights), device), weights)
+def load_base(model: ModelConfig, weights: torch.dtype, onto: str, adapter: SavedAdapter) -> Any:
+    """The base in the type to merge in, with the kind of head that the adapter was trained with; "dequantized" turns
+    4-bit weights into the matrices they stand for."""
+    base = load_model(model, "lora" if onto == "original" else "qlora", Precision(weights), pick_device())
+    if onto != "original":
+        base = dequantised(base, weights)
+    return as_classifier(base, weights) if adapter.settings.task_type == ADAPTER_TASK else base
 
 
 def dequantised(model: Any, dtype: torch.dtype) -> Any:
@@ -307,8 +309,11 @@ def save_merged(trained: Any, tokenizer: Any, target: Path) -> None:
     merged = trained.unload()
     if not is_tied(merged):  # an adapter trained one of the two, or a copy of each
         merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False
-    mend_generation_config(merged.generation_config)
-    if tokenizer.chat_template:
+    if scores(merged):
+        merged.config.pad_token_id = tokenizer.pad_token_id  # one that no text ends in
+    else:
+        mend_generation_config(merged.generation_config)
+    if tokenizer.chat_template and not scores(merged):
         stops = bind_template("auto", tokenizer, eos_ids=eos_ids(merged.generation_config)).stop_ids
         merged.generation_config.eos_token_id = list(stops)
     merged.config.use_cache = True
@@ -320,7 +325,9 @@ def distance_to_4bit(
     model: ModelConfig, saved: SavedAdapter, weights: torch.dtype, merged: Any, expected: Expected
 ) -> Comparison:
     """Information, not a verdict: QLoRA trained on 4-bit weights, and the original ones are not the same."""
-    trained = load_adapter(load_model(model, "qlora", Precision(weights), pick_device()), saved).eval()
+    base = load_model(model, "qlora", Precision(weights), pick_device())
+    base = as_classifier(base, weights) if saved.settings.task_type == ADAPTER_TASK else base
+    trained = load_adapter(base, saved).eval()
     found = replace(expected, logits=all_logits(trained, expected.prompts)).compare(merged)
     notice(
         "merge.distance",

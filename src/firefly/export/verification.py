@@ -15,6 +15,7 @@ from firefly.data.encoding import Encoder
 from firefly.data.schema import Message
 from firefly.data.templates import TemplateFailure, bind_template
 from firefly.models.adapters import transformers_model
+from firefly.models.scores import scores, scores_of
 
 # Limits of a merge (docs/adapters.md).
 LARGEST_GAP_FP32 = 1e-4
@@ -64,10 +65,11 @@ class Comparison:
     ties: int
     rounding: float
     positions: int
+    scores: bool = False
 
     def passes(self, dtype: torch.dtype) -> bool:
-        """Whether this is rounding, for a model whose weights are of that type."""
-        if dtype == torch.float32:
+        """Whether this is rounding, for a model whose weights are of that type. A score has no distribution."""
+        if dtype == torch.float32 or self.scores:
             return self.gap <= max(LARGEST_GAP_FP32, ROUNDINGS * self.rounding)
         return self.kl <= LARGEST_KL and self.agreement >= LEAST_AGREEMENT
 
@@ -104,16 +106,18 @@ def encode_prompts(tokenizer: Any) -> list[list[int]]:
 
 
 def all_logits(model: Any, prompts: Sequence[Sequence[int]], as_served: bool = False) -> list[Tensor]:
-    """Logits of every position of each prompt, (tokens, vocabulary), on the CPU.
+    """Logits of every position of each prompt, (tokens, vocabulary), on the CPU; of a reward model the scores of texts
+    that would end there, (tokens, 1).
 
     Weights of 16 bits are multiplied in fp32, as the rounding of activations would drown what is compared here, but for
     `as_served`.
     """
     with nullcontext() if as_served else fp32_products(model), torch.inference_mode():
-        return [
-            model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float().cpu()
-            for ids in prompts
-        ]
+        rows = [torch.tensor([ids], device=model.device) for ids in prompts]
+        inner = transformers_model(model)
+        if scores(inner):
+            return [scores_of(inner, row).float().cpu() for row in rows]
+        return [model(input_ids=row, use_cache=False).logits[0].float().cpu() for row in rows]
 
 
 def rounding_gap(model: Any, prompts: Sequence[Sequence[int]], as_served: bool = False) -> float:
@@ -261,7 +265,8 @@ def compare(
         positions += len(one)
     counted = positions - ties
     agreement = same / counted if counted else 1.0
-    return Comparison(torch.stack(gaps).max().item(), kl / positions, agreement, ties, rounding, positions)
+    gap, scored = torch.stack(gaps).max().item(), expected[0].shape[1] == 1
+    return Comparison(gap, kl / positions, agreement, ties, rounding, positions, scored)
 
 
 def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:

@@ -40,6 +40,7 @@ from firefly.models.saved_adapter import (
     open_adapter,
     tokenizer_source,
 )
+from firefly.models.scores import ADAPTER_TASK, as_classifier, refuse_scores
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,9 @@ class Generator:
         device = pick_device()
         precision = resolve_precision(PrecisionConfig(), device)
         loaded = load_model(model, "qlora" if load_in_4bit else "lora", precision, device)
+        if saved and saved.settings.task_type == ADAPTER_TASK:
+            loaded = as_classifier(loaded)
+        refuse_scores(loaded, adapter or model.name_or_path)
         if adapter and saved:
             check_base(adapter, model, force)
             loaded = load_adapter(loaded, saved)

@@ -16,6 +16,7 @@ from firefly.errors import UsageError
 from firefly.models.kernels.expert_linear import install_expert_kernels
 from firefly.models.kernels.peft_layers import install_token_rows
 from firefly.models.saved_adapter import OUR_PREFIX, SavedAdapter, is_exact_start, module_of, open_adapter
+from firefly.models.scores import scores
 from firefly.models.tokens import is_tied, resize_embeddings, vocabulary_ends
 from firefly.models.unread import read_here
 from firefly.translation import Phrase, translate
@@ -37,7 +38,7 @@ def load_adapter(base: Any, adapter: str | SavedAdapter, *, dropout: float | Non
         UsageError: its tensors and the base's layers are not each other's, or what it needs to know of the base is
             nowhere written.
     """
-    from peft import PeftModelForCausalLM, set_peft_model_state_dict
+    from peft import PeftModel, PeftModelForCausalLM, set_peft_model_state_dict
 
     saved = open_adapter(adapter) if isinstance(adapter, str) else adapter
     if saved.folder.parent == saved.given:
@@ -66,7 +67,7 @@ def load_adapter(base: Any, adapter: str | SavedAdapter, *, dropout: float | Non
             ),
         )
     try:
-        wrapped: Any = PeftModelForCausalLM(base, settings)
+        wrapped: Any = (PeftModel if scores(base) else PeftModelForCausalLM)(base, settings)
         if dropout is not None:  # before the numbers come: the base's type would round them
             for parameter in wrapped.parameters():
                 if parameter.requires_grad:

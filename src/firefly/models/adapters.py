@@ -24,6 +24,7 @@ from firefly.models.kernels.peft_layers import install_saved_modules, install_to
 from firefly.models.probe_cache import known_unreached
 from firefly.models.reach import EXPERT_COUNTS, Unreached, alike
 from firefly.models.saved_adapter import open_adapter
+from firefly.models.scores import ADAPTER_TASK, HEAD, scores
 from firefly.models.tokens import is_tied, vocabulary_ends
 from firefly.models.unread import copies_unread
 
@@ -71,11 +72,15 @@ def attach_adapter(
             if parameter.requires_grad and unreached.has(name):
                 parameter.requires_grad_(False)
         return wrapped
-    from peft import get_peft_model
+    from peft import PeftModel, get_peft_model
 
     settings = _settings(model, config, new_tokens, unreached, notify)
     try:
-        wrapped = get_peft_model(model, settings, autocast_adapter_dtype=True)
+        if scores(model):  # peft's class for classifiers would not hand our arguments on
+            settings.base_model_name_or_path = model.name_or_path
+            wrapped: Any = PeftModel(model, settings, autocast_adapter_dtype=True)
+        else:
+            wrapped = get_peft_model(model, settings, autocast_adapter_dtype=True)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UsageError(
             "adapter.peft_refuses",
@@ -119,6 +124,8 @@ def _settings(
     from peft import LoraConfig
 
     saved = saved_modules(model, config.modules_to_save, unreached)
+    if scores(model):
+        saved = sorted({*saved, HEAD})
     targets = target_layers(model, config.target, saved, unreached, notify)
     parameters = target_parameters(model, config.target, saved, unreached)
     if parameters and config.use_dora:
@@ -153,7 +160,7 @@ def _settings(
         modules_to_save=saved or None,
         trainable_token_indices={name: list(new_tokens) for name in rows} or None,
         ensure_weight_tying=tie,
-        task_type="CAUSAL_LM",
+        task_type=ADAPTER_TASK if scores(model) else "CAUSAL_LM",
     )
 
 

@@ -234,8 +234,9 @@ def choose_layout(model: PreTrainedModel) -> tuple[str, str]:
     Raises:
         UsageError: the architecture is no causal language model of text, in any layout.
     """
-    with evaluating(model):
-        refuse_other_models(model)
+    if model.get_output_embeddings() is not None:  # else a reward model's body is a causal language model's
+        with evaluating(model):
+            refuse_other_models(model)
     reason = _declared_fault(model)
     if reason is None:
         expected = _hidden(model, _probe_ids(model)[1], None)

@@ -9,6 +9,7 @@ from firefly.models.heads import install_target_head
 from firefly.models.kernels.gated_mlp import install_gated_mlps
 from firefly.models.kernels.rms_norm import install_rms_norms
 from firefly.models.kernels.rotary import install_rotary
+from firefly.models.scores import install_score_head, scores
 
 
 def install_training_forwards(model: Any) -> str:
@@ -16,4 +17,5 @@ def install_training_forwards(model: Any) -> str:
     install_gated_mlps(model)
     install_rms_norms(model)
     install_rotary(transformers_model(model))
-    return install_target_head(transformers_model(model))
+    inner = transformers_model(model)
+    return install_score_head(inner) if scores(inner) else install_target_head(inner)

@@ -268,9 +268,12 @@ def read_config(model: ModelConfig) -> Any:
 
 def model_class(described: Any) -> Any:
     """What a model with this configuration is loaded by: AutoModelForCausalLM, or AutoModelForMultimodalLM for one of
-    text with images or sound that has no causal class. Its text can be trained and its other parts stay."""
-    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+    text with images or sound that has no causal class. Its text can be trained and its other parts stay. A reward model
+    is saved as a sequence classifier, and loaded as one."""
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoModelForSequenceClassification
 
+    if str(next(iter(described.architectures or ()), "")).endswith("ForSequenceClassification"):
+        return AutoModelForSequenceClassification
     return AutoModelForMultimodalLM if text_only_of(described) else AutoModelForCausalLM
 
 

@@ -14,10 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from firefly.errors import UsageError
+from firefly.models.attention import ATTRIBUTE
 from firefly.models.probing import decoder
 
 HEAD = "score"
 """What transformers calls the head of its sequence classifiers on decoders."""
+
+ADAPTER_TASK = "SEQ_CLS"
+"""peft's word for an adapter of such a model, which brings the trained head along."""
+
+KEPT = (ATTRIBUTE, "hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit")
+"""What a model says of its body."""
 
 
 def scores(model: Any) -> bool:
@@ -25,18 +32,48 @@ def scores(model: Any) -> bool:
     return isinstance(getattr(model, HEAD, None), nn.Module) and model.config.num_labels == 1
 
 
-def refuse_other_classifiers(model: Any) -> None:
-    """See that the head is a linear layer on the decoder's last hidden states, as the name `score` says.
+def as_classifier(model: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """A sequence classifier of one number on the body of a causal language model, its head new and random.
+
+    The body is the same modules, however they were loaded and prepared; the head over the vocabulary is let go.
+
+    Args:
+        dtype: of the new head.
 
     Raises:
-        UsageError: it is another one.
+        UsageError: transformers has no such classifier of this architecture.
     """
-    if not (scores(model) and isinstance(getattr(model, HEAD), nn.Linear)):
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    if scores(model):
+        return model
+    config, kind = model.config, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(model.config), None)
+    prefix = getattr(kind, "base_model_prefix", "")
+    body = getattr(model, prefix, None)
+    config.num_labels = 1
+    made: Any = None
+    if kind is not None and body is not None:
+        with torch.device("meta"):
+            made = kind(config)
+    if type(getattr(made, prefix, None)) is not type(body) or type(getattr(made, HEAD, None)) is not nn.Linear:
         raise UsageError(
-            "model.no_scores",
-            "{name} cannot be trained as a reward model: it has no linear head `score` of one number.",
+            "model.no_classifier",
+            "{name} cannot become a reward model: transformers has no classifier with a linear head on the body of "
+            "{kind}.",
             name=type(model).__name__,
+            kind=config.model_type,
         )
+    setattr(made, prefix, body)
+    place = next(body.parameters()).device
+    head = nn.Linear(made.score.in_features, 1, bias=made.score.bias is not None, device=place, dtype=dtype)
+    nn.init.normal_(head.weight, std=getattr(config.get_text_config(), "initializer_range", None) or 0.02)
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
+    made.score, made.config = head, config
+    for name in KEPT:
+        if name in vars(model):
+            setattr(made, name, vars(model)[name])
+    return made.train(model.training)
 
 
 def install_score_head(model: Any) -> str:
@@ -57,6 +94,29 @@ def _forward(self: Any, *args: Any, target_index: Tensor | None = None, **kwargs
     with torch.autocast(hidden.device.type, enabled=False):
         found = getattr(self, HEAD)(hidden.float())
     return {"scores": found.view(-1), "router_logits": getattr(output, "router_logits", None)}
+
+
+def scores_of(model: Any, ids: Tensor) -> Tensor:
+    """The score of a text that would end at each of its tokens, (tokens, 1).
+
+    Args:
+        ids: (1, tokens).
+    """
+    return getattr(model, HEAD)(decoder(model)(input_ids=ids, use_cache=False).last_hidden_state)[0]
+
+
+def refuse_scores(model: Any, name: str) -> None:
+    """
+    Raises:
+        UsageError: the model scores texts, where one that writes them is asked for.
+    """
+    if scores(model):
+        raise UsageError(
+            "model.scores",
+            "{name} is a reward model ({kind}): it scores texts and writes none.",
+            name=name,
+            kind=type(model).__name__,
+        )
 
 
 def padding_beside(tokenizer: Any, ends: Iterable[int]) -> int | None:

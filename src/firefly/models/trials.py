@@ -118,13 +118,14 @@ def _adapted(twin: Any, adapter: AdapterConfig) -> Any:
 
 
 def load_for_training(
-    source: ModelConfig, mode: str, precision: Precision, device: torch.device, sharded: bool
+    source: ModelConfig, mode: str, precision: Precision, device: torch.device, sharded: bool, whole: str = ""
 ) -> Trials:
     """Load the model that a run trains.
 
     Args:
         sharded: ranks share its weights out. Then they stay in their files until each rank knows its part; what cannot
             be loaded so, every rank loads whole into the CPU's memory, and says so.
+        whole: why that is so of this run in any case.
 
     Raises:
         UsageError: see `load_model`.
@@ -132,13 +133,14 @@ def load_for_training(
     if not sharded:
         return Trials(load_model(source, mode, precision, device), source)
     before = torch.get_rng_state()
-    problem = model = twin = None
+    problem, model, twin = whole or None, None, None
     try:
-        described = read_config(source)
-        model = load_model(source, mode, precision, device, unread=True)
-        twin = make_tiny_twin(described, source).to(device)
-        if text_only_of(described):
-            refuse_textless(twin)
+        if problem is None:
+            described = read_config(source)
+            model = load_model(source, mode, precision, device, unread=True)
+            twin = make_tiny_twin(described, source).to(device)
+            if text_only_of(described):
+                refuse_textless(twin)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever code of another make does to weights that have no numbers
@@ -147,6 +149,6 @@ def load_for_training(
     if problem is None:
         return Trials(model, source, twin)
     torch.set_rng_state(before)
-    whole = load_model(source, mode, precision, torch.device("cpu"))  # what is the user's fault is said by it
+    model = load_model(source, mode, precision, torch.device("cpu"))  # what is the user's fault is said by it
     notice("engine.loads_whole", "every process loads the whole model: {reason}", reason=problem)
-    return Trials(whole, source)
+    return Trials(model, source)

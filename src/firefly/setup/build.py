@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from firefly.data.certificate import FILE_NAME as CERTIFICATE
 from firefly.data.certificate import Certificate
 from firefly.distributed.backends import refuse_uneven_passes, shard_weights
 from firefly.distributed.model import TrainableModel
+from firefly.errors import UsageError
 from firefly.models import tuning
 from firefly.models.adapters import attach_adapter, count_parameters, transformers_model
 from firefly.models.base_weights import identify_weights
@@ -27,6 +28,7 @@ from firefly.models.loading import eos_ids, mend_generation_config, resolve_mode
 from firefly.models.memory import Forecast
 from firefly.models.router import quiet_routers
 from firefly.models.saved_adapter import check_base
+from firefly.models.scores import as_classifier, padding_beside, refuse_scores
 from firefly.models.tokens import fit_embeddings
 from firefly.models.trials import Trials, load_for_training
 from firefly.run import Run
@@ -37,6 +39,10 @@ from firefly.setup.arguments import FUSED_ADAM, PAGED_ADAM
 from firefly.setup.checks import prove_template
 from firefly.setup.identity import identify_base, identify_run
 from firefly.setup.tuning import resolve_choices
+from firefly.translation import translate
+
+EXAMPLES_LOOKED_AT = 256
+"""For the tokens that texts end in."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +77,16 @@ def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
     module = trials.model
     layout = trials.layout()
     refuse_uneven_passes(config, layout[0], run.backend)
-    certificate = None
-    if run.chats:
+    if run.chats and module.generation_config is not None:
         stops = (*run.encoder.template.stop_ids, *eos_ids(module.generation_config))  # the base's others stay
         module.generation_config.eos_token_id = list(dict.fromkeys(stops))
-        certificate = prove_template(run.encoder)
+    certificate = prove_template(run.encoder) if run.chats else None
+    if run.task.HEAD == "score":
+        module = as_classifier(module)
+        choose_padding(run, module)
+        trials = replace(trials, model=module)
+    else:
+        refuse_scores(module, config.model.name_or_path)
     new_tokens = fit_embeddings(module, run.tokenizer, run.added_tokens)
     module = attach_adapter(
         module, config.adapter, new_tokens, config.given, run.added_tokens, unreached=trials.unreached()
@@ -140,15 +151,36 @@ def load_base(run: Run) -> tuple[Trials, dict[str, Any]]:
     with ThreadPoolExecutor(1) as beside:  # hashing leaves the interpreter free to load what is hashed
         weights = resolve_model(config.model)
         hashed = beside.submit(identify_weights, weights) if Path(weights).is_dir() else None
+        new_head = translate("a reward model's head is new") if run.task.HEAD == "score" else ""
         trials = load_for_training(
-            config.model, config.adapter.mode, run.precision, run.device, run.backend.shards_weights
+            config.model, config.adapter.mode, run.precision, run.device, run.backend.shards_weights, new_head
         )
     # What a hub's model is, its files say once they are here.
     identified = hashed.result() if hashed else identify_weights(weights, config.model.revision)
     if config.adapter.name_or_path:
         check_base(config.adapter.name_or_path, config.model, config.adapter.on_other_base, identified)
-    mend_generation_config(trials.model.generation_config)
+    if trials.model.generation_config is not None:
+        mend_generation_config(trials.model.generation_config)
     return trials, identify_base(identified, trials.model)
+
+
+def choose_padding(run: Run, classifier: Any) -> None:
+    """Pad with a token that no text ends in: transformers scores a text at its last token that is no padding.
+
+    Raises:
+        UsageError: the tokenizer has no such special token.
+    """
+    examples = run.data.train
+    looked_at = (examples[number] for number in range(min(len(examples), EXAMPLES_LOOKED_AT)))
+    ends = {int(side.input_ids[-1]) for pair in looked_at for side in pair.sides}
+    padding = padding_beside(run.tokenizer, ends)
+    if padding is None:
+        raise UsageError(
+            "model.no_padding",
+            "the texts end in each of the tokenizer's special tokens, so that none can pad them: transformers scores a "
+            "text at its last token that is no padding. Give the tokenizer a pad_token, or use add_tokens.",
+        )
+    run.tokenizer.pad_token_id = classifier.config.pad_token_id = padding
 
 
 def with_optimizer(args: TrainingArguments, optimizer: Any) -> TrainingArguments:
