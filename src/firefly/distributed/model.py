@@ -41,7 +41,6 @@ from firefly.models.choices import Choices
 from firefly.models.precision import Precision
 from firefly.models.router import router_settings
 from firefly.models.unread import Unread, unread_of
-from firefly.runs.memory import return_freed_memory
 
 
 class TrainableModel:
@@ -154,8 +153,6 @@ class TrainableModel:
             if not in_place:
                 self._take_weights(checkpoint)
             self._load_state(checkpoint)
-        if self.backend.shards_weights:
-            return_freed_memory()  # of what was read to be shared out
         self.zero_gradients()
         self._resting = None
 
