@@ -28,7 +28,6 @@ from firefly.models.checkpointing import decoder_layers
 from firefly.models.memory import Forecast
 from firefly.models.precision import Precision
 from firefly.models.unread import read_here
-from firefly.runs.memory import return_freed_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,8 +285,6 @@ def shard_weights(backend: Backend, model: Any, args: Any) -> None:
     Our kernels use the weights of a decoder layer's parts directly, so a layer is gathered as one. (FSDP2 shards by
     layers, too, when accelerate prepares the model.)
     """
-    if backend.shards_weights:
-        return_freed_memory()  # what was tried before is through
     if not backend.deepspeed:
         return
     from transformers.integrations.deepspeed import set_hf_deepspeed_config

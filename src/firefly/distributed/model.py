@@ -42,7 +42,6 @@ from firefly.models.router import router_settings
 from firefly.models.scores import scores
 from firefly.models.tuning import Choices
 from firefly.models.unread import Unread, unread_of
-from firefly.runs.memory import return_freed_memory
 
 
 class TrainableModel:
@@ -156,8 +155,6 @@ class TrainableModel:
             if not in_place:
                 self._take_weights(checkpoint)
             self._load_state(checkpoint)
-        if self.backend.shards_weights:
-            return_freed_memory()  # of what was read to be shared out
         self.zero_gradients()
         self._resting = None
 

@@ -10,7 +10,7 @@ import torch
 
 from firefly.files import read_proc
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
 def peak_memory(device: torch.device) -> int:
@@ -61,8 +61,12 @@ def keep_freed_memory(device: torch.device) -> bool:
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))  # -1: never (mallopt(3))
 
 
-def return_freed_memory() -> None:
-    """Give the kernel back what glibc's heap holds free, where a process has taken much that it will not need again."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
-    if trim is not None:
-        trim(0)
+def map_large_arrays() -> None:
+    """Let glibc take arrays of a MiB and more from the kernel, and give them back when they are freed.
+
+    By default it puts arrays of up to 32 MiB on the heap once such a one was freed, where what stays, as shards do,
+    keeps what was freed around it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 20)

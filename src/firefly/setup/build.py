@@ -34,6 +34,7 @@ from firefly.models.trials import Trials, load_for_training
 from firefly.run import Run
 from firefly.runs.checkpoints import check_same_run, set_aside_old_checkpoints, stored_optimizer
 from firefly.runs.folders import remove_leftovers
+from firefly.runs.memory import map_large_arrays
 from firefly.runs.passport import write_json
 from firefly.setup.arguments import FUSED_ADAM, PAGED_ADAM
 from firefly.setup.checks import prove_template
@@ -148,6 +149,8 @@ def load_base(run: Run) -> tuple[Trials, dict[str, Any]]:
         UsageError: it cannot be loaded, or the adapter to start from belongs to another one.
     """
     config = run.config
+    if run.backend.shards_weights:
+        map_large_arrays()
     with ThreadPoolExecutor(1) as beside:  # hashing leaves the interpreter free to load what is hashed
         weights = resolve_model(config.model)
         hashed = beside.submit(identify_weights, weights) if Path(weights).is_dir() else None
