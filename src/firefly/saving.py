@@ -137,7 +137,9 @@ def save_result(output_dir: Path, model: TrainableModel, tokenizer: Any, best: P
     model.rest()
 
     def move() -> None:
-        transformers_model(model.module).generation_config.save_pretrained(gathered)
+        settings = getattr(transformers_model(model.module), "generation_config", None)
+        if settings is not None:  # a reward model has none
+            settings.save_pretrained(gathered)
         move_into(gathered, output_dir)
 
     writes = model.args.should_save

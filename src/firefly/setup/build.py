@@ -78,7 +78,7 @@ def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
     module = trials.model
     layout = trials.layout()
     refuse_uneven_passes(config, layout[0], run.backend)
-    if run.chats and module.generation_config is not None:
+    if run.chats and getattr(module, "generation_config", None):  # a reward model has none
         stops = (*run.encoder.template.stop_ids, *eos_ids(module.generation_config))  # the base's others stay
         module.generation_config.eos_token_id = list(dict.fromkeys(stops))
     certificate = prove_template(run.encoder) if run.chats else None
@@ -162,8 +162,8 @@ def load_base(run: Run) -> tuple[Trials, dict[str, Any]]:
     identified = hashed.result() if hashed else identify_weights(weights, config.model.revision)
     if config.adapter.name_or_path:
         check_base(config.adapter.name_or_path, config.model, config.adapter.on_other_base, identified)
-    if trials.model.generation_config is not None:
-        mend_generation_config(trials.model.generation_config)
+    if settings := getattr(trials.model, "generation_config", None):
+        mend_generation_config(settings)
     return trials, identify_base(identified, trials.model)
 
 
