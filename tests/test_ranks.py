@@ -47,7 +47,7 @@ class Case:
 
     def settings(self, place: Path, output_dir: Path, ranks: int) -> dict[str, Any]:
         task = self.changes.get("task_type", "sft")
-        file = {"sft": "train.jsonl", "dpo": "pairs.jsonl", "pretrain": "docs.jsonl"}[task]
+        file = {"sft": "train.jsonl", "pretrain": "docs.jsonl"}.get(task, "pairs.jsonl")
         common = {
             "model_name_or_path": str(place / "llama_tied"),
             "train_file": str(place / file),
@@ -113,6 +113,13 @@ CASES += [
     Case("zero3-evaluation", ENGINES["zero3"], {"eval_ratio": 0.3, "train_mode": "full"}),
     Case("fsdp2-dpo-evaluation", ENGINES["fsdp2"], {"task_type": "dpo", "eval_ratio": 0.3}),
     Case("ddp-apart", changes={"task_type": "dpo", "model": "bloom"}),
+    Case("ddp-kto-full", changes={"task_type": "kto", "train_mode": "full", "eval_ratio": 0.3}),
+    *(Case(f"{engine}-kto", settings, {"task_type": "kto"}) for engine, settings in ENGINES.items()),
+    *(
+        Case(f"{engine}-reward-{mode}", ENGINES[engine], {"task_type": "reward", "train_mode": mode, "eval_ratio": 0.3})
+        for engine in ("ddp", "fsdp2", "zero3")
+        for mode in ("full", "lora")
+    ),
 ]
 NAMES = [case.name for case in CASES]
 SAVING = {"lora_dropout": 0.1, "save_strategy": "steps", "save_steps": 2}
@@ -157,7 +164,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def launch(file: Path, processes: int = 2, seconds: int = 600) -> subprocess.CompletedProcess[str]:
+def launch(file: Path, processes: int = 2, seconds: int = 1200) -> subprocess.CompletedProcess[str]:
     """Run the trainings of a file on ranks of one thread each."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "FIREFLY_LANG": "en"}

@@ -20,7 +20,7 @@ from firefly.data.batching import ExampleList, PackedBatch, StepTotals, moved, p
 from firefly.data.schema import IGNORE, Tokens
 from firefly.distributed.backends import Backend
 from firefly.errors import UsageError
-from firefly.tasks.base import Forward
+from firefly.tasks.base import Forward, resting
 from firefly.tasks.reference import ReferenceTask
 
 
@@ -112,8 +112,9 @@ class KTO(ReferenceTask):
     def over_step(self, forward: Forward, batches: Sequence[LabelledBatch], totals: StepTotals) -> Tensor:
         """The estimate of KL(π ‖ π_ref), a scalar."""
         gained = torch.zeros((), device=forward.model.device)
-        for batch in batches:
-            gained = gained + self.log_ratios(forward, batch.mismatched, len(batch.desirable))[0].sum()
+        with resting(forward.module):
+            for batch in batches:
+                gained = gained + self.log_ratios(forward, batch.mismatched, len(batch.desirable))[0].sum()
         return (forward.model.summed(gained) / totals.examples).clamp_min(0)
 
     def losses(self, forward: Forward, batch: LabelledBatch, kl: Tensor) -> tuple[Tensor, Tensor]:
