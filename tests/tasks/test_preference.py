@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from firefly.config import PreferenceConfig
+from firefly.console import take_notices
 from firefly.data.batching import StepSettings
 from firefly.data.dataset import Split
 from firefly.data.pair_batching import pack_pairs
@@ -22,6 +23,7 @@ from firefly.data.schema import IGNORE, TokenPair, Tokens
 from firefly.models.adapters import transformers_model
 from firefly.models.attention import choose_layout
 from firefly.models.forwards import install_training_forwards
+from firefly.tasks.base import disable_dropout
 from firefly.tasks.preference import PreferenceTask
 from firefly.tasks.preference_losses import PREFERENCE_LOSSES, PairLogps, nll_weight
 from firefly.tasks.reference import AdapterOff, FrozenAdapter, FrozenModel, Untrained
@@ -460,3 +462,14 @@ def test_losses_without_a_reference_are_trls(
     expected.backward()
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-4, atol=1e-6)
     assert_same(found, gradients(trainer.model), 1e-4)
+
+
+def test_dropout_that_is_read_from_the_configuration_is_off_too() -> None:
+    take_notices()
+    model = tiny_model("gptj", attn_pdrop=0.5, resid_pdrop=0.5).train()
+    disable_dropout(model)
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, model(ids).logits)
+    (said,) = take_notices()
+    assert said["code"] == "preference.no_dropout_in_config"

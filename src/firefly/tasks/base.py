@@ -6,6 +6,7 @@ is cut up and whoever carries it. Nothing here waits for the device.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,6 +17,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from firefly.config import Config
 from firefly.console import notice
@@ -38,6 +40,9 @@ from firefly.distributed.model import TrainableModel
 from firefly.models.kernels.matmul import casts_kept
 from firefly.models.precision import Precision
 from firefly.models.router import count_choices, recorded_logits, router_loss
+
+DROPOUT = re.compile("dropout|pdrop")
+"""What architectures call the probability of one."""
 
 PACKED_TOGETHER = 64
 """Examples that are packed at a time where they make no steps: enough to fill the microbatches well."""
@@ -310,13 +315,30 @@ def without_dropout(config: Config) -> Config:
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Switch every dropout off, as `without_dropout` does with the adapter's."""
+    """Switch every dropout off, as `without_dropout` does with the adapter's.
+
+    Some architectures (Falcon, GPT-J, GPT-Neo) read the probability from their configuration in every pass; there it is
+    0 from then on, also in what is saved.
+    """
+    in_configuration: dict[str, float] = {}
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for name, value in list(vars(module).items()):
             if "dropout" in name and isinstance(value, float):  # attention takes its probability as a number
                 setattr(module, name, 0.0)
+        config = vars(module).get("config")
+        for name, value in list(vars(config).items()) if isinstance(config, PreTrainedConfig) else ():
+            if DROPOUT.search(name) and isinstance(value, float) and value > 0:
+                setattr(config, name, 0.0)
+                in_configuration[name] = value
+    if in_configuration:
+        notice(
+            "preference.no_dropout_in_config",
+            "{settings} of the model's configuration is set to 0, also in the result: two passes of a model are "
+            "compared.",
+            settings=", ".join(f"{name} {value}" for name, value in sorted(in_configuration.items())),
+        )
 
 
 @contextmanager
