@@ -126,8 +126,9 @@ def test_preferences_are_learnt_and_measured_on_held_out_pairs(run: Run) -> None
     assert report["train_examples"] + report["held_out_examples"] == report["examples"] == 22
 
 
-def test_kto_learns_verdicts_and_takes_pairs_for_a_good_and_a_bad_answer(run: Run, place: Path) -> None:
-    out = run(task_type="kto", eval_ratio=0.2, num_train_epochs=3, eval_on_start=True)
+@pytest.mark.parametrize("mode", ["lora", "qlora"])
+def test_kto_learns_verdicts_and_takes_pairs_for_a_good_and_a_bad_answer(mode: str, run: Run, place: Path) -> None:
+    out = run(task_type="kto", train_mode=mode, eval_ratio=0.2, num_train_epochs=3, eval_on_start=True)
     assert values(out)[0] == pytest.approx(0.5, abs=1e-5)  # nothing gained yet: 1 - σ(0)
     assert values(out, "eval_loss")[-1] < values(out, "eval_loss")[0] - 0.05
     assert values(out, "rewards/margins")[-1] > 0
