@@ -28,6 +28,7 @@ class Scripted:
         self.asked: list[list[Message]] = []
 
     def stream(self, messages: list[Message], settings: Any, stop: threading.Event) -> Iterator[str]:
+        assert all(message.text for message in messages)
         self.asked.append(list(messages))
         for piece in self.answers.pop(0):
             if isinstance(piece, BaseException):
@@ -62,7 +63,7 @@ def test_chat_keeps_history_until_reset(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_system_prompt_can_be_set_and_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = Scripted(["one"], ["two"], ["three"])
     talk(generator, ["a", "/system Be brief.", "b", "/system", "c"], monkeypatch, system="At first.")
-    assert [asked[0].content for asked in generator.asked] == ["At first.", "Be brief.", "c"]
+    assert [asked[0].text for asked in generator.asked] == ["At first.", "Be brief.", "c"]
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_program(
@@ -70,7 +71,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(
 ) -> None:
     generator = Scripted(["so ", "far", KeyboardInterrupt()], ["again"])
     talk(generator, ["a", KeyboardInterrupt(), "b"], monkeypatch)
-    assert [message.content for message in generator.asked[1]] == ["a", "so far", "b"]
+    assert [message.text for message in generator.asked[1]] == ["a", "so far", "b"]
     assert "[stopped]" in capsys.readouterr().out
 
 

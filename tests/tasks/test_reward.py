@@ -19,6 +19,7 @@ from test_steps import assert_same
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from firefly.config import ModelConfig, load_config
+from firefly.console import take_notices
 from firefly.data.schema import TokenPair
 from firefly.errors import UsageError
 from firefly.export.merge import merge
@@ -26,6 +27,7 @@ from firefly.generation import Generator
 from firefly.models.attention import use_segments
 from firefly.models.scores import install_score_head, padding_beside
 from firefly.runs.metrics import read_metrics
+from firefly.setup.plan import make_plan
 from firefly.tasks.base import Forward
 from firefly.tasks.reward import RewardTask, ScorePacking
 from firefly.train import train
@@ -250,3 +252,29 @@ def test_a_reward_model_is_trained_on_as_one_and_does_not_talk(place: Path, tmp_
         Generator.load(ModelConfig(name_or_path=str(first)))
     with pytest.raises(UsageError, match="scores texts"):
         train_rewards(place, tmp_path / "talk", train_mode="full", task_type="dpo", model_name_or_path=str(first))
+
+
+@pytest.mark.parametrize("mode", ["lora", "qlora"])
+def test_a_reward_model_in_16_bit_is_trained_on_and_planned(mode: str, place: Path, tmp_path: Path) -> None:
+    take_notices()
+    first = train_rewards(place, tmp_path / "first", train_mode="full", max_steps=2)
+    keys = {"train_mode": mode, "max_steps": 2, "bf16": True, "model_name_or_path": str(first)}
+    again = train_rewards(place, tmp_path / "again", **keys)
+    assert (again / "adapter_model.safetensors").is_file()
+    assert "adapter.reach_unknown" not in {entry["code"] for entry in take_notices()}
+    plan = make_plan(
+        "",
+        {
+            "task_type": "reward",
+            "train_file": str(place / "pairs.jsonl"),
+            **keys,
+            "template_name": "default",
+            "lora_rank": 4,
+        },
+    )
+    assert plan.fits
+    assert "head" not in plan.forecast.parts
+    assert (
+        plan.parameters[0] == sum(p.numel() for p in load_file(again / "adapter_model.safetensors").values())
+        or mode == "qlora"
+    )

@@ -137,7 +137,7 @@ class ChatSession:
         self.history.append(("user", question))
         stop, pieces = threading.Event(), []
         print(translate("Firefly: "), end="", flush=True)
-        answer = self.generator.stream([Message(role, text) for role, text in self.turns], self.settings, stop)
+        answer = self.generator.stream([Message.of(role, text) for role, text in self.turns], self.settings, stop)
         try:
             for piece in answer:
                 piece = piece if pieces else piece.lstrip()

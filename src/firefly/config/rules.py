@@ -138,6 +138,12 @@ def check_preference(config: Config) -> None:
             "beta = 0 leaves {setting} without a signal; set it above 0.",
             setting=f"preference_loss {settings.loss}" if pairs else f"task_type {config.task_type}",
         )
+    weights = (settings.desirable_weight, settings.undesirable_weight)
+    if config.task_type in only_with("desirable_weight")["task_type"] and not any(weights):
+        raise UsageError(
+            "config.no_weight",
+            "desirable_weight and undesirable_weight are both 0: nothing would be trained. Set one of them above 0.",
+        )
     if pairs and settings.label_smoothing and settings.loss not in SMOOTHED_LOSSES:
         notice(
             "preference.no_smoothing",

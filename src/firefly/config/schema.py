@@ -114,7 +114,7 @@ class DataConfig:
     thinking: Literal["keep", "strip"] = key("keep", tasks=CHATS)
     """`strip` leaves out the reasoning of replies."""
     max_seq_length: int = key(1024, ge=2)
-    """Tokens of the longest example; of a block in pretraining; of prompt + answer in DPO."""
+    """Tokens of the longest example; of a block in pretraining; of prompt + answer in DPO, KTO and reward models."""
     max_prompt_length: int | None = key(512, tasks=PAIRS, ge=1)
     """Tokens of the longest prompt; null: no limit."""
     document_attention: Literal["isolated", "joined"] = key("isolated", tasks=("pretrain",))
@@ -146,7 +146,7 @@ class AdapterConfig:
     alpha: float = key(16, name="lora_alpha", modes=ADAPTED, ge=0)
     """The adapter's scale: alpha / rank."""
     dropout: float = key(0.05, name="lora_dropout", modes=ADAPTED, ge=0, lt=1)
-    """Dropout before the adapter; 0 in DPO."""
+    """Dropout before the adapter; 0 in DPO, KTO and reward models."""
     use_rslora: bool = key(False, modes=ADAPTED)
     """The scale is alpha / √rank (rsLoRA)."""
     use_dora: bool = key(False, modes=ADAPTED)

@@ -54,7 +54,7 @@ class Backend:
         """One rank's part of what a single process would need."""
         if not self.shards:
             return whole
-        names = {OPTIMIZER: ("optimizer",), GRADIENTS: ("gradients",), WEIGHTS: ("weights", "masters", "adapter")}
+        names = {OPTIMIZER: ("optimizer",), GRADIENTS: ("gradients",), WEIGHTS: ("weights", "adapter")}
         divided = {part for kind in self.shards for part in names[kind]}
         count = ranks.world_size()
         parts = {name: size // count if name in divided else size for name, size in whole.parts.items()}

@@ -114,13 +114,13 @@ def merge(
     notice("merge.verifying", "reloading from disk and comparing with the unmerged model …")
     merged = load_base(replace(model, name_or_path=str(partial), revision=None), weights, "original", saved).eval()
     found, wrong = expected.compare(merged), wrong_updates(merged, expected.updates)
-    report = {"onto": onto, "dtype": str(weights), "adapter": adapter, "base": model.name_or_path, **vars(found)}
+    report = {"onto": onto, "dtype": str(weights), "adapter": adapter, "base": model.name_or_path, **found.report()}
     if wrong or not found.passes(weights):
         write_json(target / FAILED_REPORT, report | {"passed": False, "wrong_updates": wrong})
         shutil.rmtree(partial)
         raise failure(target, found, wrong)
     if trained_in_4_bits(adapter) and onto == "original":
-        report["distance_to_4bit"] = vars(distance_to_4bit(model, saved, weights, merged, expected))
+        report["distance_to_4bit"] = distance_to_4bit(model, saved, weights, merged, expected).report()
     files = sorted(path.name for path in partial.iterdir())
     write_json(partial / REPORT, report | {"passed": True, "files": [*files, REPORT]})
     for name in [*read_object(target / REPORT).get("files", []), FAILED_REPORT]:
@@ -129,11 +129,11 @@ def merge(
     move_into(partial, target)
     notice(
         "merge.done",
-        "merged model in {path}; verified on {prompts} prompts ({positions} positions): largest logit gap {gap:.2e} "
-        "(rounding alone: {rounding:.2e}), mean KL {kl:.2e}, top-1 agreement {agreement:.2%}, ties left out: {ties}",
+        "merged model in {path}; verified on {prompts} prompts ({positions} positions): {figures}",
         path=target,
         prompts=len(expected.prompts),
-        **vars(found),
+        positions=found.positions,
+        figures=found.figures,
     )
     return target
 
@@ -194,12 +194,12 @@ def failure(target: Path, found: Comparison, wrong: dict[str, float]) -> Verific
     if not wrong:
         return VerificationError(
             "merge.failed",
-            "the merged model differs from the trained one: largest logit gap {gap:.2e} (rounding alone: "
-            "{rounding:.2e}), mean KL {kl:.2e}, top-1 agreement {agreement:.2%} of {positions} positions, ties left "
-            "out: {ties}. It was removed; the figures are in {report}, and what was in {path} before is as it was.",
+            "the merged model differs from the trained one: {figures}, in {positions} positions. It was removed; the "
+            "figures are in {report}, and what was in {path} before is as it was.",
             path=target,
             report=target / FAILED_REPORT,
-            **vars(found),
+            positions=found.positions,
+            figures=found.figures,
         )
     name, share = next(iter(wrong.items()))
     return VerificationError(
@@ -331,9 +331,8 @@ def distance_to_4bit(
     found = replace(expected, logits=all_logits(trained, expected.prompts)).compare(merged)
     notice(
         "merge.distance",
-        "for information: the merged model against the 4-bit model that was trained: mean KL {kl:.2e}, top-1 "
-        "agreement {agreement:.2%} (--onto dequantized merges onto the weights as they were trained).",
-        kl=found.kl,
-        agreement=found.agreement,
+        "for information: the merged model against the 4-bit model that was trained: {figures} (--onto dequantized "
+        "merges onto the weights as they were trained).",
+        figures=found.figures,
     )
     return found

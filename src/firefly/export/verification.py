@@ -16,6 +16,7 @@ from firefly.data.schema import Message
 from firefly.data.templates import TemplateFailure, bind_template
 from firefly.models.adapters import transformers_model
 from firefly.models.scores import scores, scores_of
+from firefly.translation import Phrase
 
 # Limits of a merge (docs/adapters.md).
 LARGEST_GAP_FP32 = 1e-4
@@ -67,10 +68,34 @@ class Comparison:
     positions: int
     scores: bool = False
 
+    @property
+    def figures(self) -> Phrase:
+        if self.scores:
+            return Phrase(
+                "largest score gap {gap} (rounding alone: {rounding})",
+                gap=f"{self.gap:.2e}",
+                rounding=f"{self.rounding:.2e}",
+            )
+        return Phrase(
+            "largest logit gap {gap} (rounding alone: {rounding}), mean KL {kl}, top-1 agreement {agreement}, ties "
+            "left out: {ties}",
+            gap=f"{self.gap:.2e}",
+            rounding=f"{self.rounding:.2e}",
+            kl=f"{self.kl:.2e}",
+            agreement=f"{self.agreement:.2%}",
+            ties=self.ties,
+        )
+
+    def report(self) -> dict[str, Any]:
+        """What merge_report.json says; one number has no distribution."""
+        without = {"kl": None, "agreement": None} if self.scores else {}
+        return vars(self) | without
+
     def passes(self, dtype: torch.dtype) -> bool:
         """Whether this is rounding, for a model whose weights are of that type. A score has no distribution."""
         if dtype == torch.float32 or self.scores:
-            return self.gap <= max(LARGEST_GAP_FP32, ROUNDINGS * self.rounding)
+            roundings = 1 if self.scores and dtype != torch.float32 else ROUNDINGS
+            return self.gap <= max(LARGEST_GAP_FP32, roundings * self.rounding)
         return self.kl <= LARGEST_KL and self.agreement >= LEAST_AGREEMENT
 
 
@@ -116,7 +141,7 @@ def all_logits(model: Any, prompts: Sequence[Sequence[int]], as_served: bool = F
         rows = [torch.tensor([ids], device=model.device) for ids in prompts]
         inner = transformers_model(model)
         if scores(inner):
-            return [scores_of(inner, row).float().cpu() for row in rows]
+            return [scores_of(inner, input_ids=row).cpu() for row in rows]
         return [model(input_ids=row, use_cache=False).logits[0].float().cpu() for row in rows]
 
 

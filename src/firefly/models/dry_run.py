@@ -179,7 +179,8 @@ def dry_run(
                 found = []
                 for each in inputs:
                     with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-                        found.append(model(**each, per_token=per_token)["logps" if per_token else "loss"].sum())
+                        output = model(**each, per_token=per_token)
+                    found.append(next(output[name] for name in ("scores", "logps", "loss") if name in output).sum())
                 torch.stack(found).sum().backward()
                 del found
     return Peak(live.peak[LAYERS], live.peak[HEAD], live.peak[GRADIENTS])

@@ -18,6 +18,7 @@ from torch import Tensor
 from firefly.files import read_proc
 from firefly.models.checkpointing import Checkpointing
 from firefly.models.kernels.token_nll import ROWS_AT_A_TIME, chunk_bytes
+from firefly.models.scores import scores
 from firefly.ranks import local_world_size
 from firefly.translation import Phrase
 
@@ -185,7 +186,7 @@ def estimated_peak(
     wide = min(rows, ROWS_AT_A_TIME) if device.type == "cpu" else rows
     return Peak(
         activations=int(activations.per_token(checkpointing) * tokens),
-        head=chunk + 4 * vocabulary * wide,
+        head=0 if scores(model) else chunk + 4 * vocabulary * wide,
         gradients=sum(4 * p.numel() for p in model.parameters() if p.requires_grad),
     )
 

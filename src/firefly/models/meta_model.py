@@ -29,6 +29,7 @@ from firefly.models.precision import Precision
 from firefly.models.probe_cache import known_unreached
 from firefly.models.reach import Unreached, unreached_like
 from firefly.models.saved_adapter import adapter_settings
+from firefly.models.scores import as_classifier, refuse_scores
 from firefly.translation import translate
 
 TWIN_VOCABULARY, TWIN_INNER = 512, 128
@@ -59,12 +60,15 @@ class MetaModel:
         return type(transformers_model(self.model)).__name__
 
 
-def build_meta_model(config: Config, precision: Precision, rows: int = 0, new_tokens: Sequence[int] = ()) -> MetaModel:
+def build_meta_model(
+    config: Config, precision: Precision, rows: int = 0, new_tokens: Sequence[int] = (), scoring: bool = False
+) -> MetaModel:
     """The meta model of what `config` trains.
 
     Args:
         rows: that embedding and head need at least (`fit_embeddings`), for a tokenizer that knows more tokens.
         new_tokens: whose rows are trained beside an adapter.
+        scoring: as a reward model.
 
     Raises:
         UsageError: the configuration names no model, or layers that the model lacks; or DoRA is asked for, whose
@@ -83,6 +87,10 @@ def build_meta_model(config: Config, precision: Precision, rows: int = 0, new_to
     twin = make_tiny_twin(described, config.model)
     refuse_textless(twin)
     layout, reason = choose_layout(twin)
+    if scoring:
+        model, twin = as_classifier(model), as_classifier(twin)
+    else:
+        refuse_scores(model, config.model.name_or_path)
     unreached, of_twin = unreached_by(model, twin)
     notes: list[str] = []
     if config.adapter.mode == "qlora":

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from firefly.models.attention import UnsupportedAttention, short_row
 from firefly.models.checkpointing import decoder_layers
 from firefly.models.probing import decoder
+from firefly.models.scores import scores, scores_of
 
 LONGER = 256
 """Tokens of a second row, where a layer seems to be used in part: some attend to blocks that a short row does not
@@ -148,6 +149,8 @@ def _reached(model: Any, inputs: dict[str, Any]) -> tuple[set[str], set[str]]:
 
 
 def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
+    if scores(model):
+        return scores_of(model, **inputs)
     try:
         return model(**inputs, use_cache=False).logits
     except UnsupportedAttention:  # the decoder takes segments, and what is around it does not pass them on

@@ -46,6 +46,7 @@ def as_classifier(model: Any, dtype: torch.dtype = torch.float32) -> Any:
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     if scores(model):
+        getattr(model, HEAD).to(dtype)
         return model
     config, kind = model.config, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(model.config), None)
     prefix = getattr(kind, "base_model_prefix", "")
@@ -91,18 +92,24 @@ def _forward(self: Any, *args: Any, target_index: Tensor | None = None, **kwargs
     given = {name: value for name, value in kwargs.items() if name not in ("targets", "per_token")}
     output = decoder(self)(*args, use_cache=False, **given)
     hidden = output.last_hidden_state[0].index_select(0, target_index)
+    return {"scores": _head(self, hidden).view(-1), "router_logits": getattr(output, "router_logits", None)}
+
+
+def _head(model: Any, hidden: Tensor) -> Tensor:
+    """The score of each hidden state, fp32; the head computes in its own type, which is fp32 in training but where an
+    engine holds the whole model in 16 bit."""
+    head = getattr(model, HEAD)
     with torch.autocast(hidden.device.type, enabled=False):
-        found = getattr(self, HEAD)(hidden.float())
-    return {"scores": found.view(-1), "router_logits": getattr(output, "router_logits", None)}
+        return head(hidden.to(next(head.parameters()).dtype)).float()
 
 
-def scores_of(model: Any, ids: Tensor) -> Tensor:
-    """The score of a text that would end at each of its tokens, (tokens, 1).
+def scores_of(model: Any, **inputs: Any) -> Tensor:
+    """The score of a text that would end at each of its tokens, (tokens, 1), fp32.
 
     Args:
-        ids: (1, tokens).
+        inputs: of the decoder, one row.
     """
-    return getattr(model, HEAD)(decoder(model)(input_ids=ids, use_cache=False).last_hidden_state)[0]
+    return _head(model, decoder(model)(**inputs, use_cache=False).last_hidden_state[0])
 
 
 def refuse_scores(model: Any, name: str) -> None:
@@ -110,10 +117,10 @@ def refuse_scores(model: Any, name: str) -> None:
     Raises:
         UsageError: the model scores texts, where one that writes them is asked for.
     """
-    if scores(model):
+    if isinstance(getattr(model, HEAD, None), nn.Module) and model.get_output_embeddings() is None:
         raise UsageError(
             "model.scores",
-            "{name} is a reward model ({kind}): it scores texts and writes none.",
+            "{name} is a classifier ({kind}): it scores texts and writes none.",
             name=name,
             kind=type(model).__name__,
         )

@@ -15,7 +15,10 @@ from firefly.translation import translate
 def show_example(console: Console, example: Example, tokenizer: Any) -> None:
     """Print an example as the model sees it; tokens with a loss are green and underlined ([ ] without colours)."""
     if isinstance(example, Tokens):
-        _show_tokens(console, example, tokenizer, translate("first example: trained tokens are green"))
+        title = translate("first example: trained tokens are green")
+        if example.desirable is not None:
+            title += ": " + (translate("a good answer") if example.desirable else translate("a bad answer"))
+        _show_tokens(console, example, tokenizer, title)
         return
     for name, side in zip(("chosen", "rejected"), example.sides, strict=True):
         _show_tokens(console, side, tokenizer, f"{translate('first example: trained tokens are green')}: {name}")

@@ -419,7 +419,7 @@ def plan_run(
     """
     precision = precision_on(machine, config.precision)
     with quiet_libraries():
-        meta = build_meta_model(config, precision, rows, new_tokens)
+        meta = build_meta_model(config, precision, rows, new_tokens, TASKS[config.task_type].HEAD == "score")
     inner, autocast = transformers_model(meta.model), autocast_type(config, precision.compute)
     crossover = GEMM_LONGEST if machine.kind == "cpu" else 0
     if machine.here:

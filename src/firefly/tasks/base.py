@@ -98,7 +98,7 @@ class Forward:
 
     def summed_logps(self, rows: Sequence[PackedBatch], owners: int) -> Tensor:
         """Log-probabilities of the rows' targets, summed by their channel `owner`, fp32 (owners,)."""
-        logps = torch.cat([self(row, per_token=True)["logps"] for row in rows])
+        logps = torch.cat([self(row, per_token=True)["logps"] for row in rows]).float()
         owner = torch.cat([row.channels["owner"] for row in rows])
         return logps.new_zeros(owners).index_add(0, owner, logps)
 
@@ -244,7 +244,10 @@ class Task(ABC):
         # FSDP and ZeRO swap parameter storage between passes, so a cast kept beyond one would be stale.
         casts = casts_kept(model.parameters) if model.backend.name in ("single", "ddp") else nullcontext()
         failed, expert_counts, of_step = None, None, None
-        largest = max(range(len(batches)), key=lambda n: sum(row.input_ids.numel() for row in batches[n].rows))
+        largest = max(  # of those that can be halved, if there are any
+            range(len(batches)),
+            key=lambda n: (len(step.rows[n]) > 1, sum(row.input_ids.numel() for row in batches[n].rows)),
+        )
         with casts:
             for number, batch in enumerate(batches):
                 last, tried = number == len(batches) - 1, number

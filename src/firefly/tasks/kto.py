@@ -112,6 +112,8 @@ class KTO(ReferenceTask):
     def over_step(self, forward: Forward, batches: Sequence[LabelledBatch], totals: StepTotals) -> Tensor:
         """The estimate of KL(π ‖ π_ref), a scalar."""
         gained = torch.zeros((), device=forward.model.device)
+        if totals.examples < 2:  # an epoch's last step: nothing to estimate it from
+            return gained
         with resting(forward.module):
             for batch in batches:
                 gained = gained + self.log_ratios(forward, batch.mismatched, len(batch.desirable))[0].sum()
@@ -126,8 +128,8 @@ class KTO(ReferenceTask):
         weight = torch.where(good, settings.desirable_weight, settings.undesirable_weight)
         losses = weight * (1 - torch.sigmoid(sign * settings.beta * (gained - kl)))
         with torch.no_grad():
-            sides = torch.stack([good, ~good]).to(gained.dtype)
-            values = torch.stack([torch.ones_like(gained), settings.beta * gained, logps])
+            sides = torch.stack([good, ~good]).double()
+            values = torch.stack([torch.ones_like(gained), settings.beta * gained, logps]).double()
             measured = torch.cat([torch.stack([losses.sum(), kl * len(good)]), (sides @ values.T).flatten()])
         return losses, measured.double()
 

@@ -45,6 +45,7 @@ from firefly.data.formats.preference import (
     ResponsePairFormat,
     TranscriptPairFormat,
     outscored,
+    read_margin,
 )
 from firefly.data.formats.texts import SPELLINGS, is_texts
 from firefly.data.schema import IGNORE, Conversation, Document, Labelled, PreferencePair, TokenPair, Tokens
@@ -139,7 +140,7 @@ class TokenPairFormat:
         prompt, *answers = (_ids(record, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
         ids = np.concatenate([prompt, *answers])
         labels = np.where(np.arange(len(ids)) < len(prompt), np.int32(IGNORE), ids)
-        return TokenPair(ids, labels, len(prompt), len(answers[0]))
+        return TokenPair(ids, labels, len(prompt), len(answers[0]), read_margin(record))
 
 
 def _ids(record: Fields, name: str) -> np.ndarray:
@@ -349,12 +350,17 @@ def read_record(value: Any, kind: RecordKind | None = None, data_format: str = "
             value = small
     entry = FORMATS[name]
     if kind is not None and entry.kind not in READ_AS[kind]:
+        if kind == "labelled" and entry.kind == "conversation":
+            raise MalformedRecord(
+                "a record of the format {format} without a verdict that can be read: {field} must be true or false",
+                format=name,
+                field=next((label for label in LABELS if label in value), LABELS[0]),
+            )
         readers: list[RecordKind] = [asked for asked, read in READ_AS.items() if entry.kind in read]
         raise MalformedRecord(
-            "a record of the format {format} is for task_type {task}, not {wanted}: set task_type to {task} for it",
+            "a record of the format {format} is for task_type {task}: set task_type to {task} for it",
             format=name,
             task=" / ".join(tasks_on(*readers)),
-            wanted=" / ".join(tasks_on(kind)),
         )
     # A null that decides is a fault to be named; any other says as little as no key.
     fields = Fields({key: item for key, item in value.items() if item is not None or key in keys})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -63,6 +62,10 @@ def make_pair(
     return PreferencePair(*sides, margin=read_margin(record))
 
 
+MOST_MARGIN = 1e30
+"""Of what fp32 holds with room to compute."""
+
+
 def read_margin(record: Fields) -> float | None:
     """`margin`: by how much the chosen answer is the better one; None where no number stands there (text is then a key
     that is not read, and a table's missing cell is NaN).
@@ -74,7 +77,7 @@ def read_margin(record: Fields) -> float | None:
     if margin is None or isinstance(margin, bool) or margin != margin:
         return None
     record.get("margin")
-    if abs(margin) > sys.float_info.max:
+    if abs(margin) > MOST_MARGIN:
         raise wrong_kind("margin", "finite number", got="infinity")
     return float(margin)
 

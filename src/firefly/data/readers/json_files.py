@@ -65,7 +65,8 @@ def read_json(path: Path) -> Iterator[RawRecord]:
     """
     name = str(path)
     with open_text(path) as file:
-        first = next((line for line in file if line.strip()), b"")
+        pieces = iter(lambda: file.readline(MOST_BYTES + 1), b"")  # a list may be one line
+        first = next((piece for piece in pieces if piece.strip()), b"")
     is_list = first.lstrip().startswith(b"[")
     if not is_list and _parse(Source(name, 1), first.rstrip()).problem is None:
         yield from read_json_lines(path)
