@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from firefly.config import load_config
 from firefly.errors import UsageError
 from firefly.runs.metrics import read_metrics
-from firefly.train import train
+from firefly.training import train
 from tiny import save_tiny_model, tiny_tokenizer
 
 NAMES = ("llama", "qwen2", "qwen3", "gemma3", "phi3", "mistral_window", "mixtral", "gpt_neox", "bloom")

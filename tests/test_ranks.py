@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from firefly.config import load_config
 from firefly.errors import UsageError
 from firefly.runs.metrics import read_metrics
-from firefly.train import train
+from firefly.training import train
 from multimodal import save_multimodal_model
 from tiny import assert_same, save_tiny_model, write_rows
 

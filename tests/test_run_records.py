@@ -22,7 +22,7 @@ from firefly.errors import UsageError
 from firefly.runs.records import open_run, read_metrics, series
 from firefly.runs.state import SILENCE_SECONDS
 from firefly.tasks.causal import TokenTask
-from firefly.train import train
+from firefly.training import train
 from run_folders import age
 from tiny import save_tiny_model, write_rows
 

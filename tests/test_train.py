@@ -25,7 +25,7 @@ from firefly.errors import UsageError
 from firefly.runs.checkpoints import BINDING_SINCE
 from firefly.runs.metrics import read_metrics
 from firefly.tasks.base import Task
-from firefly.train import train
+from firefly.training import train
 from tiny import ListedExamples, assert_same, by_hand, padded_loss, save_tiny_model, tiny_tokenizer, write_rows
 
 ROWS, STEPS = 22, 6  # four examples a step: five full steps and a last one of two

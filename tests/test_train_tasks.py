@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from firefly.config import load_config
 from firefly.errors import UsageError
 from firefly.runs.metrics import read_metrics
-from firefly.train import train
+from firefly.training import train
 from tiny import assert_same, save_tiny_model, tiny_tokenizer
 
 Run = Callable[..., Path]

@@ -39,7 +39,7 @@ from firefly.config.arguments import FIELDS, asks_for_something
 from firefly.console import take_notices
 from firefly.errors import UsageError
 from firefly.runs.metrics import read_metrics
-from firefly.train import train
+from firefly.training import train
 from tiny import assert_same, by_hand, padded_loss, save_tiny_model, tiny_tokenizer, write_rows
 
 HERE = Path(__file__).resolve().parent

@@ -20,7 +20,7 @@ from firefly.runs.checkpoints import checkpoints
 from firefly.runs.metrics import read_metrics
 from firefly.tasks.base import Task
 from firefly.tasks.causal import TokenTask
-from firefly.train import train
+from firefly.training import train
 from tiny import ListedExamples, prepared, random_examples, save_tiny_model, tiny_model, write_rows
 from trials import Trial, make_trial
 

@@ -19,7 +19,7 @@ from firefly.models.checkpointing import decoder_layers
 from firefly.models.forwards import install_training_forwards
 from firefly.tasks.base import Forward, Task
 from firefly.tasks.causal import TokenTask
-from firefly.train import train
+from firefly.training import train
 from tasks import test_preference
 from tasks.test_steps import EIGHT
 from tiny import assert_same, prepared, save_tiny_model, tiny_model, with_our_lora, write_rows

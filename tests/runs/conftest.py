@@ -63,7 +63,7 @@ def config_file(settings: dict[str, Any], place: Path) -> Path:
 def run(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """Train in this process, without pictures."""
     from firefly.config import load_config
-    from firefly.train import train
+    from firefly.training import train
 
     monkeypatch.setattr("firefly.runs.metrics.draw_loss", lambda *_: None)
 

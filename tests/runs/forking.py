@@ -29,7 +29,7 @@ POINTS = {
     "load": ("firefly.setup.build", "load_model"),
     "step": ("firefly.tasks.base", "Task.backward"),
     "save": ("firefly.loop", "save_checkpoint"),
-    "result": ("firefly.train", "save_result"),
+    "result": ("firefly.training", "save_result"),
 }
 """Functions at whose beginning something can happen."""
 
@@ -102,7 +102,7 @@ class Server:
 def serve() -> None:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    import firefly.train  # noqa: F401
+    import firefly.training  # noqa: F401
 
     get_checkpoint_conversion_mapping("llama")  # compiles some hundred expressions, once
     answers = os.fdopen(os.dup(1), "w")

@@ -25,7 +25,7 @@ from firefly.runs.checkpoints import checkpoints
 from firefly.runs.metrics import read_metrics
 from firefly.saving import load_random_state
 from firefly.setup import identity
-from firefly.train import train
+from firefly.training import train
 from runs.forking import Run
 from tiny import prepared, random_examples, save_tiny_model, tiny_tokenizer, write_rows
 from trials import make_trial

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 
 from firefly import loop, saving
-from firefly import train as trained
+from firefly import training as trained
 from firefly.cli import main
 from firefly.distributed.model import TrainableModel
 from firefly.errors import UsageError
@@ -144,7 +144,7 @@ CAUSES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 @pytest.fixture(scope="module")
 def undisturbed(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     from firefly.config import load_config
-    from firefly.train import train
+    from firefly.training import train
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("firefly.runs.metrics.draw_loss", lambda *_: None)
