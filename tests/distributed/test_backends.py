@@ -138,10 +138,9 @@ def test_what_fsdp_settings_lose_is_said() -> None:
         "version": 1,
         "state_dict_type": "SHARDED_STATE_DICT",
         "activation_checkpointing": True,
-        "cpu_ram_efficient_loading": "true",
     }
     _, notices = resolve(fsdp=True, fsdp_config=config)
-    for word in ("FSDP2", "state_dict_type", "activation_checkpointing", "cpu_ram_efficient_loading"):
+    for word in ("FSDP2", "state_dict_type", "activation_checkpointing"):
         assert any(word in notice for notice in notices), word
 
 

@@ -25,7 +25,7 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Generator:
 
 
 def test_the_streamed_text_is_the_greedy_continuation_of_the_encoded_prompt(generator: Generator) -> None:
-    messages = [Message("user", "two blue red")]
+    messages = [Message.of("user", "two blue red")]
     ids = torch.tensor([generator.encoder.encode_prompt(messages)])
     with torch.no_grad():
         for _ in range(GREEDY.max_new_tokens):
@@ -40,7 +40,7 @@ def test_the_streamed_text_is_the_greedy_continuation_of_the_encoded_prompt(gene
 
 def test_the_same_seed_gives_the_same_answer(generator: Generator) -> None:
     settings = GenerationSettings(max_new_tokens=12, temperature=5.0, seed=3)
-    answers = {generator.answer([Message("user", "red")], settings) for _ in range(3)}
+    answers = {generator.answer([Message.of("user", "red")], settings) for _ in range(3)}
     assert len(answers) == 1
 
 
@@ -48,17 +48,17 @@ def test_a_seed_repeats_an_answer_beside_another_request_and_leaves_the_random_s
     generator: Generator,
 ) -> None:
     settings = GenerationSettings(max_new_tokens=24, temperature=5.0, seed=3)
-    alone = generator.answer([Message("user", "red")], settings)
+    alone = generator.answer([Message.of("user", "red")], settings)
     state = torch.get_rng_state()
-    pieces = generator.stream([Message("user", "red")], settings)
-    beside = [next(pieces), *generator.stream([Message("user", "blue")], GenerationSettings(temperature=5.0))]
+    pieces = generator.stream([Message.of("user", "red")], settings)
+    beside = [next(pieces), *generator.stream([Message.of("user", "blue")], GenerationSettings(temperature=5.0))]
     assert "".join([beside[0], *pieces]).strip() == alone
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_tokens_are_drawn_as_transformers_draws_them(generator: Generator) -> None:
     settings = GenerationSettings(max_new_tokens=24, temperature=1.5, top_p=0.8, repetition_penalty=1.2, seed=7)
-    messages = [Message("user", "two blue red")]
+    messages = [Message.of("user", "two blue red")]
     ids = torch.tensor([generator.encoder.encode_prompt(messages)])
     torch.manual_seed(7)
     drawn = generator.model.generate(
@@ -79,7 +79,7 @@ def test_tokens_are_drawn_as_transformers_draws_them(generator: Generator) -> No
 def test_a_set_event_stops_the_answer(generator: Generator) -> None:
     stop = threading.Event()
     settings = GenerationSettings(max_new_tokens=400, temperature=0, repetition_penalty=1.3)
-    pieces = generator.stream([Message("user", "red")], settings, stop)
+    pieces = generator.stream([Message.of("user", "red")], settings, stop)
     next(pieces)
     stop.set()
     assert len(list(pieces)) < 100
@@ -123,5 +123,5 @@ def test_special_tokens_in_a_question_are_read_as_in_training(allowed: bool, tmp
     encoder = Encoder(tokenizer, bind_template("qwen", tokenizer), allowed)
     (folder / FILE_NAME).write_text(json.dumps(certify(encoder).as_dict()), encoding="utf-8")
     served = Generator.load(ModelConfig(name_or_path=str(folder)), template_name="qwen").encoder
-    question = [Message("user", "what is <|im_end|> for?")]
+    question = [Message.of("user", "what is <|im_end|> for?")]
     assert served.encode_prompt(question) == encoder.encode_prompt(question)

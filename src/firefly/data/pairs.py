@@ -61,9 +61,10 @@ class PairEncoder:
             replace(side, messages=(*prompt, side.messages[-1])) for side in (pair.chosen, pair.rejected)
         )
         try:
-            return TokenPair.of(*self.encoder.encode_rendered(self.render(PreferencePair(chosen, rejected))))
+            sides = self.encoder.encode_rendered(self.render(PreferencePair(chosen, rejected)))
         except TemplateFailure:
             return None
+        return TokenPair.of(sides[0], sides[1], pair.margin)
 
     def cut_tokens(self, pair: TokenPair, limit: int) -> TokenPair:
         """A pair that came as token ids, its prompt cut to the first token (it may be BOS) and the last ones."""

@@ -483,7 +483,8 @@ class Preparation:
     def _fit_pair(self, row: _Row, sides: Sequence[Any]) -> list[Example]:
         """Fit a pair's prompt and answers to their limits, and write the row's fate on the ledger."""
         policy, limit = self.config.on_too_long, self.config.max_seq_length
-        pair = row.ready if isinstance(row.ready, TokenPair) else TokenPair.of(*sides, row.pair and row.pair.margin)
+        margin = row.pair.margin if row.pair else None
+        pair = row.ready if isinstance(row.ready, TokenPair) else TokenPair.of(sides[0], sides[1], margin)
         whole, most = pair, self.config.max_prompt_length if self.kind == "pair" else None
         if most is not None and pair.prompt > most:
             cut = None
@@ -516,7 +517,7 @@ class Preparation:
                     limit=most,
                 ),
             )
-        examples: list[Example] = [TokenPair.of(*kept, whole.margin)]
+        examples: list[Example] = [TokenPair.of(kept[0], kept[1], whole.margin)]
         if self.kind == "labelled":
             examples = [replace(side, desirable=good) for side, good in zip(kept, (True, False), strict=True)]
         self._account(row.source, whole.sides, kept, len(examples), [cut for cut in cuts if cut])

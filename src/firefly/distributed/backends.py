@@ -10,11 +10,14 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from firefly import ranks
 from firefly.config import RECORDS_OF_TASK, Config
@@ -24,6 +27,8 @@ from firefly.models.adapters import transformers_model
 from firefly.models.checkpointing import decoder_layers
 from firefly.models.memory import Forecast
 from firefly.models.precision import Precision
+from firefly.models.unread import read_here
+from firefly.runs.memory import return_freed_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,8 +272,8 @@ def _read_settings(key: str, given: Any) -> dict[str, Any]:
     return found
 
 
-def load_whole(args: Any) -> None:
-    """Let models be loaded whole although ZeRO-3 is on, until `shard_weights`: probes need their weights."""
+def load_plainly(args: Any) -> None:
+    """Let transformers load models as without ZeRO-3, until `shard_weights`."""
     if getattr(args, "hf_deepspeed_config", None) is not None:
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -281,6 +286,8 @@ def shard_weights(backend: Backend, model: Any, args: Any) -> None:
     Our kernels use the weights of a decoder layer's parts directly, so a layer is gathered as one. (FSDP2 shards by
     layers, too, when accelerate prepares the model.)
     """
+    if backend.shards_weights:
+        return_freed_memory()  # what was tried before is through
     if not backend.deepspeed:
         return
     from transformers.integrations.deepspeed import set_hf_deepspeed_config
@@ -297,7 +304,20 @@ def shard_weights(backend: Backend, model: Any, args: Any) -> None:
         # Such a layer's gradients are taken when that of its input is there, so the first one has to have one, too.
         transformers_model(model).enable_input_require_grads()
     deepspeed.init_distributed()  # or it takes itself for the only rank
-    deepspeed.zero.Init(module=model, config_dict_or_path=args.hf_deepspeed_config.config)
+
+    def one_by_one(recurse: bool = True) -> Iterator[Any]:
+        """Parameters whole for as long as it takes to share each out: of the first rank's numbers, which it sends."""
+        for parameter in model.parameters(recurse):
+            if ranks.is_first():
+                read_here([parameter])
+            elif hasattr(parameter, "unread"):
+                parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+                del parameter.unread
+            yield parameter
+
+    shared_out: Any = nn.Module()
+    shared_out.parameters = one_by_one
+    deepspeed.zero.Init(module=shared_out, config_dict_or_path=args.hf_deepspeed_config.config)
 
 
 def gathered(backend: Backend, parameters: list[Any]) -> Any:
@@ -346,12 +366,6 @@ def _fsdp_settings(fsdp: Any, config: Any) -> dict[str, Any]:
             "{key} is ignored: {keys} decides.",
             key="fsdp_config.activation_checkpointing",
             keys="gradient_checkpointing",
-        )
-    if str(settings.pop("cpu_ram_efficient_loading", False)).lower() == "true":
-        notice(
-            "engine.loads_whole",
-            "fsdp_config.cpu_ram_efficient_loading is ignored: every rank loads the model into CPU memory, where it "
-            "is tested, before it is sharded.",
         )
     known = ("reshard_after_forward", "cpu_offload", "auto_wrap_policy", "min_num_params")
     kept = {name: settings[name] for name in (*known, "transformer_layer_cls_to_wrap") if name in settings}

@@ -23,6 +23,7 @@ from accelerate.utils import (
 )
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import Shard
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
@@ -39,6 +40,8 @@ from firefly.models.checkpointing import decoder_layers
 from firefly.models.precision import Precision
 from firefly.models.router import router_settings
 from firefly.models.tuning import Choices
+from firefly.models.unread import Unread, unread_of
+from firefly.runs.memory import return_freed_memory
 
 
 class TrainableModel:
@@ -119,6 +122,12 @@ class TrainableModel:
             plugin: Any = self.accelerator.state.fsdp_plugin
             layers = {type(layer).__name__ for layer in decoder_layers(self.module)}
             plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or sorted(layers)
+            plugin.cpu_ram_efficient_loading = False  # it would have the first rank load the whole model
+        unread = unread_of(self.module)
+        if sharded:
+            for parameter in self.module.parameters():
+                if hasattr(parameter, "unread"):  # FSDP2 wants room for all of it: pages that nothing is written to
+                    parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype)
         try:
             optimizer = create_optimizer(self.module, self.args)
         except ValueError as error:  # the model lacks what `optim_target_modules` names, for one
@@ -139,11 +148,14 @@ class TrainableModel:
         )
         if sharded:
             self.module = self.wrapped
+            read_shards(self.module, unread)
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         if checkpoint is not None:
             if not in_place:
                 self._take_weights(checkpoint)
             self._load_state(checkpoint)
+        if self.backend.shards_weights:
+            return_freed_memory()  # of what was read to be shared out
         self.zero_gradients()
         self._resting = None
 
@@ -397,6 +409,19 @@ def untied(state: Any, module: Any) -> dict[str, Any]:
             tensor = kept.pop(copied)
             kept.setdefault(source, tensor)
     return kept
+
+
+def read_shards(module: Any, unread: Mapping[str, Unread]) -> None:
+    """Read this rank's rows of what has not been read into a model that FSDP2 has sharded."""
+    parameters = dict(module.named_parameters())
+    for name, weight in unread.items():
+        shard: Any = parameters[name]
+        assert tuple(shard.placements) == (Shard(0),), name
+        each = -(-shard.shape[0] // shard.device_mesh.size())
+        first = each * shard.device_mesh.get_local_rank()
+        local = shard.to_local()
+        if len(local):
+            local.detach().copy_(weight.rows(first, first + len(local)))
 
 
 def load_weights(module: Any, folder: Path) -> None:

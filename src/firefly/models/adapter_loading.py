@@ -17,7 +17,8 @@ from firefly.models.kernels.expert_linear import install_expert_kernels
 from firefly.models.kernels.peft_layers import install_token_rows
 from firefly.models.saved_adapter import OUR_PREFIX, SavedAdapter, is_exact_start, module_of, open_adapter
 from firefly.models.tokens import is_tied, resize_embeddings, vocabulary_ends
-from firefly.translation import Phrase
+from firefly.models.unread import read_here
+from firefly.translation import Phrase, translate
 
 FACTORS = r"lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
 TAIL = re.compile(rf"(?P<path>.+?)(?:\.base_layer)*\.(?P<tail>{FACTORS}|token_adapter\..+)")
@@ -52,6 +53,18 @@ def load_adapter(base: Any, adapter: str | SavedAdapter, *, dropout: float | Non
     if dropout is not None:
         settings.lora_dropout = 0.0 if settings.target_parameters else dropout
     _fit_rows(base, saved, placed)
+    read_here(base.get_parameter(name) for name in placed.whole)  # the adapter's numbers are written over them
+    if is_exact_start(saved.settings.init_lora_weights) and read_here(base.parameters()):
+        notice(
+            "engine.loads_whole",
+            "every process loads the whole model: {reason}",
+            reason=translate(
+                "the adapter {path} began with init_lora_weights = {start!r}, which takes a part out of the base's "
+                "weights.",
+                path=saved.folder,
+                start=saved.settings.init_lora_weights,
+            ),
+        )
     try:
         wrapped: Any = PeftModelForCausalLM(base, settings)
         if dropout is not None:  # before the numbers come: the base's type would round them

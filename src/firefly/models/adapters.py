@@ -22,9 +22,10 @@ from firefly.models.kernels.expert_linear import install_expert_kernels
 from firefly.models.kernels.lora_linear import install_lora_kernels
 from firefly.models.kernels.peft_layers import install_saved_modules, install_token_rows, install_trained_biases
 from firefly.models.probe_cache import known_unreached
-from firefly.models.reach import Unreached, alike
+from firefly.models.reach import EXPERT_COUNTS, Unreached, alike
 from firefly.models.saved_adapter import open_adapter
 from firefly.models.tokens import is_tied, vocabulary_ends
+from firefly.models.unread import copies_unread
 
 ALL_LINEAR = "all-linear"
 
@@ -83,7 +84,9 @@ def attach_adapter(
             problem=_one_line(error),
         ) from error
     _refuse_zero_rows(wrapped)
-    return _ready_to_train(wrapped, config.dropout)
+    wrapped = _ready_to_train(wrapped, config.dropout)
+    copies_unread(wrapped)
+    return wrapped
 
 
 def _note_unreached(model: PreTrainedModel, unreached: Unreached, notify: Callable[..., None]) -> None:
@@ -527,11 +530,15 @@ def _names_of_experts(model: PreTrainedModel) -> set[str]:
 
     In these architectures peft (0.21) turns `gate_proj` and its like into adapters of the fused 3-D experts, of
     another rank, also when dense layers are meant by their whole path. By their weight's name they are adapted right.
+    The tables are private: `tests/test_private_names.py` says which.
     """
+    text = model.config.get_text_config()
+    if not any(hasattr(text, name) for name in EXPERT_COUNTS):
+        return set()
     from peft.utils import transformers_weight_conversion
 
     conversion: Any = transformers_weight_conversion
-    family = conversion._MODEL_TO_CONVERSION_PATTERN.get(model.config.get_text_config().model_type)
+    family = conversion._MODEL_TO_CONVERSION_PATTERN.get(text.model_type)
     fused = conversion._MOE_FUSED_TARGETS.get(family, {})
     return set(conversion._MOE_TARGET_MODULE_MAPPING.get(family, {})) if fused else set()
 
@@ -558,8 +565,7 @@ def _is_linear(module: nn.Module) -> bool:
 def _is_router(name: str, module: nn.Module, model: PreTrainedModel) -> bool:
     """A router scores experts: its output is as wide as there are experts (or 1, for a shared expert's gate)."""
     config = model.config.get_text_config()
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    experts = {count for field in names if (count := getattr(config, field, None))}
+    experts = {count for field in EXPERT_COUNTS if (count := getattr(config, field, None))}
     width = getattr(module, "out_features", None)
     named = any(part in ("gate", "router") or part.endswith("_gate") for part in name.split("."))
     return bool(experts) and named and width in {*experts, 1}

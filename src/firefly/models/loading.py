@@ -12,8 +12,10 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from functools import partial
 from logging import getLogger
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from firefly.models.attention import refuse_textless
 from firefly.models.experts import quantise_experts, quantising_while_loading
 from firefly.models.kernels.lora_linear import install_frozen_forward
 from firefly.models.precision import Precision
+from firefly.models.unread import build_unread, set_aside
 
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
@@ -294,10 +297,13 @@ def _classes(described: Any) -> tuple[Any, Any]:
     return own or found[0], found[1]
 
 
-def load_model(config: ModelConfig, mode: str, precision: Precision, device: torch.device) -> Any:
+def load_model(config: ModelConfig, mode: str, precision: Precision, device: torch.device, unread: bool = False) -> Any:
     """Load a causal language model for training or inference.
 
     Frozen weights (lora) are held in the compute type, trainable ones (full) in fp32, and qlora's linear layers in NF4.
+
+    Args:
+        unread: leave the weights in their files, with stand-ins in their places (see `unread`); not for qlora.
 
     Raises:
         UsageError: weights missing, unreadable or not safetensors; out of memory is left to the caller.
@@ -321,6 +327,9 @@ def load_model(config: ModelConfig, mode: str, precision: Precision, device: tor
     if mode == "qlora":
         options["quantization_config"] = nf4_config(precision.compute)
         options["device_map"] = {"": str(device)}
+    if unread:
+        without_numbers = SimpleNamespace(from_pretrained=partial(build_unread, kind, described))
+        return set_aside(pretrained(without_numbers, config, dtype=options["dtype"]), device)
     with quantising_while_loading() if mode == "qlora" else nullcontext():
         model = pretrained(kind, config, **options)
     if mode == "qlora":
@@ -417,7 +426,7 @@ def load_failure(error: Exception, place: str) -> Exception:
             problem=cause.strerror,
             variable="HF_HOME",
         )
-    if isinstance(error, (OSError, ValueError, KeyError, ImportError)) or "safetensors" in type(error).__name__.lower():
+    if isinstance(error, (OSError, ValueError, KeyError, ImportError)) or "safetensor" in type(error).__name__.lower():
         problem = first_line(error)
         if Path(place).is_dir():
             return UsageError(

@@ -83,7 +83,7 @@ def build_meta_model(config: Config, precision: Precision, rows: int = 0, new_to
     twin = make_tiny_twin(described, config.model)
     refuse_textless(twin)
     layout, reason = choose_layout(twin)
-    unreached, of_twin = _unreached(model, twin)
+    unreached, of_twin = unreached_by(model, twin)
     notes: list[str] = []
     if config.adapter.mode == "qlora":
         _put_into_nf4(model, precision.compute)
@@ -105,11 +105,11 @@ def build_meta_model(config: Config, precision: Precision, rows: int = 0, new_to
     inner, small = transformers_model(model), transformers_model(twin)
     if layout == "segments":
         use_segments(inner)
-    _follow(inner, small)
+    follow_forwards(inner, small)
     return MetaModel(model, layout, reason, head, tuple(notes))
 
 
-def _unreached(model: Any, twin: Any) -> tuple[Unreached, Unreached]:
+def unreached_by(model: Any, twin: Any) -> tuple[Unreached, Unreached]:
     """What text does not reach in the meta model, and in its tiny twin.
 
     The meta model is asked first: the twin may lack layers of a kind. Where a forward pass looks at numbers, as a
@@ -162,10 +162,13 @@ def _as_new(adapter: AdapterConfig) -> AdapterConfig:
     )
 
 
-def make_tiny_twin(described: Any, model: ModelConfig) -> Any:
+def make_tiny_twin(described: Any, model: ModelConfig, share: float | None = None) -> Any:
     """A small model of the same make with random weights, on the CPU, in fp32.
 
     A layer of each kind stands in it; widths that heads are cut from stay as they are.
+
+    Args:
+        share: how much of the width of feed-forward blocks is left; None: so little that no trial depends on it.
     """
     small = copy.deepcopy(described)
     text = small.get_text_config()
@@ -182,13 +185,13 @@ def make_tiny_twin(described: Any, model: ModelConfig) -> Any:
     for name in INNER_WIDTHS:
         width = getattr(text, name, None)
         if isinstance(width, int):
-            setattr(text, name, min(width, TWIN_INNER))
+            setattr(text, name, min(width, TWIN_INNER) if share is None else max(int(width * share), 8))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return _from_config(small, torch.float32, model)
 
 
-def _follow(model: nn.Module, twin: nn.Module) -> None:
+def follow_forwards(model: nn.Module, twin: nn.Module) -> None:
     """Give each module of `model` the forward that its like in `twin` was given; one of its own stays."""
     given = {
         (_place(name), type(module)): vars(module)["forward"].__func__

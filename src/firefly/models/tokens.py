@@ -10,6 +10,7 @@ from torch import nn
 
 from firefly.console import notice
 from firefly.errors import UsageError
+from firefly.models.unread import read_here
 
 
 def add_tokens(tokenizer: Any, tokens: Sequence[str] | None) -> list[int]:
@@ -52,6 +53,7 @@ def fit_embeddings(model: Any, tokenizer: Any, added: Sequence[int] = ()) -> lis
     new = sorted({*added, *range(rows, len(tokenizer))})
     if not new:
         return []
+    read_here(_matrices(model))
     resize_embeddings(model, max(rows, len(tokenizer)))
     used = min(rows, len(tokenizer) - len(set(added)))
     # A random row in the head may win against every word the model knows. With the mean of the trained rows the new
@@ -73,6 +75,7 @@ def resize_embeddings(model: Any, rows: int) -> None:
     before = model.get_input_embeddings().weight.shape[0]
     if before == rows:
         return
+    read_here(_matrices(model))
     model.resize_token_embeddings(rows, mean_resizing=False)
     for weight in _matrices(model) if rows > before else ():
         with torch.no_grad():

@@ -59,3 +59,10 @@ def keep_freed_memory(device: torch.device) -> bool:
     except (OSError, AttributeError):  # musl has none
         return False
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))  # -1: never (mallopt(3))
+
+
+def return_freed_memory() -> None:
+    """Give the kernel back what glibc's heap holds free, where a process has taken much that it will not need again."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        trim(0)

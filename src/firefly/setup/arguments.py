@@ -15,7 +15,7 @@ from transformers.training_args import OptimizerNames
 from firefly.config import Config
 from firefly.config.arguments import FIELDS
 from firefly.console import notice
-from firefly.distributed.backends import Backend, load_whole
+from firefly.distributed.backends import Backend, load_plainly
 from firefly.errors import UsageError
 from firefly.models.precision import Precision
 from firefly.runs.trackers import choose_trackers
@@ -40,7 +40,7 @@ def join_ranks(config: Config, backend: Backend, precision: Precision, device: t
             count=args.n_gpu,
         )
         args._n_gpu = 1
-    load_whole(args)
+    load_plainly(args)
     check_schedule(args)
     check_optimizer(args)
     return args

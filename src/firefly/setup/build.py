@@ -23,13 +23,12 @@ from firefly.models import tuning
 from firefly.models.adapters import attach_adapter, count_parameters, transformers_model
 from firefly.models.base_weights import identify_weights
 from firefly.models.compilation import compile_layers
-from firefly.models.forwards import install_training_forwards
-from firefly.models.loading import eos_ids, load_model, mend_generation_config, resolve_model
+from firefly.models.loading import eos_ids, mend_generation_config, resolve_model
 from firefly.models.memory import Forecast
-from firefly.models.probe_cache import known_layout
 from firefly.models.router import quiet_routers
 from firefly.models.saved_adapter import check_base
 from firefly.models.tokens import fit_embeddings
+from firefly.models.trials import Trials, load_for_training
 from firefly.run import Run
 from firefly.runs.checkpoints import check_same_run, set_aside_old_checkpoints, stored_optimizer
 from firefly.runs.folders import remove_leftovers
@@ -66,20 +65,11 @@ def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
     Raises:
         UsageError: the model or its adapter cannot be trained so, or the checkpoint is another run's.
     """
-    config, checkpoint = run.config, run.checkpoint
-    set_seed(run.args.seed)
-    # Weights to be sharded are loaded whole into the CPU's memory, where the model is tested.
-    place = torch.device("cpu") if run.backend.shards_weights else run.device
-    with ThreadPoolExecutor(1) as beside:  # hashing leaves the interpreter free to load what is hashed
-        weights = resolve_model(config.model)
-        hashed = beside.submit(identify_weights, weights) if Path(weights).is_dir() else None
-        module = load_model(config.model, config.adapter.mode, run.precision, place)
-    # What a hub's model is, its files say once they are here.
-    identified = hashed.result() if hashed else identify_weights(weights, config.model.revision)
-    if config.adapter.name_or_path:
-        check_base(config.adapter.name_or_path, config.model, config.adapter.on_other_base, identified)
-    mend_generation_config(module.generation_config)
-    layout = known_layout(module)
+    config, args, checkpoint = run.config, run.args, run.checkpoint
+    set_seed(args.seed)
+    trials, base = load_base(run)
+    module = trials.model
+    layout = trials.layout()
     refuse_uneven_passes(config, layout[0], run.backend)
     certificate = None
     if run.chats:
@@ -87,7 +77,9 @@ def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
         module.generation_config.eos_token_id = list(dict.fromkeys(stops))
         certificate = prove_template(run.encoder)
     new_tokens = fit_embeddings(module, run.tokenizer, run.added_tokens)
-    module = attach_adapter(module, config.adapter, new_tokens, config.given, run.added_tokens)
+    module = attach_adapter(
+        module, config.adapter, new_tokens, config.given, run.added_tokens, unreached=trials.unreached()
+    )
     if noisy := quiet_routers(module):
         notice(
             "router.quiet",
@@ -95,15 +87,14 @@ def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
             "does not depend on how it is packed.",
             count=len(noisy),
         )
-    head = install_training_forwards(module)
-    base = identify_base(identified, module)
+    head = trials.install_forwards(module, config.adapter)
     identity = identify_run(run, layout[0], base)
     parameters = count_parameters(module)
-    args = run.args
     if checkpoint:
         check_same_run(checkpoint, identity, config.resume_anyway)
         args = with_optimizer(args, stored_optimizer(checkpoint, args.optim))
-    choices, forecast = resolve_choices(run, args, module, layout[0])
+    choices, forecast = resolve_choices(run, args, module, trials, layout[0])
+    del trials  # a twin is not small beside a shard
     tuning.apply(choices, transformers_model(module), run.precision.compute)
     if choices.unpaged_optimizer and args.optim in PAGED_ADAM:
         notice(
@@ -117,10 +108,8 @@ def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
     shard_weights(run.backend, module, args)
     # Again: building the adapter and probing drew random numbers. Ranks draw dropout of their own.
     enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
-    if ranks.rank():
-        torch.manual_seed(args.seed + ranks.rank())
-    if wants_compiling(config):  # a copied reference stays as it is
-        compile_model(config, module)
+    torch.manual_seed(args.seed + ranks.rank())
+    compile_model(config, module)  # where that is asked for; a copied reference stays as it is
     model = TrainableModel(
         module,
         args,
@@ -141,6 +130,27 @@ def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
     return model, ModelFacts(layout, head, parameters, certificate, base, forecast)
 
 
+def load_base(run: Run) -> tuple[Trials, dict[str, Any]]:
+    """The base model, and what identifies its weights.
+
+    Raises:
+        UsageError: it cannot be loaded, or the adapter to start from belongs to another one.
+    """
+    config = run.config
+    with ThreadPoolExecutor(1) as beside:  # hashing leaves the interpreter free to load what is hashed
+        weights = resolve_model(config.model)
+        hashed = beside.submit(identify_weights, weights) if Path(weights).is_dir() else None
+        trials = load_for_training(
+            config.model, config.adapter.mode, run.precision, run.device, run.backend.shards_weights
+        )
+    # What a hub's model is, its files say once they are here.
+    identified = hashed.result() if hashed else identify_weights(weights, config.model.revision)
+    if config.adapter.name_or_path:
+        check_base(config.adapter.name_or_path, config.model, config.adapter.on_other_base, identified)
+    mend_generation_config(trials.model.generation_config)
+    return trials, identify_base(identified, trials.model)
+
+
 def with_optimizer(args: TrainingArguments, optimizer: Any) -> TrainingArguments:
     """The same arguments but for the optimizer."""
     changed = copy.copy(args)
@@ -159,15 +169,12 @@ def take_over_folder(run: Run, certificate: Certificate | None) -> None:
     remove_leftovers(run.folder)
 
 
-def wants_compiling(config: Config) -> bool:
-    """Whether `torch_compile` is on; as in transformers, to choose its backend or mode is to ask for it."""
-    named = any(config.training.get(name) for name in ("torch_compile_backend", "torch_compile_mode"))
-    return bool(config.training.get("torch_compile", named))
-
-
 def compile_model(config: Config, module: Any) -> None:
-    """Compile what can be, and say what that is."""
+    """Compile what can be, and say what that is, if `torch_compile` is on; as in transformers, to choose its backend or
+    mode is to ask for it."""
     backend, mode = config.training.get("torch_compile_backend"), config.training.get("torch_compile_mode")
+    if not config.training.get("torch_compile", bool(backend or mode)):
+        return
     if count := compile_layers(module, backend, mode):
         notice(
             "compile.layers",

@@ -35,7 +35,8 @@ from firefly.models.memory import (
     free_memory,
     primitives_kept,
 )
-from firefly.models.probe_cache import known_activations, known_bytes, known_crossover
+from firefly.models.probe_cache import known_bytes, known_crossover
+from firefly.models.trials import Trials
 from firefly.models.tuning import Choices, Lengths
 from firefly.run import Run
 from firefly.runs.checkpoints import stored_choices
@@ -131,7 +132,9 @@ class Sizing:
         )
 
 
-def resolve_choices(run: Run, args: TrainingArguments, module: Any, layout: str) -> tuple[Choices, Forecast]:
+def resolve_choices(
+    run: Run, args: TrainingArguments, module: Any, trials: Trials, layout: str
+) -> tuple[Choices, Forecast]:
     """Resolve what is "auto", by measurement or from the checkpoint, and forecast the memory of a run so trained.
 
     The same on every rank: the choices of the one with the least memory. The forecast is `firefly plan`'s, but for what
@@ -147,7 +150,9 @@ def resolve_choices(run: Run, args: TrainingArguments, module: Any, layout: str)
         compute=precision.compute,
         device=device,
         counts=counts,
-        activations=known_activations(inner, layout, autocast_type(config, precision.compute), int(counts.sides.max())),
+        activations=trials.activations(
+            config.adapter, layout, autocast_type(config, precision.compute), int(counts.sides.max())
+        ),
         optimizer=optimizer_state_bytes(module, args),
         crossover=crossover,
         available=free_memory(device),

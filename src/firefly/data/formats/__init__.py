@@ -349,10 +349,11 @@ def read_record(value: Any, kind: RecordKind | None = None, data_format: str = "
             value = small
     entry = FORMATS[name]
     if kind is not None and entry.kind not in READ_AS[kind]:
+        readers: list[RecordKind] = [asked for asked, read in READ_AS.items() if entry.kind in read]
         raise MalformedRecord(
             "a record of the format {format} is for task_type {task}, not {wanted}: set task_type to {task} for it",
             format=name,
-            task=" / ".join(tasks_on(*(wanted for wanted, read in READ_AS.items() if entry.kind in read))),
+            task=" / ".join(tasks_on(*readers)),
             wanted=" / ".join(tasks_on(kind)),
         )
     # A null that decides is a fault to be named; any other says as little as no key.
