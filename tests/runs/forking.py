@@ -26,7 +26,7 @@ Run = Callable[..., Path]
 
 POINTS = {
     "prepare": ("firefly.data.dataset", "prepare"),
-    "load": ("firefly.setup.build", "load_model"),
+    "load": ("firefly.setup.build", "load_for_training"),
     "step": ("firefly.tasks.base", "Task.backward"),
     "save": ("firefly.loop", "save_checkpoint"),
     "result": ("firefly.training", "save_result"),
@@ -149,7 +149,7 @@ def run_child(job: Job, arm: int) -> None:
         import firefly.runs.metrics
         from firefly.cli import main
 
-        firefly.runs.metrics.draw_loss = lambda *_: None  # takes longer than the training
+        firefly.runs.plots.draw_loss = lambda *_: None  # takes longer than the training
         if job.trap is not None:
             set_trap(Trap(**job.trap), arm)
         code = main(job.arguments)
