@@ -175,7 +175,7 @@ def run(saved: Callable[[str], Path], data: dict[str, str], tmp_path: Path) -> C
         settings |= {"template_name": "default"} if task != "pretrain" else {}
         with pytest.MonkeyPatch.context() as patch:
             if not pictures:  # they take longer than the training
-                patch.setattr("firefly.runs.metrics.draw_loss", lambda *_: None)
+                patch.setattr("firefly.runs.plots.draw_loss", lambda *_: None)
             return train(load_config(settings | changes))
 
     return train_cell

@@ -54,7 +54,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture
 def run(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setattr("firefly.runs.metrics.draw_loss", lambda *_: None)  # it takes longer than the training
+    monkeypatch.setattr("firefly.runs.plots.draw_loss", lambda *_: None)  # it takes longer than the training
 
     def train_into(name: str = "out", **changes: Any) -> Path:
         return train(load_config(settings | {"output_dir": str(tmp_path / name)} | changes))

@@ -68,7 +68,7 @@ def quick() -> Iterator[None]:
 @pytest.fixture
 def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Train all weights on the rows in the file's order: one epoch of four steps, without pictures."""
-    monkeypatch.setattr("firefly.runs.metrics.draw_loss", lambda *_: None)
+    monkeypatch.setattr("firefly.runs.plots.draw_loss", lambda *_: None)
 
     def train_into(name: str = "out", **changes: Any) -> Path:
         settings = {

@@ -199,7 +199,7 @@ def test_a_run_that_runs_out_of_memory_ends_as_one_that_had_the_room(
         "use_cpu": True,
         "bf16": False,
     }
-    monkeypatch.setattr("firefly.runs.metrics.draw_loss", lambda *_: None)
+    monkeypatch.setattr("firefly.runs.plots.draw_loss", lambda *_: None)
     whole = train(load_config(settings | {"output_dir": str(tmp_path / "whole")}))
     original, failures = TokenTask.microbatch_loss, [0]
 

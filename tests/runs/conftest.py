@@ -65,7 +65,7 @@ def run(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     from firefly.config import load_config
     from firefly.training import train
 
-    monkeypatch.setattr("firefly.runs.metrics.draw_loss", lambda *_: None)
+    monkeypatch.setattr("firefly.runs.plots.draw_loss", lambda *_: None)
 
     def train_into(name: str = "out", **changes: Any) -> Path:
         return train(load_config(settings | {"output_dir": str(tmp_path / name)} | changes))
