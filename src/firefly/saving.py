@@ -185,8 +185,7 @@ def describe_unlogged(progress: Progress, model: TrainableModel) -> dict[str, An
 def resume_progress(checkpoint: Path, output_dir: Path, model: TrainableModel) -> Progress:
     """How far the run was that wrote a checkpoint, with what it had summed up for its next log."""
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    nothing = {"loss": 0.0, "since": state.global_step}
-    kept: Mapping[str, Any] = stored_plan(checkpoint).get("unlogged", nothing)
+    kept: Mapping[str, Any] = stored_plan(checkpoint)["unlogged"]
     best = state.best_global_step
     if state.best_model_checkpoint is not None and not Path(state.best_model_checkpoint).is_dir():
         state.best_model_checkpoint = None
