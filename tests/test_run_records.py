@@ -19,8 +19,7 @@ from firefly.cli import main
 from firefly.commands.runs import compare_runs
 from firefly.config import load_config
 from firefly.errors import UsageError
-from firefly.runs.records import open_run, read_metrics, series
-from firefly.runs.state import SILENCE_SECONDS
+from firefly.runs.records import SILENCE_SECONDS, open_run, read_metrics, series
 from firefly.tasks.causal import TokenTask
 from firefly.training import train
 from run_folders import age

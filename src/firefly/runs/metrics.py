@@ -22,8 +22,7 @@ from firefly.console import notice
 from firefly.files import atomic_file, first_line
 from firefly.runs.memory import memory_in_use, peak_memory
 from firefly.runs.progress import Counts
-from firefly.runs.records import read_metrics
-from firefly.runs.state import HEARTBEAT_SECONDS
+from firefly.runs.records import HEARTBEAT_SECONDS, read_metrics
 from firefly.translation import translate
 
 

@@ -21,7 +21,7 @@ from firefly.run import Run
 from firefly.runs.memory import peak_memory
 from firefly.runs.overview import show_peak
 from firefly.runs.passport import git_commit, hardware, package_versions, record_memory, write_json
-from firefly.runs.state import RUNNING
+from firefly.runs.records import RUNNING
 from firefly.setup.build import ModelFacts
 
 
