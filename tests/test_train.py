@@ -409,7 +409,7 @@ def test_the_best_model_is_the_one_that_stays(metric: str | None, run: Run, plac
 def test_a_schedule_that_cannot_be_built_is_said_before_weights_are_loaded(
     kind: str, options: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("firefly.setup.build.load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("firefly.setup.build.load_for_training", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(UsageError, match=f"lr_scheduler_type = '{kind}'.*lr_scheduler_kwargs"):
         run(lr_scheduler_type=kind, lr_scheduler_kwargs=options)
 

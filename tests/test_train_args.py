@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from firefly.config import Config, load_config, read_config_file
+from firefly.config import RECORDS_OF_TASK, Config, load_config, read_config_file
 from firefly.console import take_notices
 from firefly.data.formats import parse_record
 from firefly.data.readers import read_records
@@ -38,7 +38,7 @@ def test_a_configuration_of_ours_loads_and_is_what_its_place_says(path: Path, mo
             assert file.suffix == ".jsonl"
             for record in read_records(file, "train_file", "line"):
                 assert record.problem is None
-                parse_record(record.value, config.task_type, config.data.data_format)
+                parse_record(record.value, RECORDS_OF_TASK[config.task_type], config.data.data_format)
 
 
 @pytest.mark.parametrize(("task", "mode"), CELLS)

@@ -637,7 +637,7 @@ def test_low_rank_optimizers_get_the_modules_that_are_named(
 def test_an_optimizer_that_cannot_be_had_is_said_before_weights_are_loaded(
     changes: dict[str, Any], words: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("firefly.setup.build.load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("firefly.setup.build.load_for_training", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(UsageError, match=words):
         run(**changes)
 
