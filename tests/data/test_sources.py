@@ -227,7 +227,7 @@ def test_pairs_and_documents_have_ledgers_that_add_up(shared, qwen_tokenizer):
         ("c4_demo.jsonl", "document", "text", 300),
         ("wiki_demo.txt", "document", "text", 30),
         ("glaive_toolcall_en_demo.json", "conversation", "sharegpt", 300),
-        ("kto_en_demo.json", "conversation", "labelled_messages", 300),
+        ("kto_en_demo.json", "labelled", "labelled_messages", 300),
     ):
         config = DataConfig(train_file=str(shared / "data" / name), max_seq_length=2048)
         assert find_kind(config) == task
