@@ -7,7 +7,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.firefly-setup
 
-.PHONY: setup demo test test-slow test-gpu check clean
+.PHONY: setup demo test test-slow test-gpu check extras ci clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,13 @@ check: setup
 	"$(PY)" -m ruff format --check .
 	"$(PY)" -m ruff check .
 	"$(PY)" -m pyright
+
+# The wheel with each of its extras: whether the index has versions that go together and with constraints.txt.
+extras: setup
+	sh script/extras.sh "$(PY)"
+
+# All that a change has to pass, anywhere. FIREFLY_CI=1 makes what is skipped for want of a file or a package a failure.
+ci: check test test-slow extras
 
 clean:
 	rm -rf "$(VENV)" output checkpoint

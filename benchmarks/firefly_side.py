@@ -19,7 +19,7 @@ from random_weights import install_random_weights
 from side import memory_now, peak_memory
 
 from firefly.config import load_config
-from firefly.train import train
+from firefly.training import train
 
 
 @dataclass(frozen=True, kw_only=True)

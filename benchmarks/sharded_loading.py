@@ -153,7 +153,7 @@ def build(folder: Path) -> None:
 
     import deepspeed  # noqa: F401
 
-    import firefly.train  # noqa: F401
+    import firefly.training  # noqa: F401
     from firefly import ranks
     from firefly.config import load_config
     from firefly.run import open_run

@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from firefly.config import load_config
 from firefly.models.kernels.token_nll import WORDS_AT_A_TIME
 from firefly.tasks.base import Task
-from firefly.train import train
+from firefly.training import train
 
 HERE = Path(__file__).resolve().parent
 RANK, VOCABULARY, PROFILED, REPEATED = 16, 49_152, 4, 5

@@ -18,7 +18,7 @@ from firefly.data.schema import Message
 from firefly.errors import FireflyError
 from firefly.export.merge import merge
 from firefly.generation import GenerationSettings, Generator
-from firefly.train import train
+from firefly.training import train
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "output" / "demo"

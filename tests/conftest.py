@@ -33,7 +33,7 @@ def shared() -> Path:
     """The folder of public references beside the repository: templates, data, the tutorial."""
     folder = Path(__file__).resolve().parents[2] / "shared"
     if not folder.is_dir():
-        reason = f"{folder} is not here"
+        reason = f"the references that this is compared with ({folder}) are not here"
         if os.environ.get("FIREFLY_CI") == "1":
             pytest.fail(reason)
         pytest.skip(reason)

@@ -15,7 +15,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from firefly import ranks
 from firefly.config import load_config
-from firefly.train import train
+from firefly.training import train
 
 
 def main() -> None:

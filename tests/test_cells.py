@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from firefly.config import load_config
 from firefly.errors import UsageError
 from firefly.runs.metrics import read_metrics
-from firefly.train import train
+from firefly.training import train
 from tiny import save_tiny_model, tiny_tokenizer
 
 NAMES = ("llama", "qwen2", "qwen3", "gemma3", "phi3", "mistral_window", "mixtral", "gpt_neox", "bloom")
@@ -175,7 +175,7 @@ def run(saved: Callable[[str], Path], data: dict[str, str], tmp_path: Path) -> C
         settings |= {"template_name": "default"} if task != "pretrain" else {}
         with pytest.MonkeyPatch.context() as patch:
             if not pictures:  # they take longer than the training
-                patch.setattr("firefly.runs.metrics.draw_loss", lambda *_: None)
+                patch.setattr("firefly.runs.plots.draw_loss", lambda *_: None)
             return train(load_config(settings | changes))
 
     return train_cell

@@ -42,7 +42,7 @@ def trained(monkeypatch) -> list[Any]:
             calls.append(config)
             return config.output_dir
 
-    monkeypatch.setitem(sys.modules, "firefly.train", FakeTraining)
+    monkeypatch.setitem(sys.modules, "firefly.training", FakeTraining)
     return calls
 
 
@@ -188,7 +188,7 @@ def test_each_kind_of_failure_has_its_exit_code(capsys, monkeypatch, trained, co
     def fail(config: Any) -> None:
         raise error
 
-    monkeypatch.setattr(sys.modules["firefly.train"], "train", fail)
+    monkeypatch.setattr(sys.modules["firefly.training"], "train", fail)
     assert main(["train", str(config_file)]) == code
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
@@ -199,7 +199,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, trained, config_file):
     def fail(config: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(sys.modules["firefly.train"], "train", fail)
+    monkeypatch.setattr(sys.modules["firefly.training"], "train", fail)
     with pytest.raises(ZeroDivisionError):
         main(["train", str(config_file)])
 
@@ -212,7 +212,7 @@ def test_running_out_of_memory_names_a_remedy(capsys, monkeypatch, trained, conf
     def fail(config: Any) -> None:
         raise error
 
-    monkeypatch.setattr(sys.modules["firefly.train"], "train", fail)
+    monkeypatch.setattr(sys.modules["firefly.training"], "train", fail)
     with pytest.raises(MemoryError):
         main(["train", str(config_file)])
     message = capsys.readouterr().err
@@ -235,7 +235,7 @@ def test_a_folder_that_may_not_be_written_is_named_without_a_traceback(config_fi
         def train(config: Any) -> str:
             raise PermissionError(errno.EACCES, "Permission denied", "/cache/firefly")
 
-    monkeypatch.setitem(sys.modules, "firefly.train", Refusing)
+    monkeypatch.setitem(sys.modules, "firefly.training", Refusing)
     assert main(["train", str(config_file)]) == 2
     said = capsys.readouterr().err
     assert "/cache/firefly: Permission denied" in said

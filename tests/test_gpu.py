@@ -20,7 +20,7 @@ from firefly.models.kernels.elementwise import implementation
 from firefly.models.kernels.segment_attention import attend, describe_attention
 from firefly.runs.metrics import read_metrics
 from firefly.segments import Segment
-from firefly.train import train
+from firefly.training import train
 from models.test_segment_attention import SEGMENTS, naive, random_heads
 from tasks import test_preference, test_steps
 from tiny import assert_same, prepared, random_examples, save_tiny_model, write_rows
@@ -175,7 +175,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setattr("firefly.runs.metrics.draw_loss", lambda *_: None)
+    monkeypatch.setattr("firefly.runs.plots.draw_loss", lambda *_: None)
 
     def losses_of(name: str = "out", task: str = "sft", **changes: Any) -> list[float]:
         settings: dict[str, Any] = {

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from firefly.config import load_config
 from firefly.errors import UsageError
 from firefly.runs.metrics import read_metrics
-from firefly.train import train
+from firefly.training import train
 from multimodal import save_multimodal_model
 from tiny import assert_same, save_tiny_model, write_rows
 
@@ -196,7 +196,7 @@ def two_ranks(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("firefly.runs.metrics.draw_loss", lambda *_: None)
+    monkeypatch.setattr("firefly.runs.plots.draw_loss", lambda *_: None)
 
 
 def values(folder: Path, key: str = "loss") -> list[float]:

@@ -19,10 +19,9 @@ from firefly.cli import main
 from firefly.commands.runs import compare_runs
 from firefly.config import load_config
 from firefly.errors import UsageError
-from firefly.runs.records import open_run, read_metrics, series
-from firefly.runs.state import SILENCE_SECONDS
+from firefly.runs.records import SILENCE_SECONDS, open_run, read_metrics, series
 from firefly.tasks.causal import TokenTask
-from firefly.train import train
+from firefly.training import train
 from run_folders import age
 from tiny import save_tiny_model, write_rows
 
@@ -54,7 +53,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture
 def run(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setattr("firefly.runs.metrics.draw_loss", lambda *_: None)  # it takes longer than the training
+    monkeypatch.setattr("firefly.runs.plots.draw_loss", lambda *_: None)  # it takes longer than the training
 
     def train_into(name: str = "out", **changes: Any) -> Path:
         return train(load_config(settings | {"output_dir": str(tmp_path / name)} | changes))

@@ -16,7 +16,7 @@ from firefly.data.templates import bind_template
 from firefly.export.merge import merge
 from firefly.generation import Generator
 from firefly.models.loading import EMBEDDED, load_tokenizer
-from firefly.train import train
+from firefly.training import train
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,10 +22,9 @@ from firefly.config import load_config
 from firefly.data.batching import StepPlan, StepSettings
 from firefly.data.schema import IGNORE
 from firefly.errors import UsageError
-from firefly.runs.checkpoints import BINDING_SINCE
 from firefly.runs.metrics import read_metrics
 from firefly.tasks.base import Task
-from firefly.train import train
+from firefly.training import train
 from tiny import ListedExamples, assert_same, by_hand, padded_loss, save_tiny_model, tiny_tokenizer, write_rows
 
 ROWS, STEPS = 22, 6  # four examples a step: five full steps and a last one of two
@@ -79,7 +78,7 @@ def train_with(settings: dict[str, Any], pictures: bool = False) -> Path:
     """Train; draw loss.png only where it matters (it takes longer than the training)."""
     with pytest.MonkeyPatch.context() as patch:
         if not pictures:
-            patch.setattr("firefly.runs.metrics.draw_loss", lambda *_: None)
+            patch.setattr("firefly.runs.plots.draw_loss", lambda *_: None)
         return train(load_config(settings))
 
 
@@ -410,7 +409,7 @@ def test_the_best_model_is_the_one_that_stays(metric: str | None, run: Run, plac
 def test_a_schedule_that_cannot_be_built_is_said_before_weights_are_loaded(
     kind: str, options: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("firefly.setup.build.load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("firefly.setup.build.load_for_training", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(UsageError, match=f"lr_scheduler_type = '{kind}'.*lr_scheduler_kwargs"):
         run(lr_scheduler_type=kind, lr_scheduler_kwargs=options)
 
@@ -783,16 +782,6 @@ def test_a_checkpoint_of_a_different_run_is_refused(changes: dict[str, Any], nam
     assert named in str(refusal.value)
     assert (out / "metrics.jsonl").read_text() == before
     assert checkpoints(out)[-1] == "checkpoint-10"
-
-
-def test_a_checkpoint_from_before_a_key_is_one_of_its_default(run: Run, out: Path, uninterrupted: Path) -> None:
-    stopped_at(out, 10)
-    file = out / "checkpoint-10" / "plan.json"
-    plan = json.loads(file.read_text())
-    file.write_text(json.dumps({name: plan[name] for name in plan if name not in BINDING_SINCE}))
-    assert len(json.loads(file.read_text())) < len(plan)
-    run(resume_from_checkpoint=True, **SAVING)
-    assert_continues(out, uninterrupted)
 
 
 @pytest.mark.parametrize(

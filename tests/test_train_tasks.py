@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from firefly.config import load_config
 from firefly.errors import UsageError
 from firefly.runs.metrics import read_metrics
-from firefly.train import train
+from firefly.training import train
 from tiny import assert_same, save_tiny_model, tiny_tokenizer
 
 Run = Callable[..., Path]
@@ -48,7 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setattr("firefly.runs.metrics.draw_loss", lambda *_: None)
+    monkeypatch.setattr("firefly.runs.plots.draw_loss", lambda *_: None)
 
     def train_into(name: str = "out", **changes: Any) -> Path:
         task = changes.get("task_type", "dpo")

@@ -39,7 +39,7 @@ from firefly.config.arguments import FIELDS, asks_for_something
 from firefly.console import take_notices
 from firefly.errors import UsageError
 from firefly.runs.metrics import read_metrics
-from firefly.train import train
+from firefly.training import train
 from tiny import assert_same, by_hand, padded_loss, save_tiny_model, tiny_tokenizer, write_rows
 
 HERE = Path(__file__).resolve().parent
@@ -68,7 +68,7 @@ def quick() -> Iterator[None]:
 @pytest.fixture
 def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Train all weights on the rows in the file's order: one epoch of four steps, without pictures."""
-    monkeypatch.setattr("firefly.runs.metrics.draw_loss", lambda *_: None)
+    monkeypatch.setattr("firefly.runs.plots.draw_loss", lambda *_: None)
 
     def train_into(name: str = "out", **changes: Any) -> Path:
         settings = {
@@ -637,7 +637,7 @@ def test_low_rank_optimizers_get_the_modules_that_are_named(
 def test_an_optimizer_that_cannot_be_had_is_said_before_weights_are_loaded(
     changes: dict[str, Any], words: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("firefly.setup.build.load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("firefly.setup.build.load_for_training", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(UsageError, match=words):
         run(**changes)
 

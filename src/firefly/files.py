@@ -252,10 +252,13 @@ def first_line(error: BaseException) -> str:
 def is_write_failure(error: Exception) -> bool:
     """Whether an error says that a file could not be written, whichever library says it.
 
-    safetensors and tokenizers raise types of their own with Rust's words; torch.save a RuntimeError of its zip writer.
+    safetensors and tokenizers raise types of their own with Rust's words, torch.save a RuntimeError of its zip writer:
+    only the words tell those. What a socket raises is an OSError, too, but no file's.
     """
+    if isinstance(error, OSError):
+        return not isinstance(error, (ConnectionError, TimeoutError))
     text = str(error)
-    return isinstance(error, OSError) or any(
+    return any(
         word in text
         for word in ("(os error ", "PytorchStreamWriter", "inline_container", "cannot be opened", "Parent directory")
     )

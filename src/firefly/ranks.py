@@ -78,6 +78,9 @@ def end(code: int) -> NoReturn:
     Even behind a closed group gloo's threads live on where something still holds it, DistributedDataParallel for one.
     One that lets go of its last collective's tensors while the interpreter is taken apart aborts a process whose work
     is done (pytorch/pytorch#179291): up to a third of those that ended right after a collective.
+
+    What was registered with atexit is run by a private function, as nothing public runs it without ending the
+    interpreter. Both go when gloo no longer aborts.
     """
     if world_size() == 1:
         sys.exit(code)

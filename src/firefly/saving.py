@@ -52,6 +52,29 @@ def attempt(model: TrainableModel, parts: Sequence[Callable[[], Any]]) -> str | 
     return problem or translate("another rank could not write")
 
 
+def write_whole(
+    model: TrainableModel, partial: Path, writers: Sequence[Callable[[], Any]], complete: Callable[[], Any]
+) -> str | None:
+    """Fill the folder `partial`, and complete it where all ranks wrote everything; otherwise it is removed.
+
+    Args:
+        writers: run on every rank, as saving a sharded model asks for.
+        complete: run by the rank that writes files.
+
+    Returns:
+        What could not be written; None if all is there.
+    """
+    writes = model.args.should_save
+    first, last = ([functools.partial(make_empty, partial)], [complete]) if writes else ([], [])
+    for stage in (first, writers, last):
+        problem = attempt(model, stage)
+        if problem is not None:
+            if writes:
+                shutil.rmtree(partial, ignore_errors=True)
+            return problem
+    return None
+
+
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
     return output_dir / f"checkpoint-{step}"
 
@@ -63,7 +86,7 @@ def save_checkpoint(
 
     What could not be written whole is removed and said; checkpoints that were there stay.
     """
-    progress, writes = observers.progress, model.args.should_save
+    progress = observers.progress
     state, step = progress.state, progress.state.global_step
     count_flops(progress, model)
     unlogged = describe_unlogged(progress, model)
@@ -86,17 +109,11 @@ def save_checkpoint(
     if not model_only:
         writers = (model.save_optimizer, model.save_schedule, functools.partial(save_random_state, model))
         parts += [functools.partial(write, partial) for write in writers]
-    first = [functools.partial(make_empty, partial)] if writes else []
-    last = [complete] if writes else []
-    for stage in (first, parts, last):
-        problem = attempt(model, stage)
-        if problem is None:
-            continue
+    problem = write_whole(model, partial, parts, complete)
+    if problem is not None:
         if best == step:  # its weights are lost: an earlier one is the best
             for name, value in progress.best.items():
                 setattr(state, name, value)
-        if writes:
-            shutil.rmtree(partial, ignore_errors=True)
         notice(
             "save.failed",
             "{path} could not be written ({problem}; {free} free) and is left out; training goes on. {safe} Free some "
@@ -110,7 +127,7 @@ def save_checkpoint(
     if not model_only:
         progress.saved_at = step
     progress.best = progress.best_of_state()
-    if writes:
+    if model.args.should_save:
         kept = state.best_model_checkpoint
         rotate(checkpoints(output_dir), model.args.save_total_limit, [folder, *([] if kept is None else [Path(kept)])])
     return True
@@ -142,15 +159,8 @@ def save_result(output_dir: Path, model: TrainableModel, tokenizer: Any, best: P
             settings.save_pretrained(gathered)
         move_into(gathered, output_dir)
 
-    writes = model.args.should_save
-    first = [functools.partial(make_empty, gathered)] if writes else []
-    weights = [functools.partial(model.save_weights, gathered, tokenizer)]
-    for stage in (first, weights, [move] if writes else []):
-        problem = attempt(model, stage)
-        if problem is None:
-            continue
-        if writes:
-            shutil.rmtree(gathered, ignore_errors=True)
+    problem = write_whole(model, gathered, [functools.partial(model.save_weights, gathered, tokenizer)], move)
+    if problem is not None:
         raise UsageError(
             "save.result_failed",
             "the result could not be written to {path} ({problem}; {free} free). {safe} Free some space, then go on "
@@ -161,7 +171,7 @@ def save_result(output_dir: Path, model: TrainableModel, tokenizer: Any, best: P
             safe=what_is_safe(output_dir),
             command=resume_command(output_dir),
         )
-    if writes and best is not None and model.args.save_total_limit == 1:
+    if model.args.should_save and best is not None and model.args.save_total_limit == 1:
         rotate(checkpoints(output_dir), 1, [best])
 
 
@@ -187,8 +197,7 @@ def describe_unlogged(progress: Progress, model: TrainableModel) -> dict[str, An
 def resume_progress(checkpoint: Path, output_dir: Path, model: TrainableModel) -> Progress:
     """How far the run was that wrote a checkpoint, with what it had summed up for its next log."""
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    nothing = {"loss": 0.0, "since": state.global_step}
-    kept: Mapping[str, Any] = stored_plan(checkpoint).get("unlogged", nothing)
+    kept: Mapping[str, Any] = stored_plan(checkpoint)["unlogged"]
     best = state.best_global_step
     if state.best_model_checkpoint is not None and not Path(state.best_model_checkpoint).is_dir():
         state.best_model_checkpoint = None

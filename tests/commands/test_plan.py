@@ -14,7 +14,7 @@ from firefly.cli import main
 from firefly.config import load_config
 from firefly.data.schema import IGNORE, TokenPair
 from firefly.setup.plan import Machine, Work, describe_machine, make_plan, parse_memory, plan_run
-from firefly.train import train
+from firefly.training import train
 from tiny import ListedExamples, random_examples, random_pairs, save_tiny_model, tiny_config, write_rows
 
 

@@ -18,7 +18,7 @@ from firefly.data import sources
 from firefly.data.dataset import find_kind, load_split
 from firefly.data.encoding import Encoder
 from firefly.data.ledger import Ledger
-from firefly.data.preparation import Preparation
+from firefly.data.preparation import Preparation, _Row
 from firefly.data.schema import IGNORE, Source, Tokens
 from firefly.data.sources import find_sources, hash_file, repeat
 from firefly.data.templates import bind_template
@@ -227,7 +227,7 @@ def test_pairs_and_documents_have_ledgers_that_add_up(shared, qwen_tokenizer):
         ("c4_demo.jsonl", "document", "text", 300),
         ("wiki_demo.txt", "document", "text", 30),
         ("glaive_toolcall_en_demo.json", "conversation", "sharegpt", 300),
-        ("kto_en_demo.json", "conversation", "labelled_messages", 300),
+        ("kto_en_demo.json", "labelled", "labelled_messages", 300),
     ):
         config = DataConfig(train_file=str(shared / "data" / name), max_seq_length=2048)
         assert find_kind(config) == task
@@ -256,7 +256,7 @@ def test_of_a_row_that_makes_several_examples_none_is_dropped_alone(policy, kept
         Tokens(ids[:5], ids[:5]),
         Tokens(ids, np.where(ids < 12, IGNORE, ids)),
     ]  # the second's prompt is too long
-    assert len(preparation._fit(Source("f", 1), examples)) == kept
+    assert len(preparation._fit(_Row(Source("f", 1), []), examples)) == kept
     assert preparation.ledger.lost["too_long"] == 1 - kept
 
 

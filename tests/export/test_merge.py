@@ -21,7 +21,7 @@ from firefly.export.layers import round_unbiased, with_magnitude
 from firefly.export.merge import merge
 from firefly.export.verification import all_logits, compare, has_effect, largest_gap, rounding_gap
 from firefly.models.adapter_loading import load_adapter
-from firefly.train import train
+from firefly.training import train
 from tiny import save_tiny_model, tiny_model, write_rows
 
 

@@ -55,7 +55,7 @@ class Job:
 
 
 def serve(file: Path) -> None:
-    import_all(["transformers", "firefly.train"])
+    import_all(["transformers", "firefly.training", "firefly.train"])  # as it was called before
     for number, settings in enumerate(json.loads(file.read_text(encoding="utf-8"))):
         job = Job(**settings)
         print(number, run(job), flush=True)

@@ -20,7 +20,7 @@ from firefly.runs.checkpoints import checkpoints
 from firefly.runs.metrics import read_metrics
 from firefly.tasks.base import Task
 from firefly.tasks.causal import TokenTask
-from firefly.train import train
+from firefly.training import train
 from tiny import ListedExamples, prepared, random_examples, save_tiny_model, tiny_model, write_rows
 from trials import Trial, make_trial
 
@@ -56,7 +56,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("firefly.runs.metrics.draw_loss", lambda *_: None)
+    monkeypatch.setattr("firefly.runs.plots.draw_loss", lambda *_: None)
 
 
 def poison(patch: pytest.MonkeyPatch, row: int, how: str) -> None:

@@ -19,7 +19,7 @@ from firefly.models.checkpointing import decoder_layers
 from firefly.models.forwards import install_training_forwards
 from firefly.tasks.base import Forward, Task
 from firefly.tasks.causal import TokenTask
-from firefly.train import train
+from firefly.training import train
 from tasks import test_preference
 from tasks.test_steps import EIGHT
 from tiny import assert_same, prepared, save_tiny_model, tiny_model, with_our_lora, write_rows
@@ -199,7 +199,7 @@ def test_a_run_that_runs_out_of_memory_ends_as_one_that_had_the_room(
         "use_cpu": True,
         "bf16": False,
     }
-    monkeypatch.setattr("firefly.runs.metrics.draw_loss", lambda *_: None)
+    monkeypatch.setattr("firefly.runs.plots.draw_loss", lambda *_: None)
     whole = train(load_config(settings | {"output_dir": str(tmp_path / "whole")}))
     original, failures = TokenTask.microbatch_loss, [0]
 

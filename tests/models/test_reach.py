@@ -20,7 +20,7 @@ from firefly.models.loading import load_model
 from firefly.models.meta_model import build_meta_model
 from firefly.models.precision import Precision
 from firefly.models.reach import Unreached, find_unreached
-from firefly.train import train
+from firefly.training import train
 from multimodal import MULTIMODAL, multimodal_model, save_multimodal_model
 from tiny import save_tiny_model, tiny_model, write_rows
 

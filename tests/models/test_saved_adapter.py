@@ -29,7 +29,7 @@ from firefly.errors import UsageError
 from firefly.models.adapter_loading import load_adapter
 from firefly.models.base_weights import differing_weights, identify_weights
 from firefly.models.saved_adapter import open_adapter
-from firefly.train import train
+from firefly.training import train
 from tiny import SHAPE, VOCABULARY, save_tiny_model, tiny_model, tiny_tokenizer, write_rows
 
 IDS = torch.tensor([[5, 9, 20, 31, 7, 44]])

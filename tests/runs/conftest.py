@@ -63,9 +63,9 @@ def config_file(settings: dict[str, Any], place: Path) -> Path:
 def run(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """Train in this process, without pictures."""
     from firefly.config import load_config
-    from firefly.train import train
+    from firefly.training import train
 
-    monkeypatch.setattr("firefly.runs.metrics.draw_loss", lambda *_: None)
+    monkeypatch.setattr("firefly.runs.plots.draw_loss", lambda *_: None)
 
     def train_into(name: str = "out", **changes: Any) -> Path:
         return train(load_config(settings | {"output_dir": str(tmp_path / name)} | changes))

@@ -26,10 +26,10 @@ Run = Callable[..., Path]
 
 POINTS = {
     "prepare": ("firefly.data.dataset", "prepare"),
-    "load": ("firefly.setup.build", "load_model"),
+    "load": ("firefly.setup.build", "load_for_training"),
     "step": ("firefly.tasks.base", "Task.backward"),
     "save": ("firefly.loop", "save_checkpoint"),
-    "result": ("firefly.train", "save_result"),
+    "result": ("firefly.training", "save_result"),
 }
 """Functions at whose beginning something can happen."""
 
@@ -102,7 +102,7 @@ class Server:
 def serve() -> None:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    import firefly.train  # noqa: F401
+    import firefly.training  # noqa: F401
 
     get_checkpoint_conversion_mapping("llama")  # compiles some hundred expressions, once
     answers = os.fdopen(os.dup(1), "w")
@@ -149,7 +149,7 @@ def run_child(job: Job, arm: int) -> None:
         import firefly.runs.metrics
         from firefly.cli import main
 
-        firefly.runs.metrics.draw_loss = lambda *_: None  # takes longer than the training
+        firefly.runs.plots.draw_loss = lambda *_: None  # takes longer than the training
         if job.trap is not None:
             set_trap(Trap(**job.trap), arm)
         code = main(job.arguments)

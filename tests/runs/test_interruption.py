@@ -14,7 +14,7 @@ from firefly.config import load_config
 from firefly.runs.checkpoints import checkpoints
 from firefly.runs.interruption import Interrupted, Interruption, resume_command
 from firefly.runs.metrics import read_metrics
-from firefly.train import train
+from firefly.training import train
 from runs.forking import Ended, Run, Server, Trap
 
 

@@ -119,34 +119,6 @@ def test_a_training_log_gets_the_pace_and_so_do_the_callbacks_behind(tmp_path, r
     assert second.keys() == {"step", "eval_loss", "time", "input_tokens", "target_tokens", "input_tokens_per_second"}
 
 
-def test_the_picture_is_redrawn_now_and_then_and_one_at_a_time(recorder, clock, monkeypatch, tmp_path):
-    drawings: list[Any] = []
-
-    class Drawing:
-        done = None
-
-        def poll(self) -> int | None:
-            return self.done
-
-    def draw(folder: Path) -> Drawing:
-        assert folder == tmp_path
-        drawings.append(Drawing())
-        return drawings[-1]
-
-    monkeypatch.setattr("firefly.runs.metrics.draw_loss", draw)
-    recorder.counts.steps = 1
-    counted = []
-    for seconds in (10, 25, 31, 31):
-        clock.now += seconds
-        recorder.on_log(ARGUMENTS, state_at(1), flow(), {"loss": 1.0})
-        counted.append(len(drawings))
-    assert counted == [0, 1, 1, 1]  # the first is not done yet
-    drawings[0].done = 0
-    clock.now += 1
-    recorder.on_log(ARGUMENTS, state_at(1), flow(), {"loss": 1.0})
-    assert len(drawings) == 2
-
-
 def test_a_long_silence_between_logs_is_broken_by_signs_of_life(recorder, clock, tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.touch()

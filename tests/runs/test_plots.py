@@ -1,4 +1,4 @@
-"""loss.png: drawn beside the training, whole or not at all."""
+"""loss.png: drawn at a run's end, whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from firefly.console import take_notices
-from firefly.runs.plots import draw_loss, paint_loss, smoothed
+from firefly.runs.plots import draw_loss, drawn_at_end, paint_loss, smoothed
 from run_folders import log_lines, write_run
 
 PNG = b"\x89PNG"
@@ -34,23 +34,22 @@ def panels(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return painted
 
 
-def test_a_drawing_that_is_waited_for_is_a_picture(tmp_path):
+def test_a_run_that_ends_is_drawn_however_it_ends(tmp_path):
     folder = write_run(tmp_path / "run", eval_losses={10: 2.5})
     take_notices()
-    process = draw_loss(folder, 60)
-    assert process is not None
-    assert process.returncode == 0
+    with pytest.raises(KeyError), drawn_at_end(folder):
+        raise KeyError
     assert (folder / "loss.png").read_bytes().startswith(PNG)
     assert [path.name for path in folder.glob(".*")] == []
     assert take_notices() == []
 
 
-def test_a_drawing_in_the_background_is_the_same_picture(tmp_path):
+def test_another_rank_draws_nothing(tmp_path, monkeypatch):
     folder = write_run(tmp_path / "run")
-    process = draw_loss(folder)
-    assert process is not None
-    assert process.wait(60) == 0
-    assert (folder / "loss.png").read_bytes().startswith(PNG)
+    monkeypatch.setenv("RANK", "1")
+    with drawn_at_end(folder):
+        pass
+    assert not (folder / "loss.png").exists()
 
 
 def test_a_drawing_that_fails_is_a_notice_and_leaves_the_earlier_picture(tmp_path):
@@ -58,18 +57,11 @@ def test_a_drawing_that_fails_is_a_notice_and_leaves_the_earlier_picture(tmp_pat
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     (folder / "loss.png").mkdir()  # which cannot be replaced by a file
     take_notices()
-    draw_loss(folder, 60)
+    draw_loss(folder)
     (given,) = take_notices()
     assert given["code"] == "plots.failed"
     assert "loss.png" in given["message"]
     assert (folder / "loss.png").is_dir()
-
-
-def test_a_drawing_that_cannot_start_is_a_notice(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.executable", str(tmp_path / "no-python"))
-    take_notices()
-    assert draw_loss(tmp_path) is None
-    assert [given["code"] for given in take_notices()] == ["plots.failed"]
 
 
 def test_without_a_loss_nothing_is_painted(tmp_path, panels):

@@ -25,7 +25,7 @@ from firefly.runs.checkpoints import checkpoints
 from firefly.runs.metrics import read_metrics
 from firefly.saving import load_random_state
 from firefly.setup import identity
-from firefly.train import train
+from firefly.training import train
 from runs.forking import Run
 from tiny import prepared, random_examples, save_tiny_model, tiny_tokenizer, write_rows
 from trials import make_trial
@@ -56,7 +56,7 @@ def stopped_at(folder: Path, step: int, whole: Path) -> Path:
 @pytest.fixture(scope="module")
 def whole(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("firefly.runs.metrics.draw_loss", lambda *_: None)
+        patch.setattr("firefly.runs.plots.draw_loss", lambda *_: None)
         return train(load_config(settings | {"output_dir": str(tmp_path_factory.mktemp("whole") / "out")}))
 
 
@@ -313,13 +313,13 @@ def test_an_unchanged_run_says_nothing_of_the_kind(run: Run, stopped: Path, whol
     assert result(out) == result(whole)
 
 
-def test_a_checkpoint_from_before_these_were_recorded_goes_on(run: Run, stopped: Path, whole: Path) -> None:
+def test_a_plan_that_lists_no_files_is_none_of_a_complete_checkpoint(run: Run, stopped: Path) -> None:
     file = stopped / "checkpoint-8" / "plan.json"
     plan = json.loads(file.read_text())
-    for name in ("prepared", "training", "total_steps", "files", "unlogged", "model_only"):
-        del plan[name]
+    del plan["files"]
     file.write_text(json.dumps(plan))
-    assert result(run(resume_from_checkpoint=True)) == result(whole)
+    with pytest.raises(UsageError, match=r"missing: plan\.json"):
+        run(resume_from_checkpoint=str(file.parent))
 
 
 # ---- ranks ----
@@ -328,7 +328,7 @@ def test_a_checkpoint_from_before_these_were_recorded_goes_on(run: Run, stopped:
 def test_other_ranks_are_said_and_take_random_states_that_depend_on_their_place(run: Run, stopped: Path) -> None:
     file = stopped / "checkpoint-8" / "plan.json"
     plan = json.loads(file.read_text()) | {"world_size": 2}
-    del plan["files"]
+    del plan["files"]["rng_state.pth"]
     file.write_text(json.dumps(plan))
     for rank in range(2):
         shutil.copy(stopped / "checkpoint-8" / "rng_state.pth", stopped / "checkpoint-8" / f"rng_state_{rank}.pth")

@@ -11,8 +11,7 @@ import torch
 from firefly.console import notice, take_notices
 from firefly.errors import FireflyError, UsageError
 from firefly.runs.passport import recorded_end, write_json
-from firefly.runs.records import read_object, read_run
-from firefly.runs.state import SILENCE_SECONDS
+from firefly.runs.records import SILENCE_SECONDS, read_object, read_run
 from run_folders import age, write_run
 
 

@@ -78,7 +78,7 @@ def test_a_tracker_that_cannot_be_is_a_fault_of_the_input(installed, monkeypatch
 
 def test_every_tracker_of_transformers_is_known_with_its_package():
     assert {*trackers.PACKAGES, *trackers.REQUIRED_VARIABLES} == INTEGRATION_TO_CALLBACK.keys()
-    assert trackers.TOLD.keys() <= trackers.PACKAGES.keys()
+    assert trackers.ASKING.keys() <= trackers.PACKAGES.keys()
 
 
 @pytest.mark.parametrize("fits", [True, False])
@@ -108,7 +108,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> ModuleType:
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    variables = ("MODE", "API_KEY", "IDENTITY_TOKEN_FILE", "BASE_URL", "CONFIG_DIR", "DIR")
+    variables = ("MODE", "API_KEY", "IDENTITY_TOKEN_FILE", "BASE_URL")
     for name in ("NETRC", *(f"WANDB_{name}" for name in variables)):
         monkeypatch.setenv(name, "")  # so that what is set in a test is undone after it
     take_notices()
@@ -139,35 +139,21 @@ def test_with_a_key_a_run_reports_at_once(wandb, monkeypatch, variable):
     assert take_notices() == []
 
 
-def settings_file(folder: Path, text: str) -> None:
-    folder.mkdir(parents=True)
-    (folder / "settings").write_text(f"[default]\n{text}\n")
-
-
 @pytest.mark.parametrize(
-    ("machine", "place", "expected"),
+    ("machine", "server", "expected"),
     [
-        ("api.wandb.ai", None, ""),
-        ("wandb.example.org", None, "offline"),
-        ("wandb.example.org", ".config/wandb", ""),
-        ("wandb.example.org", "wandb", ""),
-        ("api.wandb.ai", "wandb", "offline"),
+        ("api.wandb.ai", "", ""),
+        ("wandb.example.org", "", "offline"),
+        ("wandb.example.org", "https://wandb.example.org", ""),
+        ("api.wandb.ai", "https://wandb.example.org", "offline"),
     ],
 )
-def test_a_login_counts_for_the_server_it_is_for(wandb, tmp_path, machine, place, expected):
+def test_a_login_counts_for_the_server_it_is_for(wandb, monkeypatch, tmp_path, machine, server, expected):
     (tmp_path / ".netrc").write_text(f"machine {machine}\n  login user\n  password secret\n")
     (tmp_path / ".netrc").chmod(0o600)
-    if place:
-        settings_file(tmp_path / place, "base_url = https://wandb.example.org")
+    monkeypatch.setenv("WANDB_BASE_URL", server)
     never_ask(["wandb"])
     assert mode() == expected
-
-
-@pytest.mark.parametrize("text", ["mode = disabled", "mode = disabled\n[broken", "not a settings file"])
-def test_settings_files_may_name_a_mode_or_be_broken(wandb, tmp_path, text):
-    settings_file(tmp_path / ".config" / "wandb", text)
-    never_ask(["wandb"])
-    assert mode() == ("" if text == "mode = disabled" else "offline")
 
 
 def test_a_mode_that_the_user_set_stays(wandb, monkeypatch):

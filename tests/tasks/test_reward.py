@@ -30,7 +30,7 @@ from firefly.runs.metrics import read_metrics
 from firefly.setup.plan import make_plan
 from firefly.tasks.base import Forward
 from firefly.tasks.reward import RewardTask, ScorePacking
-from firefly.train import train
+from firefly.training import train
 from tiny import gradients, random_pairs, save_tiny_model, tiny_model, tiny_tokenizer
 from trials import Trial, configuration, make_trial
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,7 +76,9 @@ class DataCheck:
         }
 
 
-def check_data(config_file: str, overrides: Mapping[str, Any]) -> DataCheck:
+def check_data(
+    source: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> DataCheck:
     """Read, encode and judge the data of a configuration (or of overrides alone), as a run would at its start.
 
     Raises:
@@ -88,9 +91,9 @@ def check_data(config_file: str, overrides: Mapping[str, Any]) -> DataCheck:
     from firefly.models.tokens import add_tokens
     from firefly.setup.checks import bind_encoder, check_positions, prove_template
 
-    config = load_config(config_file or {}, overrides, required=("train_file",), to_train=False)
+    config = load_config(source or {}, overrides, required=("train_file",), to_train=False)
     # Without a configuration the data tells; with one, `firefly train` would not ask it.
-    told = config_file or config.given.get("task_type")
+    told = source or config.given.get("task_type")
     task, kind = config.task_type, RECORDS_OF_TASK[config.task_type]
     if not told:
         kind = find_kind(config.data, config.model.hub)

@@ -18,8 +18,19 @@ from rich.text import Text
 
 from firefly.commands.options import JsonOption
 from firefly.console import print_json, stdout_console
-from firefly.runs.records import RunRecord, find_runs, finite, finite_values, mapping, open_run, series
-from firefly.runs.state import FAILED, FINISHED, INTERRUPTED, RUNNING
+from firefly.runs.records import (
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    RUNNING,
+    RunRecord,
+    find_runs,
+    finite,
+    finite_values,
+    mapping,
+    open_run,
+    series,
+)
 from firefly.translation import Phrase, translate
 
 STYLES = {RUNNING: "bold cyan", FINISHED: "green", INTERRUPTED: "yellow", FAILED: "bold red"}

@@ -34,7 +34,7 @@ def train_command(
         from firefly.config import load_config
 
         resolved = load_config(source or train_args_file, overrides)
-        from firefly.train import train
+        from firefly.training import train
     output_dir = train(resolved)
     if ranks.is_first():
         print(output_dir)

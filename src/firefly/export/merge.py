@@ -7,6 +7,7 @@ base weights. Only a merge that passes is called done.
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -68,8 +69,8 @@ ONTO = ("original", "dequantized")
 
 def merge(
     model: ModelConfig,
-    adapter: str,
-    save_path: str,
+    adapter: str | os.PathLike[str],
+    save_path: str | os.PathLike[str],
     onto: str = "original",
     dtype: str = "auto",
     force: bool = False,
@@ -88,6 +89,7 @@ def merge(
         VerificationError: the adapter changes nothing, or the reloaded model is not the trained one. Of what was
             written the figures stay (merge_report.failed.json). An earlier merge stays until a good one replaces it.
     """
+    adapter, save_path = os.fspath(adapter), os.fspath(save_path)
     refuse_options(adapter, onto, dtype)
     saved = open_adapter(adapter)
     model = base_of_adapter(adapter, model)

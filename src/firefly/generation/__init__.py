@@ -6,6 +6,7 @@ several may run beside each other or beside a training run.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import abc
 from collections.abc import Sequence
@@ -105,7 +106,7 @@ class Generator:
     def load(
         cls,
         model: ModelConfig,
-        adapter: str | None = None,
+        adapter: str | os.PathLike[str] | None = None,
         template_name: str = "auto",
         load_in_4bit: bool = False,
         force: bool = False,
@@ -120,6 +121,7 @@ class Generator:
             UsageError: nothing found there, adapter and base do not fit, no usable template, or another one than the
                 model was trained with.
         """
+        adapter = None if adapter is None else os.fspath(adapter)
         if adapter is None and not model.name_or_path:
             raise UsageError(
                 "chat.no_model",

@@ -23,8 +23,6 @@ from firefly.runs.folders import finish_replacing, leftovers
 from firefly.runs.passport import write_json
 
 PLAN = "plan.json"
-REQUIRED_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", PLAN)
-"""Files of a checkpoint from before plan.json listed them."""
 
 
 @dataclass(frozen=True)
@@ -47,21 +45,22 @@ class RunPlan:
     optimizer: dict[str, Any]
     world_size: int
     layout: str
+    add_tokens: list[str]
+    prepared: dict[str, Any]
+    """What made the examples, to name the cause where `data` differs: hashes of template and tokenizer, of the data
+    files with their paths, of the code that prepares them, and configuration keys with their values."""
+    training: dict[str, Any]
+    """Keys that shape every step, and the precision, with their values."""
+    total_steps: int
+    engine: str
+    """What carried the steps over the ranks, and wrote the optimizer's state in its own form."""
+    # What follows is of adapters; full training has no use for it.
     use_rslora: bool = False
     use_dora: bool = False
     lora_target: str | list[str] = "all-linear"
     modules_to_save: list[str] = field(default_factory=list)
-    add_tokens: list[str] = field(default_factory=list)
     adapter: str | None = None
     """Hash of the adapter that the run starts from."""
-    prepared: dict[str, Any] = field(default_factory=dict)
-    """What made the examples, to name the cause where `data` differs: hashes of template and tokenizer, of the data
-    files with their paths, of the code that prepares them, and configuration keys with their values."""
-    training: dict[str, Any] = field(default_factory=dict)
-    """Keys that shape every step, and the precision, with their values."""
-    total_steps: int = 0
-    engine: str = "single"
-    """What carried the steps over the ranks, and wrote the optimizer's state in its own form."""
 
 
 # A different value of these would train other examples, or something else.
@@ -74,17 +73,14 @@ BINDING = (
     "lora_rank",
     "lora_alpha",
     "base_weights",
+    "task_type",
+    "use_rslora",
+    "use_dora",
+    "lora_target",
+    "modules_to_save",
+    "add_tokens",
+    "adapter",
 )
-# The same of keys that came later, with what a checkpoint without them had.
-BINDING_SINCE: dict[str, Any] = {
-    "task_type": "sft",
-    "use_rslora": False,
-    "use_dora": False,
-    "lora_target": "all-linear",
-    "modules_to_save": [],
-    "add_tokens": [],
-    "adapter": None,
-}
 # Of these, what decides which weights there are: a checkpoint with others cannot even be loaded.
 STRUCTURE = ("train_mode", "lora_rank", "use_dora", "lora_target", "modules_to_save", "add_tokens")
 
@@ -113,15 +109,12 @@ def stored_plan(checkpoint: Path) -> dict[str, Any]:
 
 def stored_choices(checkpoint: Path) -> Choices:
     """A measured choice is made once: the checkpoint's, whatever would be chosen today."""
-    plan = stored_plan(checkpoint)
-    # Early checkpoints had the budget alone.
-    return Choices(**plan.get("choices", {"tokens_per_microbatch": plan.get("tokens_per_microbatch")}))
+    return Choices(**stored_plan(checkpoint)["choices"])
 
 
 def stored_optimizer(checkpoint: Path, asked: Any) -> Any:
     """The optimizer whose state a checkpoint holds, of the kind of `asked`: another one could not read it."""
-    stored = stored_plan(checkpoint).get("optimizer", {}).get("optim")
-    return asked if stored is None else type(asked)(stored)
+    return type(asked)(stored_plan(checkpoint)["optimizer"]["optim"])
 
 
 def find_checkpoint(output_dir: Path, request: bool | str | None) -> Path | None:
@@ -210,23 +203,16 @@ def missing_files(path: Path) -> list[str]:
         listed = stored_plan(path).get("files")
     except ValueError:
         return [PLAN]
-    if listed is not None:
-        return [name for name, size in listed.items() if _size(path / name) != size]
-    missing = [name for name in REQUIRED_FILES if not (path / name).is_file()]
-    if not any(path.glob("rng_state*.pth")):
-        missing.append("rng_state.pth")
-    if not any(path.glob("*.safetensors")):
-        missing.append("*.safetensors")
-    return missing
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+    if listed is None:
+        return [PLAN]
+    return [
+        name for name, size in listed.items() if not (path / name).is_file() or (path / name).stat().st_size != size
+    ]
 
 
 def is_model_only(path: Path) -> bool:
     """Whether a checkpoint was saved under save_only_model: there is no state to train on with."""
-    return bool(stored_plan(path).get("model_only"))
+    return stored_plan(path)["model_only"]
 
 
 def check_same_run(checkpoint: Path, plan: RunPlan, anyway: bool = False) -> None:
@@ -270,7 +256,7 @@ def check_same_run(checkpoint: Path, plan: RunPlan, anyway: bool = False) -> Non
             differences=told,
         )
     for name, value in plan.optimizer.items():
-        before = stored.get("optimizer", {}).get(name, value)
+        before = stored["optimizer"].get(name)
         if before != value:
             notice(
                 "resume.kept",
@@ -279,7 +265,7 @@ def check_same_run(checkpoint: Path, plan: RunPlan, anyway: bool = False) -> Non
                 value=value,
                 before=before,
             )
-    before = stored.get("total_steps", plan.total_steps)
+    before = stored["total_steps"]
     if before != plan.total_steps:
         notice(
             "resume.schedule",
@@ -287,7 +273,7 @@ def check_same_run(checkpoint: Path, plan: RunPlan, anyway: bool = False) -> Non
             before=before,
             steps=plan.total_steps,
         )
-    before = stored.get("world_size", plan.world_size)
+    before = stored["world_size"]
     if before != plan.world_size:
         notice(
             "resume.ranks",
@@ -303,7 +289,7 @@ WHOLE = ("single", "ddp")
 
 
 def _check_engine(checkpoint: Path, stored: Mapping[str, Any], plan: RunPlan) -> None:
-    before, ranks = stored.get("engine", "single"), stored.get("world_size", plan.world_size)
+    before, ranks = stored["engine"], stored["world_size"]
     if before != plan.engine and not (before in WHOLE and plan.engine in WHOLE):
         raise UsageError(
             "resume.engine",
@@ -333,21 +319,17 @@ def _short(value: Any) -> Any:
 def differences(stored: Mapping[str, Any], plan: RunPlan) -> dict[str, tuple[Any, Any]]:
     """What binds and differs between a plan.json and a plan: name → (value before, value now)."""
     now = json.loads(json.dumps(asdict(plan), default=str))  # as it would have been stored
-    before = {**BINDING_SINCE, **stored}
-    names = dict.fromkeys((*BINDING, *BINDING_SINCE))
-    found = {name: (before.get(name), now[name]) for name in names if before.get(name) != now[name]}
-    for part in ("objective", "training"):  # early checkpoints lack the latter
-        then, today = before.get(part, now[part] if part == "training" else {}), now[part]
+    found = {name: (stored[name], now[name]) for name in BINDING if stored[name] != now[name]}
+    for part in ("objective", "training"):
+        then, today = stored[part], now[part]
         keys = dict.fromkeys((*then, *today))
         found |= {key: (then.get(key), today.get(key)) for key in keys if then.get(key) != today.get(key)}
-    if "prepared" in stored:
-        causes = _causes(stored["prepared"], now["prepared"])
-        if "data" not in found:  # these are saved with the model, whatever they make of the examples
-            causes = {name: pair for name, pair in causes.items() if name in ("template", "tokenizer")}
-        if causes:
-            found.pop("data", None)
-            found = causes | found
-    return found
+    causes = _causes(stored["prepared"], now["prepared"])
+    if "data" not in found:  # these are saved with the model, whatever they make of the examples
+        causes = {name: pair for name, pair in causes.items() if name in ("template", "tokenizer")}
+    if causes:
+        found.pop("data", None)
+    return causes | found
 
 
 def _causes(then: Mapping[str, Any], today: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,16 +20,10 @@ from transformers import TrainerCallback
 
 from firefly.console import notice
 from firefly.files import atomic_file, first_line
-from firefly.ranks import is_first
 from firefly.runs.memory import memory_in_use, peak_memory
-from firefly.runs.plots import LAST_DRAWING_SECONDS, draw_loss
 from firefly.runs.progress import Counts
-from firefly.runs.records import read_metrics
-from firefly.runs.state import HEARTBEAT_SECONDS
+from firefly.runs.records import HEARTBEAT_SECONDS, read_metrics
 from firefly.translation import translate
-
-REDRAW_SECONDS = 30
-"""The least time between two drawings of loss.png while a run goes on."""
 
 
 class Pace:
@@ -83,7 +76,7 @@ class Pace:
 
 
 class RunRecorder(TrainerCallback):
-    """Writes metrics.jsonl (one object a log, flushed at once) and has the loss drawn.
+    """Writes metrics.jsonl: one object a log, flushed at once.
 
     Put before the trackers' callbacks: it adds its measurements to each training log, so they reach every tracker.
     A resumed run drops the lines of steps that it is about to repeat, so a step stands there once.
@@ -97,12 +90,10 @@ class RunRecorder(TrainerCallback):
         self.seconds_to_first_step: float | None = None
         self.training_began = 0.0
         self.beat = 0.0
-        self.drawn = 0.0
-        self.drawing: subprocess.Popen[bytes] | None = None
         self.failed: set[str] = set()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.training_began = self.beat = self.drawn = time.time()
+        self.training_began = self.beat = time.time()
         self.pace.begin(state.global_step)
         if state.global_step >= state.max_steps or not state.is_world_process_zero:
             return  # nothing is left to train, and what was written stays
@@ -145,12 +136,6 @@ class RunRecorder(TrainerCallback):
         torn = "\n" if self.path.name in self.failed else ""  # half a line may stand at the end
         with self.reporting(self.path.name), self.path.open("a", encoding="utf-8") as file:
             file.write(torn + json.dumps(line) + "\n")
-        self._redraw(now)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.drawing is not None:
-            with suppress(subprocess.TimeoutExpired):  # else it might put its picture over the last one
-                self.drawing.wait(REDRAW_SECONDS)
 
     def _show_life(self) -> None:
         """Readers know a run that still goes on by the time of its metrics.jsonl."""
@@ -160,19 +145,12 @@ class RunRecorder(TrainerCallback):
             with suppress(OSError):
                 os.utime(self.path)
 
-    def _redraw(self, now: float) -> None:
-        if now - self.drawn < REDRAW_SECONDS or (self.drawing is not None and self.drawing.poll() is None):
-            return
-        self.drawn = now
-        with self.reporting("loss.png"):
-            self.drawing = draw_loss(self.path.parent)
-
     @contextmanager
     def reporting(self, what: str) -> Iterator[None]:
         """A `with` block whose failure is said the first time, and ends nothing."""
         try:
             yield
-        except Exception as error:  # a full disk, or whatever a library that draws or sends may raise
+        except Exception as error:  # a full disk, or whatever a library that sends may raise
             if what not in self.failed:
                 self.failed.add(what)
                 notice(
@@ -199,21 +177,6 @@ class RunRecorder(TrainerCallback):
             "seconds_to_first_step": self.seconds_to_first_step,
             "total_flos": metrics.get("total_flos"),
         }
-
-
-def draw_result(folder: Path) -> None:
-    """Draw loss.png for the last time. The first rank does."""
-    if not is_first():
-        return
-    try:
-        draw_loss(folder, LAST_DRAWING_SECONDS)
-    except Exception as error:  # whatever a library that draws may raise: the result is there
-        notice(
-            "report.failed",
-            "{what} could not be written and is incomplete from now on: {problem}. Training goes on.",
-            what="loss.png",
-            problem=first_line(error),
-        )
 
 
 class Guarded(TrainerCallback):

@@ -21,8 +21,7 @@ from firefly.console import take_notices
 from firefly.errors import FireflyError
 from firefly.files import atomic_file
 from firefly.ranks import is_first
-from firefly.runs.records import read_object
-from firefly.runs.state import FAILED, FINISHED, INTERRUPTED
+from firefly.runs.records import FAILED, FINISHED, INTERRUPTED, read_object
 
 PACKAGES = (
     "firefly-llm",

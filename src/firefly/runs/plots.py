@@ -1,64 +1,44 @@
-"""loss.png: training and held-out loss over steps and, of preference training, margins and accuracies below.
-
-It is drawn in a process of its own, out of metrics.jsonl: a run never waits for matplotlib, and cannot fail by it.
-"""
+"""loss.png: training and held-out loss over steps and, of preference training, margins and accuracies below."""
 
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import firefly
 from firefly.console import notice
-from firefly.files import atomic_file
+from firefly.files import atomic_file, first_line
+from firefly.ranks import is_first
 from firefly.runs.records import read_metrics, series
 
-LAST_DRAWING_SECONDS = 60
-"""How long a finished run waits for its picture at most."""
 NOISY = 30
 """From so many points on, a curve is shown smoothed, with the points themselves pale behind it."""
 
 
-def draw_loss(folder: Path, wait_seconds: float = 0.0) -> subprocess.Popen[bytes] | None:
-    """Start to draw loss.png of a run's metrics.jsonl; with `wait_seconds`, wait that long for it and say if it failed.
-
-    A drawing that is not waited for takes only processor time that nothing else wants.
-    """
-    package = str(Path(firefly.__file__).parents[1])
-    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "firefly.runs.plots", str(folder), *([] if wait_seconds else ["idle"])]
+@contextmanager
+def drawn_at_end(folder: Path) -> Iterator[None]:
+    """Draw loss.png of a run when what is done inside ends, however it does. The first rank draws."""
     try:
-        process = subprocess.Popen(
-            command,
-            env=os.environ | {"PYTHONPATH": path, "MPLBACKEND": "agg"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE if wait_seconds else subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the training
-        )
-        _, complaint = process.communicate(timeout=wait_seconds) if wait_seconds else (None, b"")
-    except (OSError, subprocess.SubprocessError) as error:
+        yield
+    finally:
+        if is_first():
+            draw_loss(folder)
+
+
+def draw_loss(folder: Path) -> None:
+    """Draw loss.png out of metrics.jsonl. A drawing that fails is a notice: the run itself is done."""
+    path = folder / "loss.png"
+    try:
+        paint_loss(read_metrics(folder / "metrics.jsonl"), path)
+    except Exception as error:  # a full disk, or whatever matplotlib may raise
         notice(
             "plots.failed",
             "{path} could not be drawn: {problem}. The run itself is not affected; metrics.jsonl has the numbers.",
-            path=folder / "loss.png",
-            problem=error,
+            path=path,
+            problem=first_line(error),
         )
-        return None
-    if process.returncode:
-        lines = complaint.decode(errors="replace").strip().splitlines()
-        notice(
-            "plots.failed",
-            "{path} could not be drawn: {problem}. The run itself is not affected; metrics.jsonl has the numbers.",
-            path=folder / "loss.png",
-            problem=lines[-1] if lines else process.returncode,
-        )
-    return process
 
 
 def paint_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
@@ -110,17 +90,3 @@ def smoothed(values: Sequence[float]) -> list[float]:
         known = [value for value in values[place - half : place + half + 1] if math.isfinite(value)]
         result.append(sum(known) / len(known) if known else math.nan)
     return result
-
-
-def _yield_to_all() -> None:
-    """Run only where a processor has nothing else to do, or else at the lowest priority there is."""
-    if hasattr(os, "SCHED_IDLE"):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    elif hasattr(os, "nice"):
-        os.nice(19)
-
-
-if __name__ == "__main__":
-    if "idle" in sys.argv[2:]:
-        _yield_to_all()
-    paint_loss(read_metrics(Path(sys.argv[1]) / "metrics.jsonl"), Path(sys.argv[1]) / "loss.png")

@@ -6,13 +6,13 @@ they are told beyond the training arguments: the passport.
 
 from __future__ import annotations
 
-import configparser
 import difflib
 import json
 import netrc
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -106,14 +106,19 @@ def _check(name: str) -> None:
             name=name,
             package=PACKAGES[name][1],
         )
-    if name == "swanlab" and not _swanlab_fits():
-        raise UsageError(
-            "tracker.unfit",
-            "report_to: the installed {name} does not go with this version of transformers. Install one that does: "
-            "pip install {package}",
-            name=name,
-            package=PACKAGES[name][1],
-        )
+    if name == "swanlab":
+        import swanlab  # type: ignore[import-not-found]
+
+        try:
+            swanlab.get_run()  # as transformers' callback does before it begins one: 0.7 answers None, 0.10 raises
+        except RuntimeError:
+            raise UsageError(
+                "tracker.unfit",
+                "report_to: the installed {name} does not go with this version of transformers. Install one that does: "
+                "pip install {package}",
+                name=name,
+                package=PACKAGES[name][1],
+            ) from None
     variable = REQUIRED_VARIABLES.get(name)
     if variable and not os.environ.get(variable):
         raise UsageError(
@@ -129,78 +134,46 @@ def _installed(name: str) -> bool:
     return all(find_spec(module) is not None for module in modules)
 
 
-def _swanlab_fits() -> bool:
-    """Whether the swanlab that is installed goes with transformers, whose callback asks for a run before it begins one:
-    0.7 answers None, 0.10 raises."""
-    import swanlab  # type: ignore[import-not-found]
-
-    try:
-        swanlab.get_run()
-    except RuntimeError:
-        return False
-    return True
-
-
 # ---- trackers that would ask for a key ----
+
+# Tracker → environment variables each of which answers what it would ask.
+ASKING = {
+    "wandb": ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"),
+    "swanlab": ("SWANLAB_MODE", "SWANLAB_API_KEY"),
+}
 
 
 def never_ask(trackers: Sequence[str]) -> None:
     """A run never waits for somebody to type a key: without one, W&B and SwanLab write their files here (offline).
 
-    Their own files are read for that rather than their packages asked: once asked, W&B keeps the mode it then had.
+    Their logins are looked up rather than their packages asked: once asked, W&B keeps the mode it then had.
     """
     for name in trackers:
-        if name in ASKING and not ASKING[name]():
-            os.environ[f"{name.upper()}_MODE"] = "offline"
-            notice(
-                "tracker.offline",
-                "{name} has no key here, so the run is kept offline: upload it later with {name} sync. To report at "
-                "once, run {name} login first, or set {variable}.",
-                name=name,
-                variable=f"{name.upper()}_API_KEY",
-            )
+        if name not in ASKING or any(map(os.environ.get, ASKING[name])) or _logged_in(name):
+            continue
+        os.environ[f"{name.upper()}_MODE"] = "offline"
+        notice(
+            "tracker.offline",
+            "{name} has no key here, so the run is kept offline: upload it later with {name} sync. To report at "
+            "once, run {name} login first, or set {variable}.",
+            name=name,
+            variable=f"{name.upper()}_API_KEY",
+        )
 
 
-def _wandb_knows() -> bool:
-    """Whether W&B has been told a mode or a key."""
-    settings = _wandb_settings()
-    if settings.get("mode") or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlsplit(settings.get("base_url", "https://api.wandb.ai")).netloc
-    return any(_has_login(place, host) for place in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc") if place)
-
-
-def _wandb_settings() -> dict[str, str]:
-    """What its settings files and the environment say, the later over the earlier."""
-    folders = (os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb", f"{os.environ.get('WANDB_DIR') or '.'}/wandb")
-    settings: dict[str, str] = {}
-    for folder in folders:
-        parser = configparser.ConfigParser(interpolation=None)
-        with suppress(configparser.Error, OSError, UnicodeDecodeError):
-            parser.read(Path(folder, "settings").expanduser(), encoding="utf-8")
-            settings |= dict(parser["default"]) if parser.has_section("default") else {}
-    variables = {"mode": "WANDB_MODE", "base_url": "WANDB_BASE_URL"}
-    return settings | {name: os.environ[variable] for name, variable in variables.items() if os.environ.get(variable)}
-
-
-def _swanlab_knows() -> bool:
-    """Whether SwanLab has been told a mode or a key; it keeps the key of its one server in a netrc of its own."""
-    if os.environ.get("SWANLAB_MODE") or os.environ.get("SWANLAB_API_KEY"):
-        return True
-    return _has_login(f"{os.environ.get('SWANLAB_SAVE_DIR') or '~/.swanlab'}/.netrc")
-
-
-def _has_login(place: str, host: str | None = None) -> bool:
-    """Whether a netrc file holds a login, for `host` if it is named."""
-    try:
-        logins = netrc.netrc(Path(place).expanduser())
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return bool(logins.hosts if host is None else logins.authenticators(host))
-
-
-# Tracker → whether it can begin without asking.
-ASKING: dict[str, Callable[[], bool]] = {"wandb": _wandb_knows, "swanlab": _swanlab_knows}
+def _logged_in(name: str) -> bool:
+    """Whether a netrc file has a login for W&B's server; SwanLab keeps that for its one server in a file of its own."""
+    host = None
+    places = [f"{os.environ.get('SWANLAB_SAVE_DIR') or '~/.swanlab'}/.netrc"]
+    if name == "wandb":
+        host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
+        places = [os.environ.get("NETRC") or "~/.netrc", "~/.netrc", "~/_netrc"]
+    for place in places:
+        with suppress(OSError, netrc.NetrcParseError):
+            logins = netrc.netrc(Path(place).expanduser())
+            if logins.hosts if host is None else logins.authenticators(host):
+                return True
+    return False
 
 
 # ---- what trackers are told ----
@@ -224,9 +197,14 @@ class PassportReporter(TrainerCallback):
             if board.tb_writer is not None:
                 text = json.dumps(passport, indent=2, ensure_ascii=False)
                 board.tb_writer.add_text("run.json", "    " + text.replace("\n", "\n    "))  # Markdown's code
+        values = flat_passport(passport)
         for name in args.report_to:
-            if tell := TOLD.get(name):
-                tell(flat_passport(passport))
+            if name in ("wandb", "trackio"):
+                import_module(name).config.update(values, allow_val_change=True)
+            elif name == "swanlab":
+                import_module(name).config.update(values)
+            elif name == "mlflow":  # an artifact: its parameters are short, and some of these are not
+                import_module(name).log_dict(values, "firefly.json")
 
 
 def flat_passport(passport: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,35 +216,3 @@ def flat_passport(passport: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in mapping(passport.get(section)).items()
     }
     return values | {f"firefly/{name}": passport.get(name) for name in ("firefly_commit", "world_size", "total_steps")}
-
-
-def _tell_wandb(values: dict[str, Any]) -> None:
-    import wandb  # type: ignore[import-not-found]
-
-    wandb.config.update(values, allow_val_change=True)
-
-
-def _tell_swanlab(values: dict[str, Any]) -> None:
-    import swanlab  # type: ignore[import-not-found]
-
-    swanlab.config.update(values)
-
-
-def _tell_trackio(values: dict[str, Any]) -> None:
-    import trackio  # type: ignore[import-not-found]
-
-    trackio.config.update(values, allow_val_change=True)
-
-
-def _tell_mlflow(values: dict[str, Any]) -> None:
-    import mlflow  # type: ignore[import-not-found]
-
-    mlflow.log_dict(values, "firefly.json")  # its parameters are short, and some of these are not
-
-
-TOLD: dict[str, Callable[[dict[str, Any]], None]] = {
-    "wandb": _tell_wandb,
-    "swanlab": _tell_swanlab,
-    "trackio": _tell_trackio,
-    "mlflow": _tell_mlflow,
-}

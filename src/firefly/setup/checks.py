@@ -72,7 +72,7 @@ def on_its_first_day(config: Config, output_dir: Path) -> Config:
     checkpoint = Path(request).expanduser() if isinstance(request, str) else newest_complete(output_dir)
     if checkpoint is None or missing_files(checkpoint):
         return config
-    date = stored_plan(checkpoint).get("prepared", {}).get("date")
+    date = stored_plan(checkpoint)["prepared"].get("date")
     return replace(config, data=replace(config.data, template_date=date)) if date else config
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -310,7 +311,11 @@ class Plan:
 
 
 def make_plan(
-    config_file: str, overrides: Mapping[str, Any], memory: str = "", device: str = "", teraflops: float | None = None
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    memory: str = "",
+    device: str = "",
+    teraflops: float | None = None,
 ) -> Plan:
     """Plan a configuration (or overrides alone).
 
@@ -321,7 +326,7 @@ def make_plan(
     Raises:
         UsageError: the configuration, the data or an option is at fault.
     """
-    given = load_config(config_file or {}, overrides, required=("model_name_or_path",))
+    given = load_config(source or {}, overrides, required=("model_name_or_path",))
     records = RECORDS_OF_TASK[given.task_type]
     config = TASKS[given.task_type].settle(given, BACKENDS["single"])
     machine = describe_machine(memory, device, bool(config.training.get("use_cpu")))

@@ -19,10 +19,9 @@ from firefly.data.encoding import Encoder
 from firefly.distributed.model import TrainableModel
 from firefly.run import Run
 from firefly.runs.memory import peak_memory
-from firefly.runs.metrics import draw_result
 from firefly.runs.overview import show_peak
 from firefly.runs.passport import git_commit, hardware, package_versions, record_memory, write_json
-from firefly.runs.state import RUNNING
+from firefly.runs.records import RUNNING
 from firefly.setup.build import ModelFacts
 
 
@@ -92,7 +91,7 @@ def write_records(run: Run, model: TrainableModel, facts: ModelFacts) -> None:
 
 
 def write_results(run: Run, facts: ModelFacts, results: dict[str, Any]) -> None:
-    """train_results.json, what memory was taken beside what was forecast, and loss.png for the last time.
+    """train_results.json, and what memory was taken beside what was forecast.
 
     A run that found nothing left to train leaves the numbers of the one that trained it.
     """
@@ -102,4 +101,3 @@ def write_results(run: Run, facts: ModelFacts, results: dict[str, Any]) -> None:
         write_json(path, results | memory)
         record_memory(run.folder, memory)
         show_peak(stderr_console(), memory)
-    draw_result(run.folder)

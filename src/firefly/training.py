@@ -10,6 +10,7 @@ from firefly.loop import fit
 from firefly.run import open_run
 from firefly.runs.memory import keep_freed_memory
 from firefly.runs.passport import recorded_end
+from firefly.runs.plots import drawn_at_end
 from firefly.saving import save_result
 from firefly.setup.banner import show_before_training
 from firefly.setup.build import build_model
@@ -30,7 +31,7 @@ def train(config: Config) -> Path:
         show_before_training(run, model, facts)
         write_records(run, model, facts)
         keep_freed_memory(run.device)
-        with recorded_end(run.folder):
+        with recorded_end(run.folder), drawn_at_end(run.folder):
             outcome = fit(run, model)
             save_result(run.folder, model, run.tokenizer, outcome.best)
             write_results(run, facts, outcome.results)
