@@ -90,9 +90,9 @@ def check_data(config_file: str, overrides: Mapping[str, Any]) -> DataCheck:
 
     config = load_config(config_file or {}, overrides, required=("train_file",), to_train=False)
     # Without a configuration the data tells; with one, `firefly train` would not ask it.
-    told = config_file or config.given.get("task_type")
+    given = config_file or config.given.get("task_type")
     task, kind = config.task_type, RECORDS_OF_TASK[config.task_type]
-    if not told:
+    if not given:
         kind = find_kind(config.data, config.model.hub)
         task = next(task for task, wanted in RECORDS_OF_TASK.items() if wanted == kind)
     model = config.model

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from firefly.commands.options import ANY_KEY, ConfigArgument, JsonOption, given_configuration, lasting_imports
+from firefly.commands.options import ANY_KEY, ConfigArgument, JsonOption, given_configuration, imports_without_gc
 from firefly.console import print_json, stdout_console
 from firefly.errors import UsageError, VerificationError
 from firefly.translation import Phrase, translate
@@ -36,7 +36,7 @@ def plan_command(
     source, overrides = given_configuration(context, config)
     if tflops is not None and not tflops > 0:
         raise UsageError("plan.bad_rate", "--tflops {value} is not valid; it must be above 0.", value=tflops)
-    with lasting_imports():
+    with imports_without_gc():
         from firefly.setup.plan import make_plan
     plan = make_plan(source, overrides, memory, device, tflops)
     if as_json:

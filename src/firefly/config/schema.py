@@ -132,7 +132,7 @@ class DataConfig:
     shuffle: bool = key(True)
     """false: the order of the file."""
     tokenize_num_workers: int = key(10, ge=1)
-    """Threads that tokenise, at most as many as there are cores; `RAYON_NUM_THREADS` overrules it."""
+    """Threads that tokenize, at most as many as there are cores; `RAYON_NUM_THREADS` overrules it."""
 
 
 @dataclass(frozen=True, kw_only=True)
