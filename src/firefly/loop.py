@@ -261,7 +261,7 @@ def leave_out(training: Training, computed: ComputedStep, before: RandomState) -
         progress.leave_out()
         notice(
             "loss.skipped",
-            "step {step} is left out: its loss or the norm of its gradients is infinite or not a number. Its rows: "
+            "step {step} is skipped: its loss or the norm of its gradients is infinite or not a number. Its rows: "
             "{rows}.",
             step=step,
             rows=rows,

@@ -148,7 +148,7 @@ def test_skipped_it_changes_no_weight_and_is_counted(
         assert (before == after) == (step in steps)
     said = capfd.readouterr().err
     for step in steps:
-        assert f"step {step} is left out" in said
+        assert f"step {step} is skipped" in said
     results = json.loads((out / "train_results.json").read_text())
     assert results["skipped_steps"] == 2
     assert math.isfinite(results["train_loss"])

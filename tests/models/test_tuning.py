@@ -1,4 +1,4 @@
-"""Which layers are computed again, how large a microbatch is and what is cached, by the memory at hand."""
+"""Which layers are recomputed, how large a microbatch is and what is cached, by the memory at hand."""
 
 from __future__ import annotations
 

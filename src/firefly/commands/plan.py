@@ -29,7 +29,7 @@ def plan_command(
     memory: Annotated[str, typer.Option("--memory", help="Plan for a machine with so much, such as 24GB.")] = "",
     device: Annotated[str, typer.Option("--device", help="cpu or cuda; with --memory alone a GPU is meant.")] = "",
     tflops: Annotated[
-        float | None, typer.Option("--tflops", help="Rate of matrix products of that machine, for the time.")
+        float | None, typer.Option("--tflops", help="Matmul rate of that machine, for the time estimate.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -144,7 +144,7 @@ def show_plan(plan: Plan, console: Console) -> None:
 
 def _time(duration: Duration) -> str:
     if duration.rate is None or duration.step_seconds is None:
-        return translate("time: not estimated for another machine; --tflops N gives the rate of its matrix products.")
+        return translate("time: not estimated for another machine; --tflops N gives its matmul rate.")
     numbers = {
         "flops": f"{duration.flops / 1e9:,.0f}",
         "rate": f"{duration.rate / 1e9:,.0f}",

@@ -401,7 +401,7 @@ class Preparation:
         if behind:
             roles = ", ".join(dict.fromkeys(message.role for message in behind))
             message = Phrase(
-                "behind the last reply {count} message(s) ({roles}) have no answer: they are not trained",
+                "after the last reply {count} message(s) ({roles}) have no answer: they are not trained",
                 count=len(behind),
                 roles=roles,
             )

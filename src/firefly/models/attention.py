@@ -283,14 +283,14 @@ def refuse_other_models(model: PreTrainedModel) -> None:
     if getattr(model.config, "is_decoder", None) is False:
         raise UsageError(
             "model.encoder",
-            "model_type {kind}: an encoder, whose tokens see the tokens behind them, so that a loss on the next "
+            "model_type {kind}: an encoder, whose tokens see later tokens, so that a loss on the next "
             'token would read its own answer. To train it as a decoder, write "is_decoder": true into its '
             "config.json.",
             kind=kind,
         )
     raise UsageError(
         "model.not_causal",
-        "model_type {kind}: its tokens see the tokens behind them, so a loss on the next token would read its own "
+        "model_type {kind}: its tokens see later tokens, so a loss on the next token would read its own "
         "answer. It is no causal language model and is not trained.",
         kind=kind,
     )

@@ -76,7 +76,7 @@ PARTS = {
     "cache": Phrase("cache of 4-bit weights in 16 bit"),
     "reference": Phrase("reference model"),
     "libraries": Phrase("libraries"),
-    "kernels": Phrase("code made for 16-bit products"),
+    "kernels": Phrase("oneDNN primitives"),
     "allocator": Phrase("unused between blocks (allocator)"),
 }
 """The names of a forecast's parts."""

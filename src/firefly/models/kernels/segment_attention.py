@@ -140,7 +140,7 @@ def describe_attention(device: torch.device, dtype: torch.dtype, crossover: int 
     if dtype in (torch.bfloat16, torch.float16) and device_has_kernel(device):
         return "varlen_attn"
     if device.type == "cpu" and dtype == torch.bfloat16:
-        return translate("matrix products up to {tokens} tokens, else sdpa", tokens=crossover)
+        return translate("matmuls up to {tokens} tokens, else sdpa", tokens=crossover)
     return translate("sdpa per segment")
 
 
