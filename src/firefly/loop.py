@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TrainerState
 from transformers.debug_utils import DebugOption, DebugUnderflowOverflow
 from transformers.trainer_utils import SaveStrategy, speed_metrics
@@ -230,7 +231,9 @@ def with_less_memory(
     return steps.smaller(step, model.budget)
 
 
-def look_at(model: TrainableModel, computed: ComputedStep, norm: Any, signal: int) -> tuple[bool, int]:
+def look_at(
+    model: TrainableModel, computed: ComputedStep, norm: Tensor | float | None, signal: int
+) -> tuple[bool, int]:
     """Check loss and gradient norm once per step on all ranks; returns (finite, signal received by any rank).
 
     All kernels of the step are queued by now: this is its only host sync.
@@ -350,7 +353,7 @@ def stop_asked(training: Training, signal: int) -> None:
 # ---- what observers ask for ----
 
 
-def log_and_evaluate(training: Training, norm: Any, rate: float) -> None:
+def log_and_evaluate(training: Training, norm: Tensor | float | None, rate: float) -> None:
     """Log the steps since the last log, and evaluate, if the control flags ask for it."""
     progress, model, args = training.progress, training.model, training.run.args
     state, control = progress.state, progress.control

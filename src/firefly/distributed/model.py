@@ -223,7 +223,7 @@ class TrainableModel:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_type)
 
-    def clip_gradients(self, max_norm: float) -> Any:
+    def clip_gradients(self, max_norm: float) -> Tensor | float | None:
         """Scale the gradients down to `max_norm` (0: only measure them); their norm before, a scalar on the device.
 
         None where no gradient is left to measure. DeepSpeed's has been applied already.
@@ -410,7 +410,7 @@ def untied(state: Any, module: Any) -> dict[str, Any]:
     return kept
 
 
-def read_shards(module: Any, unread: Mapping[str, Unread]) -> None:
+def read_shards(module: torch.nn.Module, unread: Mapping[str, Unread]) -> None:
     """Read this rank's rows of what has not been read into a model that FSDP2 has sharded."""
     parameters = dict(module.named_parameters())
     for name, weight in unread.items():

@@ -37,6 +37,7 @@ from firefly.data.batching import (
 from firefly.data.dataset import Split
 from firefly.distributed.backends import Backend
 from firefly.distributed.model import TrainableModel
+from firefly.models.causal_lm import CausalLM
 from firefly.models.kernels.matmul import casts_kept
 from firefly.models.precision import Precision
 from firefly.models.router import count_choices, recorded_logits, router_loss
@@ -78,7 +79,7 @@ class OutOfMemory:
 class Forward:
     """Calls a prepared model on packed rows and, in training, records router logits for the router loss."""
 
-    def __init__(self, model: TrainableModel, module: Any = None) -> None:
+    def __init__(self, model: TrainableModel, module: CausalLM | None = None) -> None:
         """module: called instead of the model's own, such as a reference model."""
         self.model = model
         self.module = model.wrapped if module is None else module
@@ -152,7 +153,7 @@ class Task(ABC):
         """The settings of this objective that change its loss: a run resumes only with the same values."""
         return {}
 
-    def attach(self, module: Any, precision: Precision) -> None:
+    def attach(self, module: torch.nn.Module, precision: Precision) -> None:
         """Prepare the model before the first step: keep a reference, switch dropout off."""
         return
 
@@ -342,7 +343,7 @@ def disable_dropout(model: torch.nn.Module) -> None:
 
 
 @contextmanager
-def resting(module: Any) -> Iterator[None]:
+def resting(module: CausalLM) -> Iterator[None]:
     """A module in eval mode within the block: no dropout and no activation checkpointing."""
     was_training = module.training
     module.eval()

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -33,7 +33,7 @@ from firefly.translation import translate
 class Reference(Protocol):
     """Provides the reference model for a forward pass without gradients."""
 
-    def activate(self, model: Any) -> Any:
+    def activate(self, model: Any) -> AbstractContextManager[Any]:
         """A context manager around the model to call."""
         ...
 
@@ -62,7 +62,7 @@ class FrozenAdapter:
         self.frozen = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     @contextmanager
-    def activate(self, model: nn.Module) -> Iterator[nn.Module]:
+    def activate(self, model: Any) -> Iterator[Any]:
         parameters = [(p, self.frozen[name]) for name, p in model.named_parameters() if name in self.frozen]
         trained = [p.data for p, _ in parameters]
         for p, frozen in parameters:
@@ -150,7 +150,7 @@ class ReferenceTask(Task):
     def asks_reference(cls, config: Config) -> bool:
         return cls.needs_reference(config) and not cls.asks_beforehand(config)
 
-    def attach(self, module: Any, precision: Precision) -> None:
+    def attach(self, module: nn.Module, precision: Precision) -> None:
         """Make the current model the reference, and switch its dropout off."""
         disable_dropout(module)
         adapter, first = self.config.adapter, self.asks_beforehand(self.config)

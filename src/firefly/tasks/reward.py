@@ -71,7 +71,7 @@ class RewardTask(Task):
     def settle(cls, config: Config, backend: Backend) -> Config:
         return without_dropout(config)
 
-    def attach(self, module: Any, precision: Precision) -> None:
+    def attach(self, module: torch.nn.Module, precision: Precision) -> None:
         disable_dropout(module)
 
     def identity(self) -> dict[str, Any]:
