@@ -1,6 +1,6 @@
 """One training step of a tiny model, by Firefly and by plain transformers and peft, and how far they are apart.
 
-Firefly's side goes the way of a run: `load_model`, `known_layout`, `attach_adapter`, `install_training_forwards`, the
+Firefly's side goes the way of a run: `load_model`, `cached_layout`, `attach_adapter`, `install_training_forwards`, the
 measurement of what a pass keeps, and a step of SFT in several packed microbatches. The plain side computes
 each example alone through an untouched model, with the textbook's loss: the sum of the targets' negative
 log-probabilities over their number, and the router loss of transformers where the architecture has one.
@@ -32,8 +32,8 @@ from firefly.models.forwards import install_training_forwards
 from firefly.models.kernels.segment_attention import GEMM_LONGEST
 from firefly.models.loading import load_model
 from firefly.models.precision import Precision
-from firefly.models.probe_cache import known_activations, known_layout
-from firefly.models.router import SAMPLING_ROUTERS, quiet_routers
+from firefly.models.probe_cache import cached_activations, cached_layout
+from firefly.models.router import SAMPLING_ROUTERS, disable_router_noise
 from firefly.models.tuning import Choices
 from firefly.setup.arguments import training_arguments
 from firefly.tasks import TASKS
@@ -104,9 +104,9 @@ class Ours:
         config = ModelConfig(name_or_path=str(folder), add_tokens=None)
         self.config = Config(task_type="sft", model=config)
         model = load_model(config, mode, precision, CPU)
-        self.layout, self.reason = known_layout(model)
+        self.layout, self.reason = cached_layout(model)
         self.model = attach_adapter(model, AdapterConfig(mode=mode, rank=4, alpha=8, dropout=0.0))
-        quiet_routers(self.model)
+        disable_router_noise(self.model)
         if mode == "lora":
             randomise(self.model)
         self.head = install_training_forwards(self.model)
@@ -114,7 +114,7 @@ class Ours:
         by_products = GEMM_LONGEST if compute != torch.float32 else 0  # a run measures; our own kernel is tested here
         use_crossover(self.inner, by_products)
         autocast = compute if mode == "full" and compute != torch.float32 else None
-        known_activations(self.inner, self.layout, autocast, max(LENGTHS))
+        cached_activations(self.inner, self.layout, autocast, max(LENGTHS))
         self.choices = Choices(TOKENS_PER_MICROBATCH, attention_by_products=by_products)
 
     def step(self, rows: list[Tokens]) -> Outcome:
@@ -141,7 +141,7 @@ class Ours:
         loss, forward = float(computed.loss), Forward(model)
         logps: dict[int, Tensor] = {}
         with torch.no_grad():
-            for batch, numbers in zip(step.microbatches, step.rows, strict=True):
+            for batch, numbers in zip(step.microbatches, step.example_ids, strict=True):
                 parts = [forward(row, per_token=True)["logps"] for row in task.rows_of(batch, model.solo)]
                 counts = [rows[number].num_targets for number in numbers]
                 logps |= dict(zip(numbers, torch.cat(parts).double().split(counts), strict=True))

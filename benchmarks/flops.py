@@ -70,5 +70,5 @@ def necessary_flops(shape: Shape, tokens: Tokens, *, task: str, mode: str, rank:
         tokens=tokens.computed,
         targets=tokens.targets,
         reference=task == "dpo",
-        again=float(checkpointing),
+        recomputed=float(checkpointing),
     )

@@ -1,6 +1,6 @@
-r"""The GPU cases on one card, without a network: Firefly beside TRL, TRL with Liger, Unsloth and plain transformers.
+r"""The GPU cases on one GPU, without a network: Firefly beside TRL, TRL with Liger, Unsloth and plain transformers.
 
-    sh benchmarks/gpu.sh                                              # on a machine with an NVIDIA card
+    sh benchmarks/gpu.sh                                              # on a machine with an NVIDIA GPU
     python benchmarks/gpu.py --shapes tiny --device cpu --minutes 30  # the same lines without one
 
 Every run is a fresh process on made-up weights of real shapes. Peers that are not installed are skipped by name, and so
@@ -24,13 +24,13 @@ from job import Job
 from processes import Result, Side, SideFailed, SideStopped, Tuning
 from reporting import new_report, parse_assignments, saver
 from rounds import Clock, Comparison, Runs, make_side, print_summary, share_of_limit, summarise
-from table import card_table
+from table import gpu_table
 from token_dump import write_lines
 from transformers import AutoConfig
 
 HERE = Path(__file__).resolve().parent
 ENOUGH_ROUNDS, ENOUGH_SECONDS = 1, 5.0
-"""Limits of what may be quoted from a card, which is quieter than a shared CPU and costs more by the minute."""
+"""Limits of what may be quoted from a GPU, which is quieter than a shared CPU and costs more by the minute."""
 TINY_ROWS = 4
 
 
@@ -45,7 +45,7 @@ def main() -> int:
         report = run_case(GPU_CASES[name], arguments, Clock(share, needed=arguments.seconds_per_run))
         reports[name] = report
         passed += [gate["passed"] for gate in report.get("gates", {}).values()] + ["failed" not in report]
-    print("\n" + card_table(reports))
+    print("\n" + gpu_table(reports))
     return 0 if all(passed) else 3
 
 
@@ -134,7 +134,7 @@ def make_job(gpu_case: GpuCase, case: Any, arguments: argparse.Namespace, folder
     write_model(gpu_case.shape, folder / "model", arguments.shapes == "tiny")
     write_lines(folder / "dump.jsonl", made_up_rows(case, gpu_case.lengths))
     training, firefly = dict(case.training), dict(gpu_case.firefly)
-    if arguments.device == "cpu":  # paged optimizers are for cards alone
+    if arguments.device == "cpu":  # paged optimizers are for GPUs alone
         training["optim"] = "adamw_torch"
         firefly.pop("optim", None)
     return Job(
@@ -159,7 +159,7 @@ def make_job(gpu_case: GpuCase, case: Any, arguments: argparse.Namespace, folder
 def peer_tunings(
     gpu_case: GpuCase, engines: list[str], examples_per_step: int, device: str
 ) -> Mapping[str, list[Tuning]]:
-    """Each engine's tunings, the one to begin with first; the rest are for cards with less memory."""
+    """Each engine's tunings, the one to begin with first; the rest are for GPUs with less memory."""
     found: dict[str, list[Tuning]] = {"firefly": [Tuning(name="firefly")]}
     for name in engines:
         if name != "firefly":
@@ -170,7 +170,7 @@ def peer_tunings(
 
 
 def matmul_rate(job_file: Path, arguments: argparse.Namespace, tiny: bool) -> Result:
-    """The card's own rate of bf16 matrix products of the model's shapes."""
+    """The GPU's own rate of bf16 matrix products of the model's shapes."""
     dtype, rows, seconds = ("float32", "64", "0.2") if tiny else ("bfloat16", "16384", "2")
     side = Side(
         name="matrix products",

@@ -1,6 +1,6 @@
 """The GPU cases: models of real shapes with made-up weights, rows of the lengths that such runs have.
 
-`--shapes tiny` shrinks every model and row, to exercise each line without a card.
+`--shapes tiny` shrinks every model and row, to exercise each line without a GPU.
 """
 
 import json
@@ -67,7 +67,7 @@ LOOSE = Thresholds(first_loss=5e-3, gradient_norm=5e-2, gradient_norm_16_bit=5e-
 
 @dataclass(frozen=True, kw_only=True)
 class GpuCase:
-    """A case on one card, and what the peers are run with: the first tuning that fits into its memory."""
+    """A case on one GPU, and what the peers are run with: the first tuning that fits into its memory."""
 
     case: Case
     shape: str

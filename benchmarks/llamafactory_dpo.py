@@ -1,7 +1,7 @@
 """LLaMA-Factory's side of DPO: train on a dump with its `CustomDPOTrainer`, print one JSON line.
 
 Its configuration cannot name a file of token ids, so this does what its `run_dpo` does, with a data set of the shape
-its `PairwiseDatasetProcessor` makes in place of the loading and tokenising.
+its `PairwiseDatasetProcessor` makes in place of the loading and tokenizing.
 """
 
 import tempfile

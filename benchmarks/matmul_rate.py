@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def device_of(device: str) -> dict[str, Any]:
-    """What a reader needs to know of the card; a CPU is described elsewhere."""
+    """What a reader needs to know of the GPU; a CPU is described elsewhere."""
     if device != "cuda":
         return {"name": device}
     properties = torch.cuda.get_device_properties(0)
@@ -60,7 +60,7 @@ def measure(
 
 
 def fastest(work: Any, device: str, seconds: float) -> float:
-    """Seconds of the fastest of some calls; on a card each timing holds several, as launches overlap."""
+    """Seconds of the fastest of some calls; on a GPU each timing holds several, as launches overlap."""
     calls = 10 if device == "cuda" else 1
     best, end = float("inf"), time.perf_counter() + seconds
     work()
@@ -75,7 +75,7 @@ def fastest(work: Any, device: str, seconds: float) -> float:
 
 
 def synchronize(device: str) -> None:
-    """Wait for the card, if there is one."""
+    """Wait for the GPU, if there is one."""
     if device == "cuda":
         torch.cuda.synchronize()
 

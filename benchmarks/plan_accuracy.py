@@ -123,7 +123,7 @@ def on_longest_rows(keys: dict[str, Any], steps: int, place: Path) -> dict[str, 
 
 
 def record(example: Any) -> dict[str, Any]:
-    """An example in the record shapes for what is tokenised already."""
+    """An example in the record shapes for what is tokenized already."""
     if not isinstance(example, TokenPair):
         return {"input_ids": example.input_ids.tolist(), "labels": example.labels.tolist()}
     prompt, middle = example.prompt, example.prompt + example.chosen

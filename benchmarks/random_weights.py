@@ -1,7 +1,7 @@
 """Models of real shapes without their weights: a configuration is enough, the numbers are made up while loading.
 
 Every weight is a view of one random buffer in main memory, so that a 14B model needs neither 28 GB on the disk nor in
-memory: transformers moves each view to the device, and quantises it there, as it does with weights from a file. Equal
+memory: transformers moves each view to the device, and quantizes it there, as it does with weights from a file. Equal
 numbers in equal places cost a matrix product as much as different ones.
 """
 

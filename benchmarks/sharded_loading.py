@@ -108,7 +108,7 @@ def measure(tree: Path, scratch: Path, backend: str, mode: str, ranks: int) -> d
     } | BACKENDS[backend]
     (folder / "config.json").write_text(json.dumps(config))
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
-    told = environment(1) | {
+    variables = environment(1) | {
         "PYTHONPATH": str(tree / "src"),
         "FIREFLY_CACHE": f"{folder}/cache",
         "DS_ACCELERATOR": "cpu",
@@ -116,7 +116,7 @@ def measure(tree: Path, scratch: Path, backend: str, mode: str, ranks: int) -> d
     started = 0.0
     peak, largest, last = 0, 0, [0] * ranks
     with (folder / "log.txt").open("w") as log:
-        launched = subprocess.Popen([*command, __file__, "--build", folder], env=told, stdout=log, stderr=log)
+        launched = subprocess.Popen([*command, __file__, "--build", folder], env=variables, stdout=log, stderr=log)
         try:
             while len(list(folder.glob("built-*"))) < ranks:
                 if launched.poll() is not None:

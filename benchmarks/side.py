@@ -1,4 +1,4 @@
-"""What the peers' sides share; runs inside a peer's virtual environment, on the CPU or one CUDA card."""
+"""What the peers' sides share; runs inside a peer's virtual environment, on the CPU or one CUDA GPU."""
 
 import argparse
 import time
@@ -27,7 +27,7 @@ PRECISIONS = {
 
 
 def memory_now(device: str) -> int:
-    """Bytes that this process has taken: resident memory, or what is allocated on the card."""
+    """Bytes that this process has taken: resident memory, or what is allocated on the GPU."""
     return torch.cuda.memory_allocated() if device == "cuda" else current_rss()
 
 

@@ -66,9 +66,9 @@ def main() -> None:
 def in_a_process(tree: Path, scratch: str, mode: str) -> dict[str, float]:
     """`measure` with a tree's code, in a fresh process of one thread with an empty cache."""
     folder = tempfile.mkdtemp(dir=scratch)
-    told = environment(1) | {"PYTHONPATH": str(tree / "src"), "FIREFLY_CACHE": f"{folder}/cache"}
+    variables = environment(1) | {"PYTHONPATH": str(tree / "src"), "FIREFLY_CACHE": f"{folder}/cache"}
     command = [sys.executable, __file__, "--against", "", "--measure", folder, mode]
-    done = subprocess.run(command, env=os.environ | told, check=True, capture_output=True)
+    done = subprocess.run(command, env=os.environ | variables, check=True, capture_output=True)
     return json.loads(done.stdout.decode().splitlines()[-1])
 
 

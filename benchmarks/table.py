@@ -73,8 +73,8 @@ def render(folder: Path) -> str:
         parts.append(f"Not measured yet: {', '.join(missing)}.")
     if (startup := folder / "startup.json").is_file():
         parts.append(start(read(startup)))
-    if cards := {path.stem: read(path) for path in sorted(folder.glob("gpu_*.json"))}:
-        parts += [card_table(cards), *(card(name, report) for name, report in cards.items())]
+    if on_gpu := {path.stem: read(path) for path in sorted(folder.glob("gpu_*.json"))}:
+        parts += [gpu_table(on_gpu), *(gpu_line(name, report) for name, report in on_gpu.items())]
     return "\n\n".join(parts)
 
 
@@ -140,8 +140,8 @@ def start(report: Mapping[str, Any]) -> str:
     )
 
 
-def card_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
-    """The cases on a card: one line for each case and engine."""
+def gpu_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """The cases on a GPU: one line for each case and engine."""
     lines = [
         "| case | engine | tokens/s | peak memory | of the limit | Firefly's speed over it |",
         "|---|---|---|---|---|---|",
@@ -161,8 +161,8 @@ def card_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def card(case: str, report: Mapping[str, Any]) -> str:
-    """Which card, how fast it multiplies, with which torch, when."""
+def gpu_line(case: str, report: Mapping[str, Any]) -> str:
+    """Which GPU, how fast it multiplies, with which torch, when."""
     device, versions = report["matmul_rate"]["device"], report["runs"][0]["versions"]
     return (
         f"{case}: {device['name']}, {report['matmul_rate']['flops_per_second'] / 1e12:.0f} TFLOP/s in products of the "

@@ -1,6 +1,6 @@
 """The one set of token ids and labels that every side of a case trains on.
 
-Made once and written to disk, so a difference in tokenisation, templates or truncation cannot pass for a difference in
+Made once and written to disk, so a difference in tokenization, templates or truncation cannot pass for a difference in
 speed or in loss.
 """
 
@@ -70,7 +70,7 @@ def messages_of(record: dict[str, Any]) -> Messages:
 def encode_messages(tokenizer: Any, messages: Messages) -> dict[str, list[int]]:
     """Render a conversation and label every answer with its stop token.
 
-    The whole text is tokenised once, so ids are those of the official rendering; labels come from character
+    The whole text is tokenized once, so ids are those of the official rendering; labels come from character
     positions. What the template writes after a stop token (often a newline) stays, untrained.
     """
     text = tokenizer.apply_chat_template(messages, tokenize=False)

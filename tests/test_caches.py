@@ -14,7 +14,7 @@ from firefly.cli import main
 from firefly.errors import UsageError
 from firefly.files import make_cache
 from firefly.models.loading import embedded_model
-from firefly.models.probe_cache import known_activations, known_layout
+from firefly.models.probe_cache import cached_activations, cached_layout
 from firefly.tasks.reference import store
 from tiny import save_tiny_model, tiny_model, write_rows
 
@@ -51,8 +51,8 @@ def test_no_command_ends_in_a_traceback_for_its_cache(
     ("name", "use"),
     [
         ("models", embedded_model),
-        ("probes", lambda: known_layout(tiny_model("llama"))),
-        ("probes", lambda: known_activations(tiny_model("llama"), "segments", None, 8)),
+        ("probes", lambda: cached_layout(tiny_model("llama"))),
+        ("probes", lambda: cached_activations(tiny_model("llama"), "segments", None, 8)),
         ("reference", lambda: store("key", torch.zeros(2, 2))),
     ],
 )

@@ -255,7 +255,7 @@ def cells() -> Iterator[Any]:
 def test_two_steps(name: str, task: str, mode: str, run: Callable[..., Path], saved: Callable[[str], Path]) -> None:
     out = attempt(run, name, task, mode)
     if isinstance(out, UsageError):
-        # A mixture whose experts cannot be quantised would not fit where its user expects it to: said, with its size.
+        # A mixture whose experts cannot be quantized would not fit where its user expects it to: said, with its size.
         assert (name, mode) == ("mixtral", "qlora"), out
         assert re.search(r"\d[\d.,]* ?([KMGT]i?B|bytes)", str(out))
         return

@@ -24,8 +24,8 @@ from firefly.config import (
     parse_overrides,
     read_config_file,
 )
-from firefly.config.arguments import training_fields
 from firefly.config.checking import run_file
+from firefly.config.training_arguments import training_fields
 from firefly.console import take_notices
 from firefly.errors import UsageError
 

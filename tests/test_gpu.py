@@ -1,4 +1,4 @@
-"""On a CUDA card (`make test-gpu`): kernels against their definitions, runs against the same runs on the CPU."""
+"""On a CUDA GPU (`make test-gpu`): kernels against their definitions, runs against the same runs on the CPU."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from trials import make_trial
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA card here"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here"),
 ]
-CARD = torch.device("cuda", 0)
+GPU = torch.device("cuda", 0)
 Run = Callable[..., list[float]]
 
 
@@ -39,15 +39,15 @@ Run = Callable[..., list[float]]
 
 @pytest.mark.parametrize("window", [None, 1, 40, 300])
 @pytest.mark.parametrize(("heads", "key_heads", "width"), [(4, 4, 64), (4, 2, 128), (3, 1, 8), (2, 1, 256)])
-def test_attention_on_the_card_is_a_masked_softmax(heads: int, key_heads: int, width: int, window: int | None) -> None:
+def test_attention_on_the_gpu_is_a_masked_softmax(heads: int, key_heads: int, width: int, window: int | None) -> None:
     inputs = random_heads(heads, key_heads, SEGMENTS[-1].end, width, torch.bfloat16)
     scale = width**-0.5
     expected = naive(*inputs, SEGMENTS, scale, window)
     weights = torch.linspace(-1, 1, expected.numel(), dtype=expected.dtype).view(expected.shape)
     wanted = [expected, *torch.autograd.grad((expected * weights).sum(), inputs)]
-    moved = [x.detach().transpose(0, 1).to(CARD).transpose(0, 1).requires_grad_() for x in inputs]
+    moved = [x.detach().transpose(0, 1).to(GPU).transpose(0, 1).requires_grad_() for x in inputs]
     out = attend(*moved, SEGMENTS, scale, window)
-    found = [out, *torch.autograd.grad((out * weights.to(CARD)).sum(), moved)]
+    found = [out, *torch.autograd.grad((out * weights.to(GPU)).sum(), moved)]
     for name, one, other in zip(("output", "query", "key", "value"), found, wanted, strict=True):
         # A window of one token leaves the scores of its only key without a gradient.
         size = max(other.double().norm(), 1e-2 * wanted[3].double().norm())
@@ -55,17 +55,17 @@ def test_attention_on_the_card_is_a_masked_softmax(heads: int, key_heads: int, w
         assert distance < 1e-2, f"{name}: {distance}"
 
 
-def test_the_card_s_own_kernels_are_the_ones_taken() -> None:
+def test_the_gpu_s_own_kernels_are_the_ones_taken() -> None:
     take_notices()
-    assert describe_attention(CARD, torch.bfloat16) == "varlen_attn"
+    assert describe_attention(GPU, torch.bfloat16) == "varlen_attn"
     if importlib.util.find_spec("liger_kernel") is None:
         pytest.skip("liger-kernel is not installed")
-    assert implementation(CARD) == "liger", take_notices()
+    assert implementation(GPU) == "liger", take_notices()
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("name", ["llama_tied", "qwen2_window", "gemma2", "gemma3", "phi3", "gpt_neox", "mixtral"])
-def test_a_step_on_the_card_is_the_step_of_the_cpu(name: str, mode: str, tmp_path: Path) -> None:
+def test_a_step_on_the_gpu_is_the_step_of_the_cpu(name: str, mode: str, tmp_path: Path) -> None:
     model, layout, _ = prepared(name, mode)
     expected = make_trial(model, tmp_path, test_steps.EIGHT, 64, layout, mode).one_step()
     model.zero_grad()
@@ -80,7 +80,7 @@ def test_gathered_keys_get_the_gradients_of_every_segment_that_saw_them(heads: i
     segments = (Segment(0, 40), Segment(40, 70, 0, 40), Segment(70, 99, 0, 31), Segment(99, 130), Segment(130, 140))
     inputs = random_heads(heads, key_heads, 140, width, torch.bfloat16)
     expected = torch.autograd.grad(naive(*inputs, segments, 0.1).sum(), inputs)
-    moved = [x.detach().to(CARD).requires_grad_() for x in inputs]
+    moved = [x.detach().to(GPU).requires_grad_() for x in inputs]
     found = torch.autograd.grad(attend(*moved, segments, 0.1).float().sum(), moved)
     for one, other in zip(found, expected, strict=True):
         assert (one.cpu().double() - other.double()).norm() < 2e-2 * other.double().norm() + 1e-2
@@ -103,14 +103,14 @@ def test_layers_computed_again_leave_the_gradients_as_they_are(layers: int, offl
 
 @pytest.fixture
 def unforgiving() -> Iterator[Callable[[], None]]:
-    """A function after whose call anything that waits for the card fails."""
+    """A function after whose call anything that waits for the GPU fails."""
     yield lambda: torch.cuda.set_sync_debug_mode("error")
     torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2_window"])
-def test_an_sft_step_never_waits_for_the_card(name: str, mode: str, tmp_path: Path, unforgiving: Any) -> None:
+def test_an_sft_step_never_waits_for_the_gpu(name: str, mode: str, tmp_path: Path, unforgiving: Any) -> None:
     model, layout, _ = prepared(name, mode)
     pinned = {"use_cpu": False, "dataloader_pin_memory": True}
     trial = make_trial(model, tmp_path, test_steps.EIGHT, 64, layout, mode, **pinned)
@@ -143,7 +143,7 @@ def test_a_step_that_really_runs_out_of_memory_is_finished_in_smaller_pieces(tmp
     assert_same(found, expected[1], 1e-4)
 
 
-def test_a_preference_step_never_waits_for_the_card(tmp_path: Path, unforgiving: Any) -> None:
+def test_a_preference_step_never_waits_for_the_gpu(tmp_path: Path, unforgiving: Any) -> None:
     model, layout, _ = prepared("llama", "lora")
     trial = test_preference.make_pairs_trial(model, tmp_path, layout=layout, use_cpu=False)
     step = trial.step()
@@ -159,7 +159,7 @@ def test_a_preference_step_never_waits_for_the_card(tmp_path: Path, unforgiving:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
-    # Wide enough for a 4-bit weight's blocks and for heads that the card's attention takes.
+    # Wide enough for a 4-bit weight's blocks and for heads that the GPU's attention takes.
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     save_tiny_model(folder / "model", "qwen2", **shape)
     write_rows(folder / "sft.jsonl", 40)
@@ -205,7 +205,7 @@ def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 @pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("task", ["sft", "dpo", "pretrain"])
-def test_a_run_on_the_card_has_the_losses_of_the_cpu(task: str, mode: str, run: Run, tmp_path: Path) -> None:
+def test_a_run_on_the_gpu_has_the_losses_of_the_cpu(task: str, mode: str, run: Run, tmp_path: Path) -> None:
     expected = run("cpu", task, train_mode=mode, use_cpu=True, bf16=False)
     assert len(expected) >= 4
     exact = run("exact", task, train_mode=mode, bf16=False)
@@ -220,7 +220,7 @@ def test_a_run_on_the_card_has_the_losses_of_the_cpu(task: str, mode: str, run: 
 @pytest.mark.parametrize(
     "optimizer", ["paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit", "adamw_torch_fused", "adafactor"]
 )
-def test_an_optimizer_of_the_card_trains(optimizer: str, run: Run) -> None:
+def test_an_optimizer_of_the_gpu_trains(optimizer: str, run: Run) -> None:
     losses = run(optim=optimizer, learning_rate=5e-3, num_train_epochs=3)
     assert losses[-1] < losses[0]
 
@@ -252,7 +252,7 @@ def test_a_run_goes_on_where_it_stopped(run: Run, tmp_path: Path) -> None:
     assert again == pytest.approx(whole, rel=1e-3)
 
 
-def test_a_machine_with_a_card_trains_on_its_cpu_if_told_to(run: Run, tmp_path: Path) -> None:
+def test_a_machine_with_a_gpu_trains_on_its_cpu_if_told_to(run: Run, tmp_path: Path) -> None:
     for use_cpu in (True, False):
         run(str(use_cpu), max_steps=1, use_cpu=use_cpu, bf16=False)
         device = json.loads((tmp_path / str(use_cpu) / "run.json").read_text())["hardware"]["device"]
@@ -260,7 +260,7 @@ def test_a_machine_with_a_card_trains_on_its_cpu_if_told_to(run: Run, tmp_path: 
 
 
 @pytest.mark.parametrize("pinned", [True, False, None])
-def test_what_goes_to_the_card_is_pinned_unless_it_is_switched_off(
+def test_what_goes_to_the_gpu_is_pinned_unless_it_is_switched_off(
     pinned: bool | None, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[bool] = []
@@ -280,8 +280,8 @@ def test_what_is_compiled_trains_the_same(run: Run) -> None:
     assert run("compiled", torch_compile=True) == pytest.approx(run("eager"), rel=2e-2)
 
 
-def test_sdpa_on_the_card_serves_what_the_kernel_does_not() -> None:
-    inputs = [x.detach().to(CARD) for x in random_heads(4, 2, SEGMENTS[-1].end, 64)]
+def test_sdpa_on_the_gpu_serves_what_the_kernel_does_not() -> None:
+    inputs = [x.detach().to(GPU) for x in random_heads(4, 2, SEGMENTS[-1].end, 64)]
     found = segment_attention.attend(*inputs, SEGMENTS, 0.125)
     torch.testing.assert_close(
         found.cpu().double(), naive(*(x.cpu() for x in inputs), SEGMENTS, 0.125), rtol=0, atol=1e-4

@@ -23,7 +23,7 @@ from firefly import hub
 from firefly.cli import main
 from firefly.config import ModelConfig
 from firefly.console import take_notices
-from firefly.data.readers.places import find_files
+from firefly.data.readers.data_files import find_files
 from firefly.errors import UsageError
 from firefly.models.loading import load_tokenizer, pretrained, resolve_model
 from tiny import save_tiny_model, write_rows

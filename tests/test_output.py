@@ -90,8 +90,8 @@ def test_notes_are_kept_back_and_anything_else_passes(caplog: pytest.LogCaptureF
     for name, note in LIBRARIES_NOTES.items():
         logging.getLogger(name).warning(f"{note.beginnings[0]} such")
     logging.getLogger("DeepSpeed").warning("a gradient overflowed")
-    logging.getLogger("transformers.modeling_utils").warning("weights were not initialised")
-    assert caplog.messages == ["a gradient overflowed", "weights were not initialised"]
+    logging.getLogger("transformers.modeling_utils").warning("weights were not initialized")
+    assert caplog.messages == ["a gradient overflowed", "weights were not initialized"]
 
 
 def test_warnings_for_developers_are_kept_back_and_any_other_passes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -381,7 +381,7 @@ def test_a_fault_of_the_users_is_said_once(place: Path, tmp_path: Path) -> None:
 
 
 def test_uneven_rows_give_every_rank_as_many_microbatches() -> None:
-    from firefly.data.batching import deal, plan_microbatches
+    from firefly.data.batching import assign, plan_microbatches
 
     generator = np.random.default_rng(0)
     for _ in range(200):
@@ -389,11 +389,11 @@ def test_uneven_rows_give_every_rank_as_many_microbatches() -> None:
         lengths = generator.integers(1, 400, generator.integers(1, 40)).tolist()
         budget = int(generator.integers(1, 1000))
         groups = plan_microbatches(lengths, budget, ranks)
-        hands = deal(groups, lengths, ranks)
-        assert {len(hand) for hand in hands} == {len(groups) // ranks}
-        assert sorted(i for hand in hands for group in hand for i in group) == list(range(len(lengths)))
-        for hand in hands:
-            for group in hand:
+        assigned = assign(groups, lengths, ranks)
+        assert {len(mine) for mine in assigned} == {len(groups) // ranks}
+        assert sorted(i for mine in assigned for group in mine for i in group) == list(range(len(lengths)))
+        for mine in assigned:
+            for group in mine:
                 assert len(group) <= 1 or sum(lengths[i] for i in group) <= budget
 
 

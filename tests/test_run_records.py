@@ -19,7 +19,7 @@ from firefly.cli import main
 from firefly.commands.runs import compare_runs
 from firefly.config import load_config
 from firefly.errors import UsageError
-from firefly.runs.records import SILENCE_SECONDS, open_run, read_metrics, series
+from firefly.runs.records import SILENCE_SECONDS, read_metrics, read_run, series
 from firefly.tasks.causal import TokenTask
 from firefly.training import train
 from run_folders import age
@@ -66,7 +66,7 @@ def passport_of(folder: Path) -> dict[str, Any]:
 
 
 def test_a_finished_run_says_all_that_a_list_of_runs_needs(run, settings):
-    record = open_run(run(eval_file=settings["train_file"]))
+    record = read_run(run(eval_file=settings["train_file"]))
     assert (record.state, record.steps, record.total_steps, record.error) == ("finished", STEPS, STEPS, {})
     assert record.passport["world_size"] == 1
     assert record.passport["resumed_from"] is None
@@ -100,12 +100,12 @@ def test_a_run_that_does_not_end_well_says_how(run, tmp_path, monkeypatch, error
     monkeypatch.setattr(TokenTask, "microbatch_loss", fail)
     with pytest.raises(type(error)):
         run()
-    record = open_run(tmp_path / "out")
+    record = read_run(tmp_path / "out")
     assert (record.state, record.error.get("code"), record.steps) == (state, code, 0)
 
 
 def test_a_run_of_the_same_seed_is_the_same_run_and_one_of_another_is_told_from_it(run):
-    first, again, other = (open_run(run(name, seed=seed)) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    first, again, other = (read_run(run(name, seed=seed)) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
     assert not any(compare_runs(first, again).values())
     assert series(first.metrics, "loss") == series(again.metrics, "loss")
     assert {part: list(pairs) for part, pairs in compare_runs(first, other).items() if pairs} == {"settings": ["seed"]}
@@ -168,12 +168,12 @@ def test_a_killed_run_is_seen_running_and_then_interrupted(settings, tmp_path):
     until = time.time() + 120
     while len(read_metrics(out / "metrics.jsonl")) < 3 and process.poll() is None and time.time() < until:
         time.sleep(0.1)
-    running = open_run(out)
+    running = read_run(out)
     assert (running.state, running.total_steps) == ("running", 100_000)
     process.send_signal(signal.SIGKILL)
     _, lines = process.communicate()
     age(out, SILENCE_SECONDS)
-    killed = open_run(out)
+    killed = read_run(out)
     assert killed.state == "interrupted"
     assert killed.steps >= 6
     assert b"\r" not in lines  # no bar where there is no terminal

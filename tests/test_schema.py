@@ -13,8 +13,8 @@ from jsonschema import Draft202012Validator
 
 from firefly.cli import main
 from firefly.config import legacy, load_config, own_fields
-from firefly.config.arguments import training_fields
 from firefly.config.json_schema import json_schema
+from firefly.config.training_arguments import training_fields
 from firefly.console import take_notices
 from firefly.errors import UsageError
 

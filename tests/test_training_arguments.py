@@ -35,7 +35,7 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
 from firefly.config import load_config
-from firefly.config.arguments import FIELDS, asks_for_something
+from firefly.config.training_arguments import FIELDS, asks_for_something
 from firefly.console import take_notices
 from firefly.errors import UsageError
 from firefly.runs.metrics import read_metrics
@@ -901,7 +901,7 @@ def loaders(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_the_data_loader_is_given_its_settings(run: Run, loaders: list[Any]) -> None:
-    """(What is pinned for a card, a test on cards looks at.)"""
+    """(What is pinned for a GPU, a test on GPUs looks at.)"""
     plain = run("plain")
     assert {(loader.num_workers, loader.pin_memory) for loader in loaders} == {(0, False)}
     loaders.clear()

@@ -51,7 +51,7 @@ def notice(code: str, text: str, /, **values: object) -> None:
     _notices.append((code, phrase))
     if not ranks.is_first():
         return
-    with suppress(OSError):  # a log file on a full disk: what is said there must not end a run
+    with suppress(OSError):  # a log file on a full disk must not end a run
         print(f"{translate('note:')} {phrase}", file=sys.stderr, flush=True)
 
 
@@ -97,8 +97,8 @@ LIBRARIES_NOTES = {
     "transformers.quantizers.quantizer_gguf": Note(""),
     "matplotlib.font_manager": Note(""),
 }
-"""What libraries log and no user of ours has to act on, by their loggers: a machine without a card has none, a missing
-kernel is for inference in 4 bit, which we dequantise for; kernels of a hub, which we load none of; the built-in model's
+"""What libraries log and no user of ours has to act on, by their loggers: a machine without a GPU has none, a missing
+kernel is for inference in 4 bit, which we dequantize for; kernels of a hub, which we load none of; the built-in model's
 GGUF file, which is converted once; fonts."""
 
 LIBRARIES_WARNINGS = (
@@ -112,7 +112,7 @@ GPT-2's layout right by itself, and a step that was skipped is a notice of ours.
 
 
 def hush_libraries() -> None:
-    """Silence libraries' notes to their own developers; what concerns the user is said by notices of ours.
+    """Silence libraries' notes to their own developers; our notices say what concerns the user.
 
     FIREFLY_DEBUG=1 in the environment leaves all as it is, and Python's own PYTHONWARNINGS its warnings.
     """

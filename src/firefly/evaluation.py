@@ -18,10 +18,10 @@ from firefly.tasks.base import Forward, Task
 def evaluate(
     task: Task, model: TrainableModel, examples: ExampleList, tick: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
-    """Metrics over the held-out examples, and the loss of each source; a few numbers leave the device.
+    """Metrics over the held-out examples, and the loss of each source, without logits of all of them.
 
     Args:
-        tick: called now and then while it goes on.
+        tick: called after each step of the evaluation.
     """
     started = time.time()
     model.rest()

@@ -1,7 +1,7 @@
 """The loop over optimizer steps.
 
-A step is taken whole or not at all: it is computed in microbatches (in smaller ones, if memory runs out), looked at
-once, and applied; then the observers of the run say whether to log, evaluate, save or stop.
+A step is applied whole or not at all: it is computed in microbatches (in smaller ones, if memory runs out), checked
+once for finite values, and applied; then the observers of the run decide whether to log, evaluate, save or stop.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TrainerState
 from transformers.debug_utils import DebugOption, DebugUnderflowOverflow
 from transformers.trainer_utils import SaveStrategy, speed_metrics
@@ -47,11 +48,11 @@ NAMED_ROWS = 20
 
 @dataclass(frozen=True)
 class Training:
-    """A run in its loop: what it is, what it trains, how far it is, who looks on."""
+    """The state of the training loop: the run, its model, where steps come from, progress and observers."""
 
     run: Run
     model: TrainableModel
-    steps: StepSource
+    source: StepSource
     progress: Progress
     recorder: RunRecorder
     observers: Observers
@@ -70,11 +71,11 @@ def fit(run: Run, model: TrainableModel) -> Outcome:
     """Train from where the checkpoint stood to the last step.
 
     Raises:
-        UsageError: a loss or a gradient was not a number. Nothing moved by it, and a checkpoint is there.
+        UsageError: a loss or a gradient was not finite. No weight was updated by it, and a checkpoint is saved.
         Interrupted: a signal stopped the run between two steps, and left a checkpoint.
     """
     training = begin(run, model)
-    steps, progress, tell = training.steps, training.progress, training.observers.tell
+    steps, progress, tell = training.source, training.progress, training.observers.tell
     state = progress.state
     interruption = Interruption(model.ranks)
     with interruption.watched():
@@ -102,7 +103,7 @@ def fit(run: Run, model: TrainableModel) -> Outcome:
                 if not finite:
                     leave_out(training, computed, before)  # or stop
                 tell("on_pre_optimizer_step")
-                if finite or model.accelerator.scaler is not None:  # a scaler takes note of what it leaves out
+                if finite or model.accelerator.scaler is not None:  # a grad scaler has to see the steps that it skips
                     model.optimizer.step()
                 tell("on_optimizer_step")
                 rate = model.learning_rate()
@@ -144,7 +145,7 @@ def fit(run: Run, model: TrainableModel) -> Outcome:
 
 def begin(run: Run, model: TrainableModel) -> Training:
     """The steps of a run, its state as a checkpoint left it, and its observers."""
-    steps = run.task.steps(run.data.train, run.steps, model, **run.loading)
+    steps = run.task.steps(run.data.train, run.step_settings, model, **run.loading)
     if run.checkpoint:
         progress = resume_progress(run.checkpoint, run.folder, model)
     else:
@@ -152,7 +153,7 @@ def begin(run: Run, model: TrainableModel) -> Training:
         progress.state.train_batch_size = run.args.train_batch_size
     state = progress.state
     state.max_steps, state.num_train_epochs = run.total_steps, math.ceil(run.total_steps / len(steps))
-    state.compute_steps(run.args, run.total_steps)  # a checkpoint brings its own logging_steps along: today's apply
+    state.compute_steps(run.args, run.total_steps)  # this run's logging_steps, not the checkpoint's
     state.is_local_process_zero = run.args.local_process_index == 0
     state.is_world_process_zero = run.args.process_index == 0
     held_out = run.data.held_out
@@ -196,7 +197,7 @@ def with_less_memory(
     inner = transformers_model(model.module)
     choices, layers = model.choices, len(decoder_layers(inner))
     tokens = sum(row.input_ids.numel() for row in step.microbatches[failed.microbatch].rows)
-    if len(step.rows[failed.microbatch]) > 1:
+    if len(step.example_ids[failed.microbatch]) > 1:
         choices = replace(choices, tokens_per_microbatch=min(tokens // 2, choices.tokens_per_microbatch))
         notice(
             "memory.halved",
@@ -230,15 +231,17 @@ def with_less_memory(
     return steps.smaller(step, model.budget)
 
 
-def look_at(model: TrainableModel, computed: ComputedStep, norm: Any, signal: int) -> tuple[bool, int]:
-    """Whether a step is finite on every rank, and the signal that any of them got.
+def look_at(
+    model: TrainableModel, computed: ComputedStep, norm: Tensor | float | None, signal: int
+) -> tuple[bool, int]:
+    """Check loss and gradient norm once per step on all ranks; returns (finite, signal received by any rank).
 
-    All work of the step is queued, and this is the one time that it waits for the device.
+    All kernels of the step are queued by now: this is its only host sync.
     """
     if computed.refused:  # by all ranks together, and every one of them stops
         return False, signal
     looked_at = computed.loss
-    if model.accelerator.scaler is None and norm is not None:  # under loss scaling infinite gradients are all right
+    if model.accelerator.scaler is None and norm is not None:  # loss scaling handles infinite gradients itself
         looked_at = looked_at + norm
     if model.ranks == 1:
         return math.isfinite(looked_at.item()), signal
@@ -248,20 +251,20 @@ def look_at(model: TrainableModel, computed: ComputedStep, norm: Any, signal: in
 
 
 def leave_out(training: Training, computed: ComputedStep, before: RandomState) -> None:
-    """Let no weight move by a step that is not finite: all is as before it.
+    """Discard a step that is not finite: weights and random state are as before it.
 
     Raises:
         UsageError: `on_nonfinite_loss` is stop; what can be saved has been.
     """
     run, model, progress = training.run, training.model, training.progress
     step, rows = progress.state.global_step + 1, name_rows(run.data.train, computed, model.ranks)
-    model.zero_gradients()  # an optimizer passes over what has no gradient
+    model.zero_gradients()  # an optimizer skips what has no gradient
     before.restore()
     if run.config.step.on_nonfinite_loss == "skip":
         progress.leave_out()
         notice(
             "loss.skipped",
-            "step {step} is left out: its loss or the norm of its gradients is infinite or not a number. Its rows: "
+            "step {step} is skipped: its loss or the norm of its gradients is infinite or not a number. Its rows: "
             "{rows}.",
             step=step,
             rows=rows,
@@ -298,15 +301,15 @@ def leave_out(training: Training, computed: ComputedStep, before: RandomState) -
 
 
 def name_rows(examples: ExampleList, computed: ComputedStep, world_size: int = 1) -> str:
-    """File and line of the rows of those microbatches that are not finite; of all where each of them is."""
+    """File and line of the rows of the microbatches whose loss is not finite; of all rows if every loss is finite."""
     finite = torch.stack(computed.parts).isfinite().tolist()
-    rows = computed.rows[: len(finite)]
+    rows = computed.example_ids[: len(finite)]
     doubtful = [rows for rows, good in zip(rows, finite, strict=True) if not good]
-    chosen = [row for rows in doubtful or computed.rows for row in rows]
+    chosen = [row for rows in doubtful or computed.example_ids for row in rows]
     found = [examples.place(row) for row in chosen]
     if world_size > 1:
         gathered = ranks.all_of((bool(doubtful), found))
-        # Ranks whose own loss is finite saw the others' gradients alone.
+        # A rank whose own loss is finite is here only because of the others' gradients.
         some = any(doubt for doubt, _ in gathered)
         found = [source for doubt, theirs in gathered if doubt or not some for source in theirs]
     found = sorted(set(found), key=lambda source: (source.file, source.line))
@@ -319,7 +322,7 @@ def stop_asked(training: Training, signal: int) -> None:
     """End the run between two steps, as a signal asked.
 
     Raises:
-        Interrupted: always; it says whether the last step is on the disk.
+        Interrupted: always; it says whether the last step is saved.
     """
     folder, step = training.run.folder, training.progress.state.global_step
     saved = training.progress.saved_at == step or save_checkpoint(
@@ -350,12 +353,12 @@ def stop_asked(training: Training, signal: int) -> None:
 # ---- what observers ask for ----
 
 
-def log_and_evaluate(training: Training, norm: Any, rate: float) -> None:
-    """A line for the steps since the last one, and the held-out metrics, if they are asked for."""
+def log_and_evaluate(training: Training, norm: Tensor | float | None, rate: float) -> None:
+    """Log the steps since the last log, and evaluate, if the control flags ask for it."""
     progress, model, args = training.progress, training.model, training.run.args
     state, control = progress.state, progress.control
     if control.should_log and state.global_step > progress.logged_at:
-        loss = float(model.summed(progress.loss) / model.ranks)  # from here on numbers leave the device
+        loss = float(model.summed(progress.loss) / model.ranks)  # host sync
         logs = {"loss": loss / (state.global_step - progress.logged_at)}
         if norm is not None:
             logs["grad_norm"] = float(norm)
@@ -379,7 +382,7 @@ def log_and_evaluate(training: Training, norm: Any, rate: float) -> None:
 
 
 def evaluate_now(training: Training) -> dict[str, float]:
-    """Evaluate the held-out examples, and tell."""
+    """Evaluate the held-out examples, and notify the observers."""
     held_out = training.run.data.held_out
     assert held_out is not None
     metrics = evaluate(
@@ -391,7 +394,7 @@ def evaluate_now(training: Training) -> dict[str, float]:
 
 
 def write_log(training: Training, logs: dict[str, float], of_steps: bool = False) -> None:
-    """Keep a line in the state, and tell it to the observers."""
+    """Append to the log history, and notify the observers."""
     state, args = training.progress.state, training.run.args
     if state.epoch is not None:
         logs["epoch"] = state.epoch
@@ -412,7 +415,7 @@ def best_metric_name(args: Any) -> str:
 
 
 def take_best(training: Training, metrics: dict[str, float]) -> bool:
-    """Whether an evaluation is the best so far; the state remembers it."""
+    """Whether an evaluation is the best so far; records it in the state."""
     args, state = training.run.args, training.progress.state
     if args.metric_for_best_model is None:
         return False
@@ -428,12 +431,12 @@ def take_best(training: Training, metrics: dict[str, float]) -> bool:
 
 
 def finish(training: Training) -> Outcome:
-    """The numbers of what was trained; the best weights in place, if they are to be the result."""
+    """The results of the run; loads the best weights first, if `load_best_model_at_end` asks for it."""
     run, model, progress, args = training.run, training.model, training.progress, training.run.args
     state = progress.state
     trained = state.global_step - progress.begun_at
     total = progress.logged_loss + float(model.summed(progress.loss) / model.ranks)
-    whole = state.max_steps * run.steps.examples_per_step
+    whole = state.max_steps * run.step_settings.examples_per_step
     examples = whole if args.max_steps > 0 else len(run.data.train) * args.num_train_epochs
     metrics = speed_metrics(
         "train", training.began, num_samples=examples * trained / max(state.max_steps, 1), num_steps=trained

@@ -20,7 +20,7 @@ def rank() -> int:
 
 
 def local_rank() -> int:
-    """Its number on this machine: the card that it uses."""
+    """Its number on this machine: the GPU that it uses."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -35,7 +35,7 @@ def local_world_size() -> int:
 
 
 def started_alone() -> bool:
-    """Whether `accelerate launch` started this process and no other: without a card it does so for any number asked
+    """Whether `accelerate launch` started this process and no other: without a GPU it does so for any number asked
     for, unless told --multi_gpu."""
     return "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ
 

@@ -1,4 +1,4 @@
-"""What one run is, from its configuration to the ranks that carry it; nothing of it changes while it trains."""
+"""One run: configuration, data, tokenizer, device and ranks; none of it changes during training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from firefly.models.saved_adapter import open_adapter, tokenizer_source
 from firefly.models.tokens import add_tokens
 from firefly.runs.checkpoints import find_checkpoint
 from firefly.runs.lock import only_run
-from firefly.runs.memory import keep_few_kernels, memory_in_use
+from firefly.runs.memory import cap_onednn_cache, memory_in_use
 from firefly.runs.passport import write_json
 from firefly.setup.arguments import join_ranks, total_steps
 from firefly.setup.checks import (
@@ -47,13 +47,13 @@ class Run:
     """Everything about a run but its model.
 
     Attributes:
-        config: with what the task and a checkpoint decide in the user's place.
+        config: with the values that the task and a checkpoint set.
         folder: output_dir, which no other run writes into.
         started: seconds since the epoch.
         imported_bytes: memory that the process held before anything was loaded.
         added_tokens: those that the tokenizer did not have.
         args: transformers' arguments, of which Firefly's own keys are left out or settled.
-        checkpoint: that the run goes on from.
+        checkpoint: that the run resumes from.
     """
 
     config: Config
@@ -80,7 +80,7 @@ class Run:
         return RECORDS_OF_TASK[self.config.task_type] != "document"
 
     @property
-    def steps(self) -> StepSettings:
+    def step_settings(self) -> StepSettings:
         args = self.args
         return StepSettings(
             examples_per_step=self.config.step.examples_per_rank * args.world_size,
@@ -102,7 +102,7 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        steps = self.steps
+        steps = self.step_settings
         return total_steps(self.args, steps_per_epoch(len(self.data.train), steps.examples_per_step, steps.drop_last))
 
 
@@ -111,7 +111,7 @@ def open_run(config: Config) -> Iterator[Run]:
     """A run in its locked folder: its data prepared, and its ranks joined.
 
     Faults of tokenizer, template and data are found before any weights are loaded, where they are cheap, and before the
-    ranks are joined, so that none of them times out on the others' reading.
+    process group is formed, so that no rank times out while another reads data.
 
     Raises:
         UsageError: the configuration, the data or the checkpoint to continue from is at fault.
@@ -150,7 +150,7 @@ def open_run(config: Config) -> Iterator[Run]:
                 "--multi_gpu, or use torchrun --nproc_per_node=N.",
             )
         counts = data.train.counts
-        keep_few_kernels(primitives_kept(int(counts.lengths.sum()), int(counts.segments.sum())))
+        cap_onednn_cache(primitives_kept(int(counts.lengths.sum()), int(counts.segments.sum())))
         args = join_ranks(settled, backend, precision, device)
         checkpoint = ranks.from_first(find_checkpoint(folder, settled.resume_from_checkpoint))
         yield Run(

@@ -120,7 +120,7 @@ def test_memory_has_units(text, expected):
     assert parse_memory(text) == expected
 
 
-def test_memory_alone_means_a_card_and_says_so():
+def test_memory_alone_means_a_gpu_and_says_so():
     machine = describe_machine("24GB", "", use_cpu=False)
     assert (machine.kind, machine.memory) == ("cuda", 24 * 10**9)
     assert "--device cpu" in machine.assumed

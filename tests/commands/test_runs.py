@@ -17,7 +17,7 @@ from firefly.commands.runs import clock, compare_runs, shown
 from firefly.console import notice, take_notices
 from firefly.errors import UsageError
 from firefly.runs.passport import describe_error
-from firefly.runs.records import open_run, read_object
+from firefly.runs.records import read_object, read_run
 from run_folders import CONFIG, PASSPORT, RESULTS, write_run
 
 LOSSES = {step: 3.0 - step / 10 for step in range(1, 21)}
@@ -229,7 +229,7 @@ def test_what_differs_is_told_by_part(capsys):
         firefly_commit="9" * 40,
         world_size=2,
     )
-    found = compare_runs(open_run("a"), open_run("b"))
+    found = compare_runs(read_run("a"), read_run("b"))
     assert {part: list(pairs) for part, pairs in found.items()} == {
         "settings": ["beta", "logging_steps", "learning_rate"],
         "data": ["base_weights", "data"],
@@ -250,7 +250,7 @@ def test_what_differs_is_told_by_part(capsys):
 def test_runs_that_differ_in_nothing_say_so(capsys):
     for name in ("a", "b"):
         write_run(Path(name), LOSSES)
-    assert not any(compare_runs(open_run("a"), open_run("b")).values())
+    assert not any(compare_runs(read_run("a"), read_run("b")).values())
     assert "settings, data, choices and versions are the same" in run(capsys, "diff", "a", "b")[1]
 
 
@@ -258,8 +258,8 @@ def test_a_key_that_only_one_run_names_is_compared_with_the_default_of_the_other
     write_run(Path("a"), LOSSES, config={"weight_decay": 0.0, "lora_dropout": 0.05})
     write_run(Path("b"), LOSSES)
     write_run(Path("c"), LOSSES, config={"num_train_epochs": 1.0, "max_prompt_length": None, "task_type": "dpo"})
-    assert compare_runs(open_run("a"), open_run("b"))["settings"] == {}
-    assert compare_runs(open_run("b"), open_run("c"))["settings"] == {
+    assert compare_runs(read_run("a"), read_run("b"))["settings"] == {}
+    assert compare_runs(read_run("b"), read_run("c"))["settings"] == {
         "task_type": ("sft", "dpo"),
         "max_prompt_length": (512, None),
         "num_train_epochs": (3.0, 1.0),

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from firefly.data.certificate import FILE_NAME, certify, read_certificate, recheck, stored_choices
+from firefly.data.certificate import FILE_NAME, certify, read_certificate, recheck, trained_template_options
 from firefly.data.encoding import Encoder
 from firefly.data.templates import bind_template
 from firefly.errors import UsageError
@@ -30,7 +30,7 @@ def test_our_templates_pass_every_check(chatml_tokenizer, name):
 
 
 def test_a_template_whose_prompt_ends_in_a_space_passes_every_check(qwen_tokenizer):
-    """One tokenisation joins every reply to the space before it: `: Hello` is `:` and ` Hello`."""
+    """One tokenization joins every reply to the space before it: `: Hello` is `:` and ` Hello`."""
     tokenizer = copy.deepcopy(qwen_tokenizer)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
@@ -75,7 +75,7 @@ def test_another_template_or_tokenizer_is_refused_unless_forced(chatml_tokenizer
 def test_the_choices_of_the_run_are_kept_for_chat(chatml_tokenizer, tmp_path):
     trained = bound(chatml_tokenizer, "qwen", on_system="error", thinking="strip", date="2024-07-26")
     (tmp_path / FILE_NAME).write_text(json.dumps(certify(trained).as_dict()), encoding="utf-8")
-    assert stored_choices(tmp_path) == {"on_system": "error", "thinking": "strip", "date": "2024-07-26"}
-    assert stored_choices(tmp_path / "elsewhere" / "deeper") == {}
+    assert trained_template_options(tmp_path) == {"on_system": "error", "thinking": "strip", "date": "2024-07-26"}
+    assert trained_template_options(tmp_path / "elsewhere" / "deeper") == {}
     (tmp_path / FILE_NAME).write_text("{", encoding="utf-8")
     assert read_certificate(tmp_path) is None

@@ -364,12 +364,12 @@ def test_the_file_at_fault_is_named_by_its_key(write, encoder):
 # ---- the cache ----
 
 
-def test_a_second_load_reads_the_cache_and_tokenises_nothing(write, encoder, monkeypatch):
+def test_a_second_load_reads_the_cache_and_tokenizes_nothing(write, encoder, monkeypatch):
     path = write(chat("q", "a"), chat("q", "b", system="s"))
     first = load_examples(path, DataConfig(), encoder)
 
     def refuse(*arguments: Any) -> None:
-        raise AssertionError("tokenised again")
+        raise AssertionError("tokenized again")
 
     monkeypatch.setattr(Encoder, "tokenize", refuse)
     monkeypatch.setattr(preparation, "read_record", refuse)
@@ -384,7 +384,7 @@ def test_a_second_load_reads_the_cache_and_tokenises_nothing(write, encoder, mon
         load_examples(path, DataConfig(max_lost_share=0.5, max_malformed_rows=5), encoder).fingerprint
         == first.fingerprint
     )
-    with pytest.raises(AssertionError, match="tokenised again"):
+    with pytest.raises(AssertionError, match="tokenized again"):
         load_examples(path, DataConfig(max_seq_length=512), encoder)
 
 
@@ -623,7 +623,7 @@ def test_a_record_nested_too_deeply_is_lost_with_its_place(write, encoder):
 
 
 def test_many_duplicates_are_counted_and_only_the_first_are_described(write, encoder, monkeypatch):
-    monkeypatch.setattr("firefly.data.hygiene.MOST_FINDINGS", 3)
+    monkeypatch.setattr("firefly.data.duplicates.MOST_FINDINGS", 3)
     monkeypatch.setattr("firefly.data.ledger.MOST_FINDINGS", 3)
     rows = [chat(f"question {i % 2}", f"answer {i % 2}") for i in range(12)]
     split = load_split(DataConfig(train_file=write(*rows), eval_file=write(*rows[:8], name="eval.jsonl")), encoder)

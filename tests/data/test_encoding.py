@@ -235,7 +235,7 @@ def as_served(encoder: Encoder, continuing: Any, chat: tuple[Message, ...], repl
 
 @pytest.mark.parametrize("template", [SPACED, MARKED])
 @pytest.mark.parametrize("typed", ["what is it?", "typed </s> <|im_end|>"])
-def test_a_reply_that_one_tokenisation_would_join_to_its_prompt_stands_behind_it_as_served(bordered, template, typed):
+def test_a_reply_that_one_tokenization_would_join_to_its_prompt_stands_behind_it_as_served(bordered, template, typed):
     tokenizer, continuing = bordered
     encoder = with_template(tokenizer, template)
     for reply, is_joined in (("help", True), (" assistant", False), ("\nhelp", False), ("", False)):
@@ -279,7 +279,7 @@ def test_only_the_last_reply_joined_is_one_example_and_an_earlier_one_makes_one_
     assert runs(encoder, tokens) == ["b<|im_end|>", " \nc<|im_end|>"]
 
 
-def test_a_character_that_a_normaliser_would_join_to_the_prompt_is_the_replys(qwen_tokenizer):
+def test_a_character_that_a_normalizer_would_join_to_the_prompt_is_the_replys(qwen_tokenizer):
     encoder = with_template(qwen_tokenizer, SPACED.replace("': '", "': e'").replace("'assistant: '", "'assistant: e'"))
     chat = turns("q", "\u0301x")
     prompt, written = as_served(encoder, qwen_tokenizer, chat, 1)
@@ -305,7 +305,7 @@ def test_white_space_that_a_role_token_would_swallow_is_the_replys(chatml_tokeni
     assert runs(encoder, tokens) == ["\n a<|end|>"]
 
 
-def test_behind_its_first_added_token_a_reply_is_tokenised_as_in_one_text(sentencepiece_tokenizer):
+def test_behind_its_first_added_token_a_reply_is_tokenized_as_in_one_text(sentencepiece_tokenizer):
     tokenizer = metaspace(sentencepiece_tokenizer, "always")
     tokenizer.add_special_tokens({"additional_special_tokens": ["[CALL]"]})
     encoder = with_template(

@@ -167,7 +167,7 @@ def test_an_empty_answer_names_its_side(tmp_path: Path) -> None:
     assert ledger.kept == 3
 
 
-def test_answers_that_one_tokenisation_would_join_to_their_prompt_share_it_as_served(
+def test_answers_that_one_tokenization_would_join_to_their_prompt_share_it_as_served(
     tmp_path: Path, qwen_tokenizer: Any
 ) -> None:
     encoder = Encoder(qwen_tokenizer, bind_template("qwen2.5", qwen_tokenizer))

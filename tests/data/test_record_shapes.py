@@ -894,7 +894,7 @@ EVERY = [item[2] for item in (*CHATS, *FURTHER_CHATS, *PAIRS, *FURTHER_PAIRS)]
 def test_a_record_of_one_format_is_of_no_other(record):
     name = parse_record(record)[0]
     there = Fields({key: value for key, value in record.items() if value is not None})
-    assert [known for known, entry in FORMATS.items() if entry.format.recognises(there)] == [name]
+    assert [known for known, entry in FORMATS.items() if entry.format.recognizes(there)] == [name]
 
 
 def trained_texts(example: Any) -> list[str]:

@@ -16,7 +16,7 @@ import remote_tokenizers
 from remote_tokenizers import BaichuanTokenizer, ChatGLM2Tokenizer, ChatGLM3Tokenizer, QWenTokenizer
 
 from firefly.config import ModelConfig
-from firefly.data.certificate import battery_hash, certify
+from firefly.data.certificate import certify, probe_hash
 from firefly.data.encoding import Encoder
 from firefly.data.schema import IGNORE, Conversation, Message, Tokens
 from firefly.data.slow_tokenizers import SlowTokenizer, adapt_tokenizer
@@ -303,7 +303,7 @@ def test_saved_and_loaded_again_it_encodes_the_same(tmp_path, encoder, family):
     assert again.chat_template == encoder.template.text
     assert again.pad_token is not None
     rebound = Encoder(again, bind_template("auto", again))
-    assert battery_hash(rebound) == battery_hash(encoder)
+    assert probe_hash(rebound) == probe_hash(encoder)
     assert again.fingerprint() == encoder.tokenizer.fingerprint()
     assert [item.input_ids.tolist() for item in encode(rebound, turns(*CHAT))] == [
         item.input_ids.tolist() for item in encode(encoder, turns(*CHAT))

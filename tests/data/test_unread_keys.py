@@ -116,7 +116,7 @@ def test_what_nobody_answers_at_the_end_is_one_finding_of_the_row(tmp_path: Path
         {"data": ["q", "a", "q2"]},
     ]
     ledger = load(tmp_path / "rows.jsonl", *rows).ledger
-    form = "behind the last reply {} message(s) ({}) have no answer: they are not trained"
+    form = "after the last reply {} message(s) ({}) have no answer: they are not trained"
     assert [(item.line, item.message) for item in ledger.findings if item.cause == "unanswered_end"] == [
         (2, form.format(1, "user")),
         (3, form.format(2, "tool")),

@@ -77,12 +77,12 @@ def test_a_merged_model_carries_stop_tokens_tokenizer_and_template(place: Path, 
     assert json.loads((merged / "merge_report.json").read_text())["passed"] is True
 
 
-def test_a_qlora_adapter_merges_onto_the_original_and_onto_the_dequantised_weights(place: Path, tmp_path: Path) -> None:
+def test_a_qlora_adapter_merges_onto_the_original_and_onto_the_dequantized_weights(place: Path, tmp_path: Path) -> None:
     original = merge(ModelConfig(), str(place / "qlora"), str(tmp_path / "original"))
     assert json.loads((original / "merge_report.json").read_text())["distance_to_4bit"]["kl"] > 0
-    dequantised = merge(ModelConfig(), str(place / "qlora"), str(tmp_path / "dequantised"), onto="dequantized")
+    dequantized = merge(ModelConfig(), str(place / "qlora"), str(tmp_path / "dequantized"), onto="dequantized")
     ids = [5, 9, 20, 31, 7, 44]
-    one, other = (logits(AutoModelForCausalLM.from_pretrained(path), ids) for path in (original, dequantised))
+    one, other = (logits(AutoModelForCausalLM.from_pretrained(path), ids) for path in (original, dequantized))
     assert (one - other).abs().max() > 1e-4
 
 
@@ -225,7 +225,7 @@ def test_an_adapter_that_is_none_or_of_another_model_is_named(place: Path, tmp_p
         merge(ModelConfig(name_or_path=str(other)), str(place / "lora"), str(tmp_path / "merged"), force=True)
 
 
-def test_only_a_qlora_adapter_merges_onto_dequantised_weights(place: Path, tmp_path: Path) -> None:
+def test_only_a_qlora_adapter_merges_onto_dequantized_weights(place: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="QLoRA"):
         merge(ModelConfig(), str(place / "lora"), str(tmp_path / "merged"), onto="dequantized")
 

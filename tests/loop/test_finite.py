@@ -74,7 +74,7 @@ def poison(patch: pytest.MonkeyPatch, row: int, how: str) -> None:
         return loss * math.nan, measured
 
     def watched(self: Any, model: Any, step: Any) -> Any:
-        running[:] = step.rows
+        running[:] = step.example_ids
         return step_of(self, model, step)
 
     patch.setattr(TokenTask, "microbatch_loss", poisoned)
@@ -148,7 +148,7 @@ def test_skipped_it_changes_no_weight_and_is_counted(
         assert (before == after) == (step in steps)
     said = capfd.readouterr().err
     for step in steps:
-        assert f"step {step} is left out" in said
+        assert f"step {step} is skipped" in said
     results = json.loads((out / "train_results.json").read_text())
     assert results["skipped_steps"] == 2
     assert math.isfinite(results["train_loss"])
@@ -219,7 +219,7 @@ def test_at_most_twenty_rows_are_named(tmp_path: Path) -> None:
     assert named.startswith("listed:1, listed:2, ")
     for part in trial.computed.parts[3:5]:
         part.fill_(math.inf)
-    rows = sorted(row for rows in trial.computed.rows[3:5] for row in rows)
+    rows = sorted(row for rows in trial.computed.example_ids[3:5] for row in rows)
     assert name_rows(examples.examples, trial.computed) == ", ".join(f"listed:{row + 1}" for row in rows)
 
 

@@ -55,7 +55,7 @@ OWN_CVT = interpreter._implicit_cvt
 
 
 def cvt_with_floats(value: Any) -> Any:
-    """On a card a float argument is a fp32 scalar; the interpreter hands on Python's float, which has no `.to`."""
+    """On a GPU a float argument is a fp32 scalar; the interpreter hands on Python's float, which has no `.to`."""
     if isinstance(value, float):
         return tl.tensor(interpreter.TensorHandle(np.array([value], dtype=np.float32), tl.float32), tl.float32)
     return OWN_CVT(value)
@@ -67,7 +67,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liger_kernel.ops.rms_norm, "rsqrt", rsqrt_of_tl)
     monkeypatch.setattr(liger_kernel.ops.geglu, "tanh", tanh_of_tl)
     monkeypatch.setattr(interpreter, "_implicit_cvt", cvt_with_floats)
-    monkeypatch.setattr(elementwise, "is_card", lambda device: True)
+    monkeypatch.setattr(elementwise, "is_cuda_device", lambda device: True)
     for module in (elementwise, rotary):  # its arithmetic in bf16 is wrong: the bits are multiplied as integers
         monkeypatch.setattr(module, "has_bf16", lambda device: False)
 
@@ -131,9 +131,9 @@ def test_a_gate_is_pytorchs(kind: str, dtype: torch.dtype, spend: bool) -> None:
     torch.testing.assert_close(
         Gate(BY_NAME[kind], liger=True).forward(g, u), plain.forward(g, u), rtol=tolerance, atol=tolerance
     )
-    product, value = plain.again(g, u, True)
+    product, value = plain.recomputed(g, u, True)
     expected = plain.backward(g, u, grad.clone(), value, spend)
-    again, value = Gate(BY_NAME[kind], liger=True).again(g, u, True)
+    again, value = Gate(BY_NAME[kind], liger=True).recomputed(g, u, True)
     torch.testing.assert_close(again, product, rtol=tolerance, atol=tolerance)
     found = Gate(BY_NAME[kind], liger=True).backward(g, u, grad.clone(), value, spend)
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)

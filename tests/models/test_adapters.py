@@ -179,7 +179,7 @@ def test_a_16_bit_base_computes_in_16_bits_under_fp32_masters(name: str, changes
 def test_dora_trains_on_a_4_bit_layer() -> None:
     import bitsandbytes
 
-    def quantised() -> Any:
+    def quantized() -> Any:
         model = tiny_model("llama", hidden_size=64, intermediate_size=64)
         for block in model.model.layers:
             plain = block.mlp.up_proj
@@ -190,7 +190,7 @@ def test_dora_trains_on_a_4_bit_layer() -> None:
             block.mlp.up_proj = layer.to("cpu")
         return model.bfloat16()
 
-    wrapped = shaken(attach_adapter(quantised(), replace(LORA, use_dora=True, target="up_proj")))
+    wrapped = shaken(attach_adapter(quantized(), replace(LORA, use_dora=True, target="up_proj")))
     found = loss_and_gradients(wrapped)
     magnitudes = [value for key, value in found.items() if "lora_magnitude_vector" in key]
     assert len(magnitudes) == 3

@@ -44,7 +44,7 @@ class StandIn(SimpleNamespace):
     def gated_backward(self, kind: str, g: Tensor, u: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         self.calls.append("gated_backward")
         plain = Gate(self.GATES[kind], liger=False)
-        grad_g, grad_u = plain.backward(g.clone(), u.clone(), grad.clone(), plain.again(g, u, False)[1], True)
+        grad_g, grad_u = plain.backward(g.clone(), u.clone(), grad.clone(), plain.recomputed(g, u, False)[1], True)
         return g.data.copy_(grad_g), u.data.copy_(grad_u)
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float, offset: float, scales_in_fp32: bool) -> Tensor:
@@ -69,11 +69,11 @@ def fresh() -> Any:
 
 @pytest.fixture
 def liger(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    """CPU arrays count as a card's, and Liger is there."""
+    """CPU arrays count as a GPU's, and Liger is there."""
     stand_in = StandIn()
     monkeypatch.setitem(sys.modules, "firefly.models.kernels.liger", stand_in)  # type: ignore[arg-type]
     monkeypatch.setattr(firefly.models.kernels, "liger", stand_in, raising=False)
-    monkeypatch.setattr(elementwise, "is_card", lambda device: True)
+    monkeypatch.setattr(elementwise, "is_cuda_device", lambda device: True)
     installed(monkeypatch, True)
     assert elementwise.implementation(CPU) == "liger"
     stand_in.calls.clear()
@@ -97,12 +97,12 @@ def test_a_cpu_has_pytorch_whatever_is_installed(monkeypatch: pytest.MonkeyPatch
     assert not gate_for(SILU, CPU, 48).liger
 
 
-def test_a_card_is_what_cuda_calls_one() -> None:
-    assert elementwise.is_card(torch.device("cuda", 1))
-    assert not any(elementwise.is_card(torch.device(name)) for name in ("cpu", "meta", "mps"))
+def test_a_gpu_is_what_cuda_calls_one() -> None:
+    assert elementwise.is_cuda_device(torch.device("cuda", 1))
+    assert not any(elementwise.is_cuda_device(torch.device(name)) for name in ("cpu", "meta", "mps"))
 
 
-def test_without_liger_a_card_has_pytorch_and_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_liger_a_gpu_has_pytorch_and_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, False)
     assert elementwise.implementation(torch.device("cuda", 0)) == "torch"
     assert not take_notices()
@@ -120,9 +120,9 @@ def test_a_liger_that_fails_its_trial_is_named_once(monkeypatch: pytest.MonkeyPa
 
     installed(monkeypatch, True)
     monkeypatch.setattr(elementwise, "trial", trial)
-    card = torch.device("cuda", 0)
-    assert [elementwise.implementation(card) for _ in range(3)] == ["torch"] * 3
-    assert tried == [card]
+    gpu = torch.device("cuda", 0)
+    assert [elementwise.implementation(gpu) for _ in range(3)] == ["torch"] * 3
+    assert tried == [gpu]
     (said,) = take_notices()
     assert ("no C compiler found" if isinstance(fault, Exception) else fault) in said["message"]
 
@@ -147,11 +147,11 @@ def test_what_liger_lacks_is_pytorchs(liger: StandIn) -> None:
 def test_what_backward_reads_is_whole_afterwards_unless_it_may_be_spent(liger: StandIn, gate: Gate) -> None:
     g, u, grad = torch.randn(3, 4, 5)
     before = g.clone(), u.clone()
-    _, value = gate.again(g, u, False)
+    _, value = gate.recomputed(g, u, False)
     expected = gate.backward(g, u, grad.clone(), value, spend=False)
     assert torch.equal(g, before[0])
     assert torch.equal(u, before[1])
-    found = gate.backward(g, u, grad.clone(), gate.again(g, u, False)[1], spend=True)
+    found = gate.backward(g, u, grad.clone(), gate.recomputed(g, u, False)[1], spend=True)
     torch.testing.assert_close(found, expected)
     assert not gate.liger or found[0].data_ptr() == g.data_ptr()
 
@@ -232,13 +232,13 @@ def test_attention_takes_ligers_rotation_and_only_where_it_fits(liger: StandIn) 
     assert liger.calls == ["rotate"]
 
 
-def test_without_a_card_the_installed_function_is_the_models_own(
+def test_without_a_gpu_the_installed_function_is_the_models_own(
     liger: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("llama")
     install_rotary(model)
     liger.calls.clear()
-    monkeypatch.setattr(elementwise, "is_card", lambda device: False)
+    monkeypatch.setattr(elementwise, "is_cuda_device", lambda device: False)
     model(torch.arange(12)[None] + 3)
     assert not liger.calls
 

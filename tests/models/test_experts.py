@@ -1,4 +1,4 @@
-"""Experts of a mixture are adapted, quantised and merged as if each were a linear layer of its own."""
+"""Experts of a mixture are adapted, quantized and merged as if each were a linear layer of its own."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from firefly.models import loading
 from firefly.models.adapter_loading import load_adapter
 from firefly.models.adapters import attach_adapter, count_parameters
 from firefly.models.attention import choose_layout
-from firefly.models.experts import dequantise_experts, expert_parameters, expert_stacks, quantise_experts
+from firefly.models.experts import dequantize_experts, expert_parameters, expert_stacks, quantize_experts
 from firefly.models.forwards import install_training_forwards
 from firefly.models.kernels import expert_linear
-from firefly.models.kernels.expert_linear import QuantisedExperts, expert_factors
+from firefly.models.kernels.expert_linear import QuantizedExperts, expert_factors
 from firefly.models.loading import load_model
 from firefly.models.precision import Precision
 from tiny import (
@@ -185,10 +185,10 @@ def test_merging_adds_every_adapter(name: str) -> None:
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_experts_in_4_bit_compute_with_the_numbers_they_stand_for(name: str) -> None:
-    model = quantise_experts(tiny_model(name), torch.float32)
-    assert all(isinstance(getattr(module, leaf), QuantisedExperts) for _, module, leaf in expert_stacks(model))
+    model = quantize_experts(tiny_model(name), torch.float32)
+    assert all(isinstance(getattr(module, leaf), QuantizedExperts) for _, module, leaf in expert_stacks(model))
     plain = copy.deepcopy(model)
-    dequantise_experts(plain, torch.float32)
+    dequantize_experts(plain, torch.float32)
     torch.testing.assert_close(logits(model), logits(plain), rtol=0, atol=1e-5)
     assert count_parameters(model) == count_parameters(plain)
     original = dict(tiny_model(name).named_parameters())
@@ -204,7 +204,7 @@ def test_experts_in_4_bit_compute_with_the_numbers_they_stand_for(name: str) -> 
 
 
 def test_4_bit_experts_give_the_same_gradients_under_checkpointing() -> None:
-    model = with_our_lora(quantise_experts(tiny_model("qwen2_moe"), torch.float32)).train()
+    model = with_our_lora(quantize_experts(tiny_model("qwen2_moe"), torch.float32)).train()
     loss, expected = step(model)
     model.zero_grad()
     model.get_base_model().gradient_checkpointing_enable()
@@ -213,9 +213,9 @@ def test_4_bit_experts_give_the_same_gradients_under_checkpointing() -> None:
     assert_same(found, expected, 1e-5)
 
 
-def test_nothing_dequantised_is_kept_for_the_backward_pass() -> None:
-    model = with_our_lora(quantise_experts(tiny_model("qwen2_moe"), torch.float32)).train()
-    stacks = [getattr(module, leaf).dequantised(torch.float32) for _, module, leaf in expert_stacks(model)]
+def test_nothing_dequantized_is_kept_for_the_backward_pass() -> None:
+    model = with_our_lora(quantize_experts(tiny_model("qwen2_moe"), torch.float32)).train()
+    stacks = [getattr(module, leaf).dequantized(torch.float32) for _, module, leaf in expert_stacks(model)]
     matrices = [matrix for stack in stacks for matrix in stack]
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
@@ -226,21 +226,21 @@ def test_nothing_dequantised_is_kept_for_the_backward_pass() -> None:
 
 def test_an_architecture_whose_experts_stay_in_16_bit_is_refused() -> None:
     with pytest.raises(UsageError, match=r"Llama4TextExperts.* GiB would stay in 16 bit.*train_mode lora"):
-        quantise_experts(tiny_model("llama4"), torch.bfloat16)
+        quantize_experts(tiny_model("llama4"), torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-def test_experts_are_quantised_as_they_are_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Delete `quantising_while_loading` when transformers does this itself."""
+def test_experts_are_quantized_as_they_are_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Delete `quantizing_while_loading` when transformers does this itself."""
     folder = save_tiny_model(tmp_path, name)
     with monkeypatch.context() as patched:
-        patched.setattr(loading, "quantise_experts", lambda model, compute: model)
+        patched.setattr(loading, "quantize_experts", lambda model, compute: model)
         model = load_model(ModelConfig(name_or_path=str(folder)), "qlora", Precision(torch.float32), CPU)
-    after = quantise_experts(tiny_model(name), torch.float32)
+    after = quantize_experts(tiny_model(name), torch.float32)
     expected = {f"{path}.{leaf}": getattr(module, leaf) for path, module, leaf in expert_stacks(after)}
     for path, module, leaf in expert_stacks(model):
         weight = getattr(module, leaf)
-        assert isinstance(weight, QuantisedExperts)
+        assert isinstance(weight, QuantizedExperts)
         assert torch.equal(weight.data, expected[f"{path}.{leaf}"].data)
 
 

@@ -168,7 +168,7 @@ def test_plain_heads_are_fused(name: str) -> None:
 def test_heads_whose_logits_are_transformed_are_not_fused(
     name: str, changes: dict[str, Any], spread: float, dtype: torch.dtype
 ) -> None:
-    """Whatever the logits' size: a freshly initialised model's are so small that a soft cap hardly bends them."""
+    """Whatever the logits' size: a freshly initialized model's are so small that a soft cap hardly bends them."""
     model = tiny_model(name, initializer_range=spread, **changes).to(dtype)
     choose_layout(model)
     assert install_target_head(model) == "logits"

@@ -1,4 +1,4 @@
-"""Liger's own kernels under Triton's interpreter, which needs no card: `liger_cases.py`, in a process of its own."""
+"""Liger's own kernels under Triton's interpreter, which needs no GPU: `liger_cases.py`, in a process of its own."""
 
 from __future__ import annotations
 

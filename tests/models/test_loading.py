@@ -16,7 +16,7 @@ from firefly.models.precision import Precision
 from tiny import save_tiny_model
 
 
-def test_a_forward_pass_leaves_4_bit_weights_as_they_were_quantised(
+def test_a_forward_pass_leaves_4_bit_weights_as_they_were_quantized(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the CPU: with bf16 instructions bitsandbytes would repack them in place."""
@@ -34,7 +34,7 @@ def test_a_forward_pass_leaves_4_bit_weights_as_they_were_quantised(
 
 @pytest.mark.parametrize("width", [64, 96, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_4_bit_weight_is_near_the_one_that_was_quantised(width: int, dtype: torch.dtype) -> None:
+def test_a_4_bit_weight_is_near_the_one_that_was_quantized(width: int, dtype: torch.dtype) -> None:
     """Whatever the CPU's instructions, also where a block of scales crosses a row's end."""
     weight = torch.randn(48, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)

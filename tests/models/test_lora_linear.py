@@ -34,7 +34,7 @@ class OneLayer(nn.Module):
         return self.layer(torch.tanh(self.before(x)))
 
 
-def quantised(model: OneLayer) -> OneLayer:
+def quantized(model: OneLayer) -> OneLayer:
     """The same with the layer in NF4 (its columns divide the block of 64)."""
     import bitsandbytes
 
@@ -70,7 +70,7 @@ def make_layer(
     """(ours, peft's own): the same layer twice."""
     torch.manual_seed(0)
     model = OneLayer(bias).to(dtype)
-    theirs = wrap(quantised(model) if four_bit else model, dropout, **settings)
+    theirs = wrap(quantized(model) if four_bit else model, dropout, **settings)
     ours = copy.deepcopy(theirs)
     ours.installed = install_lora_kernels(ours)
     return ours, theirs
@@ -247,7 +247,7 @@ def test_a_fresh_adapter_changes_nothing() -> None:
 
 def test_parameters_are_counted_as_the_numbers_they_stand_for() -> None:
     torch.manual_seed(0)
-    model = quantised(OneLayer(bias=True))
+    model = quantized(OneLayer(bias=True))
     whole = INNER * INNER + INNER + OUTER * INNER + OUTER
     assert count_parameters(model)[1] == whole
     assert count_parameters(wrap(model))[1] == whole + 4 * (INNER + OUTER)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from firefly.models.kernels.matmul import casts_kept, in_type, scaled_product, wide_product
+from firefly.models.kernels.matmul import casts_kept, in_type, scaled_matmul, wide_matmul
 
 
 def master() -> nn.Parameter:
@@ -46,7 +46,7 @@ def test_numbers_that_take_a_master_s_place_within_a_step_are_cast_themselves() 
 def test_products_are_what_they_are_called(scale: float, given: bool) -> None:
     left, right = torch.randn(5, 3), torch.randn(3, 2)
     out = torch.full((5, 2), torch.nan) if given else None
-    found = scaled_product(left, right, scale, out=out)
+    found = scaled_matmul(left, right, scale, out=out)
     assert out is None or found is out
     torch.testing.assert_close(found, scale * (left @ right))
-    assert wide_product(left.bfloat16(), right.bfloat16(), torch.float32).dtype == torch.float32
+    assert wide_matmul(left.bfloat16(), right.bfloat16(), torch.float32).dtype == torch.float32

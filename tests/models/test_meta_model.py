@@ -97,7 +97,7 @@ def test_what_has_no_meta_model_is_named(models: Path, changes: dict[str, Any], 
         build_meta_model(described(models, "llama_tied", **{"train_mode": "lora"} | changes), FP32)
 
 
-def test_quantising_afterwards_still_works(models: Path) -> None:
+def test_quantizing_afterwards_still_works(models: Path) -> None:
     """bitsandbytes keeps a table of constants for the process: a meta must not leave an empty one behind."""
     config = described(models, "llama_tied", train_mode="qlora")
     build_meta_model(config, FP32)

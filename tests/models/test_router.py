@@ -12,7 +12,7 @@ from firefly.models.probing import decoder
 from firefly.models.router import (
     RouterSettings,
     count_choices,
-    quiet_routers,
+    disable_router_noise,
     recorded_logits,
     router_loss,
     router_settings,
@@ -204,9 +204,9 @@ def test_quiet_routers_route_the_same_tokens_the_same_way(name: str, noise: dict
             return (model(ROWS).logits - model(ROWS).logits).abs().max().item()
 
     assert difference() > 0
-    assert len(quiet_routers(model)) >= 3
+    assert len(disable_router_noise(model)) >= 3
     assert difference() == 0
 
 
 def test_most_routers_are_quiet_already() -> None:
-    assert quiet_routers(tiny_model("mixtral")) == quiet_routers(tiny_model("qwen3_moe")) == []
+    assert disable_router_noise(tiny_model("mixtral")) == disable_router_noise(tiny_model("qwen3_moe")) == []

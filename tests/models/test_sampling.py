@@ -100,7 +100,7 @@ def test_a_key_value_cache_is_used_and_nothing_is_dropped_or_recomputed() -> Non
     assert answers == generated(model.eval())
 
 
-def quantised(folder: Path) -> tuple[Any, Any]:
+def quantized(folder: Path) -> tuple[Any, Any]:
     """(A tiny Llama in NF4 as `train` prepares it, the same without us.)"""
     from peft import LoraConfig, get_peft_model
 
@@ -116,7 +116,7 @@ def quantised(folder: Path) -> tuple[Any, Any]:
 
 @pytest.mark.slow
 def test_qlora_gives_the_tokens_of_an_untouched_model(tmp_path: Path) -> None:
-    ours, own = quantised(tmp_path)
+    ours, own = quantized(tmp_path)
     expected = generated(own)
     with sampling(ours.train()) as sampled:
         assert generated(sampled) == expected

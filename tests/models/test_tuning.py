@@ -1,4 +1,4 @@
-"""Which layers are computed again, how large a microbatch is and what is cached, by the memory at hand."""
+"""Which layers are recomputed, how large a microbatch is and what is cached, by the memory at hand."""
 
 from __future__ import annotations
 
@@ -140,9 +140,9 @@ def test_attention_is_measured_once_for_heads_of_a_shape(monkeypatch: pytest.Mon
     monkeypatch.setenv("FIREFLY_CACHE", str(tmp_path))
     monkeypatch.setattr(probe_cache, "measure_crossover", lambda *shape: measured.append(shape) or 256 * len(measured))
     model, cpu = tiny_model("llama"), torch.device("cpu")
-    assert [probe_cache.known_crossover(model, cpu, torch.bfloat16) for _ in range(3)] == [256, 256, 256]
-    assert probe_cache.known_crossover(tiny_model("qwen3"), cpu, torch.bfloat16) in (256, 512)
-    assert probe_cache.known_crossover(model, cpu, torch.float32) == 0
+    assert [probe_cache.cached_crossover(model, cpu, torch.bfloat16) for _ in range(3)] == [256, 256, 256]
+    assert probe_cache.cached_crossover(tiny_model("qwen3"), cpu, torch.bfloat16) in (256, 512)
+    assert probe_cache.cached_crossover(model, cpu, torch.float32) == 0
     assert measured[0] == (model.config.num_attention_heads, model.config.num_key_value_heads, 8, 8)
 
 
@@ -154,5 +154,5 @@ def test_attention_is_measured_with_the_widths_that_the_model_has(
     measured: list[tuple[int, ...]] = []
     monkeypatch.setenv("FIREFLY_CACHE", str(tmp_path))
     monkeypatch.setattr(probe_cache, "measure_crossover", lambda *shape: measured.append(shape) or 256)
-    probe_cache.known_crossover(tiny_model(name), torch.device("cpu"), torch.bfloat16)
+    probe_cache.cached_crossover(tiny_model(name), torch.device("cpu"), torch.bfloat16)
     assert measured[0][2:] == widths

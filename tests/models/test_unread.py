@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from firefly.config import AdapterConfig, ModelConfig
 from firefly.console import take_notices
 from firefly.errors import UsageError
-from firefly.models import trials
+from firefly.models import probes
 from firefly.models.adapters import attach_adapter, transformers_model
 from firefly.models.attention import choose_layout
 from firefly.models.forwards import install_training_forwards
 from firefly.models.loading import load_model
 from firefly.models.memory import measure_activations
 from firefly.models.precision import Precision
+from firefly.models.probes import load_for_training
 from firefly.models.tokens import fit_embeddings
-from firefly.models.trials import load_for_training
 from firefly.models.unread import Unread, read_here, unread_of
 from tiny import save_tiny_model, tiny_model, tiny_tokenizer
 
@@ -199,6 +199,6 @@ def test_a_damaged_file_is_the_users_fault(tmp_path: Path) -> None:
 
 def test_without_sharding_nothing_is_left_unread(tmp_path: Path) -> None:
     source = ModelConfig(name_or_path=str(save_tiny_model(tmp_path, "llama")))
-    found = trials.load_for_training(source, "lora", FP32, CPU, sharded=False)
+    found = probes.load_for_training(source, "lora", FP32, CPU, sharded=False)
     assert found.twin is None
     assert not unread_of(found.model)

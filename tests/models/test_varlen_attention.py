@@ -107,7 +107,7 @@ def test_a_pair_s_answers_get_the_keys_of_their_prompt() -> None:
     assert layout.gathering is not None
     assert layout.gathering.order.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 0, 1, 2, 6, 7, 8]
     assert layout.gathering.own.tolist() == [0, 1, 2, 3, 8, 9, 13, 14, 15]
-    again = [(tokens.tolist(), keys.tolist()) for tokens, keys in layout.gathering.again]
+    again = [(tokens.tolist(), keys.tolist()) for tokens, keys in layout.gathering.shared]
     assert again == [([0, 1, 2, 3], [4, 5, 6, 7]), ([0, 1, 2], [10, 11, 12])]
     assert (layout.longest_queries, layout.longest_keys) == (4, 6)
 

@@ -41,7 +41,7 @@ def loss_and_gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize("count", [3, 100])
-def test_nothing_changes_but_who_dequantises(model: Any, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_changes_but_who_dequantizes(model: Any, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     import bitsandbytes.functional as functional
 
     calls: list[int] = []

@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from firefly.runs.memory import KERNEL_CACHES, keep_few_kernels
+from firefly.runs.memory import KERNEL_CACHES, cap_onednn_cache
 
 GROWTH = """
 import ctypes, sys, torch
-from firefly.runs.memory import keep_few_kernels
+from firefly.runs.memory import cap_onednn_cache
 
-keep_few_kernels(int(sys.argv[1]))
+cap_onednn_cache(int(sys.argv[1]))
 torch.set_num_threads(1)
 names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
 Info = type("Info", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_size_t) for name in names.split()]})
@@ -45,5 +45,5 @@ def test_what_the_user_has_said_of_the_caches_stands(monkeypatch: pytest.MonkeyP
     for name in KERNEL_CACHES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(KERNEL_CACHES[0], "7")
-    keep_few_kernels(99)
+    cap_onednn_cache(99)
     assert [os.environ[name] for name in KERNEL_CACHES] == ["7", "99"]

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from firefly.errors import UsageError
-from firefly.runs.records import find_runs, last_values, open_run, read_metrics, read_run, series
+from firefly.runs.records import find_runs, last_values, read_metrics, read_run, record_in, series
 from run_folders import STARTED, log_lines, write_run
 
 
@@ -28,14 +28,14 @@ def test_runs_are_found_to_a_sensible_depth_newest_first(tmp_path):
 
 def test_a_run_is_opened_by_its_folder_or_its_run_json(tmp_path):
     folder = write_run(tmp_path / "run")
-    assert open_run(folder).folder == open_run(str(folder / "run.json")).folder == folder
+    assert read_run(folder).folder == read_run(str(folder / "run.json")).folder == folder
 
 
 @pytest.mark.parametrize("name", ["", "nothing", "file.txt"])
 def test_what_holds_no_run_is_a_fault_of_the_input(tmp_path, name):
     (tmp_path / "file.txt").touch()
     with pytest.raises(UsageError) as raised:
-        open_run(tmp_path / name)
+        read_run(tmp_path / name)
     assert raised.value.code == "runs.not_a_run"
     with pytest.raises(UsageError) as raised:
         find_runs([tmp_path / "nowhere"])
@@ -48,7 +48,7 @@ def test_a_run_tells_its_steps_losses_and_time(tmp_path):
         (folder / f"checkpoint-{step}").mkdir()
         for name in files:
             (folder / f"checkpoint-{step}" / name).touch()
-    record = open_run(folder)
+    record = read_run(folder)
     assert (record.loss, record.eval_loss, record.total_steps) == (1.0, 2.5, 40)
     assert record.steps == 18  # a checkpoint proves more than the last log
     assert record.checkpoints == [(2, True), (10, True), (18, False)]
@@ -57,7 +57,7 @@ def test_a_run_tells_its_steps_losses_and_time(tmp_path):
 
 def test_the_time_of_an_interrupted_run_ends_with_its_last_log(tmp_path):
     folder = write_run(tmp_path / "run", losses={1: 2.0, 10: 1.0}, state="interrupted", ended=None)
-    assert open_run(folder).seconds == 90
+    assert read_run(folder).seconds == 90
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_the_time_of_an_interrupted_run_ends_with_its_last_log(tmp_path):
 )
 def test_missing_and_strange_fields_are_no_errors(tmp_path, passport):
     (tmp_path / "run.json").write_text(json.dumps(passport))
-    record = read_run(tmp_path)
+    record = record_in(tmp_path)
     assert record is not None
     shown = record.as_dict()
     assert (shown["steps"], shown["total_steps"], shown["loss"], shown["error"]) == (0, None, None, None)
@@ -80,7 +80,7 @@ def test_missing_and_strange_fields_are_no_errors(tmp_path, passport):
 
 def test_numbers_that_json_lacks_are_null(tmp_path):
     folder = write_run(tmp_path / "run", losses={1: float("nan")}, eval_losses={1: float("inf")})
-    shown = open_run(folder).as_dict()
+    shown = read_run(folder).as_dict()
     assert (shown["loss"], shown["eval_loss"]) == (None, None)
 
 

@@ -11,7 +11,7 @@ import torch
 from firefly.console import notice, take_notices
 from firefly.errors import FireflyError, UsageError
 from firefly.runs.passport import recorded_end, write_json
-from firefly.runs.records import SILENCE_SECONDS, read_object, read_run
+from firefly.runs.records import SILENCE_SECONDS, read_object, record_in
 from run_folders import age, write_run
 
 
@@ -22,7 +22,7 @@ class Stopped(FireflyError):
 
 
 def state_of(folder: Path) -> str:
-    record = read_run(folder)
+    record = record_in(folder)
     assert record is not None
     return record.state
 
@@ -39,7 +39,7 @@ def test_a_run_that_gives_no_sign_of_life_is_interrupted(tmp_path: Path) -> None
 def test_results_of_an_earlier_run_do_not_make_a_new_one_finished(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", state="running")
     age(folder, SILENCE_SECONDS + 60)
-    record = read_run(folder)
+    record = record_in(folder)
     assert record is not None
     assert (record.state, record.results) == ("interrupted", {})
 

@@ -92,7 +92,7 @@ def test_a_step_is_pinned_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Step((pack(random_examples(4, 5)), pack(random_examples(6))), totals, ((0, 1), (2,)))
     again = step.pin_memory()
     assert isinstance(again.microbatches[0], PackedBatch)
-    assert again.rows == step.rows
+    assert again.example_ids == step.example_ids
     assert again.totals == totals
     assert len(pinned) == 2 * 4
     pinned.clear()

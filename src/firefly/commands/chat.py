@@ -17,7 +17,7 @@ from firefly.commands.options import (
     HubOption,
     ModelOption,
     RemoteCodeOption,
-    lasting_imports,
+    imports_without_gc,
 )
 from firefly.translation import translate
 
@@ -54,7 +54,7 @@ def chat_command(
     hub: HubOption = "huggingface",
     trust_remote_code: RemoteCodeOption = False,
 ) -> None:
-    with lasting_imports():
+    with imports_without_gc():
         from firefly.config import ModelConfig
         from firefly.generation import GenerationSettings, Generator
     settings = GenerationSettings(
@@ -166,8 +166,10 @@ class ChatSession:
             print(translate("history forgotten."), file=sys.stderr)
             return
         self.system = rest.strip() or None
-        said = "system prompt set; history forgotten." if self.system else "system prompt removed; history forgotten."
-        print(translate(said), file=sys.stderr)
+        message = (
+            "system prompt set; history forgotten." if self.system else "system prompt removed; history forgotten."
+        )
+        print(translate(message), file=sys.stderr)
 
     def save(self, target: str) -> str:
         """Write the conversation as one record in OpenAI's form, which `train` reads; return what became of it."""

@@ -93,9 +93,9 @@ def check_data(
 
     config = load_config(source or {}, overrides, required=("train_file",), to_train=False)
     # Without a configuration the data tells; with one, `firefly train` would not ask it.
-    told = source or config.given.get("task_type")
+    given = source or config.given.get("task_type")
     task, kind = config.task_type, RECORDS_OF_TASK[config.task_type]
-    if not told:
+    if not given:
         kind = find_kind(config.data, config.model.hub)
         task = next(task for task, wanted in RECORDS_OF_TASK.items() if wanted == kind)
     model = config.model

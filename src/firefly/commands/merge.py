@@ -12,7 +12,7 @@ from firefly.commands.options import (
     HubOption,
     ModelOption,
     RemoteCodeOption,
-    lasting_imports,
+    imports_without_gc,
 )
 
 app = typer.Typer(add_completion=False)
@@ -33,7 +33,7 @@ def merge_command(
     hub: HubOption = "huggingface",
     trust_remote_code: RemoteCodeOption = False,
 ) -> None:
-    with lasting_imports():
+    with imports_without_gc():
         from firefly.config import ModelConfig
         from firefly.export.merge import merge
     model = ModelConfig(name_or_path=model_name_or_path, hub=hub, trust_remote_code=trust_remote_code)

@@ -39,7 +39,7 @@ def given_configuration(context: typer.Context, config: str) -> tuple[str, dict[
 
 
 @contextmanager
-def lasting_imports() -> Iterator[None]:
+def imports_without_gc() -> Iterator[None]:
     """For the import of torch and transformers: no garbage is looked for in the million objects that it makes and that
     stay, neither while they grow in number (a fifth of the time) nor, from then on, in any later collection."""
     if "torch" in sys.modules or not gc.isenabled():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from firefly.commands.options import ANY_KEY, ConfigArgument, JsonOption, given_configuration, lasting_imports
+from firefly.commands.options import ANY_KEY, ConfigArgument, JsonOption, given_configuration, imports_without_gc
 from firefly.console import print_json, stdout_console
 from firefly.errors import UsageError, VerificationError
 from firefly.translation import Phrase, translate
@@ -29,14 +29,14 @@ def plan_command(
     memory: Annotated[str, typer.Option("--memory", help="Plan for a machine with so much, such as 24GB.")] = "",
     device: Annotated[str, typer.Option("--device", help="cpu or cuda; with --memory alone a GPU is meant.")] = "",
     tflops: Annotated[
-        float | None, typer.Option("--tflops", help="Rate of matrix products of that machine, for the time.")
+        float | None, typer.Option("--tflops", help="Matmul rate of that machine, for the time estimate.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     source, overrides = given_configuration(context, config)
     if tflops is not None and not tflops > 0:
         raise UsageError("plan.bad_rate", "--tflops {value} is not valid; it must be above 0.", value=tflops)
-    with lasting_imports():
+    with imports_without_gc():
         from firefly.setup.plan import make_plan
     plan = make_plan(source, overrides, memory, device, tflops)
     if as_json:
@@ -144,7 +144,7 @@ def show_plan(plan: Plan, console: Console) -> None:
 
 def _time(duration: Duration) -> str:
     if duration.rate is None or duration.step_seconds is None:
-        return translate("time: not estimated for another machine; --tflops N gives the rate of its matrix products.")
+        return translate("time: not estimated for another machine; --tflops N gives its matmul rate.")
     numbers = {
         "flops": f"{duration.flops / 1e9:,.0f}",
         "rate": f"{duration.rate / 1e9:,.0f}",

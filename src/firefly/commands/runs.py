@@ -28,7 +28,7 @@ from firefly.runs.records import (
     finite,
     finite_values,
     mapping,
-    open_run,
+    read_run,
     series,
 )
 from firefly.translation import Phrase, translate
@@ -90,7 +90,7 @@ def show_command(
     run: Annotated[str, typer.Argument(help="The output_dir of a run.")], as_json: JsonOption = False
 ) -> None:
     """Everything of one run: configuration, choices, data, loss, results, checkpoints, notes, versions."""
-    record = open_run(run)
+    record = read_run(run)
     if as_json:
         print_json(json.dumps(describe_run(record), ensure_ascii=False))
     else:
@@ -159,7 +159,7 @@ def show_run(record: RunRecord, console: Console) -> None:
     ]
     show_section(console, translate("checkpoints"), {"": ", ".join(steps)} if steps else {})
     notices = [message_of(mapping(item)) for item in passport.get("notices") or []]
-    show_section(console, translate("notes"), {str(place): said for place, said in enumerate(notices, 1)})
+    show_section(console, translate("notes"), {str(number): message for number, message in enumerate(notices, 1)})
     versions = {name: version for name, version in mapping(passport.get("versions")).items() if version}
     commits = {name: passport[name] for name in ("firefly_commit", "git_commit") if passport.get(name)}
     show_section(console, translate("versions and hardware"), versions | mapping(passport.get("hardware")) | commits)
@@ -197,7 +197,7 @@ def diff_command(
     as_json: JsonOption = False,
 ) -> None:
     """What differs between two runs: settings, data, choices, versions; and their results side by side."""
-    a, b = open_run(first), open_run(second)
+    a, b = read_run(first), read_run(second)
     if as_json:
         print_json(json.dumps(describe_diff(a, b), ensure_ascii=False))
     else:

@@ -6,7 +6,7 @@ import json
 
 import typer
 
-from firefly.commands.options import lasting_imports
+from firefly.commands.options import imports_without_gc
 from firefly.console import print_json
 
 app = typer.Typer(add_completion=False)
@@ -14,7 +14,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def schema_command() -> None:
-    with lasting_imports():
+    with imports_without_gc():
         from firefly.config.json_schema import json_schema
 
         print_json(json.dumps(json_schema(), ensure_ascii=False, indent=2))

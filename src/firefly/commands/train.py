@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from firefly import ranks
-from firefly.commands.options import ANY_KEY, ConfigArgument, given_configuration, lasting_imports
+from firefly.commands.options import ANY_KEY, ConfigArgument, given_configuration, imports_without_gc
 from firefly.errors import UsageError
 
 app = typer.Typer(add_completion=False)
@@ -30,7 +30,7 @@ def train_command(
             "unexpected argument {argument!r}; options are written --key value.",
             argument=source,
         )
-    with lasting_imports():
+    with imports_without_gc():
         from firefly.config import load_config
 
         resolved = load_config(source or train_args_file, overrides)

@@ -1,6 +1,5 @@
 """Configuration: one flat file (JSON or YAML) becomes one frozen, checked `Config`."""
 
-from firefly.config.arguments import TRAINING_DEFAULTS
 from firefly.config.loading import load_config, parse_overrides, read_config_file
 from firefly.config.schema import (
     PREFERENCE_LOSS_NAMES,
@@ -22,3 +21,4 @@ from firefly.config.schema import (
     own_fields,
     tasks_on,
 )
+from firefly.config.training_arguments import TRAINING_DEFAULTS

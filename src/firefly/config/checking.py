@@ -1,4 +1,4 @@
-"""A flat file checked by pydantic: each value is read as what it plainly is, each fault is told in our words."""
+"""A flat file checked by pydantic: values are converted to their keys' types, errors become our own messages."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from functools import cache, partial, reduce
 from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
-from firefly.config.arguments import TRAINING_LIMITS, training_default, training_fields
 from firefly.config.schema import own_fields
+from firefly.config.training_arguments import TRAINING_LIMITS, training_default, training_fields
 from firefly.errors import UsageError
 from firefly.translation import Phrase
 

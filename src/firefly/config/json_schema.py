@@ -9,10 +9,10 @@ from itertools import pairwise
 from typing import Any
 
 from firefly.config import legacy, schema
-from firefly.config.arguments import FIELDS, training_fields
 from firefly.config.checking import run_file
 from firefly.config.loading import REQUIRED, SCHEMA_KEY
 from firefly.config.schema import only_with, own_fields
+from firefly.config.training_arguments import FIELDS, training_fields
 from firefly.translation import Phrase, chinese, language, translate
 
 
@@ -30,14 +30,14 @@ def json_schema() -> dict[str, Any]:
             both = {spoken: describe(name, spoken) for spoken in ("en", "zh")}
             item |= {"description": both[language()], "x-description": both}
             continue
-        said = [" ".join(training_fields()[name].metadata.get("help", "").replace("%%", "%").split())]
+        lines = [" ".join(training_fields()[name].metadata.get("help", "").replace("%%", "%").split())]
         treatment = FIELDS.get(name)
         if treatment and isinstance(treatment.by, Phrase):
-            said.append(translate(treatment.by.text, key=name, value="…"))
+            lines.append(translate(treatment.by.text, key=name, value="…"))
         elif treatment and treatment.how == "without effect":
-            said.append(translate("{key} has no effect: Firefly decides it by itself or has no use for it.", key=name))
-        item["description"] = "\n".join(said)
-        if len(said) > 1:
+            lines.append(translate("{key} has no effect: Firefly decides it by itself or has no use for it.", key=name))
+        item["description"] = "\n".join(lines)
+        if len(lines) > 1:
             item["doNotSuggest"] = True
     for name in REQUIRED:
         del properties[name]["default"]
@@ -83,8 +83,8 @@ def _add_older_spellings(properties: dict[str, Any]) -> None:
             word: properties[name][word] for word in ("type", "enum", "anyOf", "minimum") if word in properties[name]
         }
 
-    def deprecated(said: str) -> dict[str, Any]:
-        return {"description": said, "deprecated": True, "deprecationMessage": said, "doNotSuggest": True}
+    def deprecated(message: str) -> dict[str, Any]:
+        return {"description": message, "deprecated": True, "deprecationMessage": message, "doNotSuggest": True}
 
     older = {
         old: shape(new) | deprecated(translate("{old} is read as {new}, its name today.", old=old, new=new))
@@ -92,8 +92,8 @@ def _add_older_spellings(properties: dict[str, Any]) -> None:
     }
     for old in legacy.IGNORED:
         older[old] = deprecated(translate("{old} has no effect any more and is ignored.", old=old))
-    said = translate("{key} {old} is read as {new}.", key="adafactor", old=True, new='optim "adafactor"')
-    older["adafactor"] = {"type": "boolean"} | deprecated(said)
+    message = translate("{key} {old} is read as {new}.", key="adafactor", old=True, new='optim "adafactor"')
+    older["adafactor"] = {"type": "boolean"} | deprecated(message)
     for name, item in older.items():
         properties.setdefault(name, {"title": name.replace("_", " ")} | item)
     properties["activation_checkpointing"] |= shape("gradient_checkpointing")

@@ -36,7 +36,7 @@ OPTIMIZERS: dict[str, str] = {
 }
 
 
-def today(name: str) -> str:
+def current_name(name: str) -> str:
     """The key that `name` sets in today's spelling."""
     return {"activation_checkpointing": "gradient_checkpointing", "adafactor": "optim"}.get(
         name, RENAMED.get(name, name)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from firefly.config import legacy, rules
-from firefly.config.arguments import TRAINING_DEFAULTS
 from firefly.config.checking import check_values, refuse_unknown, run_file
 from firefly.config.schema import SECTIONS, Config, ReadOnly, own_fields
+from firefly.config.training_arguments import TRAINING_DEFAULTS
 from firefly.console import notice, take_notices
 from firefly.errors import UsageError
 
@@ -63,8 +63,8 @@ def load_config(
             "required: {key}. Set it in the configuration or as --key value.",
             key=", ".join(missing),
         )
-    overridden = set(map(legacy.today, overrides))
-    given = {name: value for name, value in file.items() if legacy.today(name) not in overridden} | overrides
+    overridden = set(map(legacy.current_name, overrides))
+    given = {name: value for name, value in file.items() if legacy.current_name(name) not in overridden} | overrides
     checked = check_values(values)
     parts: dict[str | None, dict[str, Any]] = {name: {} for name in (None, *SECTIONS)}
     for name, (section, spec) in own.items():

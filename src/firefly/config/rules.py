@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from firefly.config.arguments import FIELDS, asks_for_something
 from firefly.config.checking import bad_type
 from firefly.config.schema import (
     PREFERENCE_LOSS_NAMES,
@@ -19,6 +18,7 @@ from firefly.config.schema import (
     only_with,
     own_fields,
 )
+from firefly.config.training_arguments import FIELDS, asks_for_something
 from firefly.console import notice
 from firefly.errors import UsageError
 from firefly.translation import Phrase
@@ -130,7 +130,7 @@ def refuse_what_is_not_done(config: Config) -> None:
 
 
 def check_preference(config: Config) -> None:
-    """A loss with beta needs one above 0; label smoothing where it means nothing is said."""
+    """A loss with beta needs one above 0; a notice for label smoothing where it has no effect."""
     settings, pairs = config.preference, config.task_type in PreferenceConfig.TASKS
     if config.task_type in only_with("beta")["task_type"] and not settings.beta:
         raise UsageError(

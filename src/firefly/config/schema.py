@@ -132,7 +132,7 @@ class DataConfig:
     shuffle: bool = key(True)
     """false: the order of the file."""
     tokenize_num_workers: int = key(10, ge=1)
-    """Threads that tokenise, at most as many as there are cores; `RAYON_NUM_THREADS` overrules it."""
+    """Threads that tokenize, at most as many as there are cores; `RAYON_NUM_THREADS` overrules it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +173,7 @@ class StepConfig:
     tokens_per_microbatch: int | Literal["auto"] = key("auto", ge=1)
     """Tokens computed at once; never less than the longest example."""
     gradient_checkpointing: bool | Literal["auto"] = key("auto")
-    """auto: as few layers computed again in backward as memory asks for, often none."""
+    """auto: as few layers recomputed in backward as memory requires, often none."""
     nf4_cache: bool | Literal["auto"] = key("auto", modes=("qlora",))
     """16-bit copies of the 4-bit weights, faster and with the same result; auto: on a GPU, as many as fit beside the
     rest; true: all; false: none."""

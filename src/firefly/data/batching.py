@@ -1,4 +1,4 @@
-"""Steps drawn first, then packed.
+"""Optimizer steps are drawn first, then packed.
 
 One optimizer step is the next `examples_per_step` examples of the seeded order, whatever the hardware. Only then are
 they laid into microbatches under a token budget, flat, without padding, each example a segment of its own.
@@ -48,7 +48,7 @@ class StepTotals:
 class PlannedStep:
     """One optimizer step: which examples lie in which microbatch of this rank, and the totals over all ranks.
 
-    A microbatch without examples fills a place (see `empty_row`). `examples` are those of the whole step in its order,
+    A microbatch without examples is padding (see `empty_row`). `examples` are those of the whole step in its order,
     for tasks that look from one to the next.
     """
 
@@ -67,8 +67,8 @@ class PackedBatch:
         segments: who sees whom.
         target_index: (targets,) int64, positions whose hidden state predicts a trained token.
         targets: (targets,) int64, the trained tokens.
-        channels: by name, (targets,) each: what a task knows of every target (whose answer it is of, an advantage, a
-            weight). The model is not given them.
+        channels: by name, (targets,) each: per-token values of a task (the answer that a target belongs to, a weight,
+            an advantage). They are not passed to the model.
     """
 
     input_ids: Tensor
@@ -171,22 +171,22 @@ Batch = TypeVar("Batch")
 class Step(Generic[Batch]):
     """A packed step: what the data loader yields and `Task.backward` consumes.
 
-    `rows` are the examples of each microbatch of this rank, by their numbers in the data set; `totals` and `examples`
-    are all ranks'.
+    `example_ids` are the examples of each microbatch of this rank, by their numbers in the data set; `totals` and
+    `examples` are all ranks'.
     """
 
     microbatches: tuple[Batch, ...]
     totals: StepTotals
-    rows: tuple[tuple[int, ...], ...]
+    example_ids: tuple[tuple[int, ...], ...]
     examples: tuple[int, ...] = ()
 
     def pin_memory(self) -> Step[Batch]:
-        """The step in page-locked memory (asked for by the data loader), so that copies to a GPU wait for nothing."""
+        """The step in pinned memory (called by the data loader), so that copies to a GPU are asynchronous."""
         return _mapped(self, Tensor.pin_memory)
 
 
 def empty_row(**channels: np.ndarray) -> PackedBatch:
-    """One token without a target: what a rank computes when a step has nothing left for it, so that none waits."""
+    """One token without a target: computed by a rank that has no examples left in a step, so that collectives match."""
     nothing = np.zeros(0, np.int64)
     return PackedBatch.of(np.zeros(1, np.int64), [Segment(0, 1)], nothing, nothing, **channels)
 
@@ -210,7 +210,7 @@ def pack(examples: Sequence[Tokens]) -> PackedBatch:
 
 
 def plan_microbatches(lengths: Sequence[int], budget: int, multiple: int = 1) -> list[list[int]]:
-    """Share examples out among as few microbatches as fit under `budget` tokens, of sizes as even as may be.
+    """Assign examples to as few microbatches as fit under `budget` tokens, of sizes as even as possible.
 
     An example longer than the budget gets a microbatch to itself. Returns lists of positions in `lengths`, each in
     ascending order, in a number that is a multiple of `multiple`; some may be empty. First-fit-decreasing finds the
@@ -221,40 +221,40 @@ def plan_microbatches(lengths: Sequence[int], budget: int, multiple: int = 1) ->
     bins: list[list[int]] = []
     loads: list[int] = []
     for i in order:
-        place = next((b for b, load in enumerate(loads) if load + lengths[i] <= budget), None)
-        if place is None:
+        chosen = next((b for b, load in enumerate(loads) if load + lengths[i] <= budget), None)
+        if chosen is None:
             bins.append([i])
             loads.append(lengths[i])
         else:
-            bins[place].append(i)
-            loads[place] += lengths[i]
+            bins[chosen].append(i)
+            loads[chosen] += lengths[i]
     bins += [[] for _ in range(-len(bins) % multiple)]
     even: list[list[int]] = [[] for _ in bins]
     even_loads = [0] * len(bins)
     for i in order:
-        place = even_loads.index(min(even_loads))
-        even[place].append(i)
-        even_loads[place] += lengths[i]
+        lightest = even_loads.index(min(even_loads))
+        even[lightest].append(i)
+        even_loads[lightest] += lengths[i]
     keeps_budget = all(load <= budget or len(items) == 1 for items, load in zip(even, even_loads, strict=True))
     chosen = even if keeps_budget else bins
     return sorted(sorted(items) for items in chosen)
 
 
-def deal(groups: Sequence[Sequence[int]], lengths: Sequence[int], ranks: int) -> list[list[list[int]]]:
-    """Deal microbatches out to ranks, the same number to each, so that their tokens are as even as may be.
+def assign(groups: Sequence[Sequence[int]], lengths: Sequence[int], ranks: int) -> list[list[list[int]]]:
+    """Assign microbatches to ranks, the same number to each, with tokens as even as possible.
 
     `groups` are as many as a multiple of `ranks`. The heaviest goes first, to the rank with the least so far that has
     room for another.
     """
     loads = [sum(lengths[i] for i in group) for group in groups]
-    hands: list[list[list[int]]] = [[] for _ in range(ranks)]
+    assigned: list[list[list[int]]] = [[] for _ in range(ranks)]
     totals = [0] * ranks
     for number in sorted(range(len(groups)), key=lambda n: -loads[n]):
-        free = [r for r in range(ranks) if len(hands[r]) < len(groups) // ranks]
+        free = [r for r in range(ranks) if len(assigned[r]) < len(groups) // ranks]
         to = min(free, key=totals.__getitem__)
-        hands[to].append(list(groups[number]))
+        assigned[to].append(list(groups[number]))
         totals[to] += loads[number]
-    return [sorted(hand) for hand in hands]
+    return [sorted(mine) for mine in assigned]
 
 
 def steps_per_epoch(examples: int, examples_per_step: int, drop_last: bool = False) -> int:
@@ -286,7 +286,7 @@ class StepPlan(Sampler[PlannedStep]):
     ranks each plans the whole step and takes its share: as many microbatches as the others, of about as many tokens.
 
     Attributes:
-        start: the first step of the epoch that is yielded; a resumed run has those before it behind it.
+        start: the first step of the epoch that is yielded; a resumed run skips those before it.
     """
 
     def __init__(
@@ -332,7 +332,7 @@ class StepPlan(Sampler[PlannedStep]):
         """Plan the step that holds exactly these examples: this rank's microbatches, and what all ranks' hold."""
         lengths = [int(length) for length in self.counts.lengths[rows]]
         groups = plan_microbatches(lengths, self.budget, self.ranks)
-        mine = groups if self.ranks == 1 else deal(groups, lengths, self.ranks)[self.rank]
+        mine = groups if self.ranks == 1 else assign(groups, lengths, self.ranks)[self.rank]
         return PlannedStep(
             microbatches=tuple(tuple(int(rows[i]) for i in group) for group in mine),
             totals=StepTotals(
@@ -378,7 +378,7 @@ def pack_rows(examples: ExampleList, rows: Sequence[int], step: Sequence[int]) -
 
 
 class StepSource(Protocol):
-    """Where steps come from: whole ones, an epoch at a time, drawn from files or made of what a model generates."""
+    """A source of whole steps, an epoch at a time, drawn from files or generated by a model."""
 
     def __len__(self) -> int:
         """Steps of an epoch."""
@@ -415,7 +415,7 @@ class StepLoader(DataLoader[Any]):
     """A source of steps that are drawn from examples (see `StepSource`), packed by workers if there are any."""
 
     def __iter__(self) -> Any:
-        """Without workers steps are packed when they are asked for: what torch's loader does about it takes as long."""
+        """Without workers steps are packed on demand: torch's loader would double the time."""
         return map(self.packed, self.plan) if self.num_workers == 0 and not self.pin_memory else super().__iter__()
 
     @property

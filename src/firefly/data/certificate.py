@@ -1,8 +1,7 @@
 """The template certificate: proof that what is trained is what chat and servers will ask with.
 
-For a battery of conversations, ids equal `apply_chat_template`'s, each prompt is a prefix of the trained text, and
-every reply ends with a trained stop token. The hash of the battery's ids travels with the weights; chat and merge make
-it anew.
+For some probe conversations, ids equal `apply_chat_template`'s, each prompt is a prefix of the trained text, and every
+reply ends with a trained stop token. The hash of their ids is saved with the weights; chat and merge compute it again.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _CONTENTS = (
 )
 
 
-def battery() -> list[Conversation]:
+def probe_conversations() -> list[Conversation]:
     """Conversations of one to three turns, with and without a system prompt."""
     conversations = []
     for turns in (1, 2, 3):
@@ -89,7 +88,7 @@ def certify(encoder: Encoder, stop_ids: Sequence[int] | None = None) -> Certific
     """
     template = encoder.template
     stop, stop_id = template.stop_tokens[0], template.stop_ids[0]
-    checks = [*_check_battery(encoder), Check("stop_is_one_token", True, f"{stop} = {stop_id}")]
+    checks = [*_check_conversations(encoder), Check("stop_is_one_token", True, f"{stop} = {stop_id}")]
     if stop_ids is not None:
         checks.append(Check("stop_in_generation_config", stop_id in stop_ids, f"{stop_id} in {list(stop_ids)}"))
     return Certificate(
@@ -100,13 +99,13 @@ def certify(encoder: Encoder, stop_ids: Sequence[int] | None = None) -> Certific
         on_system=template.on_system,
         thinking=template.thinking,
         date=None if template.date is None else template.date.isoformat(),
-        hash=battery_hash(encoder),
+        hash=probe_hash(encoder),
         checks=tuple(checks),
         allow_special_in_content=encoder.allow_special_in_content,
     )
 
 
-def _check_battery(encoder: Encoder) -> list[Check]:
+def _check_conversations(encoder: Encoder) -> list[Check]:
     """Three properties of every conversation that the template takes."""
     template, compared, faults = encoder.template, Counter[str](), dict[str, str]()
     by_piece = isinstance(encoder.tokenizer, SlowTokenizer)  # cuts before a reply, where one text has no cut
@@ -117,13 +116,13 @@ def _check_battery(encoder: Encoder) -> list[Check]:
         if not holds:
             faults.setdefault(check, place)
 
-    usable = [item for item in battery() if _accepts(encoder, item)]
+    usable = [item for item in probe_conversations() if _accepts(encoder, item)]
     for number, conversation in enumerate(usable):
         rendered = encoder.render(conversation)
         encoded = encoder.label(rendered, encoder.tokenize(rendered))
         adapted = template.adapt(conversation)
         replies = [index for index, item in enumerate(adapted.messages) if item.role == "assistant"]
-        # Ids of every prompt, and of a whole text but for replies that one tokenisation would join to their prompts.
+        # Ids of every prompt, and of a whole text but for replies that one tokenization would join to their prompts.
         for index in () if is_dated else replies:
             prompt = adapted.messages[:index]
             same = _official(encoder, Conversation(prompt), prompt=True) == encoder.encode_prompt(prompt)
@@ -142,24 +141,24 @@ def _check_battery(encoder: Encoder) -> list[Check]:
         stopped = all(int(ids[end - 1]) in template.stop_ids for ids, _, end in runs)
         place = f"conversation {number}: {len(runs)} trained runs for {len(replies)} replies"
         see(STOPS, stopped and len(runs) == len(replies), place)
-    how = ": prompts, both tokenised by our adapter; the model's own chat code was not compared" if by_piece else ""
-    said = {
+    how = ": prompts, both tokenized by our adapter; the model's own chat code was not compared" if by_piece else ""
+    texts = {
         IDS: f"{compared[IDS]} texts{how}",
         PREFIX: f"{compared[PREFIX]} replies",
         STOPS: f"{compared[PREFIX]} replies",
     }
     checks = [
-        Check(name, bool(compared[name]) and name not in faults, faults.get(name, text)) for name, text in said.items()
+        Check(name, bool(compared[name]) and name not in faults, faults.get(name, text)) for name, text in texts.items()
     ]
     if is_dated:
         checks[0] = Check(IDS, True, "not compared: apply_chat_template prints today's date")
     return checks
 
 
-def battery_hash(encoder: Encoder) -> str:
-    """Hash of the stop token and of every prompt of the battery, as ids."""
+def probe_hash(encoder: Encoder) -> str:
+    """Hash of the stop token and of every prompt of the probe conversations, as ids."""
     digest = hashlib.sha256(str(encoder.template.stop_ids[0]).encode())
-    for conversation in battery():
+    for conversation in probe_conversations():
         for index, item in enumerate(conversation.messages):
             if item.role == "assistant":
                 try:
@@ -177,7 +176,7 @@ def recheck(folder: Path, encoder: Encoder, force: bool = False) -> None:
         UsageError: the prompts or the stop token are not those it was trained with, and `force` is false.
     """
     stored = read_certificate(folder)
-    if stored is None or stored.get("hash") == battery_hash(encoder):
+    if stored is None or stored.get("hash") == probe_hash(encoder):
         return
     values = {"path": folder / FILE_NAME, "name": encoder.template.name, "trained": stored.get("template")}
     if not force:
@@ -207,7 +206,7 @@ def read_certificate(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def stored_choices(folder: Path) -> dict[str, Any]:
+def trained_template_options(folder: Path) -> dict[str, Any]:
     """The arguments of `bind_template` that a run was trained with."""
     stored = read_certificate(folder) or {}
     return {name: stored[name] for name in ("on_system", "thinking", "date") if stored.get(name) is not None}

@@ -20,10 +20,10 @@ import numpy as np
 
 from firefly.config import DataConfig, RecordKind
 from firefly.data.blocks import Blocks
+from firefly.data.duplicates import note_findings
 from firefly.data.encoding import Encoder
 from firefly.data.examples import ExampleFile, Examples
 from firefly.data.formats import FORMATS, MalformedRecord, detect_format
-from firefly.data.hygiene import note_findings
 from firefly.data.ledger import Ledger, report
 from firefly.data.preparation import prepare, prepare_once
 from firefly.data.readers import read_records
@@ -65,9 +65,9 @@ class Split:
     def report(self) -> dict[str, Any]:
         """What data_report.json says."""
         held_out = self.held_out
-        told = None if held_out is None else report(held_out.ledgers) if self.has_eval_file else {"of": "train_file"}
+        of_eval = None if held_out is None else report(held_out.ledgers) if self.has_eval_file else {"of": "train_file"}
         counts = {"held_out_examples": len(held_out)} if held_out is not None else {}
-        return report(self.train.ledgers) | {"eval": told, "train_examples": len(self.train), **counts}
+        return report(self.train.ledgers) | {"eval": of_eval, "train_examples": len(self.train), **counts}
 
     def check(self, config: DataConfig) -> None:
         """Stop before anything is trained if too many rows are lost.
@@ -140,7 +140,7 @@ def _hold_out(examples: Examples, ratio: float) -> tuple[Examples, Examples]:
 
 
 def limit_tokenizer_threads(count: int) -> None:
-    """`tokenize_num_workers`: threads that tokenise, never more than there are cores. The tokenizers library makes its
+    """`tokenize_num_workers`: threads that tokenize, never more than there are cores. The tokenizers library makes its
     threads once, at the first text of a process; a user's own RAYON_NUM_THREADS stands."""
     os.environ.setdefault("RAYON_NUM_THREADS", str(min(count, os.cpu_count() or 1)))
 

@@ -1,11 +1,11 @@
-"""Conversations to token ids: one tokenisation of the rendered text, labels by character span.
+"""Conversations to token ids: one tokenization of the rendered text, labels by character span.
 
 One exception: a token that holds both the end of a prompt and the beginning of its trained reply is none that a served
 model could write. The reply is then encoded behind its prompt, as generation would continue it.
 
 Text that a person typed stays text: a typed `</s>` never becomes the end-of-sequence token. Rows in which no
 special-looking text was typed (nearly all) take the tokenizer as it is; the others take a copy of it whose special
-tokens are spelled with private-use characters, so that only the template's own are recognised.
+tokens are spelled with private-use characters, so that only the template's own are recognized.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class EncodedText:
 
     Attributes:
         examples: one; or one for each trained reply, where the reply of an earlier one is encoded behind its prompt.
-        joined: trained replies that one tokenisation would have joined to their prompts.
+        joined: trained replies that one tokenization would have joined to their prompts.
     """
 
     examples: tuple[Tokens, ...]
@@ -112,7 +112,7 @@ class Encoder:
         return self.tokenizer.serve(rendered) if isinstance(self.tokenizer, SlowTokenizer) else rendered
 
     def encode_rendered(self, rendered: Sequence[Rendered]) -> list[Tokens]:
-        """Tokenise texts in one call: the examples of all of them, in order."""
+        """Tokenize texts in one call: the examples of all of them, in order."""
         return [tokens for text in self.label(rendered, self.tokenize(rendered)) for tokens in text.examples]
 
     def tokenize(self, rendered: Sequence[Rendered]) -> list[Any]:
@@ -128,7 +128,7 @@ class Encoder:
         return result
 
     def label(self, rendered: Sequence[Rendered], encodings: Sequence[Any]) -> list[EncodedText]:
-        """Ids and labels of tokenised texts. A token is a target if its first character lies in a trained span."""
+        """Ids and labels of tokenized texts. A token is a target if its first character lies in a trained span."""
         if isinstance(self.tokenizer, SlowTokenizer):  # which cuts before every reply
             return [EncodedText((tokens,)) for tokens in encodings]
         return [self._label(encoding, item) for item, encoding in zip(rendered, encodings, strict=True)]
@@ -142,7 +142,7 @@ class Encoder:
         return _without_prefix(self._aliased_tokenizer)
 
     def _label(self, encoding: Any, rendered: Rendered) -> EncodedText:
-        """Labels for a text and its encoding; None: something special was typed in it, and it is tokenised here."""
+        """Labels for a text and its encoding; None: something special was typed in it, and it is tokenized here."""
         is_plain = encoding is not None
         whole = self._plain_tokenizer if is_plain else self._aliased_tokenizer
         if not is_plain:
@@ -322,7 +322,7 @@ def _first_token_from(encoding: Any, text: str, position: int, count: int) -> tu
     Asking the encoding for one place is much cheaper than having it list the offsets of every token.
     """
     token = encoding.char_to_token(position)
-    if token is None:  # no token holds the character: the end of the text, or one that the normaliser dropped
+    if token is None:  # no token holds the character: the end of the text, or one that the normalizer dropped
         starts = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)[:, 0]
         return int(np.searchsorted(starts, position)), _composes(text[position - 1 : position + 1])
     first = token
@@ -332,14 +332,14 @@ def _first_token_from(encoding: Any, text: str, position: int, count: int) -> tu
 
 
 def _composes(pair: str) -> bool:
-    """Whether a normaliser would make one character of two."""
+    """Whether a normalizer would make one character of two."""
     return len(unicodedata.normalize("NFC", pair)) < len(pair)
 
 
 def _encode_behind(rendered: Rendered, cut: int, whole: Any, continuing: Any) -> Tokens:
-    """Ids and labels of a text whose parts before and behind `cut` are tokenised apart."""
+    """Ids and labels of a text whose parts before and behind `cut` are tokenized apart."""
     text = rendered.text
-    # From its first added token on, a reply is tokenised as it would be in one text: a prefix may follow such a token.
+    # From its first added token on, a reply is tokenized as it would be in one text: a prefix may follow such a token.
     border = cut + _first_added_token(text[cut:], whole)
     parts = []
     for start, end, tokenizer in ((0, cut, whole), (cut, border, continuing), (border, len(text), whole)):
@@ -371,7 +371,7 @@ def _without_prefix(tokenizer: Any) -> Any:
 
 
 def _continued(step: Any) -> Any:
-    """A normaliser or pre-tokenizer, less what it does at the beginning of a text; None if nothing is left."""
+    """A normalizer or pre-tokenizer, less what it does at the beginning of a text; None if nothing is left."""
     if not isinstance(step, dict) or step["type"] == "Prepend":
         return None
     changed = {"prepend_scheme": "never", "add_prefix_space": False, "strip_left": False}

@@ -58,7 +58,7 @@ def pack_pairs(
     """
     laid = [_lay_out(pair, prompts) for pair in pairs] if shared else []
     if not pairs:
-        # As many passes as a pair takes: ranks whose weights are divided have to call the model equally often.
+        # As many passes as a pair takes: ranks whose weights are sharded have to call the model equally often.
         rows = [empty_row(owner=np.zeros(0, np.int64)) for _ in range(1 if shared else 2)]
     elif shared:
         rows = [_one_row(laid)]

@@ -1,6 +1,6 @@
-"""One data file becomes cached examples: read, parsed, rendered, tokenised, fitted to the length, accounted for.
+"""One data file becomes cached examples: read, parsed, rendered, tokenized, fitted to the length, accounted for.
 
-While one chunk of rows is tokenised (in threads of the tokenizer's own), the next is read and rendered.
+While one chunk of rows is tokenized (in threads of the tokenizer's own), the next is read and rendered.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ from firefly.files import Held, Holder, atomic_folder, hold, make_cache
 from firefly.translation import Phrase, translate
 
 CHUNK, CHUNK_CHARACTERS = 1000, 1 << 24
-"""Rows, and characters of text, that are tokenised in one call and written as one Arrow batch."""
+"""Rows, and characters of text, that are tokenized in one call and written as one Arrow batch."""
 SIDES = ("chosen", "rejected")
 
 
@@ -94,16 +94,16 @@ def prepare(
 def prepare_once(folder: Path, file: str, make: Callable[[], None]) -> None:
     """`make` the cache entry `folder`, unless another process is at it: then wait for it, and use what it made.
 
-    Ranks and runs share their preparation so: by a lock file, not by a collective operation that would time out. Where
-    the other process died, this one takes its place.
+    Ranks and runs share preparation by a lock file, not by a collective operation, which would time out. If the other
+    process died, this one takes over.
     """
     make_cache(folder.parent)
 
-    told = False
+    announced = False
 
     def waiting(holder: Holder) -> None:
-        nonlocal told
-        if not told:  # whoever waits may find that another waiter was quicker
+        nonlocal announced
+        if not announced:  # whoever waits may find that another waiter was quicker
             notice(
                 "data.waiting",
                 "{file} is being prepared by process {pid} on {host}; waiting for it.",
@@ -111,13 +111,13 @@ def prepare_once(folder: Path, file: str, make: Callable[[], None]) -> None:
                 pid=holder.pid,
                 host=holder.host,
             )
-        told = True
+        announced = True
 
     with hold(_lock_of(folder), waiting) as held:
         if (folder / "ledger.json").is_file():
             return
         if held:
-            shutil.rmtree(folder, ignore_errors=True)  # without its last file it is not whole
+            shutil.rmtree(folder, ignore_errors=True)  # without its last file it is incomplete
             remove_scratch(folder)
         make()
 
@@ -127,7 +127,7 @@ def _lock_of(folder: Path) -> Path:
 
 
 def remove_scratch(own: Path) -> None:
-    """Remove what killed preparations left beside the entry `own`, whose lock is held: all that nobody is at."""
+    """Remove leftovers of killed preparations beside the entry `own`, whose lock is held, unless they are in use."""
     for scratch in own.parent.glob("*.*"):
         if not scratch.is_dir():
             continue
@@ -163,7 +163,7 @@ class KeptRow:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A parsed row on its way to tokens: texts or a document to tokenise, or an example that comes as tokens."""
+    """A parsed row that is not tokenized yet: texts or a document, or an example that comes as tokens."""
 
     source: Source
     texts: list[Rendered]
@@ -181,7 +181,7 @@ class _Row:
 
 @dataclass
 class _KeyCount:
-    """A key that nothing comes of: its first row, how many have it, and how much text stands under it."""
+    """A key that is not used: its first row, how many rows have it, and how much text it holds."""
 
     source: Source
     rows: int = 0
@@ -190,7 +190,7 @@ class _KeyCount:
 
 @dataclass(frozen=True)
 class Preparation:
-    """The rows of one file on their way; every one of them is accounted for in `ledger`."""
+    """Prepares the rows of one file; every one of them is accounted for in `ledger`."""
 
     config: DataConfig
     encoder: Encoder
@@ -203,10 +203,10 @@ class Preparation:
 
     def run(self, records: Iterator[RawRecord]) -> Iterator[list[KeptRow]]:
         """Yield the kept rows, chunk by chunk, in file order."""
-        with _young_garbage_only(), ThreadPoolExecutor(1, "firefly-tokenise") as executor:
+        with _young_garbage_only(), ThreadPoolExecutor(1, "firefly-tokenize") as executor:
             pending: tuple[list[_Row], Future[_Encoded]] | None = None
             for rows in self._chunks(records):
-                future = executor.submit(self._tokenise, rows)
+                future = executor.submit(self._tokenize, rows)
                 if pending:
                     yield self._finish(*pending)
                     gc.collect(0)
@@ -216,7 +216,7 @@ class Preparation:
         self._note_file()
 
     def _note_file(self) -> None:
-        """Findings that take the whole file to know."""
+        """Findings that are known only at the end of the file."""
         for key, found in sorted(self.unread.items(), key=lambda item: -item[1].characters):
             shown = key if key.isprintable() else repr(key)[1:-1]  # a key may hold anything
             self.ledger.unread_keys[shown] += found.rows
@@ -266,7 +266,7 @@ class Preparation:
             self.ledger.note(self.lines.first, WRAPPED_TEXT, message)
 
     def _chunks(self, records: Iterator[RawRecord]) -> Iterator[list[_Row]]:
-        """Rows that are still on their way, as many at a time as fit the limits of a chunk."""
+        """Parsed rows, as many at a time as fit the limits of a chunk."""
         rows: list[_Row] = []
         read = characters = 0
         for record in records:
@@ -281,7 +281,7 @@ class Preparation:
         if rows:
             yield rows
 
-    def _tokenise(self, rows: Sequence[_Row]) -> _Encoded:
+    def _tokenize(self, rows: Sequence[_Row]) -> _Encoded:
         texts = [text for row in rows for text in row.texts]
         documents = [row.document for row in rows if row.document is not None]
         return _Encoded(texts, self.encoder.tokenize(texts), self.encoder.encode_documents(documents))
@@ -396,19 +396,19 @@ class Preparation:
             )
 
     def _note_unanswered_end(self, source: Source, conversations: Sequence[Conversation]) -> None:
-        """Say what stands behind the last reply, which no template's text needs to hold; once a row."""
+        """Note the messages after the last reply, which no template needs to render; once per row."""
         behind = [message for conversation in conversations for message in _behind_last_reply(conversation)]
         if behind:
             roles = ", ".join(dict.fromkeys(message.role for message in behind))
             message = Phrase(
-                "behind the last reply {count} message(s) ({roles}) have no answer: they are not trained",
+                "after the last reply {count} message(s) ({roles}) have no answer: they are not trained",
                 count=len(behind),
                 roles=roles,
             )
             self.ledger.note(source, UNANSWERED_END, message)
 
     def _note_empty_replies(self, source: Source, conversation: Conversation) -> None:
-        """Say which replies are empty, and what of them is trained."""
+        """Note which replies are empty, and what of them is trained."""
         turns, turn = sum(item.role == "user" for item in conversation.messages), 0
         for item in conversation.messages:
             turn += item.role == "user"
@@ -444,7 +444,7 @@ class Preparation:
                     row.source,
                     JOINED,
                     Phrase(
-                        "replies encoded behind their prompts, as they are served: {count} (one tokenisation would "
+                        "replies encoded behind their prompts, as they are served: {count} (one tokenization would "
                         "join the two, as a rule by the white space between them)",
                         count=joined,
                     ),
@@ -455,7 +455,7 @@ class Preparation:
         return kept
 
     def _fit(self, row: _Row, examples: Sequence[Tokens]) -> list[Example]:
-        """Fit a row's examples to the length limit, and write the row's fate on the ledger."""
+        """Fit a row's examples to the length limit, and record the outcome in the ledger."""
         source = row.source
         if row.document is None:
             fitted = [fit(tokens, self.config.max_seq_length, self.config.on_too_long) for tokens in examples]
@@ -481,7 +481,7 @@ class Preparation:
         return [replace(tokens, desirable=row.labelled.desirable) for tokens in kept] if row.labelled else [*kept]
 
     def _fit_pair(self, row: _Row, sides: Sequence[Any]) -> list[Example]:
-        """Fit a pair's prompt and answers to their limits, and write the row's fate on the ledger."""
+        """Fit a pair's prompt and answers to their limits, and record the outcome in the ledger."""
         policy, limit = self.config.on_too_long, self.config.max_seq_length
         margin = row.pair.margin if row.pair else None
         pair = row.ready if isinstance(row.ready, TokenPair) else TokenPair.of(sides[0], sides[1], margin)
@@ -524,7 +524,7 @@ class Preparation:
         return examples
 
     def _lose(self, source: Source, examples: Sequence[Tokens], sides: Sequence[str] = ()) -> None:
-        """Write down why nothing of a row is trained; of a pair, on which sides."""
+        """Record why nothing of a row is trained; of a pair, on which sides."""
         if any(tokens.num_targets for tokens in examples):
             longest = max(len(tokens.input_ids) for tokens in examples)
             cause, limit = TOO_LONG, self.config.max_seq_length
@@ -601,7 +601,7 @@ class _Encoded:
 
 @contextmanager
 def _young_garbage_only() -> Iterator[None]:
-    """Rows make many objects and no old garbage: full collections, which walk through every library, find nothing."""
+    """Switch off full garbage collections, which walk all loaded libraries: rows make objects but no old garbage."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -46,7 +46,7 @@ def render_chat(
         The text, and the character spans that its marks enclose, in order.
 
     Raises:
-        ReservedCharacter: a border of a span cannot be told from the input.
+        ReservedCharacter: a border of a span cannot be distinguished from the input.
         jinja2.TemplateError and anything else a template, which is a program from outside, may raise.
     """
     for message in messages:

@@ -2,7 +2,7 @@
 
 Their special tokens are reached by id (`get_command`, `im_start_id`, 195 and 196), not by text, and they tell no
 offsets. So a rendered text is cut at the tokens its template wrote: each of these becomes its id, every other piece is
-tokenised by the model's own code, and labels are given by piece. Where their chat code cuts, this cuts: behind the role
+tokenized by the model's own code, and labels are given by piece. Where their chat code cuts, this cuts: behind the role
 and its line break. Tested with stand-ins that are written after the published Python code; no real weights were tried.
 """
 
@@ -48,7 +48,7 @@ class Family:
         markers: what a template can write as one token, and its id.
         encode_text: ids of a text as it stands, nothing added.
         named: `eos_token` and its like.
-        role_markers: those behind which a line with the role or a tool's name stands, tokenised apart.
+        role_markers: those behind which a line with the role or a tool's name stands, tokenized apart.
         implied_space: the tokenizer itself writes the space that the template has behind that line.
     """
 
@@ -61,7 +61,7 @@ class Family:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A part of a text: where it starts, what of it is tokenised, and its id if it is a marker."""
+    """A part of a text: where it starts, what of it is tokenized, and its id if it is a marker."""
 
     start: int
     text: str
@@ -156,7 +156,7 @@ class SlowTokenizer:
     def apply_chat_template(
         self, conversation: Any, *, tokenize: bool = True, return_dict: bool = False, **options: Any
     ) -> Any:
-        """transformers' rendering, tokenised here: they would spell out the markers that are known by id."""
+        """transformers' rendering, tokenized here: they would spell out the markers that are known by id."""
         text = self.inner.apply_chat_template(conversation, tokenize=False, **{**self.special_tokens_map, **options})
         if not tokenize:
             return text
@@ -196,7 +196,7 @@ class SlowTokenizer:
         return starts - {0}
 
     def _encode_typed(self, parts: Sequence[str]) -> list[int]:
-        """Ids of text, tokenised at once if its tokenizer takes nothing typed for a marker, else cut inside of that.
+        """Ids of text, tokenized at once if its tokenizer takes nothing typed for a marker, else cut inside of that.
 
         Args:
             parts: the text, cut wherever a marker's look-alike was broken.

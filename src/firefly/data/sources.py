@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from firefly.data.readers.places import find_files
+from firefly.data.readers.data_files import find_files
 from firefly.errors import UsageError
 from firefly.files import atomic_file, cache_folder, make_cache
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from firefly.data.families import TEMPLATE_FOLDER, TEMPLATES, TemplateSpec, family_names, find_family
-from firefly.data.proofs import Mark, is_plain, mark
+from firefly.data.render_check import Mark, is_plain, mark
 from firefly.data.rendering import ReservedCharacter, render_chat
 from firefly.data.schema import Conversation, Message, Rendered, TextPart
 from firefly.data.tool_calls import CallStyle, find_call_style
@@ -32,7 +32,7 @@ GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 END_OF_THOUGHT = "</think>"
 OPENED_THOUGHTS = ("<think>\n", "<think>")
 MOST_SHAPES = 4096
-"""Shapes of plain conversations that a template keeps in mind as proved."""
+"""The most shapes of plain conversations that a template caches as proved."""
 
 SystemRole = Literal["rendered", "refused", "dropped"]
 
@@ -50,7 +50,7 @@ class ChatTemplate:
     """A template bound to one tokenizer: text, the variables it may use, its stop tokens (first: the one trained).
 
     Attributes:
-        stable: whether a longer conversation's text continues a shorter one's; None: not known, looked at each time.
+        stable: whether a longer conversation's text continues a shorter one's; None: unknown, checked each time.
         on_system: what becomes of a system prompt that the template refuses or drops: it is put in front of the first
             user turn (`merge`), or it is an error.
         thinking: `strip` leaves out the reasoning of every reply.
@@ -77,7 +77,7 @@ class ChatTemplate:
 
     @cached_property
     def system_role(self) -> SystemRole:
-        """What the template does with a system prompt, found out by trying."""
+        """What the template does with a system prompt, probed by rendering one."""
         probe = "firefly-system"
         turns = (Message.of("system", probe), Message.of("user", "?"))
         try:
@@ -87,7 +87,7 @@ class ChatTemplate:
 
     @cached_property
     def call_style(self) -> CallStyle | None:
-        """How the template wants tool calls, found out by trying; None if it does not write them at all."""
+        """The form in which the template takes tool calls, probed by rendering; None if it does not render them."""
 
         def attempt(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str | None:
             try:
@@ -234,7 +234,7 @@ class ChatTemplate:
         return _select(whole, conversation, replies)
 
     def _parts(self, conversation: Conversation, replies: list[int]) -> list[_Shown]:
-        """Each trained reply as it would be served: behind the prompt that asks for it."""
+        """Each trained reply as it would be served: after its own prompt."""
         served = self._served_marked if self.is_marked else self._served_unmarked
         return [
             _Shown(served(conversation, index, number), index + 1, "reply")
@@ -341,14 +341,14 @@ class ChatTemplate:
     # ---- guards: a template may drop what it has no place for; that would be trained, or asked, in silence
 
     def _check_contents(self, conversation: Conversation, shown: _Shown) -> None:
-        """What a template drops or changes because of its text."""
+        """Message parts that a template drops or changes because of their text."""
         text = shown.rendered.text
         for number, item in enumerate(conversation.messages[: shown.messages]):
-            said = item.text.strip()
-            stands = said in text or (item.role in ("tool", "assistant") and _in_json(said, text))
+            content = item.text.strip()
+            stands = content in text or (item.role in ("tool", "assistant") and _in_json(content, text))
             lost = []
             if not stands and (item.role != "assistant" or item.tool_calls):
-                lost.append(Mark(said, "content", number))
+                lost.append(Mark(content, "content", number))
             if item.reasoning and item.reasoning.strip() not in text:
                 lost.append(Mark(item.reasoning, "reasoning", number))
             for part in lost:
@@ -356,7 +356,7 @@ class ChatTemplate:
                     raise self._dropped(part, conversation)
 
     def _prove(self, conversation: Conversation, texts: Callable[[Conversation], list[_Shown]]) -> None:
-        """Render a copy in which everything is marked: what a template drops because of a conversation's shape.
+        """Message parts that a template drops because of a conversation's shape: renders a copy with every part marked.
 
         Plain conversations of one shape are proved once.
         """

@@ -1,8 +1,8 @@
-"""Backends carry a step over many ranks: DDP, FSDP2 or DeepSpeed's ZeRO, as configuration or launcher ask.
+"""Distributed backends: DDP, FSDP2 or DeepSpeed's ZeRO, as configuration or launcher ask.
 
-All of them come from torch, accelerate and DeepSpeed; here their settings are brought in line with what a step means
-in Firefly (one item of the data loader is one whole step, precision and schedule are ours), and what a backend cannot
-do is refused by name before anything is loaded.
+All of them come from torch, accelerate and DeepSpeed; here their settings are made consistent with Firefly's loop (one
+item of the data loader is one whole step, precision and schedule are ours), and what a backend cannot do is refused
+before anything is loaded.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from firefly.models.unread import read_here
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """What the rest of the program has to know of a backend.
+    """What the rest of the program needs to know about a backend.
 
     Attributes:
         name: as run.json and messages have it.
@@ -55,17 +55,17 @@ class Backend:
         if not self.shards:
             return whole
         names = {OPTIMIZER: ("optimizer",), GRADIENTS: ("gradients",), WEIGHTS: ("weights", "adapter")}
-        divided = {part for kind in self.shards for part in names[kind]}
+        sharded = {part for kind in self.shards for part in names[kind]}
         count = ranks.world_size()
-        parts = {name: size // count if name in divided else size for name, size in whole.parts.items()}
+        parts = {name: size // count if name in sharded else size for name, size in whole.parts.items()}
         return replace(whole, parts=parts, loaded=0 if self.shards_weights else whole.loaded)
 
     def arguments(self, precision: Precision) -> dict[str, Any]:
         """`TrainingArguments` of this backend."""
         if "deepspeed" not in self.settings:
             return {"deepspeed": None, "fsdp": None, "fsdp_config": None} | dict(self.settings)
-        # DeepSpeed casts a whole model to the type that it computes in; ours are chosen weight by weight. The scaling
-        # of losses for fp16 is its own affair, though.
+        # DeepSpeed casts a whole model to one compute type; ours is set weight by weight. Loss scaling for fp16 is
+        # left to it.
         settings = dict(self.settings["deepspeed"])
         settings["fp16"] = {**settings.get("fp16", {}), "enabled": precision.scaled}
         settings["bf16"] = {"enabled": False}
@@ -181,7 +181,7 @@ def _refuse(backend: Backend, config: Config) -> None:
 
 
 def refuse_uneven_passes(config: Config, layout: str, backend: Backend) -> None:
-    """Ranks that hold parts of the weights have to call the model equally often.
+    """Ranks with sharded weights have to call the model equally often.
 
     Raises:
         UsageError: a block of documents would take as many passes as it holds documents.
@@ -241,7 +241,7 @@ def _deepspeed_backend(given: Any) -> Backend:
 
 
 def _says_something(value: Any) -> bool:
-    """Whether a part of a DeepSpeed configuration has a will of its own: not absent, "auto" or switched off."""
+    """Whether a section of a DeepSpeed configuration sets something: not absent, "auto" or switched off."""
     if isinstance(value, dict):
         return value.get("enabled", True) not in (False, "auto") and bool(value)
     return value not in (None, "auto", False)
@@ -280,7 +280,7 @@ def load_plainly(args: Any) -> None:
 
 
 def shard_weights(backend: Backend, model: Any, args: Any) -> None:
-    """Leave each rank its share of a model's weights under ZeRO-3, before DeepSpeed would move it whole to a card.
+    """Shard a model's weights under ZeRO-3, before DeepSpeed would move it whole to a GPU.
 
     Our kernels use the weights of a decoder layer's parts directly, so a layer is gathered as one. (FSDP2 shards by
     layers, too, when accelerate prepares the model.)
@@ -300,7 +300,7 @@ def shard_weights(backend: Backend, model: Any, args: Any) -> None:
         set_z3_leaf_modules(model, layers)
         # Such a layer's gradients are taken when that of its input is there, so the first one has to have one, too.
         transformers_model(model).enable_input_require_grads()
-    deepspeed.init_distributed()  # or it takes itself for the only rank
+    deepspeed.init_distributed()  # or DeepSpeed assumes a single rank
 
     def one_by_one(recurse: bool = True) -> Iterator[Any]:
         """Parameters whole for as long as it takes to share each out: of the first rank's numbers, which it sends."""
@@ -373,7 +373,7 @@ def _fsdp_settings(fsdp: Any, config: Any) -> dict[str, Any]:
 
 
 def take_launcher_settings() -> dict[str, Any]:
-    """What `accelerate launch` was configured to do, taken out of the environment: one place decides from here on."""
+    """The settings of `accelerate launch`, removed from the environment: from here on only Firefly's apply."""
     environment, found = os.environ, {}
     for name, key in LAUNCHER_SETTINGS.items():
         value = environment.pop(name, "")

@@ -1,4 +1,4 @@
-"""A model as its backend trains it: wrapped, with its optimizer and schedule, and what its ranks tell each other."""
+"""A model as its backend trains it: wrapped, with optimizer, schedule and collectives."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class TrainableModel:
         wrapped: what a forward pass calls: `module`, or what DDP or DeepSpeed made of it.
         optimizer, scheduler: there after `prepare`.
         parameters: those that are trained.
-        choices: what was chosen by measurement. A step that ran out of memory lowers them, for itself and what follows.
+        choices: the tuning; lowered after a step that ran out of memory.
         full: whether every weight is trained (in fp32, computed under autocast); otherwise an adapter is.
         router: of a mixture of experts, what its load-balancing loss depends on.
         identity: what its checkpoints are bound to, for plan.json.
-        bare: whether torch's own calls do, without accelerate around them.
+        bare: torch's own calls suffice, without accelerate around them.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class TrainableModel:
         # Products of the body per parameter and token: forward 2, gradient of the input 2, gradient of the weight 2.
         self.flops_per_token = (6 if full else 4) * count_body(module)
         self.accelerator = make_accelerator(args)
-        # Neither sharded nor scaled: what accelerate would do around torch's own calls is nothing, and takes time.
+        # Neither sharded nor scaled: accelerate's wrappers would do nothing but take time.
         self.bare = self.accelerator.scaler is None and backend.name in ("single", "ddp")
         self.optimizer: Any = None
         self.scheduler: Any = None
@@ -177,8 +177,8 @@ class TrainableModel:
             )
         elif not self.backend.deepspeed:
             # Through the CPU, so that a GPU never holds the state twice; of many ranks, each loads onto its own GPU.
-            place = self.device if self.ranks > 1 and self.device.type != "cpu" else "cpu"
-            stored = torch.load(checkpoint / "optimizer.pt", map_location=place, weights_only=True)
+            device = self.device if self.ranks > 1 and self.device.type != "cpu" else "cpu"
+            stored = torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True)
             self.optimizer.load_state_dict(stored)
         self.scheduler.load_state_dict(torch.load(checkpoint / "scheduler.pt", weights_only=True))
         if self.accelerator.scaler is not None and (checkpoint / "scaler.pt").is_file():
@@ -208,10 +208,10 @@ class TrainableModel:
             self._resting = True
 
     def exchanging(self, last: bool) -> AbstractContextManager[Any]:
-        """Let ranks exchange gradients after the last microbatch of a step only, where that costs no memory."""
+        """All-reduce gradients after the last microbatch of a step only, where that costs no memory."""
         # DeepSpeed takes the optimizer's step at the end of the backward pass that this marks.
         self.accelerator.gradient_state.sync_gradients = last
-        # Unexchanged, FSDP2 keeps gradients of whole weights: those of adapters are small.
+        # Without the reduce-scatter FSDP2 keeps unsharded gradients: those of adapters are small.
         whole_gradients = self.backend.name == "fsdp2" and self.full
         each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         if last or self.ranks == 1 or whole_gradients or each:
@@ -223,7 +223,7 @@ class TrainableModel:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_type)
 
-    def clip_gradients(self, max_norm: float) -> Any:
+    def clip_gradients(self, max_norm: float) -> Tensor | float | None:
         """Scale the gradients down to `max_norm` (0: only measure them); their norm before, a scalar on the device.
 
         None where no gradient is left to measure. DeepSpeed's has been applied already.
@@ -248,7 +248,7 @@ class TrainableModel:
         return rate.item() if isinstance(rate, Tensor) else rate
 
     def next_rate(self) -> None:
-        """Move the schedule on by a step, unless it waits for a metric, or loss scaling left the step out."""
+        """Step the schedule, unless it waits for a metric, or loss scaling skipped the step."""
         scales = self.accelerator.scaler is not None or self.backend.deepspeed
         skipped = scales and self.accelerator.optimizer_step_was_skipped
         if not (skipped or self.waits_for_metric):
@@ -276,13 +276,13 @@ class TrainableModel:
     # ---- ranks ----
 
     def highest(self, values: Tensor) -> list[int]:
-        """The largest of what the ranks say of each value, (any,) int64; every rank has to ask."""
+        """All-reduce with max, (any,) int64; a collective."""
         if self.ranks > 1:
             torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
         return values.tolist()
 
     def any_rank(self, answer: bool) -> bool:
-        """Whether any rank says so; every rank has to ask."""
+        """Whether it is true on any rank; a collective."""
         if self.ranks == 1:
             return answer
         return bool(self.highest(torch.tensor([int(answer)], device=self.device))[0])
@@ -297,7 +297,7 @@ class TrainableModel:
     # ---- saving ----
 
     def save_weights(self, folder: Path, tokenizer: Any) -> None:
-        """The files that one process would leave, whatever the backend; every rank has to call it."""
+        """Write the files that one process would write, whatever the backend; a collective."""
         state = None
         if self.backend.deepspeed:
             # DeepSpeed's own way writes all weights beside an adapter, and tied ones twice.
@@ -345,7 +345,7 @@ def _nothing() -> None:
 
 
 def make_accelerator(args: TrainingArguments) -> Accelerator:
-    """accelerate's part of a backend, as TrainingArguments describe it. No data loader is prepared by it."""
+    """accelerate's part of a backend, as TrainingArguments describe it; it prepares no data loader."""
     config: Any = args.accelerator_config
     accumulation: dict[str, Any] = dict(config.gradient_accumulation_kwargs or {}) | {"num_steps": 1}
     sharding: Any = args.fsdp_plugin_args
@@ -367,7 +367,7 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
         ],
     )
     if plugin is not None and accelerator.state.distributed_type == DistributedType.MULTI_CPU:
-        # accelerate (1.15) passes over the plugin on CPUs, in silence, and would train with DDP.
+        # accelerate (1.15) silently skips the plugin on CPUs, and would train with DDP.
         accelerator.state.fsdp_plugin = plugin
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
     return accelerator
@@ -410,7 +410,7 @@ def untied(state: Any, module: Any) -> dict[str, Any]:
     return kept
 
 
-def read_shards(module: Any, unread: Mapping[str, Unread]) -> None:
+def read_shards(module: torch.nn.Module, unread: Mapping[str, Unread]) -> None:
     """Read this rank's rows of what has not been read into a model that FSDP2 has sharded."""
     parameters = dict(module.named_parameters())
     for name, weight in unread.items():

@@ -18,7 +18,7 @@ import torch
 from firefly.config import ModelConfig
 from firefly.console import notice
 from firefly.data.certificate import FILE_NAME as CERTIFICATE
-from firefly.data.certificate import read_certificate, recheck, stored_choices
+from firefly.data.certificate import read_certificate, recheck, trained_template_options
 from firefly.data.encoding import Encoder
 from firefly.data.templates import bind_template
 from firefly.errors import UsageError, VerificationError
@@ -35,13 +35,13 @@ from firefly.export.verification import (
 )
 from firefly.files import first_line, free_space, is_write_failure, make_empty, unfinished
 from firefly.models.adapter_loading import load_adapter
-from firefly.models.experts import dequantise_experts
+from firefly.models.experts import dequantize_experts
 from firefly.models.kernels.lora_linear import dense
 from firefly.models.loading import (
     eos_ids,
+    fix_generation_config,
     load_model,
     load_tokenizer,
-    mend_generation_config,
     pretrained,
 )
 from firefly.models.precision import Precision, pick_device
@@ -219,7 +219,7 @@ def check_template(tokenizer: Any, folder: Path, force: bool) -> dict[str, Any] 
     """Recheck the adapter's template certificate, if it has one, and return it: it goes on with the merged model."""
     certificate = read_certificate(folder)
     if certificate and tokenizer.chat_template:
-        recheck(folder, Encoder(tokenizer, bind_template("auto", tokenizer, **stored_choices(folder))), force)
+        recheck(folder, Encoder(tokenizer, bind_template("auto", tokenizer, **trained_template_options(folder))), force)
     return certificate
 
 
@@ -260,11 +260,11 @@ def load_base(model: ModelConfig, weights: torch.dtype, onto: str, adapter: Save
     4-bit weights into the matrices they stand for."""
     base = load_model(model, "lora" if onto == "original" else "qlora", Precision(weights), pick_device())
     if onto != "original":
-        base = dequantised(base, weights)
+        base = dequantized(base, weights)
     return as_classifier(base, weights) if adapter.settings.task_type == ADAPTER_TASK else base
 
 
-def dequantised(model: Any, dtype: torch.dtype) -> Any:
+def dequantized(model: Any, dtype: torch.dtype) -> Any:
     """Replace every 4-bit linear layer by a plain one with the weights that training saw."""
     for name, module in list(model.named_modules()):
         if type(module).__name__ != "Linear4bit":
@@ -274,7 +274,7 @@ def dequantised(model: Any, dtype: torch.dtype) -> Any:
         plain.bias = module.bias
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, plain)
-    dequantise_experts(model, dtype)
+    dequantize_experts(model, dtype)
     del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = model.is_loaded_in_4bit = False
@@ -314,7 +314,7 @@ def save_merged(trained: Any, tokenizer: Any, target: Path) -> None:
     if scores(merged):
         merged.config.pad_token_id = tokenizer.pad_token_id  # one that no text ends in
     else:
-        mend_generation_config(merged.generation_config)
+        fix_generation_config(merged.generation_config)
     if tokenizer.chat_template and not scores(merged):
         stops = bind_template("auto", tokenizer, eos_ids=eos_ids(merged.generation_config)).stop_ids
         merged.generation_config.eos_token_id = list(stops)

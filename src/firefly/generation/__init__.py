@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from firefly.config import ModelConfig, PrecisionConfig
-from firefly.data.certificate import allows_special, recheck, stored_choices
+from firefly.data.certificate import allows_special, recheck, trained_template_options
 from firefly.data.encoding import Encoder
 from firefly.data.schema import Message
 from firefly.data.templates import bind_template
@@ -146,7 +146,7 @@ class Generator:
         tokenizer = load_tokenizer(model, tokenizer_source(model, adapter))
         stops = eos_ids(loaded.generation_config)
         trained = saved.folder if saved else Path(resolve_model(model))
-        template = bind_template(template_name, tokenizer, eos_ids=stops, **stored_choices(trained))
+        template = bind_template(template_name, tokenizer, eos_ids=stops, **trained_template_options(trained))
         encoder = Encoder(tokenizer, template, allows_special(trained))
         recheck(trained, encoder, force)
         return cls(loaded, encoder, adapter or model.name_or_path)

@@ -21,7 +21,7 @@ from firefly.models.experts import expert_parameters, shortened
 from firefly.models.kernels.expert_linear import install_expert_kernels
 from firefly.models.kernels.lora_linear import install_lora_kernels
 from firefly.models.kernels.peft_layers import install_saved_modules, install_token_rows, install_trained_biases
-from firefly.models.probe_cache import known_unreached
+from firefly.models.probe_cache import cached_unreached
 from firefly.models.reach import EXPERT_COUNTS, Unreached, alike
 from firefly.models.saved_adapter import open_adapter
 from firefly.models.scores import ADAPTER_TASK, HEAD, scores
@@ -31,7 +31,7 @@ from firefly.models.unread import copies_unread
 ALL_LINEAR = "all-linear"
 
 REACHED = Unreached()
-"""Of a model whose every part text comes to."""
+"""Of a model whose every part is reached by text."""
 
 
 def attach_adapter(
@@ -52,14 +52,14 @@ def attach_adapter(
         given: keys that the user wrote down, to say which of them an adapter to start from overrules.
         added_tokens: those of the new tokens that this run gave to the tokenizer: an adapter to start from has never
             seen them.
-        unreached: what text does not reach in the model; None: found by a short row.
+        unreached: what text does not reach in the model; None: probed on a short row.
         notify: is given what `notice` takes, for what was left out.
 
     Raises:
         UsageError: a name that matches no layer or one that cannot have an adapter, or an adapter to start from that is
             none or does not fit.
     """
-    unreached = known_unreached(model) if unreached is None else unreached
+    unreached = cached_unreached(model) if unreached is None else unreached
     _note_unreached(model, unreached, notify)
     if config.mode == "full":
         model.requires_grad_(True)
@@ -222,7 +222,7 @@ def _set_dropout(wrapped: nn.Module, probability: float, left_to_peft: list[str]
         )
 
 
-# ---- an adapter that exists ----
+# ---- a saved adapter that is trained on ----
 
 
 def _continued(
@@ -259,7 +259,7 @@ def _continued(
 
 
 def _note_differences(config: AdapterConfig, settings: Any, given: Collection[str]) -> None:
-    """Say which keys were set to something else than the adapter has: its own values hold."""
+    """Notify of keys set to something else than the adapter has: the adapter's values are used."""
     default = AdapterConfig()
     for key, asked, standard, found in (
         ("lora_rank", config.rank, default.rank, settings.r),
@@ -269,8 +269,8 @@ def _note_differences(config: AdapterConfig, settings: Any, given: Collection[st
         ("lora_target", _sorted(config.target), ALL_LINEAR, _sorted(settings.target_modules)),
         ("modules_to_save", _sorted(config.modules_to_save), None, _sorted(settings.modules_to_save)),
     ):
-        said = key in given and asked != ALL_LINEAR  # whose layers an adapter has by their names
-        if asked != found and (said or asked != standard):
+        explicit = key in given and asked != ALL_LINEAR  # whose layers an adapter has by their names
+        if asked != found and (explicit or asked != standard):
             notice(
                 "adapter.its_own",
                 "{key} = {value} differs from the adapter's setting; the adapter's value is used: {found}.",
@@ -302,7 +302,7 @@ def target_layers(
 ) -> list[str]:
     """The layers that `lora_target` asks for, in the shortest names that mean them, but those that are trained whole.
 
-    "all-linear" leaves out what peft refuses, and it is told to `notify`.
+    "all-linear" leaves out what peft refuses, and reports it by `notify`.
 
     Args:
         request: "all-linear", names (a list, or separated by commas), or one regular expression for whole paths.
@@ -595,8 +595,8 @@ def count_body(model: nn.Module) -> int:
 
 
 def numbers_in(parameter: Any) -> int:
-    """How many numbers a parameter stands for, in 4 bits or divided among ranks by ZeRO-3 as it may be."""
-    if (divided := getattr(parameter, "ds_numel", None)) is not None:
-        return int(divided)
+    """How many numbers a parameter stands for, in 4 bits or sharded by ZeRO-3 as it may be."""
+    if (sharded := getattr(parameter, "ds_numel", None)) is not None:
+        return int(sharded)
     state = getattr(parameter, "quant_state", None)
     return int((parameter.shape if state is None else torch.Size(state.shape)).numel())

@@ -1,10 +1,10 @@
-"""Segments through any transformers model: one registered attention function, and proof that it isolates.
+"""Packed segments in any transformers model: one registered attention function, and a probe that it isolates them.
 
 `segments` packs many examples into one row; each token attends to its own example only. Architectures that cannot do
 that, or fail the probe, run `solo`: one example per microbatch through the model's own attention. Both are exact.
 
-A model so prepared attends to segments in calls that come with some. In any other, as in `generate`, it is the model
-that it was: its own attention, masks and cache. Nothing outside of that one model is changed.
+A prepared model attends to segments in calls that pass some. In any other, as in `generate`, it runs unchanged, with
+its own attention, masks and cache. Nothing outside of that one model is changed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from firefly.segments import Segment, segment_positions
 NAME = "firefly_segments"
 ISOLATABLE_LAYERS = {"full_attention", "sliding_attention"}
 WITHOUT_EFFECT = {"position_ids", "cache_position", "logits_to_keep", "token_type_ids", "mm_token_type_ids"}
-"""Tensors that models hand on to the attention function without meaning anything by it."""
+"""Tensors that models pass to the attention function and that it may ignore."""
 
 
 SAME_OPERATIONS = 0.1
@@ -69,7 +69,7 @@ def segmented(model: CausalLM) -> SegmentedModel | None:
 
 
 def use_crossover(model: CausalLM, tokens: int) -> None:
-    """Let a CPU compute bf16 segments of up to so many tokens as matrix products, in this transformers model."""
+    """Let a CPU compute bf16 segments of up to so many tokens by matmuls, in this transformers model."""
     used = segmented(model)
     if used is not None:
         used.crossover = tokens
@@ -157,7 +157,7 @@ def refuse_textless(model: Any) -> None:
 
 
 class UnsupportedAttention(RuntimeError):
-    """The model asks for something that segment attention does not do; it must run in the solo layout."""
+    """The model needs something that segment attention does not support; it must run in the solo layout."""
 
 
 def segment_attention(
@@ -249,7 +249,7 @@ def choose_layout(model: PreTrainedModel) -> tuple[str, str]:
 def refuse_other_models(model: PreTrainedModel) -> None:
     """See that `model` gives logits for tokens alone, and that none of them depends on a later token.
 
-    An encoder would be trained to read the answer off the next place. Gradients are asked first: where nothing is seen
+    An encoder would learn to read the answer off the next token. Gradients are asked first: where nothing is seen
     they are zero, however numbers are rounded and whichever experts are chosen. Where there are some, other later
     tokens are tried, too.
 
@@ -270,7 +270,7 @@ def refuse_other_models(model: PreTrainedModel) -> None:
     # Weighed unevenly, so that a norm behind it does not make the sum nearly the same whatever comes in.
     weights = torch.linspace(-1, 2, logits.numel(), device=logits.device).view(logits.shape)
     found = attempt(lambda: torch.autograd.grad((logits * weights).sum(), embedded, allow_unused=True))
-    if found is None:  # without a gradient, as of some kernels: it cannot be told
+    if found is None:  # no gradient, as with some kernels: unknown
         return
     rows = [each.float().reshape(tokens, -1) for each in found if each is not None and tokens in each.shape[:2]]
     if not any(bool(each[half:].abs().max() > 1e-6 * each.abs().max()) for each in rows):
@@ -283,14 +283,14 @@ def refuse_other_models(model: PreTrainedModel) -> None:
     if getattr(model.config, "is_decoder", None) is False:
         raise UsageError(
             "model.encoder",
-            "model_type {kind}: an encoder, whose tokens see the tokens behind them, so that a loss on the next "
+            "model_type {kind}: an encoder, whose tokens see later tokens, so that a loss on the next "
             'token would read its own answer. To train it as a decoder, write "is_decoder": true into its '
             "config.json.",
             kind=kind,
         )
     raise UsageError(
         "model.not_causal",
-        "model_type {kind}: its tokens see the tokens behind them, so a loss on the next token would read its own "
+        "model_type {kind}: its tokens see later tokens, so a loss on the next token would read its own "
         "answer. It is no causal language model and is not trained.",
         kind=kind,
     )

@@ -1,7 +1,7 @@
-"""Which decoder layers are computed again in backward instead of being kept (Chen et al., arXiv:1604.06174).
+"""Activation checkpointing: which decoder layers are recomputed in backward (Chen et al., arXiv:1604.06174).
 
-What is cheap to compute again is never kept in the first place: activations and norms, by `kernels`. Beyond that whole
-layers go, the first ones first: when one of them is computed again, all later layers have given their memory back.
+What is cheap to recompute is never stored in the first place: activation functions and norms, by `kernels`. Beyond that
+whole layers are checkpointed, the first ones first: when one is recomputed, all later layers have freed their memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from firefly.models.probing import agree, attempt, first_call
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """The first `layers` decoder layers keep their input alone; with `offload` that waits in the CPU's memory."""
+    """The first `layers` decoder layers store only their input; with `offload` in CPU memory."""
 
     layers: int = 0
     offload: bool = False
@@ -39,7 +39,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def install_checkpointing(model: Any, chosen: Checkpointing) -> None:
-    """Let exactly the chosen layers of `model` (a transformers model) compute again in backward.
+    """Checkpoint exactly the chosen layers of `model` (a transformers model).
 
     Raises:
         UsageError: layers are to be checkpointed and the architecture has none that can be.
@@ -54,13 +54,13 @@ def install_checkpointing(model: Any, chosen: Checkpointing) -> None:
     plain = plain_layers(model, layers[: chosen.layers])
     for number, layer in enumerate(layers):
         switched: Any = layer
-        function = partial(checkpoint_plainly, plain[layer]) if layer in plain else checkpoint_anywhere
+        function = partial(recompute_plain_layer, plain[layer]) if layer in plain else checkpoint_anywhere
         switched._gradient_checkpointing_func = partial(offloading, function) if chosen.offload else function
         switched.gradient_checkpointing = number < chosen.layers
 
 
 def offloading(function: Any, *args: Any) -> Any:
-    """Checkpoint one layer by `function`; its input waits in pinned memory of the CPU for the second pass."""
+    """Checkpoint one layer by `function`; its input is kept in pinned CPU memory until it is recomputed."""
     with save_on_cpu(pin_memory=torch.cuda.is_available()):
         return function(*args)
 
@@ -69,21 +69,21 @@ def offloading(function: Any, *args: Any) -> Any:
 
 
 def checkpoint_anywhere(function: Any, *args: Any) -> Any:
-    """torch's checkpoint of one layer, which every engine and every kind of layer goes with.
+    """torch's checkpoint of one layer, which works with every backend and every kind of layer.
 
-    Not reentrant: inputs without a gradient are fine, and random state is restored for the second pass.
+    Not reentrant: inputs without a gradient are fine, and random state is restored for the recomputation.
     """
     return checkpoint(function, *args, use_reentrant=False)
 
 
-def checkpoint_plainly(block: nn.Module, function: Any, hidden: Tensor, *args: Any) -> Any:
-    """The same for a layer whose only differentiable input is `hidden`: a quarter of what Python has to do.
+def recompute_plain_layer(block: nn.Module, function: Any, hidden: Tensor, *args: Any) -> Any:
+    """The same for a layer whose only differentiable input is `hidden`, at a quarter of the Python overhead.
 
-    torch's own way calls hooks for each tensor that any operation keeps. Here the layer is one operation that keeps its
-    input. Whatever does not fit goes torch's way.
+    torch's checkpoint calls hooks for each tensor that any operation saves. Here the layer is one autograd function
+    that saves its input. Whatever does not fit uses torch's checkpoint.
 
     Args:
-        block: the gated block of the layer, whose output the second pass leaves out.
+        block: the gated block of the layer, whose output is not recomputed.
     """
     if torch.is_autocast_enabled(hidden.device.type) or _learns(args) or _learns(getattr(function, "keywords", {})):
         return checkpoint(function, hidden, *args, use_reentrant=False, context_fn=partial(_both_passes, block))
@@ -94,7 +94,7 @@ def checkpoint_plainly(block: nn.Module, function: Any, hidden: Tensor, *args: A
 
 @contextmanager
 def _recomputing(block: nn.Module) -> Iterator[None]:
-    """While its layer is recomputed: nobody reads the block's output."""
+    """Within the block, the gated block's output is not computed: nothing reads it."""
     setattr(block, UNREAD, True)
     try:
         yield
@@ -103,7 +103,7 @@ def _recomputing(block: nn.Module) -> Iterator[None]:
 
 
 def _both_passes(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The contexts of a layer's first and second pass, as `torch.utils.checkpoint` takes them."""
+    """The contexts of a layer's forward pass and its recomputation, as `torch.utils.checkpoint` takes them."""
     return nullcontext(), _recomputing(block)
 
 
@@ -151,17 +151,16 @@ class RandomState:
             torch.cuda.set_rng_state(self.gpu, self.device)
 
 
-# ---- what a second pass need not do ----
+# ---- what need not be recomputed ----
 
 
 def plain_layers(model: Any, layers: Sequence[nn.Module]) -> dict[nn.Module, nn.Module]:
-    """The layers that `checkpoint_plainly` is for, each with its one gated block, whose output a second pass need not
-    compute.
+    """The layers that `recompute_plain_layer` is for, each with its gated block, whose output need not be recomputed.
 
-    In most architectures it is only added to the residual stream, which no gradient needs. Whether a layer is like that
-    is tried once for each kind: with NaN in the output's place, its gradients must be those of torch's own checkpoint.
-    Where several ranks exchange gradients, engines look into a layer, and only torch's own way will do; so it is with
-    experts, whose router's logits are read on the way and may have a loss of their own.
+    In most architectures it is only added to the residual stream, which no gradient needs. That is probed once for each
+    kind of layer: with NaN as the block's output, gradients must equal those of torch's checkpoint. With several ranks,
+    backends hook into layers, and only torch's checkpoint will do; so too with experts, whose router logits are
+    recorded during the pass and may have a loss of their own.
     """
     if not layers or (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return {}
@@ -197,12 +196,12 @@ def _is_plain(layer: Any, block: nn.Module, call: tuple[Any, dict[str, Any]]) ->
 
     def same_gradients() -> bool:
         expected = _gradients(checkpoint_anywhere, layer, call)
-        found = _gradients(partial(checkpoint_plainly, block), layer, call)
+        found = _gradients(partial(recompute_plain_layer, block), layer, call)
         computed = call[0][0].dtype  # gradients of fp32 adapters in a 16-bit layer are made of 16-bit products
         return all(agree(*pair, computed=computed) for pair in zip(found, expected, strict=True))
 
     try:
-        return bool(attempt(same_gradients))  # a layer of another make, or without numbers, is not plain
+        return bool(attempt(same_gradients))  # an unknown layer, or one without values, is not plain
     finally:
         layer.gradient_checkpointing = own
 

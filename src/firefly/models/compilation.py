@@ -25,7 +25,7 @@ from firefly.segments import Segment
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 OLDEST = (2, 13)
-"""With torch 2.11 the gradients of adapters in compiled layers are wrong, and nothing tells; 2.12 was not tried."""
+"""With torch 2.11 the gradients of adapters in compiled layers are silently wrong; 2.12 was not tried."""
 
 NAME = "firefly_segments_uncompiled"
 """Of the attention function in transformers' registry, as compiled layers call it."""

@@ -1,5 +1,4 @@
-"""What a training pass takes: measured on a short pass of the model itself, or counted on arrays that have shapes and
-no numbers.
+"""Memory of a training pass: measured on a short pass of the model itself, or counted on fake tensors.
 
 `measure_activations` is for a run that begins: what one short pass keeps for backward, per token. `dry_run` is for a
 plan: a whole step under torch's FakeTensorMode, forward and backward, in which a dispatch mode follows every storage
@@ -36,7 +35,7 @@ from firefly.models.reach import Unreached, find_unreached
 from firefly.segments import Segment
 
 LAYERS, HEAD, GRADIENTS = "activations", "head", "gradients"
-"""What storages are counted as."""
+"""The kinds that storages are counted by."""
 
 PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
 """Lengths of the two examples that are measured on: the first that divides no size in the model, so that a dimension
@@ -135,11 +134,11 @@ def _address(tensor: Tensor) -> tuple[int, int]:
     return (storage._cdata, storage.nbytes())
 
 
-# ---- without numbers ----
+# ---- on fake tensors ----
 
 
 class NoDryRun(RuntimeError):
-    """The model's computation depends on numbers, as a router's choice of experts does, so it has no dry run."""
+    """The model's computation depends on values, as routing to experts does, so it has no dry run."""
 
 
 def dry_run(
@@ -212,12 +211,12 @@ def unreached_without_numbers(model: Any) -> Unreached:
 def _no_dry_run() -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # whatever an architecture that looks at numbers may raise where there are none
+    except Exception as error:  # code that depends on values may raise anything on fake tensors
         raise NoDryRun(str(error).partition("\n")[0]) from error
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages that operations make; `peak` holds their bytes by kind when they were most together."""
+    """Tracks the storages that operations allocate; `peak` holds their bytes by kind at the highest total."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -279,8 +278,8 @@ class _Met:
 
 @contextmanager
 def without_numbers(model: nn.Module, device: str = "cpu") -> Iterator[tuple[FakeTensorMode, list[nn.Parameter]]]:
-    """The model in training mode with parameters and buffers that have no numbers; yields the mode to compute under and
-    the parameters that are trained. Nothing outside of this model, and of this thread, is changed.
+    """The model in training mode with fake parameters and buffers; yields the mode to compute under and the trained
+    parameters. Nothing outside of this model, and of this thread, is changed.
 
     Args:
         device: "cpu" or "cuda", whose chunks kernels compute in; the arrays are a CPU's.

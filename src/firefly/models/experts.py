@@ -1,4 +1,4 @@
-"""Experts of a mixture: which parameters they are, how peft is told of them, and NF4 for QLoRA.
+"""Experts of a mixture: which parameters they are, how peft targets them, and NF4 for QLoRA.
 
 Current transformers keeps the experts of a layer as 3-D parameters (`experts.gate_up_proj`, `experts.down_proj`), which
 neither peft's `target_modules` nor bitsandbytes sees.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from firefly.errors import UsageError
-from firefly.models.kernels.expert_linear import QuantisedExperts, install_quantised_forward, is_known
+from firefly.models.kernels.expert_linear import QuantizedExperts, install_quantized_forward, is_known
 
 
 def expert_stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -52,7 +52,7 @@ def shortened(chosen: Iterable[str], model: nn.Module) -> list[str]:
     return sorted(chosen)
 
 
-def quantise_experts(model: Any, compute: torch.dtype) -> Any:
+def quantize_experts(model: Any, compute: torch.dtype) -> Any:
     """Put every stack of experts into NF4, in place, as bitsandbytes does with linear layers; return the model.
 
     Raises:
@@ -65,7 +65,7 @@ def quantise_experts(model: Any, compute: torch.dtype) -> Any:
         kinds = ", ".join(sorted({type(module).__name__ for module in unknown}))
         raise UsageError(
             "model.experts_in_16_bit",
-            "qlora cannot quantise the experts of this model ({kinds}): {size} GiB would stay in 16 bit. Use "
+            "qlora cannot quantize the experts of this model ({kinds}): {size} GiB would stay in 16 bit. Use "
             "train_mode lora, which holds the whole model in 16 bit.",
             kinds=kinds,
             size=f"{left * compute.itemsize / 2**30:.1f}",
@@ -73,23 +73,23 @@ def quantise_experts(model: Any, compute: torch.dtype) -> Any:
     for _, module, name in stacks:
         module_: Any = module
         weight = getattr(module, name)
-        if not isinstance(weight, QuantisedExperts):
-            setattr(module, name, QuantisedExperts.of(weight.data.to(compute), module_.is_transposed))
-        install_quantised_forward(module)
+        if not isinstance(weight, QuantizedExperts):
+            setattr(module, name, QuantizedExperts.of(weight.data.to(compute), module_.is_transposed))
+        install_quantized_forward(module)
     return model
 
 
 @contextmanager
-def quantising_while_loading() -> Iterator[None]:
-    """Let transformers put each stack of experts into NF4 as it is read; `quantise_experts` does the rest.
+def quantizing_while_loading() -> Iterator[None]:
+    """Let transformers put each stack of experts into NF4 as it is read; `quantize_experts` does the rest.
 
-    Without it all experts lie on the device in 16 bit before the first is quantised. The quantiser of transformers 5.23
-    takes linear layers only; should a later one be asked in another way, experts are quantised after loading.
+    Without it all experts lie on the device in 16 bit before the first is quantized. The quantizer of transformers 5.23
+    takes linear layers only; should a later one be asked in another way, experts are quantized after loading.
     """
     from transformers.integrations.bitsandbytes import Bnb4bitQuantize
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as QUANTISERS
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as QUANTIZERS
 
-    original: Any = QUANTISERS["bitsandbytes_4bit"]
+    original: Any = QUANTIZERS["bitsandbytes_4bit"]
 
     class Operation(Bnb4bitQuantize):
         def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -100,10 +100,10 @@ def quantising_while_loading() -> Iterator[None]:
                     others[name] = value
                 else:
                     weight = value[0] if isinstance(value, list) else value
-                    converted[name] = QuantisedExperts.of(weight, experts.is_transposed)
+                    converted[name] = QuantizedExperts.of(weight, experts.is_transposed)
             return converted | (super().convert(others, *args, **kwargs) if others else {})
 
-    class Quantiser(original):
+    class Quantizer(original):
         def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
             known = _known_experts(model, param_name) is not None
             return known or super().param_needs_quantization(model, param_name, **kwargs)
@@ -111,11 +111,11 @@ def quantising_while_loading() -> Iterator[None]:
         def get_quantize_ops(self) -> Operation:
             return Operation(self)
 
-    QUANTISERS["bitsandbytes_4bit"] = Quantiser
+    QUANTIZERS["bitsandbytes_4bit"] = Quantizer
     try:
         yield
     finally:
-        QUANTISERS["bitsandbytes_4bit"] = original
+        QUANTIZERS["bitsandbytes_4bit"] = original
 
 
 def _known_experts(model: nn.Module, parameter: str) -> nn.Module | None:
@@ -126,10 +126,10 @@ def _known_experts(model: nn.Module, parameter: str) -> nn.Module | None:
     return module if stacked and is_known(module) else None
 
 
-def dequantise_experts(model: Any, dtype: torch.dtype) -> None:
-    """Undo `quantise_experts`, with the numbers that training saw."""
+def dequantize_experts(model: Any, dtype: torch.dtype) -> None:
+    """Undo `quantize_experts`, with the numbers that training saw."""
     for _, module, name in list(expert_stacks(model)):
         weight = getattr(module, name)
-        if isinstance(weight, QuantisedExperts):
-            setattr(module, name, nn.Parameter(weight.dequantised(dtype), requires_grad=False))
+        if isinstance(weight, QuantizedExperts):
+            setattr(module, name, nn.Parameter(weight.dequantized(dtype), requires_grad=False))
             vars(module).pop("forward", None)

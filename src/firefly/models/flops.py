@@ -8,7 +8,7 @@ those of the head, N_lora those of the adapters and f the share of tokens that h
     a reference model   2 N + 2 f N_h               (forward alone: DPO with LoRA has 6 N + 6 N_lora + 6 f N_h)
 
 Activation checkpointing computes the body's forward pass once more: 2 N, and 2 N_lora. In DPO a pair's prompt counts
-once: prompt + chosen + rejected tokens. Attention scores, norms, the dequantisation of NF4 and the optimizer are left
+once: prompt + chosen + rejected tokens. Attention scores, norms, the dequantization of NF4 and the optimizer are left
 out, so the true share of the physical limit is a little higher than stated.
 
 (torch.utils.flop_counter counts what a pass computes, attention and recomputation with it, not what is necessary.)
@@ -36,17 +36,19 @@ class Linears:
     adapters: int = 0
 
 
-def necessary_flops(linears: Linears, *, tokens: int, targets: int, reference: bool = False, again: float = 0.0) -> int:
+def necessary_flops(
+    linears: Linears, *, tokens: int, targets: int, reference: bool = False, recomputed: float = 0.0
+) -> int:
     """FLOPs that so many computed tokens, of which `targets` have a loss, need in training.
 
     Args:
         reference: the loss compares with a reference that runs forward.
-        again: share of the layers that are computed again in backward.
+        recomputed: share of the layers whose forward pass is repeated in backward.
     """
     trained = not linears.adapters
-    body = (6 if trained else 4) + (2 if reference else 0) + 2 * again
+    body = (6 if trained else 4) + (2 if reference else 0) + 2 * recomputed
     head = (6 if trained else 4) + (2 if reference else 0)
-    of_tokens = body * linears.body + (6 + 2 * again) * linears.adapters
+    of_tokens = body * linears.body + (6 + 2 * recomputed) * linears.adapters
     return round(tokens * of_tokens + targets * head * linears.head)
 
 

@@ -27,7 +27,7 @@ from firefly.data.slow_tokenizers import adapt_tokenizer
 from firefly.errors import UsageError
 from firefly.files import atomic_folder, cache_folder, first_line, make_cache
 from firefly.models.attention import refuse_textless
-from firefly.models.experts import quantise_experts, quantising_while_loading
+from firefly.models.experts import quantize_experts, quantizing_while_loading
 from firefly.models.kernels.lora_linear import install_frozen_forward
 from firefly.models.precision import Precision
 from firefly.models.unread import build_unread, set_aside
@@ -159,7 +159,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     with redirect_stderr(io.StringIO()):  # a bar that transformers does not let anyone switch off
         model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-    # The weights are dequantised already, but transformers refuses to save a model that came quantised.
+    # The weights are dequantized already, but transformers refuses to save a model that came quantized.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
@@ -170,7 +170,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """What transformers and bitsandbytes say of a skeleton, or of a file that is converted, is for their developers."""
+    """Silence what transformers and bitsandbytes log about a meta model or a converted file."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -227,7 +227,7 @@ def eos_ids(generation: Any) -> tuple[int, ...]:
     return () if found is None else tuple(found) if isinstance(found, list | tuple) else (int(found),)
 
 
-def mend_generation_config(generation: Any) -> None:
+def fix_generation_config(generation: Any) -> None:
     """Let a GenerationConfig be saved: many published ones name a temperature or top_p and leave do_sample out, and
     transformers refuses to write such a one as soon as anything in it was changed, be it the stop tokens.
 
@@ -306,7 +306,7 @@ def load_model(config: ModelConfig, mode: str, precision: Precision, device: tor
     Frozen weights (lora) are held in the compute type, trainable ones (full) in fp32, and qlora's linear layers in NF4.
 
     Args:
-        unread: leave the weights in their files, with stand-ins in their places (see `unread`); not for qlora.
+        unread: leave the weights in their files, with placeholders for them (see `unread`); not for qlora.
 
     Raises:
         UsageError: weights missing, unreadable or not safetensors; out of memory is left to the caller.
@@ -333,12 +333,12 @@ def load_model(config: ModelConfig, mode: str, precision: Precision, device: tor
     if unread:
         without_numbers = SimpleNamespace(from_pretrained=partial(build_unread, kind, described))
         return set_aside(pretrained(without_numbers, config, dtype=options["dtype"]), device)
-    with quantising_while_loading() if mode == "qlora" else nullcontext():
+    with quantizing_while_loading() if mode == "qlora" else nullcontext():
         model = pretrained(kind, config, **options)
     if mode == "qlora":
         if device.type == "cpu":
             _leave_the_file(model)
-        model = quantise_experts(as_quantised(model, device.type), precision.compute)
+        model = quantize_experts(as_quantized(model, device.type), precision.compute)
     else:
         model = model.to(device)
     if text_only_of(described):
@@ -347,14 +347,14 @@ def load_model(config: ModelConfig, mode: str, precision: Precision, device: tor
 
 
 def _leave_the_file(model: Any) -> None:
-    """Copy what was not quantised: on a CPU it is pages of the file, which keep all of the file resident."""
+    """Copy what was not quantized: on a CPU it is pages of the file, which keep all of the file resident."""
     for parameter in model.parameters():
         if getattr(parameter, "quant_state", None) is None:
             parameter.data = parameter.data.clone()
 
 
-def as_quantised(model: Any, device: str) -> Any:
-    """See to it that a CPU computes with the numbers that 4-bit weights stand for, whatever its instructions.
+def as_quantized(model: Any, device: str) -> Any:
+    """Let a CPU compute with exactly the values of 4-bit weights, whatever its instruction set.
 
     Where there are some for bf16, bitsandbytes repacks weights in a forward pass without gradients: in place, with
     scales rounded to bf16, in a layout that nothing but that pass reads. Rows that are no whole number of blocks: see
@@ -370,7 +370,7 @@ def as_quantised(model: Any, device: str) -> Any:
 
 
 def nf4_config(compute: torch.dtype) -> Any:
-    """QLoRA's quantisation (arXiv:2305.14314): NF4 with double quantisation."""
+    """QLoRA's quantization (arXiv:2305.14314): NF4 with double quantization."""
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
@@ -397,7 +397,7 @@ def pretrained(kind: Any, config: ModelConfig, source: str | None = None, **opti
     options["trust_remote_code"] = config.trust_remote_code
     if config.revision:
         options["revision"] = config.revision
-    # Of a hub that does not answer, what is in the cache is taken.
+    # If the hub does not answer, the cached files are used.
     absent = place == config.name_or_path and not _is_local(place) and not hub.find_model(place, config.revision)
     try:
         with hub.offline() if absent else nullcontext():

@@ -1,7 +1,7 @@
-"""The memory of a run before it trains: one forecast, for what a run may choose and for what people are told.
+"""The memory forecast of a run: the same one for autotuning and for reports.
 
-Weights, optimizer state and gradients follow from the model. What a step takes besides comes from `dry_run`, measured
-(`Activations`, of which `estimated_peak` makes the peak of any microbatch) or counted.
+Weights, optimizer state and gradients follow from the model. The rest of a step comes from `dry_run`, measured
+(`Activations`, from which `estimated_peak` makes the peak of any microbatch) or counted.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Activations:
     outside: float
 
     def per_token(self, checkpointing: Checkpointing) -> float:
-        """Bytes per token at the peak: the first layers are checkpointed, so when one of them is computed again all
+        """Bytes per token at the peak: the first layers are checkpointed, so when one of them is recomputed all
         later layers are through and their bytes free."""
-        again = min(checkpointing.layers, self.layers)
-        kept = self.kept * max(self.layers - again, min(again, 1))
-        entering = self.entering * (1 if checkpointing.offload and again else again)
+        recomputed = min(checkpointing.layers, self.layers)
+        kept = self.kept * max(self.layers - recomputed, min(recomputed, 1))
+        entering = self.entering * (1 if checkpointing.offload and recomputed else recomputed)
         return kept + entering + self.outside
 
 
@@ -77,10 +77,10 @@ PARTS = {
     "cache": Phrase("cache of 4-bit weights in 16 bit"),
     "reference": Phrase("reference model"),
     "libraries": Phrase("libraries"),
-    "kernels": Phrase("code made for 16-bit products"),
+    "kernels": Phrase("oneDNN primitives"),
     "allocator": Phrase("unused between blocks (allocator)"),
 }
-"""What the parts of a forecast are called."""
+"""The names of a forecast's parts."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Forecast:
 
     @property
     def missing(self) -> int:
-        """Bytes that the run still has to get."""
+        """Bytes that the run has yet to allocate."""
         return self.total - self.loaded
 
     def beside(self, measured: int, kind: str) -> dict[str, int]:
@@ -117,13 +117,13 @@ LIBRARIES = {"cpu": 130 << 20, "cuda": 600 << 20}
 CUDA context with its kernels, which no allocator counts (usual figure, not measured)."""
 
 PRIMITIVES, PRIMITIVES_OF_SHORT_ROWS, SHORT = 192, 1024, 80
-"""Pieces of code for 16-bit matmuls that a CPU keeps at most (`runs.memory.keep_few_kernels`); where segments are
-shorter than so many tokens on average, one microbatch attends over so many lengths that it needs more of them. Measured
-with SmolLM2-135M: 30 in any microbatch, and 6 for each length in it, of which 2,048 tokens have 26 at most then."""
+"""The most primitives for 16-bit matmuls that oneDNN caches on a CPU (`runs.memory.cap_onednn_cache`). Where segments
+are shorter than SHORT tokens on average, one microbatch has so many lengths that it needs more of them. Measured with
+SmolLM2-135M: 30 in any microbatch, and 6 for each length in it, of which 2,048 tokens have 26 at most then."""
 
 PRIMITIVE_BYTES = 570_000
-"""oneDNN makes code for every shape of a 16-bit matmul; 0.5 to 0.7 MB each, measured with torch 2.13 on a CPU with
-AVX-512 BF16. Without 16-bit matmuls there is none."""
+"""oneDNN compiles a primitive for every shape of a 16-bit matmul; 0.5 to 0.7 MB each, measured with torch 2.13 on a CPU
+with AVX-512 BF16. Without 16-bit matmuls there is none."""
 
 
 def forecast_memory(
@@ -144,7 +144,7 @@ def forecast_memory(
         optimizer: bytes of its state.
         cache: bytes of 16-bit copies of 4-bit weights.
         reference: bytes of a second model that the loss compares with.
-        primitives: pieces of code for 16-bit matmuls that are made and kept.
+        primitives: oneDNN's, that are compiled and cached.
         available: bytes that the device has free.
     """
     frozen = sum(_bytes_of(p) for p in model.parameters() if not p.requires_grad)
@@ -192,8 +192,8 @@ def estimated_peak(
 
 
 def primitives_kept(tokens: int, segments: int) -> int:
-    """How many pieces of code for 16-bit matmuls a CPU should keep: those of a microbatch, which every layer asks for
-    again, with room to spare.
+    """How many of oneDNN's primitives for 16-bit matmuls a CPU should cache: those of a microbatch, which every layer
+    uses again, with room to spare.
 
     Args:
         tokens, segments: of all examples.

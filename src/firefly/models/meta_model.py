@@ -24,16 +24,16 @@ from firefly.models.adapters import attach_adapter, transformers_model
 from firefly.models.attention import choose_layout, refuse_textless, use_segments
 from firefly.models.dry_run import NoDryRun, unreached_without_numbers
 from firefly.models.forwards import install_training_forwards
-from firefly.models.loading import as_quantised, load_failure, model_class, nf4_config, read_config
+from firefly.models.loading import as_quantized, load_failure, model_class, nf4_config, read_config
 from firefly.models.precision import Precision
-from firefly.models.probe_cache import known_unreached
+from firefly.models.probe_cache import cached_unreached
 from firefly.models.reach import Unreached, unreached_like
 from firefly.models.saved_adapter import adapter_settings
 from firefly.models.scores import as_classifier, refuse_scores
 from firefly.translation import translate
 
 TWIN_VOCABULARY, TWIN_INNER = 512, 128
-"""Numbers of tokens, and the width of feed-forward blocks: no trial depends on them, and most of a model lies there."""
+"""Sizes of the twin's vocabulary and feed-forward blocks: no probe depends on them, and they hold most parameters."""
 
 INNER_WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner")
 
@@ -120,10 +120,10 @@ def build_meta_model(
 def unreached_by(model: Any, twin: Any) -> tuple[Unreached, Unreached]:
     """What text does not reach in the meta model, and in its tiny twin.
 
-    The meta model is asked first: the twin may lack layers of a kind. Where a forward pass looks at numbers, as a
-    router's choice of experts does, the twin tells for it.
+    The meta model is asked first: the twin may lack layers of a kind. Where a forward pass depends on values, as
+    routing to experts does, the twin is probed instead.
     """
-    of_twin = known_unreached(twin)
+    of_twin = cached_unreached(twin)
     try:
         return unreached_without_numbers(model), of_twin
     except NoDryRun:
@@ -145,13 +145,13 @@ def _put_into_nf4(model: Any, compute: torch.dtype) -> None:
     from bitsandbytes.functional import quantize_4bit
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    quantiser: Any = AutoHfQuantizer.from_config(nf4_config(compute), pre_quantized=False)
+    quantizer: Any = AutoHfQuantizer.from_config(nf4_config(compute), pre_quantized=False)
     quantize_4bit(torch.zeros(64), compress_statistics=True)  # it keeps its table of constants, which must have numbers
-    quantiser.preprocess_model(model=model, device_map={"": "meta"})
+    quantizer.preprocess_model(model=model, device_map={"": "meta"})
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.weight._quantize("meta")
-    as_quantised(model, "cpu")
+    as_quantized(model, "cpu")
     model.is_loaded_in_4bit = True
 
 
@@ -171,12 +171,12 @@ def _as_new(adapter: AdapterConfig) -> AdapterConfig:
 
 
 def make_tiny_twin(described: Any, model: ModelConfig, share: float | None = None) -> Any:
-    """A small model of the same make with random weights, on the CPU, in fp32.
+    """A tiny model of the same architecture with random weights, on the CPU, in fp32.
 
-    A layer of each kind stands in it; widths that heads are cut from stay as they are.
+    It has a layer of each kind; the widths that heads are split from stay as they are.
 
     Args:
-        share: how much of the width of feed-forward blocks is left; None: so little that no trial depends on it.
+        share: how much of the width of feed-forward blocks is left; None: as little as no probe depends on.
     """
     small = copy.deepcopy(described)
     text = small.get_text_config()
@@ -200,7 +200,7 @@ def make_tiny_twin(described: Any, model: ModelConfig, share: float | None = Non
 
 
 def follow_forwards(model: nn.Module, twin: nn.Module) -> None:
-    """Give each module of `model` the forward that its like in `twin` was given; one of its own stays."""
+    """Copy the forwards installed on `twin` to the modules of the same path in `model`, unless already set."""
     given = {
         (_place(name), type(module)): vars(module)["forward"].__func__
         for name, module in twin.named_modules()

@@ -31,9 +31,12 @@ TOKENS = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8)
 
 @dataclass(frozen=True)
 class Positions:
-    """Attributes:
-    most: tokens of the longest text that the model can be run on; None: of any length.
-    trained: tokens that its positions are made for, rotary scaling included; None where its configuration says none.
+    """For how many tokens a model has positions.
+
+    Attributes:
+        most: tokens of the longest text that the model can be run on; None: of any length.
+        trained: tokens that its positions are made for, rotary scaling included; None where its configuration says
+            none.
     """
 
     most: int | None
@@ -43,8 +46,8 @@ class Positions:
 def positions_for(model: ModelConfig, longest: int) -> Positions:
     """Whether a model can be run on a text of `longest` tokens; where its configuration declares as many, none is made.
 
-    Otherwise a small model of the same make with random weights is tried (`meta_model.make_tiny_twin`): which
-    architectures have tables of positions, and where these begin, is not told by their names.
+    Otherwise a tiny twin with random weights is probed (`meta_model.make_tiny_twin`): which architectures have tables
+    of positions, and where these begin, their configurations do not say.
 
     Raises:
         UsageError: no such model, or a configuration that transformers cannot read.
@@ -58,7 +61,7 @@ def positions_for(model: ModelConfig, longest: int) -> Positions:
     try:
         with quiet_libraries(), torch.no_grad():
             most = _most(make_tiny_twin(described, model).eval(), longest, declared)
-    except Exception:  # a trial that cannot be made tells nothing; code that a model brings along may raise anything
+    except Exception:  # a failed probe tells nothing; remote code may raise anything
         most = None
     return Positions(most, trained)
 
@@ -124,7 +127,7 @@ def _run(twin: Any, ids: Tensor, positions: Tensor) -> None:
 
 def _operations(twin: Any, count: int) -> int | None:
     """How many operations a text of `count` tokens takes, nothing being computed; None where arrays do not fit together
-    or it cannot be told without numbers."""
+    or it depends on values."""
     made = 0
 
     class Counting(TorchDispatchMode):

@@ -34,7 +34,7 @@ def compute_type(x: Tensor) -> torch.dtype:
 
 
 def pick_device(use_cpu: bool = False) -> torch.device:
-    """This rank's CUDA card if there is one (the first card for a single process), else the CPU."""
+    """This rank's CUDA GPU if there is one (the first one for a single process), else the CPU."""
     if use_cpu or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank())
@@ -50,7 +50,7 @@ def has_bf16(device: torch.device) -> bool:
 def resolve_precision(request: PrecisionConfig, device: torch.device) -> Precision:
     """bf16 where the hardware has it, else fp16 with loss scaling on a GPU, else fp32.
 
-    `"bf16": false` (without fp16) asks for fp32 everywhere. What is replaced is said in one line.
+    `"bf16": false` (without fp16) asks for fp32 everywhere. Any replacement is a notice.
     """
     if request.bf16 is False and not request.fp16:
         return Precision(torch.float32)

@@ -1,8 +1,8 @@
-"""What was proved or measured of an architecture, kept so that the next run of the same one begins sooner.
+"""Cached results of probes and measurements of an architecture, so that the next run with it starts sooner.
 
-A result is found again only by all that it rests on: the model's configuration and class, its parameters' shapes and
-types, the libraries, this room's code and the device. Weights do not count: that segments stay apart, and what a token
-keeps for backward, follow from how a model computes. Code that a model brings along is tried every time.
+The cache key is everything that a result depends on: the model's configuration and class, its parameters' shapes and
+types, library versions, the code of firefly.models and the device. Weights do not count: whether segments are isolated,
+and what a token stores for backward, follow from the computation alone. Models with remote code are probed every time.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ KERNEL_PACKAGES = ("mamba_ssm", "causal_conv1d", "fla", "kernels")
 """Where they are installed, some layers' weights are computed with by a kernel and the layers are not called."""
 
 
-def known_layout(model: Any) -> tuple[str, str]:
-    """As `attention.choose_layout`, proved once."""
+def cached_layout(model: Any) -> tuple[str, str]:
+    """As `attention.choose_layout`, cached."""
     path = _path("layout", model, [])
     found = _read(path)
     if found is None:
@@ -47,8 +47,8 @@ def known_layout(model: Any) -> tuple[str, str]:
     return found["layout"], found["reason"]
 
 
-def known_unreached(model: Any) -> Unreached:
-    """As `reach.find_unreached`, found once; nothing of a model that cannot be run on a row of text alone."""
+def cached_unreached(model: Any) -> Unreached:
+    """As `reach.find_unreached`, cached; empty for a model that cannot be run on text alone."""
     path = _path("reach", model, [name for name in KERNEL_PACKAGES if find_spec(name)])
     found = _read(path)
     if found is None:
@@ -67,8 +67,8 @@ def known_unreached(model: Any) -> Unreached:
     return Unreached(frozenset(found["modules"]), frozenset(found["parameters"]))
 
 
-def known_activations(model: Any, layout: str, autocast: torch.dtype | None, longest: int) -> Activations:
-    """As `memory.measure_activations`, measured once.
+def cached_activations(model: Any, layout: str, autocast: torch.dtype | None, longest: int) -> Activations:
+    """As `dry_run.measure_activations`, cached.
 
     Raises:
         UsageError: the architecture's own code does not run under autocast (DBRX adds rows of two types).
@@ -98,8 +98,8 @@ def known_activations(model: Any, layout: str, autocast: torch.dtype | None, lon
     return Activations(**found)
 
 
-def known_crossover(model: Any, device: torch.device, compute: torch.dtype) -> int:
-    """Tokens up to which this CPU computes this model's attention faster by products; 0 where there is no choice.
+def cached_crossover(model: Any, device: torch.device, compute: torch.dtype) -> int:
+    """Tokens up to which this CPU computes this model's attention faster by matmuls; 0 where there is no choice.
 
     Measured once for heads of a shape, so that a plan and the run it is for agree, however busy the machine is.
     """
@@ -118,8 +118,8 @@ def known_crossover(model: Any, device: torch.device, compute: torch.dtype) -> i
     return int(found["tokens"])
 
 
-def known_bytes(kind: str, model: Any, rests_on: list[Any], count: Callable[[], int]) -> int:
-    """What `count` finds for this transformers model and for what else it rests on, counted once."""
+def cached_bytes(kind: str, model: Any, rests_on: list[Any], count: Callable[[], int]) -> int:
+    """The result of `count` for this transformers model and what else it depends on, cached."""
     path = _path(kind, model, rests_on)
     found = _read(path)
     if found is None:
@@ -138,27 +138,27 @@ def _head_widths(config: Any) -> tuple[int, int]:
 
 
 def _path(kind: str, model: Any, parts: list[Any]) -> Path | None:
-    """Where a probe of this model is kept; None where it cannot be known again."""
+    """The cache file of a probe of this model; None where no key identifies it."""
     if type(model).__module__.startswith("transformers_modules"):
         return None
     config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
     shapes = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
     device = next(model.parameters()).device
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     versions = torch.__version__, transformers.__version__, code_hash()
-    whole = [f"{type(model).__module__}.{type(model).__qualname__}", config, shapes, card, versions, parts]
+    whole = [f"{type(model).__module__}.{type(model).__qualname__}", config, shapes, hardware, versions, parts]
     return _file(kind, whole)
 
 
 def _file(kind: str, rests_on: list[Any]) -> Path:
-    """Where a probe is kept that rests on all of this."""
+    """The cache file of a probe that depends on all of this."""
     digest = hashlib.sha256(json.dumps(rests_on, default=str, sort_keys=True).encode()).hexdigest()
     return cache_folder() / "probes" / f"{kind}-{digest[:32]}.json"
 
 
 @cache
 def code_hash() -> str:
-    """Hash of this room's own source."""
+    """Hash of the source of firefly.models."""
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())

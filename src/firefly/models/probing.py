@@ -1,7 +1,7 @@
-"""Trials of what an architecture does, made on the model itself.
+"""Probes of what an architecture does, made on the model itself.
 
-Whether two ways to compute something agree, whether a module of another make can be called as ours are, and what
-something inside a model is called with.
+Whether two ways to compute something agree, whether an unknown module can be called as ours are, and with which
+arguments something inside a model is called.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def agree(found: Any, expected: Any, computed: torch.dtype | None = None, scale:
 
 
 REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, ImportError)
-"""What code of another make raises when it is called as ours is, or without what it needs."""
+"""What unknown code raises when it is called as ours is, or without what it needs."""
 
 
 def attempt(trial: Callable[[], T]) -> T | None:
@@ -84,7 +84,7 @@ def decoder(model: PreTrainedModel) -> Any:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode for a while: without dropout."""
+    """The model in eval mode within the block: without dropout."""
     was_training = model.training
     model.eval()
     try:

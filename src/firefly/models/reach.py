@@ -1,7 +1,7 @@
-"""What text reaches in a model: a forward pass of a short row is made, and what its logits do not depend on is found.
+"""Which parts of a model text reaches: run a short row, and find the modules that its logits do not depend on.
 
 Towers for images and sound, their projections, layers for predicting further tokens ahead and other parts that no text
-comes to have no gradient. They are neither adapted nor trained; ranks that waited for their gradients would stop.
+comes to have no gradient. They are neither adapted nor trained; DDP would hang waiting for their gradients.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 
 @dataclass(frozen=True)
 class Unreached:
-    """Attributes:
-    modules: paths of modules whose output the logits do not depend on, those inside them too: an adapter there would
-        never be used. Some have weights that are reached: Mamba computes with those of `dt_proj` and does not call it.
-    parameters: names of parameters that the logits do not depend on.
+    """What text does not reach.
+
+    Attributes:
+        modules: paths of modules whose output the logits do not depend on, those inside them too: an adapter there
+            would never be used. Some have weights that are reached: Mamba computes with those of `dt_proj` and does not
+            call it.
+        parameters: names of parameters that the logits do not depend on.
     """
 
     modules: frozenset[str] = frozenset()
@@ -60,7 +63,7 @@ def alike(names: Collection[str]) -> list[str]:
 
 
 def find_unreached(model: Any) -> Unreached:
-    """Run `model` (of transformers, nothing attached yet) on a short row, forward, and see what its logits hang on.
+    """Run `model` (of transformers, nothing attached yet) on a short row, and find what its logits do not depend on.
 
     Raises:
         Exception: whatever a model raises that cannot be run on text alone, or on "meta" where it looks at numbers.
@@ -87,12 +90,12 @@ def find_unreached(model: Any) -> Unreached:
     return Unreached(frozenset(modules), frozenset(parameters))
 
 
-def unreached_like(model: Any, witness: Any, found: Unreached) -> Unreached:
-    """What text does not reach in `model`, by what was found of a smaller model of the same make: layers alike are
-    taken for alike."""
-    reached = {_place(name) for name, module in witness.named_modules() if not found.has(name)}
+def unreached_like(model: Any, twin: Any, found: Unreached) -> Unreached:
+    """What text does not reach in `model`, mapped from `twin`, a smaller model of the same architecture: a layer is
+    assumed to behave as the twin's of its kind."""
+    reached = {_place(name) for name, module in twin.named_modules() if not found.has(name)}
     absent = {_place(name) for name in found.modules} - reached
-    every = {name for name, _ in witness.named_parameters(remove_duplicate=False)}
+    every = {name for name, _ in twin.named_parameters(remove_duplicate=False)}
     never = {_place(name) for name in found.parameters} - {_place(name) for name in every - found.parameters}
     return Unreached(
         frozenset(name for name, _ in model.named_modules() if _place(name) in absent),
@@ -103,9 +106,9 @@ def unreached_like(model: Any, witness: Any, found: Unreached) -> Unreached:
 def _reached(model: Any, inputs: dict[str, Any]) -> tuple[set[str], set[str]]:
     """(modules with weights of their own, parameters) that the logits of `inputs` have a gradient for.
 
-    Each such module's output gets a number of ours added, a 0: it is in the graph of the logits if the output is. So
-    weights that were computed with by another module, without a call of their own, are told from those of a layer that
-    an adapter can wrap; and weights in 4 bit, which have no gradients, need none.
+    A 0 of ours is added to each such module's output: it is in the logits' graph if the output is. So weights that
+    another module computes with, without calling their own, are distinguished from those of a layer that an adapter can
+    wrap; and weights in 4 bit, which have no gradients, need none.
     """
     leaves: dict[int, str] = {}
     kept: list[Tensor] = []  # or an id might come again

@@ -135,11 +135,11 @@ def router_loss(
     return settings.coef * settings.num_experts * (frequency @ (probability / rows))
 
 
-def quiet_routers(model: nn.Module) -> list[str]:
-    """Make routing a function of the tokens alone, and say which modules were random before; off in most models.
+def disable_router_noise(model: nn.Module) -> list[str]:
+    """Disable router noise; return the affected module names (none in most models).
 
-    Random routing depends on how a step is cut into microbatches, and a counting pass would see other states than the
-    pass that trains. PhiMoE's sampling goes with it: its routers then choose and weigh as in evaluation.
+    Random routing depends on how a step is split into microbatches, and the pass that counts choices would see other
+    states than the training pass. PhiMoE's sampling is disabled too: its routers then choose as in evaluation.
     """
     changed = []
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Saved adapters, of our own runs and of other tools: the one gate through which train, merge and chat take them.
+"""Saved adapters, of our own runs and of other tools: the one way in which train, merge and chat open them.
 
 An adapter is used only where it is certain what it means on this base: its method can be served, every one of its
 tensors has a place in the model and every place its tensors, the base it was made for can be had, and the vocabulary
@@ -35,7 +35,7 @@ EXACT_STARTS = ("pissa", "olora")
 """Starts that take a part out of the base's weights, by a decomposition that gives the same part again."""
 CHANGING_STARTS = ("pissa_niter", "corda", "lora_ga", "loftq")
 """Starts that change the base's weights and cannot be repeated from the adapter's files: by random numbers, by looking
-at data, or by quantising."""
+at data, or by quantizing."""
 
 SAME_FORWARD = {"use_dora", "velora_config"}
 """Of peft's variants, those that are computed here: DoRA, and VeLoRA, which is LoRA with a backward pass of its own."""
@@ -264,7 +264,7 @@ def _refuse_start(adapter: str, start: Any) -> None:
             "way that its files do not hold, so its own weights mean nothing without that changed base. Convert it to "
             "a plain LoRA adapter with the tool that trained it: peft's save_pretrained(…, "
             "path_initial_model_for_weight_conversion=…); LLaMA-Factory's pissa_convert: true; of loftq, give the "
-            "quantised base it was saved with and set init_lora_weights to true in adapter_config.json.",
+            "quantized base it was saved with and set init_lora_weights to true in adapter_config.json.",
             path=adapter,
             start=start,
         )
@@ -284,7 +284,7 @@ def is_exact_start(start: Any) -> bool:
 def _refuse_variants(adapter: str, settings: Any, written: Mapping[str, Any]) -> None:
     """LoRA with another forward than x Wᵀ + s x Aᵀ Bᵀ or DoRA's, or on a base with other layers than it has.
 
-    Also what the installed peft does not know and would pass over: a switch that a later version brought.
+    Also what the installed peft does not know and would skip: a switch that a later version brought.
     """
     known = {field.name: field for field in fields(settings)}
     variants = {name for name, field in known.items() if field.metadata.get("is_lora_variant")}

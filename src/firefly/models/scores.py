@@ -65,8 +65,8 @@ def as_classifier(model: Any, dtype: torch.dtype = torch.float32) -> Any:
             kind=config.model_type,
         )
     setattr(made, prefix, body)
-    place = next(body.parameters()).device
-    head = nn.Linear(made.score.in_features, 1, bias=made.score.bias is not None, device=place, dtype=dtype)
+    device = next(body.parameters()).device
+    head = nn.Linear(made.score.in_features, 1, bias=made.score.bias is not None, device=device, dtype=dtype)
     nn.init.normal_(head.weight, std=getattr(config.get_text_config(), "initializer_range", None) or 0.02)
     if head.bias is not None:
         nn.init.zeros_(head.bias)

@@ -31,7 +31,7 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str] | None) -> list[int]:
 
     known = tokenizer.get_vocab()
     missing = [token for token in dict.fromkeys(tokens) if token not in known]
-    # Not normalised and not stripped: the token is its text, wherever it stands.
+    # Not normalized and not stripped: the token is its text, wherever it stands.
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing], special_tokens=True)
     there = [token for token in dict.fromkeys(tokens) if token in known]
     if there:

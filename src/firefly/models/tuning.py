@@ -1,6 +1,6 @@
-"""What a run chooses by measurement: how large a microbatch is, what is kept for backward, what is kept at all.
+"""Autotuning: microbatch size, activation checkpointing, and which dequantized weights are cached.
 
-None of it changes what is trained beyond rounding. It is chosen once; a resumed run takes what its checkpoint says.
+None of it changes what is trained beyond rounding. It is tuned once; a resumed run takes its checkpoint's values.
 """
 
 from __future__ import annotations
@@ -21,26 +21,29 @@ USABLE = 0.8
 """Share of the free memory that a forecast may fill."""
 
 USEFUL = {"cpu": 512, "cuda": 16384}
-"""Tokens of a microbatch beyond which a device gets no faster: a CPU's matrix products reach their rate with a few
-hundred rows; a GPU's with some thousands, and NF4 weights are dequantised once per microbatch."""
+"""Tokens of a microbatch beyond which a device gets no faster: a CPU's matmuls reach their rate with a few
+hundred rows; a GPU's with some thousands, and NF4 weights are dequantized once per microbatch."""
 
 USEFUL_16_BIT = {"cpu": 2048}
-"""Where products are faster, the calls around them weigh more: a microbatch of SmolLM2 in bf16 took 0.13 s beside what
-its tokens took, so that twice as many as 1,024 at a time gained a tenth. Whole weights are cast, and their gradients
-added to, once a microbatch besides."""
+"""Where matmuls are faster, the overhead around them weighs more: a microbatch of SmolLM2 in bf16 took 0.13 s beside
+what its tokens took, so that twice as many as 1,024 at a time gained a tenth. Whole weights are cast, and their
+gradients added to, once a microbatch besides."""
 
 LEAST = {"cpu": 1, "cuda": 2048}
-"""Tokens of a microbatch that are worth computing layers again for."""
+"""Tokens of a microbatch that are worth recomputing layers for."""
 
 
 @dataclass(frozen=True)
 class Choices:
-    """Attributes:
-    tokens_per_microbatch: more are never computed together, but for a single longer example.
-    checkpointed_layers, offload: see `checkpointing`.
-    cached_weights: how many 4-bit weights have a copy in the compute type (see `lora_linear`).
-    unpaged_optimizer: whether the state of an optimizer that could page it lies in the card's memory.
-    attention_by_products: tokens up to which a CPU's bf16 attention is computed by products (see `segment_attention`).
+    """What is tuned.
+
+    Attributes:
+        tokens_per_microbatch: more are never computed together, but for a single longer example.
+        checkpointed_layers, offload: see `checkpointing`.
+        cached_weights: how many 4-bit weights have a copy in the compute type (see `lora_linear`).
+        unpaged_optimizer: whether the state of an optimizer that could page it lies in the GPU's memory.
+        attention_by_products: tokens up to which a CPU's bf16 attention is computed by matmuls (see
+            `segment_attention`).
     """
 
     tokens_per_microbatch: int
@@ -88,16 +91,16 @@ def choose(
 ) -> Choices:
     """Resolve what `settings` leaves to measurement.
 
-    Layers are computed again only as far as memory asks for it, and 4-bit weights are cached only in memory that
-    nothing else needs; on a CPU only where the settings ask for it, since its memory is other programs', too.
+    Layers are recomputed only as far as memory requires it, and dequantized weights are cached only in memory that
+    nothing else needs; on a CPU only where the settings ask for it, since other programs use its memory, too.
 
     Args:
         cache_bytes: what a copy of each 4-bit weight would take.
-        attention_by_products: what `probe_cache.known_crossover` found.
-        compute: the type that products are computed in.
+        attention_by_products: what `probe_cache.cached_crossover` found.
+        compute: the type that matmuls are computed in.
     """
 
-    empty = forecast(Checkpointing(), 0, 0)  # without tokens it is the same whatever is computed again
+    empty = forecast(Checkpointing(), 0, 0)  # without tokens it is the same whatever is recomputed
     room = USABLE * empty.available - empty.missing
 
     heap = 1 + FRAGMENTATION[device.type]
@@ -145,12 +148,12 @@ def agree_on_tuning(choices: Sequence[Choices]) -> Choices:
 
 
 def restore_tuning(settings: StepConfig, stored: Choices, today: Choices) -> Choices:
-    """The choices of a resumed run: those stored with its checkpoint, but for what the settings name outright."""
+    """The tuning of a resumed run: its checkpoint's, but for what the settings name explicitly."""
     if settings.tokens_per_microbatch != "auto":
         stored = replace(stored, tokens_per_microbatch=today.tokens_per_microbatch)
     if settings.gradient_checkpointing != "auto":
         stored = replace(stored, checkpointed_layers=today.checkpointed_layers, offload=False)
-    # Copies change nothing of what is computed, and today's card may have no room for them.
+    # Cached copies change no result, and the present GPU may have no room for them.
     cached = min(stored.cached_weights, today.cached_weights) if settings.nf4_cache == "auto" else today.cached_weights
     return replace(stored, cached_weights=cached)
 
@@ -164,7 +167,7 @@ def _choose_checkpointing(
     asked: int | None,
     device: torch.device,
 ) -> Checkpointing:
-    """None → the fewest layers that make room → all → all with their inputs in the CPU's memory."""
+    """None → the fewest layers that fit → all → all with inputs offloaded to CPU memory."""
     if settings.gradient_checkpointing != "auto":
         return Checkpointing(max(layers, 1) if settings.gradient_checkpointing else 0)
     wished = max(lengths.longest, min(asked or LEAST[device.type], useful))
@@ -176,7 +179,7 @@ def _choose_checkpointing(
 
 
 def apply(choices: Choices, model: Any, compute: torch.dtype) -> None:
-    """Set the prepared transformers model up as chosen."""
+    """Apply the tuning to the prepared transformers model."""
     use_crossover(model, choices.attention_by_products)
     install_checkpointing(model, choices.checkpointing)
     cache_weights(model, choices.cached_weights, compute)

@@ -1,9 +1,9 @@
-"""Weights that stay in their files until it is known which part of them a rank keeps.
+"""Lazily loaded weights: they stay in their files until it is known which shard of them a rank keeps.
 
-`open_weights` gives transformers a checkpoint of tensors that have a shape and a type and no numbers. What it does with
+`open_weights` gives transformers a checkpoint of tensors with shape and dtype but no data. What it does with
 them (casts, stacked experts, matrices cut apart) is recorded, and done to the numbers when they are asked for: to the
-rows of one rank's shard alone, where an operation computes each row by itself. The model meanwhile holds stand-ins: any
-trial on numbers has to be made on another one (`trials`).
+rows of one rank's shard alone, where an operation computes each row by itself. The model meanwhile holds
+placeholders: probes that need values run on another model (`probes`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Rows = Callable[[int, int], Tensor]
 
 
 class Unread(Tensor):
-    """A tensor without numbers that knows how to make them of what files hold."""
+    """A tensor without data that knows how to compute it from files."""
 
     rows: Rows
 
@@ -144,8 +144,8 @@ def _weight_files(name: str, revision: str | None) -> list[Path]:
 
 
 def set_aside(model: nn.Module, device: torch.device) -> nn.Module:
-    """Let a stand-in that takes no memory hold the place of each unread weight: one NaN on the device, shown at every
-    index, so that whatever computes with it is seen; and writing fails. The weight is its attribute `unread`."""
+    """Replace each unread weight by a placeholder without memory: one NaN on the device, expanded to the shape, so that
+    any use of it shows, and writing fails. The weight is its attribute `unread`."""
     made: dict[int, nn.Parameter] = {}  # tied weights stay tied
     for module in model.modules():
         for name, parameter in module._parameters.items():

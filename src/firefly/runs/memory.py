@@ -36,7 +36,7 @@ KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """oneDNN's and, in front of it, torch's own (ideep); both read theirs at the first product."""
 
 
-def keep_few_kernels(count: int) -> None:
+def cap_onednn_cache(count: int) -> None:
     """Let a CPU keep the code of `count` 16-bit products, unless the user has said how much.
 
     By default it keeps 1,024 pieces of 0.5 MB, one for every shape met; as microbatches differ in tokens, most are

@@ -153,14 +153,14 @@ class RunRecord:
         }
 
 
-def open_run(path: str | Path) -> RunRecord:
+def read_run(path: str | Path) -> RunRecord:
     """The run of an output_dir (or of the run.json in it).
 
     Raises:
         UsageError: no run was recorded there.
     """
     folder = Path(path).expanduser()
-    record = read_run(folder.parent if folder.is_file() and folder.name == "run.json" else folder)
+    record = record_in(folder.parent if folder.is_file() and folder.name == "run.json" else folder)
     if record is None:
         raise UsageError(
             "runs.not_a_run",
@@ -171,7 +171,7 @@ def open_run(path: str | Path) -> RunRecord:
     return record
 
 
-def read_run(folder: Path) -> RunRecord | None:
+def record_in(folder: Path) -> RunRecord | None:
     """The run in a folder; None where run.json is missing, or is somebody else's file of that name."""
     passport = read_object(folder / "run.json")
     if not isinstance(passport.get("config"), dict):
@@ -191,7 +191,7 @@ def find_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
         if not root.is_dir():
             raise UsageError("runs.no_folder", "{path} is no folder. Give folders that hold runs.", path=name)
         for folder in _folders(root):
-            if record := read_run(folder):
+            if record := record_in(folder):
                 found[folder.resolve()] = record
     return sorted(found.values(), key=lambda record: record.started or 0, reverse=True)
 

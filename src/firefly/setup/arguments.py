@@ -13,7 +13,7 @@ from transformers import SchedulerType, Trainer, TrainingArguments, get_schedule
 from transformers.training_args import OptimizerNames
 
 from firefly.config import Config
-from firefly.config.arguments import FIELDS
+from firefly.config.training_arguments import FIELDS
 from firefly.console import notice
 from firefly.distributed.backends import Backend, load_plainly
 from firefly.errors import UsageError
@@ -21,7 +21,7 @@ from firefly.models.precision import Precision
 from firefly.runs.trackers import choose_trackers
 
 PAGED_ADAM = (OptimizerNames.PAGED_ADAMW,)
-"""Adam with 32-bit state that bitsandbytes moves to the CPU's memory when the card runs out of its own."""
+"""Adam with 32-bit state that bitsandbytes moves to the CPU's memory when the GPU runs out of its own."""
 
 FUSED_ADAM = OptimizerNames.ADAMW_TORCH_FUSED
 """The same update in a few launches for all weights, where the other has one for each."""
@@ -32,7 +32,7 @@ def join_ranks(config: Config, backend: Backend, precision: Precision, device: t
     args = training_arguments(resolved_arguments(config, precision, device) | backend.arguments(precision))
     if device.type == "cpu" and args.world_size > 1 and "ddp_timeout" in config.given:  # transformers leaves it out
         notice("key.no_effect", "{key} has no effect with {setting}.", key="ddp_timeout", setting="use_cpu")
-    if args.n_gpu > 1:  # one process: transformers would split each batch among the cards (DataParallel)
+    if args.n_gpu > 1:  # one process: transformers would split each batch among the GPUs (DataParallel)
         notice(
             "engine.one_card",
             "this machine has {count} GPUs and this run uses one. To use them all: torchrun --nproc_per_node={count} "
@@ -103,10 +103,10 @@ def resolved_arguments(config: Config, precision: Precision, device: torch.devic
         "bf16": False,
         "use_cpu": device.type == "cpu",
         "remove_unused_columns": False,
-        "logging_nan_inf_filter": False,  # it waits for the device in every step
+        "logging_nan_inf_filter": False,  # a host sync in every step
         "ddp_find_unused_parameters": False,
         "label_names": [],
-        # Compiled whole, a model would be compiled again for every packing (see `models.compilation`).
+        # A model compiled whole would recompile for every packing (see `models.compilation`).
         "torch_compile": False,
         "torch_compile_backend": None,
         "torch_compile_mode": None,

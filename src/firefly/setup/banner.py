@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step."""
+"""The banner: what a run prints before its first step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from firefly.console import stderr_console
 from firefly.distributed.model import TrainableModel
 from firefly.models.adapters import transformers_model
 from firefly.models.checkpointing import decoder_layers
-from firefly.models.kernels.elementwise import implementation, is_card
+from firefly.models.kernels.elementwise import implementation, is_cuda_device
 from firefly.models.kernels.lora_linear import cache_sizes
 from firefly.models.kernels.segment_attention import describe_attention
 from firefly.models.memory import PARTS
@@ -35,7 +35,7 @@ def show_before_training(run: Run, model: TrainableModel, facts: ModelFacts) -> 
         translate(
             "steps: {steps} of {examples} examples each ({device} per device × {accumulation} accumulated), from "
             "{count} examples ({held_out} held out); microbatches of at most {budget} tokens",
-            examples=run.steps.examples_per_step,
+            examples=run.step_settings.examples_per_step,
             device=run.config.step.per_device_examples,
             accumulation=run.config.step.accumulation,
             budget=model.choices.tokens_per_microbatch,
@@ -57,7 +57,7 @@ def show_before_training(run: Run, model: TrainableModel, facts: ModelFacts) -> 
             head=facts.head,
         ),
     ]
-    if is_card(run.device):
+    if is_cuda_device(run.device):
         lines.append(translate("norms, rotary positions and gates: {name}", name=implementation(run.device)))
     for line in lines:
         console.print(line, soft_wrap=True)
@@ -81,7 +81,7 @@ def show_before_training(run: Run, model: TrainableModel, facts: ModelFacts) -> 
             ranks=ranks.world_size(),
             engine=run.backend.name,
             per_rank=run.config.step.examples_per_rank,
-            total=run.steps.examples_per_step,
+            total=run.step_settings.examples_per_step,
         )
         console.print(shared, soft_wrap=True)
     inner = transformers_model(model.module)
@@ -89,7 +89,7 @@ def show_before_training(run: Run, model: TrainableModel, facts: ModelFacts) -> 
 
 
 def describe_choices(choices: Choices, model: Any, precision: Precision, device: torch.device) -> str:
-    """What was chosen by measurement, or by the configuration in its place."""
+    """What was tuned, or set by the configuration."""
     return translate(
         "chosen: {again} of {layers} layers recomputed in backward{offload}; {cached} of {weights} 4-bit weights "
         "cached; attention: {attention}",

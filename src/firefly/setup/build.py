@@ -24,13 +24,13 @@ from firefly.models import tuning
 from firefly.models.adapters import attach_adapter, count_parameters, transformers_model
 from firefly.models.base_weights import identify_weights
 from firefly.models.compilation import compile_layers
-from firefly.models.loading import eos_ids, mend_generation_config, resolve_model
+from firefly.models.loading import eos_ids, fix_generation_config, resolve_model
 from firefly.models.memory import Forecast
-from firefly.models.router import quiet_routers
+from firefly.models.probes import Probes, load_for_training
+from firefly.models.router import disable_router_noise
 from firefly.models.saved_adapter import check_base
 from firefly.models.scores import as_classifier, padding_beside, refuse_scores
 from firefly.models.tokens import fit_embeddings
-from firefly.models.trials import Trials, load_for_training
 from firefly.run import Run
 from firefly.runs.checkpoints import check_same_run, set_aside_old_checkpoints, stored_optimizer
 from firefly.runs.folders import remove_leftovers
@@ -48,10 +48,10 @@ EXAMPLES_LOOKED_AT = 256
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is worth telling of a model that is ready to be trained.
+    """What the banner and records report of a model that is ready to be trained.
 
     Attributes:
-        layout: how examples are kept apart, and why not in segments, if they are not.
+        layout: "segments" or "solo", and why not segments.
         head: how it is computed (see `models.heads`).
         parameters: those that are trained, and all.
         certificate: of the chat template, where there is one.
@@ -74,9 +74,9 @@ def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
     """
     config, args, checkpoint = run.config, run.args, run.checkpoint
     set_seed(args.seed)
-    trials, base = load_base(run)
-    module = trials.model
-    layout = trials.layout()
+    probes, base = load_base(run)
+    module = probes.model
+    layout = probes.layout()
     refuse_uneven_passes(config, layout[0], run.backend)
     if run.chats and getattr(module, "generation_config", None):  # a reward model has none
         stops = (*run.encoder.template.stop_ids, *eos_ids(module.generation_config))  # the base's others stay
@@ -85,28 +85,28 @@ def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
     if run.task.HEAD == "score":
         module = as_classifier(module)
         choose_padding(run, module)
-        trials = replace(trials, model=module)
+        probes = replace(probes, model=module)
     else:
         refuse_scores(module, config.model.name_or_path)
     new_tokens = fit_embeddings(module, run.tokenizer, run.added_tokens)
     module = attach_adapter(
-        module, config.adapter, new_tokens, config.given, run.added_tokens, unreached=trials.unreached()
+        module, config.adapter, new_tokens, config.given, run.added_tokens, unreached=probes.unreached()
     )
-    if noisy := quiet_routers(module):
+    if noisy := disable_router_noise(module):
         notice(
             "router.quiet",
             "{count} routers choose without the random noise that their architecture adds in training, so that a step "
             "does not depend on how it is packed.",
             count=len(noisy),
         )
-    head = trials.install_forwards(module, config.adapter)
+    head = probes.install_forwards(module, config.adapter)
     identity = identify_run(run, layout[0], base)
     parameters = count_parameters(module)
     if checkpoint:
         check_same_run(checkpoint, identity, config.resume_anyway)
         args = with_optimizer(args, stored_optimizer(checkpoint, args.optim))
-    choices, forecast = resolve_choices(run, args, module, trials, layout[0])
-    del trials  # a twin is not small beside a shard
+    choices, forecast = resolve_choices(run, args, module, probes, layout[0])
+    del probes  # a twin is not small beside a shard
     tuning.apply(choices, transformers_model(module), run.precision.compute)
     if choices.unpaged_optimizer and args.optim in PAGED_ADAM:
         notice(
@@ -118,7 +118,7 @@ def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
         args = with_optimizer(args, FUSED_ADAM)
     run.task.attach(module, run.precision)
     shard_weights(run.backend, module, args)
-    # Again: building the adapter and probing drew random numbers. Ranks draw dropout of their own.
+    # Seeded again: building the adapter and probing drew random numbers. Each rank draws its own dropout.
     enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
     torch.manual_seed(args.seed + ranks.rank())
     compile_model(config, module)  # where that is asked for; a copied reference stays as it is
@@ -142,7 +142,7 @@ def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
     return model, ModelFacts(layout, head, parameters, certificate, base, forecast)
 
 
-def load_base(run: Run) -> tuple[Trials, dict[str, Any]]:
+def load_base(run: Run) -> tuple[Probes, dict[str, Any]]:
     """The base model, and what identifies its weights.
 
     Raises:
@@ -151,20 +151,20 @@ def load_base(run: Run) -> tuple[Trials, dict[str, Any]]:
     config = run.config
     if run.backend.shards_weights:
         map_large_arrays()
-    with ThreadPoolExecutor(1) as beside:  # hashing leaves the interpreter free to load what is hashed
+    with ThreadPoolExecutor(1) as beside:  # hashing releases the GIL while weights are loaded
         weights = resolve_model(config.model)
         hashed = beside.submit(identify_weights, weights) if Path(weights).is_dir() else None
         new_head = translate("a reward model's head is new") if run.task.HEAD == "score" else ""
-        trials = load_for_training(
+        probes = load_for_training(
             config.model, config.adapter.mode, run.precision, run.device, run.backend.shards_weights, new_head
         )
     # What a hub's model is, its files say once they are here.
     identified = hashed.result() if hashed else identify_weights(weights, config.model.revision)
     if config.adapter.name_or_path:
         check_base(config.adapter.name_or_path, config.model, config.adapter.on_other_base, identified)
-    if settings := getattr(trials.model, "generation_config", None):
-        mend_generation_config(settings)
-    return trials, identify_base(identified, trials.model)
+    if settings := getattr(probes.model, "generation_config", None):
+        fix_generation_config(settings)
+    return probes, identify_base(identified, probes.model)
 
 
 def choose_padding(run: Run, classifier: Any) -> None:

@@ -65,7 +65,7 @@ def make_output_dir(path: Path) -> None:
 
 
 def on_its_first_day(config: Config, output_dir: Path) -> Config:
-    """A run that is continued goes on with the day that its template printed when it began, where none is named."""
+    """A resumed run keeps the date that its template printed when it began, unless one is set."""
     request = config.resume_from_checkpoint
     if not request or config.data.template_date:
         return config
@@ -101,7 +101,7 @@ def bind_encoder(config: Config, tokenizer: Any, chats: bool) -> Encoder:
 
 
 def check_positions(model: ModelConfig, data: Split) -> None:
-    """Refuse texts that the model has no positions for, and say which are longer than it is made for.
+    """Refuse texts that the model has no positions for; a notice for those longer than it was trained on.
 
     Raises:
         UsageError: a text to train on or to evaluate is longer than the model's table of positions.
@@ -133,7 +133,7 @@ def check_positions(model: ModelConfig, data: Split) -> None:
 
 
 def prove_template(encoder: Encoder) -> Certificate:
-    """Prove the template on this tokenizer; what of it fails is said."""
+    """Prove the template on this tokenizer; a notice lists checks that fail."""
     certificate = certify(encoder, encoder.template.stop_ids)
     for check in certificate.checks:
         if not check.passed:

@@ -1,4 +1,4 @@
-"""What a checkpoint is bound to: a run goes on from one only as the run that wrote it."""
+"""What a checkpoint is bound to: only the run that wrote it resumes from it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def identify_base(hashed: dict[str, Any], model: Any) -> dict[str, Any]:
 
 def identify_run(run: Run, layout: str, base: dict[str, Any]) -> RunPlan:
     """What a checkpoint of this run is bound to."""
-    config, args, encoder, examples, steps = run.config, run.args, run.encoder, run.data.train, run.steps
+    config, args, encoder, examples, steps = run.config, run.args, run.encoder, run.data.train, run.step_settings
     adapted = config.adapter.mode != "full"
     prepared: dict[str, Any] = {
         "template": encoder.template.hash,

@@ -37,7 +37,7 @@ from firefly.models.memory import Forecast, Peak, free_memory
 from firefly.models.meta_model import MetaModel, build_meta_model
 from firefly.models.positions import positions_for
 from firefly.models.precision import Precision, pick_device, resolve_precision
-from firefly.models.probe_cache import known_crossover
+from firefly.models.probe_cache import cached_crossover
 from firefly.models.saved_adapter import tokenizer_source
 from firefly.models.tokens import add_tokens
 from firefly.models.tuning import Choices
@@ -52,7 +52,7 @@ EFFICIENCY, EFFICIENCY_16_BIT = {"cpu": 0.6, "cuda": 0.65}, {"cpu": 0.5}
 
 NOT_TO_BE_HAD = ("model.no_folder", "model.not_found", "model.fetch_failed", "model.no_modelscope", "model.hub_failed")
 NOT_TO_BE_HAD += ("hub.unreachable", "hub.offline", "hub.incomplete", "hub.missing", "hub.refused")
-"""What it is called that a model is not here and cannot be fetched."""
+"""Error codes of a model that is neither here nor can be fetched."""
 
 TOKENIZER_FILES = ("token", "vocab", "merges", "spm", "spiece", ".model")
 """Parts of the names that files of a tokenizer have. Of some families transformers makes an empty one without any."""
@@ -75,7 +75,7 @@ class Machine:
         kind: "cpu" or "cuda".
         memory: bytes that a run may take.
         here: whether it is this machine, whose speed can be measured.
-        assumed: what was not told, in a sentence; "" where nothing was assumed.
+        assumed: what was assumed, in a sentence; "" where nothing was assumed.
     """
 
     kind: str
@@ -171,8 +171,8 @@ class Work:
         return int(self.counts.lengths.max())
 
     def heaviest(self, examples: int, budget: int) -> list[int]:
-        """The examples of the largest microbatch under a budget that a step can draw: the longest one, and what of
-        the next longest finds room beside it."""
+        """The examples of the largest microbatch under a budget that a step can draw: the longest one, and as many of
+        the next longest as fit."""
         lengths = self.counts.lengths
         order = np.argsort(lengths)[::-1]
         chosen = [int(order[0])]
@@ -232,7 +232,7 @@ class Duration:
     Attributes:
         flops: necessary FLOPs of a mean step.
         rate: FLOPs a second of matmuls; None if it is not known.
-        measured: whether `rate` was measured here and now, and not told.
+        measured: whether `rate` was measured, not given.
         steps: of the run; None if the data are not known.
     """
 
@@ -428,7 +428,7 @@ def plan_run(
     inner, autocast = transformers_model(meta.model), autocast_type(config, precision.compute)
     crossover = GEMM_LONGEST if machine.kind == "cpu" else 0
     if machine.here:
-        crossover = known_crossover(inner, machine.device, precision.compute)
+        crossover = cached_crossover(inner, machine.device, precision.compute)
     use_crossover(inner, crossover)  # what attention keeps depends on it
     activations, unknown = None, ""
     try:
@@ -515,7 +515,7 @@ def _duration(sizing: Sizing, choices: Choices | None, work: Work, rate: float |
         tokens=round(float(lengths.mean()) * examples),
         targets=round(float(work.counts.targets.mean()) * examples),
         reference=TASKS[config.task_type].asks_reference(config),
-        again=choices.checkpointed_layers / layers if choices and layers else 0.0,
+        recomputed=choices.checkpointed_layers / layers if choices and layers else 0.0,
     )
     steps = None  # on one process
     if (most := int(config.training.get("max_steps", -1))) > 0:

@@ -1,4 +1,4 @@
-"""The files that tell what was trained: as it was asked for, and as it was resolved."""
+"""The files that record what was trained: as configured, and as resolved."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def write_records(run: Run, model: TrainableModel, facts: ModelFacts) -> None:
                 "precision": run.precision.name,
                 "layout": model.layout,
                 **asdict(model.choices),
-                "examples_per_step": run.steps.examples_per_step,
+                "examples_per_step": run.step_settings.examples_per_step,
                 "engine": run.backend.name,
             },
             "template": None if facts.certificate is None else describe_template(run.encoder, facts.certificate),
@@ -73,7 +73,7 @@ def write_records(run: Run, model: TrainableModel, facts: ModelFacts) -> None:
                 "tokenizer": run.encoder.tokenizer_hash,
                 "base_weights": facts.base_weights,
             },
-            "seed": run.steps.seed,
+            "seed": run.step_settings.seed,
             "versions": package_versions(),
             "hardware": hardware(run.device),
             "git_commit": git_commit(Path.cwd()),

@@ -35,8 +35,8 @@ from firefly.models.memory import (
     free_memory,
     primitives_kept,
 )
-from firefly.models.probe_cache import known_bytes, known_crossover
-from firefly.models.trials import Trials
+from firefly.models.probe_cache import cached_bytes, cached_crossover
+from firefly.models.probes import Probes
 from firefly.models.tuning import Choices, Lengths
 from firefly.run import Run
 from firefly.runs.checkpoints import stored_choices
@@ -52,13 +52,13 @@ TORCHAO_BITS = {"adamw_torch_8bit": 8, "adamw_torch_4bit": 4}
 
 @dataclass(frozen=True, kw_only=True)
 class Sizing:
-    """A model that is loaded, or only described, on a device: what a run of it would choose, and its memory.
+    """A model, loaded or on "meta", and a device: how a run of it would be tuned, and its memory.
 
     Attributes:
         model: adapters attached, our forwards installed.
         activations: None where they cannot be known (see `NoDryRun`).
         optimizer: bytes of its state.
-        crossover: see `probe_cache.known_crossover`.
+        crossover: see `probe_cache.cached_crossover`.
         available: bytes that the device has free.
     """
 
@@ -133,16 +133,16 @@ class Sizing:
 
 
 def resolve_choices(
-    run: Run, args: TrainingArguments, module: Any, trials: Trials, layout: str
+    run: Run, args: TrainingArguments, module: Any, probes: Probes, layout: str
 ) -> tuple[Choices, Forecast]:
-    """Resolve what is "auto", by measurement or from the checkpoint, and forecast the memory of a run so trained.
+    """Tune what is "auto", by measurement or from the checkpoint, and forecast the memory of the run.
 
-    The same on every rank: the choices of the one with the least memory. The forecast is `firefly plan`'s, but for what
+    The same on every rank: the most conservative choice of any. The forecast is `firefly plan`'s, but for what
     a step takes besides weights: that is estimated from what a pass was measured to keep.
     """
     config, device, precision, backend = run.config, run.device, run.precision, run.backend
     inner, counts = transformers_model(module), run.data.train.counts
-    crossover = known_crossover(inner, device, precision.compute)
+    crossover = cached_crossover(inner, device, precision.compute)
     use_crossover(inner, crossover)  # what attention keeps is measured below
     sizing = Sizing(
         config=config,
@@ -150,7 +150,7 @@ def resolve_choices(
         compute=precision.compute,
         device=device,
         counts=counts,
-        activations=trials.activations(
+        activations=probes.activations(
             config.adapter, layout, autocast_type(config, precision.compute), int(counts.sides.max())
         ),
         optimizer=optimizer_state_bytes(module, args),
@@ -191,7 +191,7 @@ def optimizer_state_bytes(module: Any, args: Any) -> int:
     rests_on = [name, args.optim_args, args.optim_target_modules]
     try:
         inner = transformers_model(module)
-        return known_bytes("optimizer", inner, rests_on, lambda: count_optimizer_state(module, args, name))
+        return cached_bytes("optimizer", inner, rests_on, lambda: count_optimizer_state(module, args, name))
     except Exception as error:  # whatever a package's optimizer raises where there are no numbers
         notice(
             "optim.state_unknown",
@@ -227,7 +227,7 @@ def count_optimizer_state(module: Any, args: Any, name: str) -> int:
 
 
 class _AnyNumber(TorchDispatchMode):
-    """Where code asks for the number in an array that has none, it gets 1: no state's size depends on it."""
+    """`.item()` of a fake tensor returns 1: no state's size depends on it."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default:

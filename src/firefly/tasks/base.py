@@ -1,7 +1,7 @@
-"""What a task is: how its examples are packed, what a step of it minimises, what of it is measured.
+"""What a task is: how its examples are packed, which loss a step minimizes, which metrics it has.
 
-A step is computed here, microbatch by microbatch, so that its loss and gradients are those of the whole step however it
-is cut up and whoever carries it. Nothing here waits for the device.
+A step is computed here, microbatch by microbatch. Its loss and gradients do not depend on how the step is split into
+microbatches and ranks. Nothing here waits for the device (no host sync).
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from firefly.data.batching import (
 from firefly.data.dataset import Split
 from firefly.distributed.backends import Backend
 from firefly.distributed.model import TrainableModel
+from firefly.models.causal_lm import CausalLM
 from firefly.models.kernels.matmul import casts_kept
 from firefly.models.precision import Precision
 from firefly.models.router import count_choices, recorded_logits, router_loss
@@ -45,41 +46,41 @@ DROPOUT = re.compile("dropout|pdrop")
 """What architectures call the probability of one."""
 
 PACKED_TOGETHER = 64
-"""Examples that are packed at a time where they make no steps: enough to fill the microbatches well."""
+"""Examples that are packed at a time outside of training steps (evaluation): enough to fill microbatches well."""
 
 
 @dataclass(frozen=True)
 class ComputedStep:
-    """A step whose gradients are there and have not been applied.
+    """A step whose gradients are computed and not yet applied.
 
     Attributes:
         loss: this rank's part; the mean over ranks is the loss of the step. A scalar on the device.
         parts: what each microbatch added to it.
-        rows: the examples of each microbatch.
+        example_ids: of each microbatch, their numbers in the data set.
         sums: what the task measures, summed over the microbatches, fp64 on the device; None if nothing.
-        refused: whether the loss was found not to be finite before the backend could apply it (DeepSpeed, which does so
-            within backward): then gradients are not complete.
+        refused: the loss was not finite, and backward was stopped before DeepSpeed, which steps the optimizer within
+            backward, could apply it; gradients are incomplete.
     """
 
     loss: Tensor
     parts: list[Tensor]
-    rows: tuple[tuple[int, ...], ...]
+    example_ids: tuple[tuple[int, ...], ...]
     sums: Tensor | None = None
     refused: bool = False
 
 
 @dataclass(frozen=True)
 class OutOfMemory:
-    """A step that was given up at its microbatch number `microbatch`; gradients of others may be there."""
+    """A step that ran out of memory at microbatch number `microbatch`; gradients of earlier ones may be accumulated."""
 
     microbatch: int
 
 
 class Forward:
-    """Calls a prepared model on packed rows and, in training, keeps what its routers said for the router loss."""
+    """Calls a prepared model on packed rows and, in training, records router logits for the router loss."""
 
-    def __init__(self, model: TrainableModel, module: Any = None) -> None:
-        """`module` in place of the model's own: a reference."""
+    def __init__(self, model: TrainableModel, module: CausalLM | None = None) -> None:
+        """module: called instead of the model's own, such as a reference model."""
         self.model = model
         self.module = model.wrapped if module is None else module
         self.solo = model.solo
@@ -131,16 +132,16 @@ class Task(ABC):
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    # ---- what an objective says ----
+    # ---- what an objective defines ----
 
     @classmethod
     def settle(cls, config: Config, backend: Backend) -> Config:
-        """The configuration with what the objective decides itself."""
+        """The configuration with the values that the objective sets itself."""
         return config
 
     @classmethod
     def asks_reference(cls, config: Config) -> bool:
-        """Whether every step asks a reference model too: in full training a second one, in the compute type."""
+        """Whether every step runs a reference model too; in full fine-tuning a second model, in the compute type."""
         return False
 
     @classmethod
@@ -149,15 +150,15 @@ class Task(ABC):
         return False
 
     def identity(self) -> dict[str, Any]:
-        """The settings of this objective that shape its loss: a run goes on only with the same."""
+        """The settings of this objective that change its loss: a run resumes only with the same values."""
         return {}
 
-    def attach(self, module: Any, precision: Precision) -> None:
-        """What the objective needs of the model as it is before the first step, or changes of it."""
+    def attach(self, module: torch.nn.Module, precision: Precision) -> None:
+        """Prepare the model before the first step: keep a reference, switch dropout off."""
         return
 
     def ask_reference(self, model: TrainableModel, data: Split, parts: Sequence[Any], checkpoint: Path | None) -> None:
-        """What is asked of a model once, before this run changes it."""
+        """Compute what is needed of the untrained model once, before the first step."""
         return
 
     @abstractmethod
@@ -169,27 +170,27 @@ class Task(ABC):
         return None
 
     def rows_of(self, batch: Any, solo: bool) -> tuple[PackedBatch, ...]:
-        """What the model is called with for a microbatch, one after another."""
+        """The packed rows of a microbatch; each is one forward pass."""
         return batch.rows
 
     def over_step(self, forward: Forward, batches: Sequence[Any], totals: StepTotals) -> Any:
-        """What the loss of each microbatch needs to know of the whole step, on all ranks; asked for before the first of
-        them, without gradients."""
+        """Statistics over the whole step and all ranks that each microbatch's loss needs; computed without gradients
+        before the first microbatch."""
         return None
 
     @abstractmethod
     def microbatch_loss(
         self, forward: Forward, batch: Any, totals: StepTotals, of_step: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """What one microbatch adds to the loss of its step, a scalar, and to what is measured of it.
+        """What one microbatch adds to the step's loss, a scalar, and to its metric sums.
 
         Args:
-            of_step: what `over_step` said.
+            of_step: the result of `over_step`.
         """
 
     @abstractmethod
     def evaluation_sums(self, forward: Forward, batch: Any, of_step: Any) -> Tensor:
-        """What an evaluation adds up over microbatches, (any,) fp32 on the device."""
+        """The sums of one microbatch that an evaluation accumulates, (any,) fp32 on the device."""
 
     @abstractmethod
     def evaluation_metrics(self, sums: list[float], totals: StepTotals) -> dict[str, float]:
@@ -209,7 +210,7 @@ class Task(ABC):
         """
         targets = self.nll_targets(examples)
         plan = StepPlan(examples.counts, settings, model.budget, nll_targets=targets, share=model.share)
-        # Not prepared by accelerate, which would share the steps out once more.
+        # Not prepared by accelerate, which would shard the steps over ranks once more.
         return step_loader(PackedExamples(examples, self.packing(False, model.solo)), plan, **loading)
 
     def in_order(
@@ -227,11 +228,11 @@ class Task(ABC):
         return step_loader(PackedExamples(examples, self.packing(held_out, model.solo)), plan)
 
     def backward(self, model: TrainableModel, step: Step[Any]) -> ComputedStep | OutOfMemory:
-        """Loss and gradients of a whole step, without waiting for the device.
+        """Loss and gradients of a whole step, without a host sync.
 
         Raises:
-            torch.OutOfMemoryError: on one of several ranks: the others would wait for ever; and under DeepSpeed, which
-                cannot begin a step again.
+            torch.OutOfMemoryError: on one of several ranks: the others would hang in a collective; and under DeepSpeed,
+                which cannot restart a step.
         """
         model.train()
         batches = step.microbatches
@@ -253,7 +254,7 @@ class Task(ABC):
                 last, tried = number == len(batches) - 1, number
                 try:
                     if number == 0:
-                        tried = largest  # of a pass over them all it is not known which one was too much
+                        tried = largest  # `over_step` runs them all: the largest is taken for the one that failed
                         of_step = self.over_step(forward, batches, step.totals)
                         if model.router and (len(batches) > 1 or model.ranks > 1):
                             expert_counts = self._count_experts(model, batches)
@@ -268,9 +269,9 @@ class Task(ABC):
                         total = parts[0] if number == 0 else total + parts[-1]
                         if measured is not None:
                             sums = measured if sums is None else sums + measured
-                        # DeepSpeed moves the weights at the end of the last backward: its loss is looked at before.
+                        # DeepSpeed steps the optimizer at the end of the last backward: the loss is checked before.
                         if last and model.backend.deepspeed and model.any_rank(not bool(torch.isfinite(total))):
-                            return ComputedStep(total, parts, step.rows, sums, refused=True)
+                            return ComputedStep(total, parts, step.example_ids, sums, refused=True)
                         if model.bare:
                             loss.backward()
                         else:
@@ -282,13 +283,13 @@ class Task(ABC):
                     break
         if failed is not None:
             return OutOfMemory(failed)
-        return ComputedStep(total, parts, step.rows, sums)
+        return ComputedStep(total, parts, step.example_ids, sums)
 
     @torch.no_grad()
     def _count_experts(self, model: TrainableModel, batches: Sequence[Any]) -> Tensor:
-        """Which experts the whole step chooses, by a pass of its own: the loss of its first microbatch needs it.
+        """How often the whole step chooses each expert, by an extra forward pass: the first microbatch's loss needs it.
 
-        Without dropout, so that the random state is left for the pass that trains.
+        Without dropout, so that the random state is left for the training pass.
         """
         settings = model.router
         assert settings is not None
@@ -304,7 +305,7 @@ class Task(ABC):
 
 
 def without_dropout(config: Config) -> Config:
-    """The configuration for a task that compares passes, in which chance would be taken for a preference."""
+    """The configuration with dropout off, for a task that compares forward passes."""
     adapter = config.adapter
     if adapter.mode == "full" or not adapter.dropout:
         return config
@@ -345,8 +346,8 @@ def disable_dropout(model: torch.nn.Module) -> None:
 
 
 @contextmanager
-def resting(module: Any) -> Iterator[None]:
-    """A module in eval mode for a while: no dropout, and nothing to checkpoint in a pass without gradients."""
+def resting(module: CausalLM) -> Iterator[None]:
+    """A module in eval mode within the block: no dropout and no activation checkpointing."""
     was_training = module.training
     module.eval()
     try:

@@ -1,7 +1,7 @@
-"""KTO (arXiv:2402.01306): answers that are good or bad by themselves, with nothing to compare them with.
+"""KTO (arXiv:2402.01306): answers labelled desirable or undesirable, without pairs.
 
-What an answer gained is judged against what the policy gained on answers in general, the estimate of KL(π ‖ π_ref): it
-is made of each prompt with the answer of the example before it, and taken over the whole step of all ranks.
+An answer's log-ratio is compared with an estimate of KL(π ‖ π_ref), taken over the whole step on all ranks from each
+prompt with the answer of the example before it.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def pack_owned(examples: Sequence[Tokens]) -> PackedBatch:
 
 
 class KTO(ReferenceTask):
-    """Minimises the mean over the step's examples of λ (1 - σ(±β (log π/π_ref - KL))): + and `desirable_weight` for
+    """Minimizes the mean over the step's examples of λ (1 - σ(±β (log π/π_ref - KL))): + and `desirable_weight` for
     desirable answers, - and `undesirable_weight` for the others."""
 
     METRICS = ("loss", "kl")

@@ -48,7 +48,7 @@ class PairPacking:
 
 
 class PreferenceTask(ReferenceTask):
-    """Minimises the mean loss over the step's pairs, plus what NLL of the chosen answers the loss asks for."""
+    """Minimizes the mean loss over the step's pairs, plus what NLL of the chosen answers the loss asks for."""
 
     METRICS = ("loss", *SUMMED)
 

@@ -158,9 +158,9 @@ def nll_weight(config: PreferenceConfig) -> float:
 
 
 def rewards(pair: PairLogps, config: PreferenceConfig) -> tuple[Tensor, Tensor]:
-    """What the policy holds of the chosen and the rejected answers, beta times its log-ratio; (pairs,) each.
+    """Implicit rewards of the chosen and the rejected answers, beta times the log-ratio; (pairs,) each.
 
-    Without a reference the log-probability stands for the ratio, per token where the loss counts that way.
+    Without a reference the log-probability is used, per token where the loss is per token.
     """
     if PREFERENCE_LOSSES[config.loss].per_token:
         return config.beta * pair.mean_chosen, config.beta * pair.mean_rejected

@@ -1,4 +1,4 @@
-"""The reference of a loss that compares with the model as it stood before this run, and the tasks that have one."""
+"""Reference models (the model as it was before this run), and the tasks whose loss compares with one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -31,38 +31,38 @@ from firefly.translation import translate
 
 
 class Reference(Protocol):
-    """Lends the reference model for a forward pass without gradients."""
+    """Provides the reference model for a forward pass without gradients."""
 
-    def lent(self, model: Any) -> Any:
+    def activate(self, model: Any) -> AbstractContextManager[Any]:
         """A context manager around the model to call."""
         ...
 
 
 class AdapterOff:
-    """The base model of a fresh adapter, which adds nothing yet: the same weights with the adapter off."""
+    """The base model under a fresh adapter: the same weights with the adapter switched off."""
 
     @contextmanager
-    def lent(self, model: Any) -> Iterator[Any]:
+    def activate(self, model: Any) -> Iterator[Any]:
         with model.disable_adapter():
             yield model
 
 
 class Untrained:
-    """The model itself, for a reference that is asked before the first step only."""
+    """The model itself before its first step, for log-probabilities that are precomputed."""
 
     @contextmanager
-    def lent(self, model: Any) -> Iterator[Any]:
+    def activate(self, model: Any) -> Iterator[Any]:
         yield model
 
 
 class FrozenAdapter:
-    """An adapter that training starts from, kept as it was: its weights change places with the trained ones."""
+    """A copy of the adapter that training starts from; its weights are swapped in for the trained ones."""
 
     def __init__(self, model: nn.Module) -> None:
         self.frozen = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     @contextmanager
-    def lent(self, model: nn.Module) -> Iterator[nn.Module]:
+    def activate(self, model: Any) -> Iterator[Any]:
         parameters = [(p, self.frozen[name]) for name, p in model.named_parameters() if name in self.frozen]
         trained = [p.data for p, _ in parameters]
         for p, frozen in parameters:
@@ -89,15 +89,15 @@ class FrozenModel:
                 module.to(compute)
 
     @contextmanager
-    def lent(self, model: Any) -> Iterator[Any]:
+    def activate(self, model: Any) -> Iterator[Any]:
         yield self.copy
 
 
 class ReferenceTask(Task):
-    """A task whose loss compares the model with what it was, in passes without dropout.
+    """A task whose loss compares the model with a reference, in passes without dropout.
 
     Attributes:
-        reference: set by `attach`; None where the loss has none, or it has been asked beforehand.
+        reference: set by `attach`; None where the loss has none, or after its log-probabilities are precomputed.
         precomputed: held out or not → (examples, …) log-probabilities under the reference.
     """
 
@@ -108,7 +108,7 @@ class ReferenceTask(Task):
 
     HEAD = "logps"
     BEFOREHAND: ClassVar[bool] = True
-    """Whether the reference can be asked about all examples before training."""
+    """Whether the reference's log-probabilities of all examples can be precomputed."""
 
     @classmethod
     def needs_reference(cls, config: Config) -> bool:
@@ -120,8 +120,8 @@ class ReferenceTask(Task):
 
     @classmethod
     def settle(cls, config: Config, backend: Backend) -> Config:
-        """No dropout; and where weights are sharded over ranks, a reference that is no adapter switched off is asked
-        before training.
+        """No dropout; and where weights are sharded over ranks, a reference with weights of its own is run before
+        training only.
 
         Raises:
             UsageError: it cannot be.
@@ -150,14 +150,14 @@ class ReferenceTask(Task):
     def asks_reference(cls, config: Config) -> bool:
         return cls.needs_reference(config) and not cls.asks_beforehand(config)
 
-    def attach(self, module: Any, precision: Precision) -> None:
-        """The model as it stands now becomes the reference; its dropout is switched off."""
+    def attach(self, module: nn.Module, precision: Precision) -> None:
+        """Make the current model the reference, and switch its dropout off."""
         disable_dropout(module)
         adapter, first = self.config.adapter, self.asks_beforehand(self.config)
         if not self.needs_reference(self.config):
             return
         if adapter.mode == "full":
-            # With log-probabilities computed beforehand the untrained model itself serves, and no copy is kept.
+            # Precomputed log-probabilities come from the untrained model itself: no copy is kept.
             self.reference = Untrained() if first else FrozenModel(module, precision.compute)
         elif adapter.name_or_path:
             self.reference = Untrained() if first else FrozenAdapter(module)
@@ -168,8 +168,8 @@ class ReferenceTask(Task):
     def asking_reference(self, model: TrainableModel) -> Iterator[Forward]:
         """The reference's forward pass, without gradients and dropout."""
         assert self.reference is not None
-        with torch.no_grad(), self.reference.lent(model.module) as lent, resting(lent):
-            yield Forward(model, lent)
+        with torch.no_grad(), self.reference.activate(model.module) as reference, resting(reference):
+            yield Forward(model, reference)
 
     def reference_logps(self, forward: Forward, batch: Any) -> Tensor:
         """What `precompute_reference` keeps of each example, (any, examples)."""
@@ -181,11 +181,11 @@ class ReferenceTask(Task):
 
         Args:
             parts: what they depend on besides the examples: weights, types, adapter.
-            checkpoint: that the run goes on from. Where weights are sharded it is loaded already, and the reference
-                cannot be asked any more.
+            checkpoint: that the run resumes from. Where weights are sharded it is loaded already, and the reference can
+                no longer be run.
 
         Raises:
-            UsageError: such a run goes on, and the cache has nothing.
+            UsageError: such a run is resumed, and nothing is cached.
         """
         if not (self.asks_beforehand(self.config) and self.reference):
             return
@@ -216,9 +216,9 @@ class ReferenceTask(Task):
         """Of each pair, chosen and rejected, (pairs, 2)."""
         logps = torch.zeros(len(examples), 2, device=model.device)
         loader = self.in_order(examples, held_out, model)
-        said = {"desc": translate("reference log-probabilities"), "total": len(loader), "disable": None, "leave": False}
-        for step in tqdm(loader, **said):
-            for rows, batch in zip(step.rows, step.microbatches, strict=True):
+        bar = {"desc": translate("reference log-probabilities"), "total": len(loader), "disable": None, "leave": False}
+        for step in tqdm(loader, **bar):
+            for rows, batch in zip(step.example_ids, step.microbatches, strict=True):
                 found = self.reference_logps(Forward(model), batch.to(model.device))
                 logps[torch.tensor(rows, dtype=torch.long, device=logps.device)] = found.T
         return model.summed(logps)  # each rank has those of its own rows, and zeros

@@ -58,7 +58,7 @@ def at_ends(row: PackedBatch) -> PackedBatch:
 
 
 class RewardTask(Task):
-    """Minimises the mean of -log σ(r(chosen) - r(rejected) - margin) over the step's pairs.
+    """Minimizes the mean of -log σ(r(chosen) - r(rejected) - margin) over the step's pairs.
 
     `center_rewards_coefficient` adds that share of the mean of (r(chosen) + r(rejected))², which keeps scores around 0
     (arXiv:2312.09244).
@@ -71,7 +71,7 @@ class RewardTask(Task):
     def settle(cls, config: Config, backend: Backend) -> Config:
         return without_dropout(config)
 
-    def attach(self, module: Any, precision: Precision) -> None:
+    def attach(self, module: torch.nn.Module, precision: Precision) -> None:
         disable_dropout(module)
 
     def identity(self) -> dict[str, Any]:

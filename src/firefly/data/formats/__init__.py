@@ -1,4 +1,4 @@
-"""Record shapes. Each entry of FORMATS recognises its records by their keys and turns one into what a task trains on.
+"""Record shapes. Each entry of FORMATS recognizes its records by their keys and turns one into what a task trains on.
 
 A new format is one class, or one instance with other keys, and one line in the table. A record that fits none, or two,
 is reported, never guessed; `data_format` settles it.
@@ -68,7 +68,7 @@ Parsed = Conversation | Labelled | PreferencePair | Document | Tokens | TokenPai
 
 
 class Format(Protocol):
-    def recognises(self, record: Fields) -> tuple[str, ...]:
+    def recognizes(self, record: Fields) -> tuple[str, ...]:
         """The keys that make the record one of this format; empty if it is none."""
         ...
 
@@ -100,7 +100,7 @@ class ReadRecord:
 class TextFormat:
     """`text`: a document."""
 
-    def recognises(self, record: Fields) -> tuple[str, ...]:
+    def recognizes(self, record: Fields) -> tuple[str, ...]:
         return ("text",) if "text" in record else ()
 
     def parse(self, record: Fields) -> Document:
@@ -109,9 +109,9 @@ class TextFormat:
 
 @dataclass(frozen=True)
 class TokensFormat:
-    """Already tokenised: `input_ids`, and `labels` with -100 where there is no loss. Taken as it is, never rendered."""
+    """Already tokenized: `input_ids`, and `labels` with -100 where there is no loss. Taken as it is, never rendered."""
 
-    def recognises(self, record: Fields) -> tuple[str, ...]:
+    def recognizes(self, record: Fields) -> tuple[str, ...]:
         return ("input_ids", "labels") if "input_ids" in record and "labels" in record else ()
 
     def parse(self, record: Fields) -> Tokens:
@@ -130,9 +130,9 @@ class TokensFormat:
 
 @dataclass(frozen=True)
 class TokenPairFormat:
-    """An already tokenised pair: `prompt_ids`, `chosen_ids`, `rejected_ids`, answers with their stop tokens."""
+    """An already tokenized pair: `prompt_ids`, `chosen_ids`, `rejected_ids`, answers with their stop tokens."""
 
-    def recognises(self, record: Fields) -> tuple[str, ...]:
+    def recognizes(self, record: Fields) -> tuple[str, ...]:
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
         return names if all(name in record for name in names) else ()
 
@@ -204,7 +204,7 @@ def detect_format(value: Any, kind: RecordKind | None = None) -> str:
 
 def _detected_format(value: Record, kind: RecordKind | None) -> tuple[Record, str, tuple[str, ...]]:
     """The record as its format knows it, the format, and the keys that make it."""
-    # What a format recognises is the keys and the kinds of their values, so records of one shape are asked about once.
+    # What a format recognizes is the keys and the kinds of their values, so records of one shape are asked about once.
     restated = is_restated(Fields(value))
     shape = (kind, verdict(value), restated, *((key, _kind(item)) for key, item in value.items()))
     found = _detected.get(shape)
@@ -275,7 +275,7 @@ def _detect(value: Record, kind: RecordKind | None) -> tuple[str, tuple[str, ...
 
 
 def _fitting(value: Record) -> dict[str, tuple[str, ...]]:
-    found = {name: entry.format.recognises(Fields(value)) for name, entry in FORMATS.items()}
+    found = {name: entry.format.recognizes(Fields(value)) for name, entry in FORMATS.items()}
     return {name: keys for name, keys in found.items() if keys}
 
 
@@ -346,7 +346,7 @@ def read_record(value: Any, kind: RecordKind | None = None, data_format: str = "
     else:
         name, keys = data_format, ()
         small = _in_small_letters(value)
-        if not FORMATS[name].format.recognises(Fields(value)) and FORMATS[name].format.recognises(Fields(small)):
+        if not FORMATS[name].format.recognizes(Fields(value)) and FORMATS[name].format.recognizes(Fields(small)):
             value = small
     entry = FORMATS[name]
     if kind is not None and entry.kind not in READ_AS[kind]:
@@ -371,8 +371,8 @@ def read_record(value: Any, kind: RecordKind | None = None, data_format: str = "
     except MalformedRecord as error:
         problem = error.phrase
     else:
-        said = verdicts(value) if isinstance(parsed, Labelled) else {}
-        condemned = next((key for key, wanted in said.items() if not wanted), None)
+        labels = verdicts(value) if isinstance(parsed, Labelled) else {}
+        condemned = next((key for key, wanted in labels.items() if not wanted), None)
         better = outscored(fields) if isinstance(parsed, PreferencePair | TokenPair) else None
         return ReadRecord(name, parsed, _left_out(fields.unread(), parsed), fields.unheeded(), condemned, better)
     if keys:
@@ -396,13 +396,13 @@ def _left_out(unread: Mapping[str, Sequence[str]], parsed: Parsed) -> dict[str, 
         conversations: Sequence[Conversation] = (parsed.chosen, parsed.rejected)
     else:
         conversations = parsed if isinstance(parsed, tuple) else (parsed,) if isinstance(parsed, Conversation) else ()
-    said = {text for one in conversations for item in one.messages for text in (item.text, item.reasoning)}
+    present = {text for one in conversations for item in one.messages for text in (item.text, item.reasoning)}
     left_out = {}
     for key, texts in unread.items():
         if not texts:  # numbers
             left_out[key] = 0
             continue
-        left = [text for text in texts if text not in said]
+        left = [text for text in texts if text not in present]
         if len(left) < len(texts) and ROLES.keys() >= set(left):  # the roles of messages that are there
             continue
         if left:

@@ -71,13 +71,13 @@ def is_restated(record: Fields) -> bool:
             held = parse_json(held, key)
         except MalformedRecord:
             return False
-    said = [text.strip() for text in texts_in(held)]
+    present = [text.strip() for text in texts_in(held)]
     asked, answered = (
         [value.strip() for value in map(record.peek, record.present(keys)) if isinstance(value, str) and value.strip()]
         for keys in (QUESTIONS, ANSWERS)
     )
     # A question may stand inside its message; an answer such as "4" stands inside too much.
-    return any(text in message for text in asked for message in said) or any(text in said for text in answered)
+    return any(text in message for text in asked for message in present) or any(text in present for text in answered)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class MessagesFormat:
 
     key: str
 
-    def recognises(self, record: Fields) -> tuple[str, ...]:
+    def recognizes(self, record: Fields) -> tuple[str, ...]:
         return (self.key,) if self.key in record and not is_judged(record) else ()
 
     def parse(self, record: Fields) -> Conversation:
@@ -98,7 +98,7 @@ class MessagesFormat:
 class AlternatingFormat:
     """`data: [question, answer, question, …]` (UltraChat)."""
 
-    def recognises(self, record: Fields) -> tuple[str, ...]:
+    def recognizes(self, record: Fields) -> tuple[str, ...]:
         texts = record.peek("data")
         if not is_texts(texts) or len(texts) < 2 or is_judged(record):
             return ()
@@ -139,7 +139,7 @@ class QuestionFormat:
     answer: str
     without: tuple[str, ...] = ()
 
-    def recognises(self, record: Fields) -> tuple[str, ...]:
+    def recognizes(self, record: Fields) -> tuple[str, ...]:
         keys = self.keys(record)
         if keys is None or is_judged(record) or answers_in_list(record, *keys) or is_restated(record):
             return ()
@@ -183,7 +183,7 @@ def question_and_answer(record: Fields) -> tuple[str, str] | None:
 class OtherQuestionFormat:
     """Another combination of a key for a question and one for an answer: `question` and `output`, …"""
 
-    def recognises(self, record: Fields) -> tuple[str, ...]:
+    def recognizes(self, record: Fields) -> tuple[str, ...]:
         keys = question_and_answer(record)
         if keys is None or is_judged(record) or answers_in_list(record, *keys) or is_restated(record):
             return ()
@@ -251,7 +251,7 @@ def _turns_in_parallel(record: Fields, lead: str, question: str, answer: str) ->
 class InstancesFormat:
     """One instruction and its `instances: [{input, output}, …]` (Self-Instruct): an example each."""
 
-    def recognises(self, record: Fields) -> tuple[str, ...]:
+    def recognizes(self, record: Fields) -> tuple[str, ...]:
         question = record.first_of((*FIRST, *ASKED, *PROMPTS))
         return (question, "instances") if question and "instances" in record and not is_judged(record) else ()
 
@@ -280,7 +280,7 @@ class InstancesFormat:
 class LabelledMessagesFormat:
     """Messages with a verdict on their last reply (`label`: true or false), as KTO takes them."""
 
-    def recognises(self, record: Fields) -> tuple[str, ...]:
+    def recognizes(self, record: Fields) -> tuple[str, ...]:
         keys, labels = record.present(MESSAGE_KEYS), verdicts(record)
         return (*keys, *labels) if len(keys) == 1 and labels and not is_paired(record) else ()
 
@@ -292,7 +292,7 @@ class LabelledMessagesFormat:
 class LabelledAnswerFormat:
     """A question and an answer with a verdict."""
 
-    def recognises(self, record: Fields) -> tuple[str, ...]:
+    def recognizes(self, record: Fields) -> tuple[str, ...]:
         keys = question_and_answer(record)
         if keys is None or is_paired(record) or answers_in_list(record, *keys) or record.first_of(MESSAGE_KEYS):
             return ()
@@ -310,9 +310,9 @@ def _judged(record: Fields, conversation: Conversation) -> Labelled:
         if name is None:
             raise MalformedRecord("{field} is missing", field=LABELS[0])
         raise wrong_kind(name, "true or false", record.peek(name))
-    said = verdicts(record)
-    for name in said:
+    labels = verdicts(record)
+    for name in labels:
         record.get(name)
-    if len(set(said.values())) > 1:
-        raise MalformedRecord("{fields} disagree on whether the answer is a good one", fields=", ".join(said))
+    if len(set(labels.values())) > 1:
+        raise MalformedRecord("{fields} disagree on whether the answer is a good one", fields=", ".join(labels))
     return Labelled(conversation, wanted)

@@ -1,4 +1,4 @@
-"""Reading the fields of a record: each one's type is checked, what is wrong is said with the field's place, and what
+"""Reading the fields of a record: each one's type is checked, errors name the field's path, and what
 nobody asked for is known afterwards."""
 
 from __future__ import annotations
@@ -241,8 +241,8 @@ def verdict(record: Record) -> bool | None:
 def verdicts(record: Record) -> dict[str, bool]:
     """The same, by the key that says it."""
     look = record.peek if isinstance(record, Fields) else record.get
-    said = {name: _verdict(look(name)) for name in LABELS}
-    return {name: wanted for name, wanted in said.items() if wanted is not None}
+    labels = {name: _verdict(look(name)) for name in LABELS}
+    return {name: wanted for name, wanted in labels.items() if wanted is not None}
 
 
 def _verdict(label: Any) -> bool | None:
@@ -267,19 +267,19 @@ def is_trained(item: Fields) -> bool:
     """
     if not item.has_any(LOSS_KEYS):
         return True
-    said: dict[str, bool] = {}
+    flags: dict[str, bool] = {}
     for name in FLAGS:
         if (flag := item.get(name)) is not None:
-            said[name] = _flag(flag, name, item.at(name))
+            flags[name] = _flag(flag, name, item.at(name))
     for name in WEIGHTS:
         if (weight := item.get(name)) is not None:
-            said[name] = _weight(weight, item.at(name))
+            flags[name] = _weight(weight, item.at(name))
     if item.get(PARTIAL):
         raise MalformedRecord(
             "{field} leaves out a part of the message; this version trains a reply or leaves it out",
             field=item.at(PARTIAL),
         )
-    return _agreed(said, item)
+    return _agreed(flags, item)
 
 
 def is_record_trained(record: Fields) -> bool:
@@ -288,7 +288,7 @@ def is_record_trained(record: Fields) -> bool:
     never anything else."""
     if not record.has_any(LOSS_KEYS):
         return True
-    said: dict[str, bool] = {}
+    flags: dict[str, bool] = {}
     for name in FLAGS:
         flag = record.peek(name)
         if isinstance(flag, str):
@@ -296,13 +296,13 @@ def is_record_trained(record: Fields) -> bool:
             flag = words.get(flag.strip().lower(), flag)
         if isinstance(flag, bool) or (name in MASKS and flag is not None):
             record.get(name)
-            said[name] = _flag(flag, name, record.at(name))
+            flags[name] = _flag(flag, name, record.at(name))
     for name in WEIGHTS:
         weight = number_in(record.peek(name))
         if weight is not None:
             record.get(name)
-            said[name] = _weight(weight, record.at(name))
-    return _agreed(said, record)
+            flags[name] = _weight(weight, record.at(name))
+    return _agreed(flags, record)
 
 
 def _flag(flag: Any, name: str, place: str) -> bool:
@@ -333,10 +333,10 @@ def number_in(value: Any) -> float | None:
         return None
 
 
-def _agreed(said: Mapping[str, bool], item: Fields) -> bool:
-    if len(set(said.values())) > 1:
-        raise MalformedRecord("{fields} disagree on whether it is trained", fields=", ".join(map(item.at, said)))
-    return all(said.values())
+def _agreed(flags: Mapping[str, bool], item: Fields) -> bool:
+    if len(set(flags.values())) > 1:
+        raise MalformedRecord("{fields} disagree on whether it is trained", fields=", ".join(map(item.at, flags)))
+    return all(flags.values())
 
 
 def read_tools(record: Fields) -> tuple[Record, ...]:

@@ -24,7 +24,7 @@ from firefly.data.schema import Conversation, Message
 class MossFormat:
     """`chat: {turn_1: {Human, MOSS, Commands, …}, …}`, with markers around every text."""
 
-    def recognises(self, record: Fields) -> tuple[str, ...]:
+    def recognizes(self, record: Fields) -> tuple[str, ...]:
         return ("chat",) if isinstance(record.peek("chat"), dict) else ()
 
     def parse(self, record: Fields) -> Conversation:

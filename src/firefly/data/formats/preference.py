@@ -140,7 +140,7 @@ class PairFormat:
 
     kind: Literal["messages", "texts", "turns"]
 
-    def recognises(self, record: Fields) -> tuple[str, ...]:
+    def recognizes(self, record: Fields) -> tuple[str, ...]:
         sides, held, question = sides_of(record), record.first_of(MESSAGE_KEYS), question_key(record)
         if sides is None:
             return ()
@@ -168,7 +168,7 @@ def _sides(record: Fields) -> tuple[str, str]:
 class ResponsePairFormat:
     """`response_j`, the better answer, and `response_k` to a question (StackExchange)."""
 
-    def recognises(self, record: Fields) -> tuple[str, ...]:
+    def recognizes(self, record: Fields) -> tuple[str, ...]:
         question = question_key(record)
         sides = ("response_j", "response_k")
         if question is None or not all(name in record for name in sides) or is_paired(record):
@@ -185,7 +185,7 @@ class ResponsePairFormat:
 class ListPairFormat:
     """A question and both of its answers in one list, the better one first or as numbers beside them say."""
 
-    def recognises(self, record: Fields) -> tuple[str, ...]:
+    def recognizes(self, record: Fields) -> tuple[str, ...]:
         keys = question_and_answer(record)
         if keys is None or is_paired(record) or verdict(record) is not None:
             return ()
@@ -263,7 +263,7 @@ def outscored(record: Fields) -> tuple[str, str] | None:
 class TranscriptPairFormat:
     """Two whole dialogues as text, `\\n\\nHuman: … \\n\\nAssistant: …`, that differ in their last answer (HH-RLHF)."""
 
-    def recognises(self, record: Fields) -> tuple[str, ...]:
+    def recognizes(self, record: Fields) -> tuple[str, ...]:
         sides = sides_of(record)
         if sides is None or not isinstance(record.peek(sides[0]), str):
             return ()

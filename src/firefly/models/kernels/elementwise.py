@@ -1,7 +1,7 @@
-"""Who computes what has no matrix product (norms, rotary positions, gated activations): Liger's kernels or PyTorch.
+"""What computes operations without matmuls (norms, rotary positions, gated activations): Liger's kernels or PyTorch.
 
 Liger (arXiv:2410.10989) reads and writes each array once, where PyTorch's operations take several trips to memory. It
-is used on CUDA cards where `liger-kernel` is installed and passes a trial there; everywhere else the plain forms are.
+is used on CUDA GPUs where `liger-kernel` is installed and passes a probe; everywhere else the plain forms are.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ Function = Callable[..., Tensor]
 
 
 def implementation(device: torch.device) -> str:
-    """The name of what computes on `device`: "liger" or "torch". Found out once for each device.
+    """The implementation for `device`: "liger" or "torch". Probed once for each device.
 
     Compiled code is PyTorch's: its compiler joins such operations by itself, and cannot look into Liger's functions.
     """
     if torch.compiler.is_compiling():
         return "torch"
-    return "liger" if is_card(device) and _liger_works(device) else "torch"
+    return "liger" if is_cuda_device(device) and _liger_works(device) else "torch"
 
 
-def is_card(device: torch.device) -> bool:
+def is_cuda_device(device: torch.device) -> bool:
     """Whether Liger's kernels are for such a device."""
     return device.type == "cuda"
 
 
 @cache
 def _liger_works(device: torch.device) -> bool:
-    """Whether Liger is there and gives PyTorch's results; what is installed and fails is said in one line."""
+    """Whether Liger is there and gives PyTorch's results; a notice if it is installed and fails."""
     if importlib.util.find_spec("liger_kernel") is None:
         return False
     try:
@@ -57,7 +57,7 @@ def _liger_works(device: torch.device) -> bool:
 def trial(device: torch.device) -> str | None:
     """Run each of Liger's kernels, forward and backward, on small arrays; return which differs from PyTorch, or None.
 
-    Each is tried in fp32 and in the 16-bit type of the card.
+    Each is tried in fp32 and in the 16-bit type of the GPU.
     """
     for dtype in (torch.float32, torch.bfloat16 if has_bf16(device) else torch.float16):
         for name, pairs in _results(device, dtype).items():

@@ -1,8 +1,8 @@
 """Experts of a mixture under adapters and in NF4: each computes y = x Wᵀ + s (x Aᵀ) Bᵀ for the tokens routed to it.
 
 transformers stacks the experts of a layer into 3-D parameters; peft adapts those by writing W + s·B·A for the whole
-stack at every forward, and bitsandbytes leaves them in 16 bit. Here no such copy is made: the base is read where it
-lies, or dequantised one expert at a time, in the backward pass again. What peft stores is what is computed with.
+stack at every forward, and bitsandbytes leaves them in 16 bit. Here no such copy is made: the base is used in place,
+or dequantized one expert at a time, once more in backward. Adapters are computed with as peft stores them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from firefly.models.kernels.matmul import probability
 from firefly.models.precision import compute_type
 
 
-class QuantisedExperts(nn.Parameter):
+class QuantizedExperts(nn.Parameter):
     """A stack of frozen weights in NF4, one row of packed bytes per expert; `shape` is that of the numbers it holds.
 
     peft takes an adapter's dimensions from `shape`, which for packed bytes would not even have three of them.
@@ -29,7 +29,7 @@ class QuantisedExperts(nn.Parameter):
     stack: torch.Size
     transposed: bool
 
-    def __new__(cls, packed: Tensor, states: list[Any], stack: torch.Size, transposed: bool) -> QuantisedExperts:
+    def __new__(cls, packed: Tensor, states: list[Any], stack: torch.Size, transposed: bool) -> QuantizedExperts:
         self = torch.Tensor._make_subclass(cls, packed, False)
         self.states, self.stack, self.transposed = states, stack, transposed
         return self
@@ -41,15 +41,15 @@ class QuantisedExperts(nn.Parameter):
     def shape(self) -> torch.Size:  # type: ignore[override]
         return self.stack
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> QuantisedExperts:
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedExperts:
         copied = type(self)(self.data.clone(), self.states, self.stack, self.transposed)
         memo[id(self)] = copied
         return copied
 
     @classmethod
     @torch.no_grad()
-    def of(cls, weight: Tensor, transposed: bool) -> QuantisedExperts:
-        """Quantise as QLoRA does linear layers (NF4, double quantisation), each expert as a matrix (out, in)."""
+    def of(cls, weight: Tensor, transposed: bool) -> QuantizedExperts:
+        """Quantize as QLoRA does linear layers (NF4, double quantization), each expert as a matrix (out, in)."""
         from bitsandbytes.functional import quantize_4bit
 
         rows: list[Tensor] = []
@@ -65,7 +65,7 @@ class QuantisedExperts(nn.Parameter):
         return cls(torch.stack(rows), states, weight.shape, transposed)
 
     def matrices(self) -> list[Tensor]:
-        """Each expert as `dense` reads it: packed bytes with a `quant_state`; nothing is dequantised yet."""
+        """Each expert as `dense` reads it: packed bytes with a `quant_state`; nothing is dequantized yet."""
         views: list[Any] = [row.view(-1, 1) for row in self.data.unbind(0)]
         for view, state in zip(views, self.states, strict=True):
             if state.absmax.device != view.device:
@@ -73,7 +73,7 @@ class QuantisedExperts(nn.Parameter):
             view.quant_state = state
         return views
 
-    def dequantised(self, dtype: torch.dtype) -> Tensor:
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The stack that training saw, (experts, …) as it was before."""
         matrices = [dense(matrix, dtype) for matrix in self.matrices()]
         return torch.stack([matrix.T if self.transposed else matrix for matrix in matrices]).contiguous()
@@ -105,7 +105,7 @@ def install_expert_kernels(model: nn.Module) -> list[str]:
     return left
 
 
-def install_quantised_forward(experts: nn.Module) -> None:
+def install_quantized_forward(experts: nn.Module) -> None:
     """Let experts in NF4 compute, without adapters."""
     experts.forward = MethodType(_bare_forward, experts)  # type: ignore[method-assign]
 
@@ -173,7 +173,7 @@ def outputs_of(experts: Any, name: str) -> int:
 
 def expert_matrices(weight: Any, transposed: bool) -> Sequence[Tensor]:
     """Each expert's matrix (out, in), as a view."""
-    if isinstance(weight, QuantisedExperts):
+    if isinstance(weight, QuantizedExperts):
         return weight.matrices()
     return [matrix.T for matrix in weight.unbind(0)] if transposed else weight.unbind(0)
 

@@ -1,7 +1,7 @@
 """A gated feed-forward block as one autograd function: y = (φ(x Gᵀ) ∘ x Uᵀ) Dᵀ, with or without low-rank adapters.
 
-Of the four arrays of (tokens, inner width) that its operations would keep, two are kept, the products G and U make;
-the others are computed again in backward. On a CPU the rows go through in chunks that stay in the cache, so that the
+Of the four arrays of (tokens, inner width) that its operations would save for backward, two are saved, the outputs of
+G and U; the others are recomputed. On a CPU the rows go through in chunks that stay in the cache, so that the
 activation and the products by element cost no trips to memory.
 
 The idea of recomputing is that of Unsloth's and Liger's kernels (arXiv:2410.10989), in plain PyTorch.
@@ -28,15 +28,15 @@ from firefly.models.kernels.matmul import (
     graph_is_kept,
     in_type,
     probability,
-    scaled_product,
-    wide_product,
+    scaled_matmul,
+    wide_matmul,
 )
 from firefly.models.kernels.target_device import device_kind
 from firefly.models.precision import compute_type
 from firefly.models.probing import agree, attempt, evaluating
 
 CPU_ROWS = 512
-"""Rows of a chunk on a CPU: enough for matrix products at their rate."""
+"""Rows of a chunk on a CPU: enough for matmuls at full rate."""
 
 UNREAD = "firefly_unread"
 """Attribute of a block while its layer is recomputed and no gradient depends on its output (see `checkpointing`)."""
@@ -61,7 +61,7 @@ class Projection(NamedTuple):
 
 
 class Block(NamedTuple):
-    """What is constant in one call of the block. `unread`: nobody reads the output, which is nothing but NaN."""
+    """What is constant in one call of the block. `unread`: nothing reads the output, which is filled with NaN."""
 
     activation: Activation
     grad_enabled: bool
@@ -130,7 +130,7 @@ def _same_output(module: Any) -> Activation | None:
         base: Any = module.gate_proj
         width = base.in_features
         x = torch.linspace(-2, 2, 8 * width, device=parameter.device).sin().view(1, 8, width).to(_input_type(module))
-        with evaluating(module):  # a block of another make keeps its own forward
+        with evaluating(module):  # an unknown block keeps its own forward
             both = attempt(lambda: (_forward_with(known[0])(module, x), type(module).forward(module, x)))
     return known[0] if both is not None and agree(*both, computed=x.dtype) else None
 
@@ -214,7 +214,7 @@ class Gate:
             return liger.gated(self.activation.name, g, u)
         return self.activation.value(g).mul_(u)
 
-    def again(self, g: Tensor, u: Tensor, product: bool) -> tuple[Tensor | None, Tensor | None]:
+    def recomputed(self, g: Tensor, u: Tensor, product: bool) -> tuple[Tensor | None, Tensor | None]:
         """In backward: (φ(g) ∘ u if `product`, what `backward` is to be given as `value`)."""
         if self.liger:
             return (self.forward(g, u) if product else None), None
@@ -287,7 +287,7 @@ class GatedMLP(torch.autograd.Function):
         # A weight's gradient is cast to fp32 and added up once a product: of all rows, that is once.
         for part in _chunks(rows, whole=any(layer.needs.w for layer in layers)):
             g, u = gated[part], lifted[part]
-            product, value = ctx.gating.again(g, u, down.learns)
+            product, value = ctx.gating.recomputed(g, u, down.learns)
             grad_h = torch.empty_like(g)
             down.backward(grad[part], product, _part(down_mask, part), _part(down_low, part), grad_h)
             del product
@@ -317,7 +317,7 @@ class _Layer:
 
     @cached_property
     def w(self) -> Tensor:
-        """The weight, dequantised only if it is used."""
+        """The weight, dequantized only if it is used."""
         return dense(self.weight, self.dtype)
 
     def empty_low(self, rows: Tensor) -> Tensor | None:
@@ -338,7 +338,7 @@ class _Layer:
             rows, self.mask = drop_drawing(rows, self.dropped)
         else:
             rows = drop(rows, self.mask[part], self.dropped)
-        return scaled_product(rows, self.a.T, self.scale, out=low)
+        return scaled_matmul(rows, self.a.T, self.scale, out=low)
 
     def backward(
         self,
@@ -350,7 +350,7 @@ class _Layer:
         add: bool = False,
     ) -> None:
         """Sum the gradients that `grad` gives; write the gradient of `rows` to `into`, or add it to what is there."""
-        grad_low = None if self.b is None else scaled_product(grad, self.b, self.scale)
+        grad_low = None if self.b is None else scaled_matmul(grad, self.b, self.scale)
         dropped = drop(rows, mask, self.dropped) if rows is not None and self.needs.a else None
         for number, (left, right) in enumerate(((grad, rows), (grad_low, dropped), (grad, low))):
             if self.needs[number] and left is not None and right is not None:
@@ -371,7 +371,7 @@ class _Layer:
     def _add(self, number: int, left: Tensor, right: Tensor) -> None:
         total = self.sums[number]
         if total is None:
-            self.sums[number] = wide_product(left.T, right, torch.float32)
+            self.sums[number] = wide_matmul(left.T, right, torch.float32)
         elif total.dtype == left.dtype:
             total.addmm_(left.T, right)
         else:

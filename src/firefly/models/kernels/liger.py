@@ -85,5 +85,5 @@ def _copy(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton starts kernels on the current card, whatever card the arrays are on."""
+    """Triton starts kernels on the current GPU, whatever GPU the arrays are on."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -1,7 +1,7 @@
 """A linear layer with a low-rank adapter as one autograd function: y = x Wᵀ + s (x Aᵀ) Bᵀ.
 
 The adapter adds into the base product (no separate outputs, scalings and sums), computes in the base's type while A
-and B stay fp32 masters, and a 4-bit base is dequantised where it is used, so its 16-bit copy is never kept.
+and B stay fp32 masters, and a 4-bit base is dequantized where it is used, so its 16-bit copy is never kept.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from firefly.models.kernels.matmul import drop, drop_drawing, in_type, probability, scaled_product, wide_product
+from firefly.models.kernels.matmul import drop, drop_drawing, in_type, probability, scaled_matmul, wide_matmul
 from firefly.models.precision import compute_type
 
 DENSE_COPY = "firefly_dense_copy"
@@ -42,8 +42,8 @@ def is_plain_lora(module: Any) -> bool:
     if not isinstance(module, LoraLayer):
         return False
     base = module.get_base_layer()
-    quantised = type(base).__name__ == "Linear4bit"
-    if not (type(base) is nn.Linear or quantised) or len(module.lora_A) != 1:
+    quantized = type(base).__name__ == "Linear4bit"
+    if not (type(base) is nn.Linear or quantized) or len(module.lora_A) != 1:
         return False
     name = next(iter(module.lora_A))
     variant = getattr(module, "lora_variant", {}).get(name)
@@ -53,7 +53,7 @@ def is_plain_lora(module: Any) -> bool:
 
 
 def uses_dense(module: Any) -> bool:
-    """Whether the layer is one of ours on a 4-bit weight, which it dequantises in every pass."""
+    """Whether the layer is one of ours on a 4-bit weight, which it dequantizes in every pass."""
     forward = vars(module).get("forward")
     return getattr(forward, "__func__", None) is _lora_forward and hasattr(
         module.get_base_layer().weight, "quant_state"
@@ -87,7 +87,7 @@ def _base_forward(base: Any, x: Tensor) -> Tensor:
 
 
 def install_frozen_forward(layer: Any) -> None:
-    """Let a 4-bit layer without an adapter dequantise its weight as `dense` does."""
+    """Let a 4-bit layer without an adapter dequantize its weight as `dense` does."""
     layer.forward = MethodType(_frozen_forward, layer)
 
 
@@ -122,7 +122,7 @@ class LoraLinear(torch.autograd.Function):
             torch.mm(rows, w.T, out=flat)
         else:
             torch.addmm(bias.to(x.dtype), rows, w.T, out=flat)
-        low = scaled_product(through, a16.T, scale)
+        low = scaled_matmul(through, a16.T, scale)
         flat.addmm_(low, b16.T)
         ctx.save_for_backward(rows, mask, weight, a16, b16, low)
         ctx.scale, ctx.dropped, ctx.shape, ctx.types = scale, dropped, x.shape, (a.dtype, b.dtype)
@@ -132,9 +132,9 @@ class LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         rows, mask, weight, a16, b16, low = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
-        grad_low = scaled_product(grad, b16, ctx.scale)
-        grad_a = wide_product(grad_low.T, drop(rows, mask, ctx.dropped), ctx.types[0])
-        grad_b = wide_product(grad.T, low, ctx.types[1])
+        grad_low = scaled_matmul(grad, b16, ctx.scale)
+        grad_a = wide_matmul(grad_low.T, drop(rows, mask, ctx.dropped), ctx.types[0])
+        grad_b = wide_matmul(grad.T, low, ctx.types[1])
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ dense(weight, grad.dtype)
@@ -147,7 +147,7 @@ class LoraLinear(torch.autograd.Function):
 
 
 def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A frozen weight as a matrix of `dtype`: itself, or an NF4 weight dequantised for this one use."""
+    """A frozen weight as a matrix of `dtype`: itself, or an NF4 weight dequantized for this one use."""
     state = getattr(weight, "quant_state", None)
     if state is None:
         return weight.to(dtype)
@@ -165,7 +165,7 @@ def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 # ---- copies of 4-bit weights in the compute type, for as many layers as memory has room for ----
-# A dequantised weight is exactly what every pass would compute anew, so nothing changes but time and memory.
+# A cached copy is exactly what every pass would dequantize, so only time and memory change.
 
 
 def cacheable_weights(model: nn.Module) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""The small products of an adapter, its dropout and its casts, in few passes over memory and few calls."""
+"""The small matmuls of an adapter, its dropout and its casts, in few passes over memory and few calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CAST = "firefly_cast"
 
 @contextmanager
 def casts_kept(masters: Iterable[Tensor]) -> Iterator[None]:
-    """Masters that do not change inside: each is cast to the compute type once, not once a pass.
+    """Within the block master weights do not change: each is cast to the compute type once, not once per pass.
 
     An optimizer may write past autograd's version counter, so that only whoever runs it can tell.
     """
@@ -33,7 +33,7 @@ def in_type(master: Tensor, dtype: torch.dtype) -> Tensor:
     """An adapter's matrix in the compute type."""
     if master.dtype == dtype or not hasattr(master, CAST) or torch.compiler.is_compiling():
         return master.to(dtype)
-    address = master.data_ptr()  # a reference adapter takes a master's place within a step (`FrozenAdapter`)
+    address = master.data_ptr()  # a reference adapter is swapped in within a step (`FrozenAdapter`)
     found: tuple[int, Tensor] | None = getattr(master, CAST)
     if found is not None and found[0] == address and (found[1].dtype, found[1].device) == (dtype, master.device):
         return found[1]
@@ -42,7 +42,7 @@ def in_type(master: Tensor, dtype: torch.dtype) -> Tensor:
     return kept
 
 
-def scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+def scaled_matmul(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
     """scale · left right; left: (n, k), right: (k, m)."""
     if scale == 1:
         return torch.mm(left, right, out=out)
@@ -50,8 +50,8 @@ def scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor | None
     return torch.addmm(nothing, left, right, beta=0, alpha=scale, out=out)
 
 
-def wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left right in `dtype`: a GPU writes sums of 16-bit products in fp32 as cheaply as rounded ones."""
+def wide_matmul(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left right in `dtype`: a GPU writes a 16-bit matmul's fp32 accumulator as cheaply as its rounded value."""
     if left.is_cuda and dtype == torch.float32 and left.dtype != dtype and hasattr(torch.ops.aten.mm, "dtype"):
         mm: Any = torch.mm
         return mm(left, right, out_dtype=dtype)

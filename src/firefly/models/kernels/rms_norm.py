@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation that keeps its input and one number a row, and nothing else, for backward.
+"""Root-mean-square normalization that keeps its input and one number a row, and nothing else, for backward.
 
 The model's own operations keep two or three arrays of the input's size in fp32. Zhang and Sennrich, arXiv:1910.07467.
 """
@@ -28,7 +28,7 @@ FORMS = (Form(0.0, False), Form(0.0, True), Form(1.0, True))  # Llama, GPT-OSS, 
 
 
 def install_rms_norms(model: nn.Module) -> int:
-    """Give the RMS norms of `model` our forward, each after a trial: the output must be its own. Returns how many."""
+    """Give the RMS norms of `model` our forward where a probe shows the same output. Returns how many."""
     count = 0
     for module in model.modules():
         if "forward" in vars(module) or not type(module).__name__.endswith("RMSNorm"):
@@ -54,7 +54,7 @@ def _form_of(module: Any) -> Form | None:
         for dtype in {weight.dtype, torch.bfloat16}:
             given = x.to(dtype)
             expected = attempt(partial(type(module).forward, module, given))
-            if expected is None:  # a norm of another make: it keeps its own forward
+            if expected is None:  # an unknown norm keeps its own forward
                 return None
             for form in FORMS:
                 found = RMSNorm.apply(given, weight, epsilon, form)

@@ -1,8 +1,8 @@
 """Rotary positions in half as many passes over q and k as models' own functions take.
 
-A model's attention calls the rotary function by its name in the module of its class. The attention modules of a model
-that is trained get a forward of the same code that finds ours under that name; the class, and so every other model, has
-its own. The choice is made anew at each call, by what is called: arrays of the form that the trial has seen.
+A model's attention looks the rotary function up by name in its class's module. The attention modules of a trained model
+get a forward of the same code whose globals have ours under that name; the class, and so every other model, keeps its
+own. Each call decides by its arguments: ours is used for arrays of the form that the probe has seen.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ Rotary = Callable[..., Any]
 
 
 def install_rotary(model: Any) -> int:
-    """Let the attention of `model`, a transformers model, take our way; return how many modules do.
+    """Let the attention of `model`, a transformers model, use our rotary function; return how many modules do.
 
-    Each class of them does so after a trial on arrays that the model itself made.
+    Each class of modules is probed first, on arrays that the model itself made.
     """
     if model.device.type == "meta":
         return 0

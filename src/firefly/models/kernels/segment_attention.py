@@ -41,7 +41,7 @@ Masks = dict[tuple[Any, ...], Tensor]
 
 @dataclass(eq=False)
 class AttentionSettings:
-    """How one model attends to segments. Each model has its own, so that two in a process do not meet.
+    """How one model attends to segments. Each model has its own: two in a process do not interfere.
 
     Attributes:
         crossover: tokens up to which a CPU computes a bf16 segment by matrix products, longer ones by `sdpa`.
@@ -110,7 +110,7 @@ def pick(query: Tensor, window: int | None, softcap: float | None, dropout: floa
 
 
 def measure_crossover(heads: int, key_heads: int, width: int, value_width: int) -> int:
-    """The longest of a few lengths up to which products beat `sdpa` in bf16 on this CPU, forward and backward; 0: none.
+    """The longest of a few lengths up to which matmuls beat `sdpa` in bf16 on this CPU, forward and backward; 0: none.
 
     In fp32 nothing is measured: products win a fifth at most, and two runs that choose otherwise are no longer equal.
     """
@@ -140,13 +140,13 @@ def describe_attention(device: torch.device, dtype: torch.dtype, crossover: int 
     if dtype in (torch.bfloat16, torch.float16) and device_has_kernel(device):
         return "varlen_attn"
     if device.type == "cpu" and dtype == torch.bfloat16:
-        return translate("matrix products up to {tokens} tokens, else sdpa", tokens=crossover)
+        return translate("matmuls up to {tokens} tokens, else sdpa", tokens=crossover)
     return translate("sdpa per segment")
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, masks: Masks, *_: Any) -> Tensor:
     grouped = q.shape[0] != k.shape[0]
-    if grouped and q.is_cuda:  # there grouped heads rule out the one kernel that takes fp32, and cards before sm80
+    if grouped and q.is_cuda:  # there grouped heads rule out the one kernel that takes fp32, and GPUs before sm80
         k, v, grouped = *_repeated(q, k, v), False
     if window is None and q.shape[1] == k.shape[1]:
         return F.scaled_dot_product_attention(

@@ -1,7 +1,7 @@
-"""The language-model head on target positions only, in two matrix products per chunk.
+"""The language-model head on target positions only, in two matmuls per chunk.
 
 Logits exist for one chunk of tokens at a time; their gradient is formed in the forward pass (p − 1 at the target,
-times the head), so nothing of the size tokens × vocabulary is kept. `summed_nll` is what SFT and pretraining minimise;
+times the head), so nothing of the size tokens × vocabulary is kept. `summed_nll` is what SFT and pretraining minimize;
 `token_logps` gives each token's log-probability, for losses that weigh tokens only once all are known.
 
 Where logits have 16 bits, the target's is computed anew in fp32 (`_refined`): an answer's log-probability is a sum of
@@ -148,7 +148,7 @@ def _add_product(gradient: Tensor, logits: Tensor, part: Tensor) -> None:
     if gradient.dtype == logits.dtype:
         gradient.addmm_(logits.T, part)
         return
-    # A 16-bit product has to be converted first; a card does that for the whole head at once.
+    # A 16-bit product has to be converted first; a GPU does that for the whole head at once.
     size = WORDS_AT_A_TIME if logits.device.type == "cpu" else len(gradient)
     for start in range(0, len(gradient), size):
         words = slice(start, start + size)
@@ -161,7 +161,7 @@ def _softmax(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     One exponential fewer than by way of log softmax: the largest p is 1 / Σ exp(logit − largest logit), exactly, and
     is no less than 1 / vocabulary, so that its logarithm has all of fp32's digits.
     """
-    wide = logits if logits.is_cuda else logits.float()  # a card converts as it reads
+    wide = logits if logits.is_cuda else logits.float()  # a GPU converts as it reads
     p = torch.softmax(wide, dim=-1, dtype=torch.float32)
     above = wide.gather(1, target).float() - wide.amax(-1, keepdim=True).float()
     return p, above + p.amax(-1, keepdim=True).log()
@@ -174,7 +174,7 @@ def _log_p_of_targets(logits: Tensor, target: Tensor, exact: Tensor | None) -> T
 
 
 def _rows(logits: Tensor) -> list[slice]:
-    """What is made of logits at a time: a few rows on a CPU, all on a card, where every call has its price."""
+    """Chunks of logits: a few rows on a CPU, all rows on a GPU, where each launch has overhead."""
     size = ROWS_AT_A_TIME if device_kind(logits.device) == "cpu" else len(logits)
     return [slice(start, start + size) for start in range(0, len(logits), size)]
 

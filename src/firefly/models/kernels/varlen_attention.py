@@ -59,19 +59,21 @@ def _kernel() -> Callable[..., Tensor] | None:
 
 
 class Gathering(NamedTuple):
-    """Attributes:
-    order: (keys,) int64, the token that each key is of.
-    own: (tokens,) int64, which key is a token's in its own segment.
-    again: for the second, third, … segment that sees a token: (the tokens, which keys are theirs there).
+    """How keys are gathered.
+
+    Attributes:
+        order: (keys,) int64, the token that each key is of.
+        own: (tokens,) int64, which key is a token's in its own segment.
+        shared: for the second, third, … segment that sees a token: (the tokens, which keys are theirs there).
     """
 
     order: Tensor
     own: Tensor
-    again: tuple[tuple[Tensor, Tensor], ...]
+    shared: tuple[tuple[Tensor, Tensor], ...]
 
 
 class Layout(NamedTuple):
-    """What the kernel is told of the segments: borders of their queries and keys, (segments + 1,) int32 on the device,
+    """The kernel's description of the segments: borders of their queries and keys, (segments + 1,) int32 on the device,
     the longest of both, and how keys are gathered from the row; None where queries and keys are the same."""
 
     queries: Tensor
@@ -95,12 +97,12 @@ def _gathering(segments: tuple[Segment, ...], device: torch.device) -> Gathering
     seen = [(np.r_[one.prefix_start : one.prefix_end], np.r_[one.start : one.end]) for one in segments]
     order = np.concatenate([part for parts in seen for part in parts]).astype(np.int64)
     is_own = np.concatenate([np.full(len(part), own) for parts in seen for own, part in enumerate(parts)]).astype(bool)
-    own, lent = np.flatnonzero(is_own), np.flatnonzero(~is_own)  # segments lie in the order of their tokens
+    own, shared = np.flatnonzero(is_own), np.flatnonzero(~is_own)  # segments lie in the order of their tokens
     rounds = []
-    while len(lent):
-        tokens, first = np.unique(order[lent], return_index=True)
-        rounds.append((_sent(tokens, device), _sent(lent[first], device)))
-        lent = np.delete(lent, first)
+    while len(shared):
+        tokens, first = np.unique(order[shared], return_index=True)
+        rounds.append((_sent(tokens, device), _sent(shared[first], device)))
+        shared = np.delete(shared, first)
     return Gathering(_sent(order, device), _sent(own, device), tuple(rounds))
 
 
@@ -116,7 +118,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         total = grad.index_select(0, ctx.gathering.own)
-        for tokens, keys in ctx.gathering.again:
+        for tokens, keys in ctx.gathering.shared:
             total.index_copy_(0, tokens, total.index_select(0, tokens) + grad.index_select(0, keys))
         return total, None
 

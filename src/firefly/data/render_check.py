@@ -94,8 +94,8 @@ class _Marker:
 
     def _text(self, text: str, part: Any, index: int | None = None) -> str:
         """A text with a mark behind its last character that is no white space; a blank one stays as it is."""
-        said = text.rstrip()
-        return self._name(said, part, index) + text[len(said) :] if said else text
+        stripped = text.rstrip()
+        return self._name(stripped, part, index) + text[len(stripped) :] if stripped else text
 
     def _name(self, name: str, part: Any, index: int | None = None) -> str:
         made = f"fireflyq7x{next(self._numbers)}z"

@@ -15,7 +15,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 import firefly.hub
 from firefly.console import take_notices
 from firefly.data.readers import READERS
-from firefly.data.readers.places import find_files
+from firefly.data.readers.data_files import find_files
 from firefly.errors import UsageError
 from firefly.hub import NoAnswer
 

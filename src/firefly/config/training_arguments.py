@@ -5,9 +5,9 @@ A field is one of
 - honoured: it does here what transformers documents; the test that proves it is named (below tests/),
 - translated: Firefly reads it itself, or does what it asks for in a way of its own,
 - refused: it would change what a step or its loss means, or asks for what is not done here (exit 2),
-- without effect: it changes nothing here; a value other than the default is said to be ignored.
+- without effect: it changes nothing here; a notice says that a value other than the default is ignored.
 
-Fields that a later transformers has and this table lacks are handed to `TrainingArguments`, which is said.
+Fields that a later transformers has and this table lacks are passed to `TrainingArguments`, with a notice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Treatment:
 
     Attributes:
         how: one of the four.
-        by: the test that proves it; what reads it; what is said where it is refused; why it changes nothing.
+        by: the test that proves it; what reads it; the message where it is refused; why it changes nothing.
         harmless: values that ask for nothing, besides null and TrainingArguments' default.
     """
 
@@ -109,13 +109,13 @@ FIELDS: dict[str, Treatment] = {
     **honoured("test_full_determinism_is_switched_on", "full_determinism"),
     **honoured("test_train.py::test_the_same_seed_gives_the_same_run_and_another_seed_another", "seed"),
     **honoured("test_train.py::test_data_seed_moves_the_order_alone", "data_seed"),
-    **honoured("test_gpu.py::test_a_machine_with_a_card_trains_on_its_cpu_if_told_to", "use_cpu"),
+    **honoured("test_gpu.py::test_a_machine_with_a_gpu_trains_on_its_cpu_if_told_to", "use_cpu"),
     **honoured("test_the_last_incomplete_step_can_be_left_out", "dataloader_drop_last"),
     **honoured(
         "test_the_data_loader_is_given_its_settings",
         "dataloader_num_workers dataloader_persistent_workers dataloader_prefetch_factor",
     ),
-    **honoured("test_gpu.py::test_what_goes_to_the_card_is_pinned_unless_it_is_switched_off", "dataloader_pin_memory"),
+    **honoured("test_gpu.py::test_what_goes_to_the_gpu_is_pinned_unless_it_is_switched_off", "dataloader_pin_memory"),
     **honoured(
         "test_ranks_exchange_gradients_with_the_settings_of_ddp",
         "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_backend ddp_timeout",

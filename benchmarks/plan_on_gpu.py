@@ -1,6 +1,6 @@
-"""How far `firefly plan` is from the peaks that Firefly's runs on a card took (`results/gpu_*.json`); needs no card.
+"""How far `firefly plan` is from the peaks that Firefly's runs on a GPU took (`results/gpu_*.json`); needs no GPU.
 
-The same configurations on the same made-up rows are planned for the card's memory, from the shape's config.json.
+The same configurations on the same made-up rows are planned for the GPU's memory, from the shape's config.json.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from firefly.setup.plan import make_plan
 
 HERE = Path(__file__).resolve().parent
 CONTEXT = 1 << 30
-"""Bytes of a card that its driver and the CUDA context take, about."""
+"""Bytes of a GPU that its driver and the CUDA context take, about."""
 
 
 def main() -> None:
@@ -27,8 +27,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
-    report = new_report("plan_on_card", arguments) | {"versions": versions(), "cases": []}
-    save = saver(arguments.out / "plan_on_card.json", report)
+    report = new_report("plan_on_gpu", arguments) | {"versions": versions(), "cases": []}
+    save = saver(arguments.out / "plan_on_gpu.json", report)
     for path in sorted((HERE / "results").glob("gpu_*.json")):
         report["cases"].append(planned(path.stem, json.loads(path.read_text(encoding="utf-8"))))
         save()
@@ -37,20 +37,20 @@ def main() -> None:
 
 def planned(name: str, recorded: dict[str, Any]) -> dict[str, Any]:
     """One case. An allocator counts what is allocated, and the context is not among it."""
-    card = recorded["matmul_rate"]
+    gpu = recorded["matmul_rate"]
     shapes = argparse.Namespace(shapes="real", device="cuda", threads=recorded["arguments"]["threads"])
     with tempfile.TemporaryDirectory() as folder:
         job = make_job(GPU_CASES[name], GPU_CASES[name].case, shapes, Path(folder))
         configuration = run_configuration(job, len(read_dump(job.dump)), Path(folder, "run"))
         path = Path(folder, "run.json")
         path.write_text(json.dumps(configuration), encoding="utf-8")
-        memory = f"{(card['device']['memory_bytes'] - CONTEXT) // 10**6}MB"
-        plan = make_plan(str(path), {}, memory, "cuda", card["flops_per_second"] / 1e12)
+        memory = f"{(gpu['device']['memory_bytes'] - CONTEXT) // 10**6}MB"
+        plan = make_plan(str(path), {}, memory, "cuda", gpu["flops_per_second"] / 1e12)
     predicted = plan.forecast.total - plan.forecast.parts.get("libraries", 0)
     measured = max(run["peak_memory_bytes"] for run in recorded["runs"] if run["framework"] == "firefly")
     return {
         "case": name,
-        "card": card["device"]["name"],
+        "gpu": gpu["device"]["name"],
         "predicted": predicted,
         "measured": measured,
         "error": predicted / measured - 1,

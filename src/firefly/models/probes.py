@@ -1,5 +1,5 @@
-"""A model to be trained, and what is tried on numbers before: on the model itself or, where ranks will share its
-weights out and none of them has read them, on a small twin of the same configuration."""
+"""A model to be trained, and the probes run on it before training: on the model itself or, where its weights will be
+sharded and no rank has read them yet, on a tiny twin of the same configuration."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ from firefly.models.loading import load_model, quiet_libraries, read_config, tex
 from firefly.models.memory import Activations
 from firefly.models.meta_model import follow_forwards, make_tiny_twin, unreached_by
 from firefly.models.precision import Precision
-from firefly.models.probe_cache import known_activations, known_layout
+from firefly.models.probe_cache import cached_activations, cached_layout
 from firefly.models.reach import Unreached
 
 SHARES, SHARES_OF_SMALL = (1 / 16, 1 / 8), (1 / 2, 1)
-"""Of the widths of feed-forward blocks, on which activations are measured where they cannot be counted: what a token
-keeps is linear in them."""
+"""Shares of the feed-forward width at which activations are measured where they cannot be counted: bytes per token are
+linear in it."""
 SMALL = 10_000_000
 """Parameters of a model that is small itself."""
 
 
 @dataclass(frozen=True)
-class Trials:
-    """Attributes:
-    model: the transformers model that is to be trained.
-    source: where it came from.
-    twin: what is tried in its place; None where it has its numbers.
+class Probes:
+    """A model and where it is probed.
+
+    Attributes:
+        model: the transformers model that is to be trained.
+        source: where it came from.
+        twin: the tiny model that is probed instead; None where `model` has its weights.
     """
 
     model: Any
@@ -45,13 +47,13 @@ class Trials:
 
     def layout(self) -> tuple[str, str]:
         """As `attention.choose_layout`."""
-        found = known_layout(self.twin or self.model)
+        found = cached_layout(self.twin or self.model)
         if self.twin is not None:
             _attend_as(self.model, self.twin)
         return found
 
     def unreached(self) -> Unreached | None:
-        """What text does not reach; None where the model can be asked itself."""
+        """What text does not reach; None where the model itself can be probed."""
         if self.twin is None:
             return None
         with quiet_libraries():
@@ -73,10 +75,10 @@ class Trials:
     def activations(
         self, adapter: AdapterConfig, layout: str, autocast: torch.dtype | None, longest: int
     ) -> Activations:
-        """As `memory.measure_activations`: measured on the prepared model, or counted without numbers, or, where that
-        cannot be done either (a router chooses by numbers), measured on twins with narrow blocks."""
+        """As `memory.measure_activations`: measured on the prepared model, or counted on fake tensors, or, where that
+        fails too (routing depends on values), measured on twins with narrow feed-forward blocks."""
         if self.twin is None:
-            return known_activations(self.model, layout, autocast, longest)
+            return cached_activations(self.model, layout, autocast, longest)
         try:
             with quiet_libraries():
                 return counted_activations(self.model, layout, autocast, longest, self.model.device.type)
@@ -97,7 +99,7 @@ class Trials:
         _attend_as(twin, self.model)
         twin = _adapted(twin, adapter)
         install_training_forwards(twin)
-        return known_activations(transformers_model(twin), layout, autocast, longest)
+        return cached_activations(transformers_model(twin), layout, autocast, longest)
 
 
 def _attend_as(model: Any, other: Any) -> None:
@@ -109,7 +111,7 @@ def _attend_as(model: Any, other: Any) -> None:
 
 
 def _adapted(twin: Any, adapter: AdapterConfig) -> Any:
-    """The twin with an adapter on all layers, if the model gets one: kernels are tried with it."""
+    """The twin with an adapter on all layers, if the model gets one: kernels are probed with it."""
     if adapter.mode == "full":
         return twin
     small = AdapterConfig(mode="lora", rank=4, dropout=adapter.dropout)
@@ -119,19 +121,19 @@ def _adapted(twin: Any, adapter: AdapterConfig) -> Any:
 
 def load_for_training(
     source: ModelConfig, mode: str, precision: Precision, device: torch.device, sharded: bool, whole: str = ""
-) -> Trials:
+) -> Probes:
     """Load the model that a run trains.
 
     Args:
-        sharded: ranks share its weights out. Then they stay in their files until each rank knows its part; what cannot
-            be loaded so, every rank loads whole into the CPU's memory, and says so.
+        sharded: weights will be sharded over ranks. They stay in their files until each rank knows its shard; a model
+            that cannot be loaded so is loaded whole into CPU memory by every rank, with a notice.
         whole: why that is so of this run in any case.
 
     Raises:
         UsageError: see `load_model`.
     """
     if not sharded:
-        return Trials(load_model(source, mode, precision, device), source)
+        return Probes(load_model(source, mode, precision, device), source)
     before = torch.get_rng_state()
     problem, model, twin = whole or None, None, None
     try:
@@ -143,12 +145,12 @@ def load_for_training(
                 refuse_textless(twin)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever code of another make does to weights that have no numbers
+    except Exception as error:  # remote or unknown code may raise anything on weights without values
         problem = f"{type(error).__name__}: {first_line(error)}"
     problem = next((one for one in ranks.all_of(problem) if one), None)
     if problem is None:
-        return Trials(model, source, twin)
+        return Probes(model, source, twin)
     torch.set_rng_state(before)
-    model = load_model(source, mode, precision, torch.device("cpu"))  # what is the user's fault is said by it
+    model = load_model(source, mode, precision, torch.device("cpu"))  # raises for the user's mistakes
     notice("engine.loads_whole", "every process loads the whole model: {reason}", reason=problem)
-    return Trials(model, source)
+    return Probes(model, source)

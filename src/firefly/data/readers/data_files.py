@@ -90,7 +90,7 @@ def _no_match(place: str, key: str, found: list[str]) -> UsageError:
 
 
 def _walk(root: str) -> list[str]:
-    """Files below a folder, relative to it, sorted; hidden ones are passed over, links to folders followed once.
+    """Files below a folder, relative to it, sorted; hidden ones are skipped, links to folders followed once.
 
     Raises:
         OSError: a folder cannot be read.
