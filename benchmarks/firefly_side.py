@@ -24,7 +24,7 @@ from firefly.training import train
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run left: its training steps, `train_results.json`, the passport's resolved values, its peak memory."""
+    """What a run left: its training steps, `train_results.json`, the manifest's resolved values, its peak memory."""
 
     log: list[dict[str, float]]
     results: dict[str, Any]

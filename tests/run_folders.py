@@ -90,8 +90,8 @@ def write_run(
 ) -> Path:
     """Write a run whose run.json is PASSPORT with changes, `without` some keys, and with another configuration."""
     folder.mkdir(parents=True, exist_ok=True)
-    passport = PASSPORT | {"config": CONFIG | {"output_dir": str(folder)} | dict(config or {})} | changes
-    kept = {name: value for name, value in passport.items() if name not in without}
+    manifest = PASSPORT | {"config": CONFIG | {"output_dir": str(folder)} | dict(config or {})} | changes
+    kept = {name: value for name, value in manifest.items() if name not in without}
     (folder / "run.json").write_text(json.dumps(kept), encoding="utf-8")
     (folder / "data_report.json").write_text(json.dumps(DATA), encoding="utf-8")
     lines = log_lines(losses or {step: 3.0 - step / 10 for step in range(1, 21)}, eval_losses)

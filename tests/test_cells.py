@@ -289,7 +289,7 @@ def test_a_run_leaves_checkpoints_events_and_a_picture_whatever_its_task(
         assert plan["data"] == read(out / "run.json")["hashes"]["data"]
     last, ended = weights(out / "checkpoint-2"), weights(out)
     assert all(torch.equal(value, ended[name]) for name, value in last.items())
-    passport = read(out / "run.json")
-    assert (passport["config"]["task_type"], passport["resolved"]["precision"]) == (task, "float32")
-    assert {"data", "eval_data", "tokenizer", "base_weights"} <= passport["hashes"].keys()
-    assert (passport["template"] is None) == (task == "pretrain")
+    manifest = read(out / "run.json")
+    assert (manifest["config"]["task_type"], manifest["resolved"]["precision"]) == (task, "float32")
+    assert {"data", "eval_data", "tokenizer", "base_weights"} <= manifest["hashes"].keys()
+    assert (manifest["template"] is None) == (task == "pretrain")

@@ -228,8 +228,8 @@ def test_an_optimizer_of_the_gpu_trains(optimizer: str, run: Run) -> None:
 def test_a_paged_optimizer_s_update_is_the_fused_one(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"optim": "paged_adamw_32bit", "weight_decay": 0.1}
     fused = run("fused", **settings)
-    passport = json.loads((tmp_path / "fused" / "run.json").read_text())
-    assert "optim.unpaged" in [entry["code"] for entry in passport["notices"]]
+    manifest = json.loads((tmp_path / "fused" / "run.json").read_text())
+    assert "optim.unpaged" in [entry["code"] for entry in manifest["notices"]]
     monkeypatch.setattr("firefly.models.tuning.fits", lambda forecast: False)
     assert run("paged", **settings) == pytest.approx(fused, rel=1e-3)
 

@@ -61,17 +61,17 @@ def run(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return train_into
 
 
-def passport_of(folder: Path) -> dict[str, Any]:
+def manifest_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
 
 def test_a_finished_run_says_all_that_a_list_of_runs_needs(run, settings):
     record = read_run(run(eval_file=settings["train_file"]))
     assert (record.state, record.steps, record.total_steps, record.error) == ("finished", STEPS, STEPS, {})
-    assert record.passport["world_size"] == 1
-    assert record.passport["resumed_from"] is None
-    assert record.passport["defaults"]["weight_decay"] == 0.0
-    assert not record.passport["defaults"].keys() & record.config.keys()
+    assert record.manifest["world_size"] == 1
+    assert record.manifest["resumed_from"] is None
+    assert record.manifest["defaults"]["weight_decay"] == 0.0
+    assert not record.manifest["defaults"].keys() & record.config.keys()
     assert record.loss is not None
     assert record.eval_loss is not None
     assert 0 < (record.seconds or 0) < 600
@@ -80,9 +80,9 @@ def test_a_finished_run_says_all_that_a_list_of_runs_needs(run, settings):
 def test_a_resumed_run_names_its_checkpoint(run):
     out = run(save_strategy="steps", save_steps=2, max_steps=2)
     run(save_strategy="steps", save_steps=2, resume_from_checkpoint=True)
-    passport = passport_of(out)
-    assert passport["resumed_from"] == str(out / "checkpoint-2")
-    assert (passport["state"], passport["total_steps"]) == ("finished", STEPS)
+    manifest = manifest_of(out)
+    assert manifest["resumed_from"] == str(out / "checkpoint-2")
+    assert (manifest["state"], manifest["total_steps"]) == ("finished", STEPS)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_what_a_checkpoint_holds_does_not_depend_on_the_clock(run):
     assert not {name for line in state["log_history"] for name in line} & PACE
 
 
-def test_events_hold_the_loss_the_pace_and_the_passport(run):
+def test_events_hold_the_loss_the_pace_and_the_manifest(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out = run(report_to=["tensorboard"])

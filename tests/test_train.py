@@ -527,10 +527,10 @@ def test_a_best_step_without_a_checkpoint_is_said(run: Run, place: Path, capfd: 
     assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
 
 
-def test_the_passport_names_all_that_shaped_the_run(run: Run) -> None:
-    passport = json.loads((run() / "run.json").read_text())
-    assert passport["seed"] == 1
-    assert passport["resolved"] == {
+def test_the_manifest_names_all_that_shaped_the_run(run: Run) -> None:
+    manifest = json.loads((run() / "run.json").read_text())
+    assert manifest["seed"] == 1
+    assert manifest["resolved"] == {
         "precision": "float32",
         "layout": "segments",
         "tokens_per_microbatch": 200,
@@ -542,10 +542,10 @@ def test_the_passport_names_all_that_shaped_the_run(run: Run) -> None:
         "examples_per_step": 4,
         "engine": "single",
     }
-    assert set(passport["hashes"]) >= {"data", "tokenizer", "base_weights"}
-    assert torch.__version__.startswith(passport["versions"]["torch"].split("+")[0])
-    assert passport["config"]["lora_rank"] == 4
-    assert {"cpu", "memory_bytes"} <= passport["hardware"].keys()
+    assert set(manifest["hashes"]) >= {"data", "tokenizer", "base_weights"}
+    assert torch.__version__.startswith(manifest["versions"]["torch"].split("+")[0])
+    assert manifest["config"]["lora_rank"] == 4
+    assert {"cpu", "memory_bytes"} <= manifest["hardware"].keys()
 
 
 def test_tokens_targets_and_examples_are_counted_right(run: Run, place: Path) -> None:

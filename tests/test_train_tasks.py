@@ -141,8 +141,8 @@ def test_pretraining_lowers_the_held_out_loss_and_leaves_the_tokenizer_as_it_was
     out = run(task_type="pretrain", eval_ratio=0.2, eval_on_start=True)
     evaluated = values(out, "eval_loss")
     assert evaluated[-1] < evaluated[0] - 0.2
-    passport = json.loads((out / "run.json").read_text())
-    assert passport["template"] is None
+    manifest = json.loads((out / "run.json").read_text())
+    assert manifest["template"] is None
     assert not (out / "template_certificate.json").exists()
     results = json.loads((out / "train_results.json").read_text())
     assert results["input_tokens"] > results["target_tokens"] > 0

@@ -27,8 +27,8 @@ from firefly.models.saved_adapter import open_adapter, tokenizer_source
 from firefly.models.tokens import add_tokens
 from firefly.runs.checkpoints import find_checkpoint
 from firefly.runs.lock import only_run
+from firefly.runs.manifest import write_json
 from firefly.runs.memory import cap_onednn_cache, memory_in_use
-from firefly.runs.passport import write_json
 from firefly.setup.arguments import join_ranks, total_steps
 from firefly.setup.checks import (
     bind_encoder,

@@ -8,8 +8,8 @@ from firefly.config import Config
 from firefly.console import stderr_console
 from firefly.loop import fit
 from firefly.run import open_run
+from firefly.runs.manifest import recorded_end
 from firefly.runs.memory import keep_freed_memory
-from firefly.runs.passport import recorded_end
 from firefly.runs.plots import drawn_at_end
 from firefly.saving import save_result
 from firefly.setup.banner import show_before_training

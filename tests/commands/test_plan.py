@@ -200,9 +200,9 @@ def test_a_run_on_a_cpu_is_planned_as_it_chooses(settings):
 
 def test_a_run_prints_its_forecast_and_its_peak_and_keeps_both(capsys, settings):
     folder = train(load_config(settings | {"max_steps": 1, "save_strategy": "no"}))
-    results, passport = (json.loads((folder / name).read_text()) for name in ("train_results.json", "run.json"))
-    assert results["forecast_memory_bytes"] == sum(passport["memory"]["forecast_parts"].values())
-    assert passport["memory"]["run_memory_bytes"] == results["run_memory_bytes"] > 0
+    results, manifest = (json.loads((folder / name).read_text()) for name in ("train_results.json", "run.json"))
+    assert results["forecast_memory_bytes"] == sum(manifest["memory"]["forecast_parts"].values())
+    assert manifest["memory"]["run_memory_bytes"] == results["run_memory_bytes"] > 0
     err = capsys.readouterr().err
     assert "memory forecast: " in err
     assert "GiB at the peak above what imports took, forecast " in err

@@ -16,7 +16,7 @@ from firefly.cli import main
 from firefly.commands.runs import clock, compare_runs, shown
 from firefly.console import notice, take_notices
 from firefly.errors import UsageError
-from firefly.runs.passport import describe_error
+from firefly.runs.manifest import describe_error
 from firefly.runs.records import read_object, read_run
 from run_folders import CONFIG, PASSPORT, RESULTS, write_run
 
@@ -150,7 +150,7 @@ def test_a_run_as_json_has_its_files_and_curves(capsys):
     code, out, _ = run(capsys, "show", "run", "--json")
     found = json.loads(out, parse_constant=pytest.fail)  # NaN is no JSON
     assert code == 0
-    assert found["passport"]["hashes"] == PASSPORT["hashes"]
+    assert found["manifest"]["hashes"] == PASSPORT["hashes"]
     assert found["changed"].keys() == CONFIG.keys() - {"task_type", "lora_rank"}  # which are at their defaults
     assert found["curves"] == {"loss": [[1, 2.0], [2, None]], "eval_loss": [[2, 1.5]]}
     assert (found["results"]["train_loss"], found["results"]["steps"]) == (None, 20)

@@ -61,15 +61,15 @@ def test_the_time_of_an_interrupted_run_ends_with_its_last_log(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "passport",
+    "manifest",
     [
         {"config": {}},
         {"config": {"task_type": "sft"}, "hashes": None, "resolved": [], "notices": None, "started": 7},
         {"config": {}, "state": "melted", "ended": "yesterday", "error": "bad", "total_steps": "many", "process": 3},
     ],
 )
-def test_missing_and_strange_fields_are_no_errors(tmp_path, passport):
-    (tmp_path / "run.json").write_text(json.dumps(passport))
+def test_missing_and_strange_fields_are_no_errors(tmp_path, manifest):
+    (tmp_path / "run.json").write_text(json.dumps(manifest))
     record = record_in(tmp_path)
     assert record is not None
     shown = record.as_dict()

@@ -10,7 +10,7 @@ import torch
 
 from firefly.console import notice, take_notices
 from firefly.errors import FireflyError, UsageError
-from firefly.runs.passport import recorded_end, write_json
+from firefly.runs.manifest import recorded_end, write_json
 from firefly.runs.records import SILENCE_SECONDS, read_object, record_in
 from run_folders import age, write_run
 
@@ -72,7 +72,7 @@ def test_results_of_an_earlier_run_do_not_make_a_new_one_finished(tmp_path: Path
         (ZeroDivisionError("1/0"), "failed", {"code": None, "type": "ZeroDivisionError", "message": "1/0"}),
     ],
 )
-def test_the_end_of_a_run_is_in_its_passport_and_an_error_goes_on(tmp_path, error, state, recorded):
+def test_the_end_of_a_run_is_in_its_manifest_and_an_error_goes_on(tmp_path, error, state, recorded):
     folder = write_run(tmp_path / "run", state="running", ended=None)
     take_notices()
 
@@ -88,10 +88,10 @@ def test_the_end_of_a_run_is_in_its_passport_and_an_error_goes_on(tmp_path, erro
         with pytest.raises(type(error)) as raised:
             end()
         assert raised.value is error
-    passport = read_object(folder / "run.json")
-    assert (passport["state"], passport["error"]) == (state, recorded)
-    assert passport["ended"] > 0
-    assert [item["code"] for item in passport["notices"]] == ["precision.replaced", "plots.failed"]
+    manifest = read_object(folder / "run.json")
+    assert (manifest["state"], manifest["error"]) == (state, recorded)
+    assert manifest["ended"] > 0
+    assert [item["code"] for item in manifest["notices"]] == ["precision.replaced", "plots.failed"]
     assert state_of(folder) == state
 
 

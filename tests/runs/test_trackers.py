@@ -15,7 +15,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from firefly.console import take_notices
 from firefly.errors import UsageError
 from firefly.runs import trackers
-from firefly.runs.trackers import PassportReporter, choose_trackers, flat_passport, never_ask
+from firefly.runs.trackers import ManifestReporter, choose_trackers, flat_manifest, never_ask
 from run_folders import PASSPORT, write_run
 
 
@@ -202,8 +202,8 @@ def test_swanlab_without_a_key_is_kept_offline_too(swanlab, monkeypatch, variabl
 # ---- what trackers are told ----
 
 
-def test_a_tracker_is_told_the_passport_in_columns():
-    told = flat_passport(PASSPORT)
+def test_a_tracker_is_told_the_manifest_in_columns():
+    told = flat_manifest(PASSPORT)
     assert told["firefly/lora_rank"] == 64
     assert told["firefly/resolved/precision"] == "float32"
     assert told["firefly/hashes/data"] == "2" * 32
@@ -214,8 +214,8 @@ def test_a_tracker_is_told_the_passport_in_columns():
 def test_rank_0_alone_tells_them(tmp_path, wandb):
     folder = write_run(tmp_path / "run")
     arguments = SimpleNamespace(report_to=["tensorboard", "wandb", "clearml"])
-    reporter = PassportReporter(folder, [])
+    reporter = ManifestReporter(folder, [])
     reporter.on_train_begin(arguments, SimpleNamespace(is_world_process_zero=False), None)
     assert wandb.config == {}
     reporter.on_train_begin(arguments, SimpleNamespace(is_world_process_zero=True), None)
-    assert wandb.config == flat_passport(json.loads((folder / "run.json").read_text()))
+    assert wandb.config == flat_manifest(json.loads((folder / "run.json").read_text()))

@@ -101,7 +101,7 @@ def describe_run(record: RunRecord) -> dict[str, Any]:
     """What the list says of a run, and its files."""
     return record.as_dict() | {
         "changed": changed_keys(record.config),
-        "passport": record.passport,
+        "manifest": record.manifest,
         "data": {name: value for name, value in record.data.items() if name != "findings"},
         "results": finite_values(record.results),
         "curves": {
@@ -131,7 +131,7 @@ def own_defaults() -> dict[str, Any]:
 
 def show_run(record: RunRecord, console: Console) -> None:
     """Print everything of a run that a person asks for."""
-    passport, data, config = record.passport, record.data, record.config
+    manifest, data, config = record.manifest, record.data, record.config
     console.print(Text(nearby(record.folder), style="bold"))
     console.print(
         Text.assemble(
@@ -145,10 +145,10 @@ def show_run(record: RunRecord, console: Console) -> None:
     if record.error:
         code = record.error.get("code") or record.error.get("type")
         console.print(Text(f"{code}: {message_of(record.error)}", style="red"))
-    if resumed := passport.get("resumed_from"):
+    if resumed := manifest.get("resumed_from"):
         console.print(translate("resumed from {path}", path=resumed))
     show_section(console, translate("configuration, where it is not the default"), changed_keys(config))
-    show_section(console, translate("chosen for this run"), mapping(passport.get("resolved")))
+    show_section(console, translate("chosen for this run"), mapping(manifest.get("resolved")))
     counted = {name: value for name, value in data.items() if value and name not in ("findings", "files", "eval")}
     show_section(console, translate("data"), counted)
     curves = {name: series(record.metrics, name) for name in ("loss", "eval_loss", "rewards/margins")}
@@ -158,11 +158,11 @@ def show_run(record: RunRecord, console: Console) -> None:
         str(step) if complete else translate("{step} (incomplete)", step=step) for step, complete in record.checkpoints
     ]
     show_section(console, translate("checkpoints"), {"": ", ".join(steps)} if steps else {})
-    notices = [message_of(mapping(item)) for item in passport.get("notices") or []]
+    notices = [message_of(mapping(item)) for item in manifest.get("notices") or []]
     show_section(console, translate("notes"), {str(number): message for number, message in enumerate(notices, 1)})
-    versions = {name: version for name, version in mapping(passport.get("versions")).items() if version}
-    commits = {name: passport[name] for name in ("firefly_commit", "git_commit") if passport.get(name)}
-    show_section(console, translate("versions and hardware"), versions | mapping(passport.get("hardware")) | commits)
+    versions = {name: version for name, version in mapping(manifest.get("versions")).items() if version}
+    commits = {name: manifest[name] for name in ("firefly_commit", "git_commit") if manifest.get(name)}
+    show_section(console, translate("versions and hardware"), versions | mapping(manifest.get("hardware")) | commits)
 
 
 def show_section(console: Console, title: str, values: Mapping[str, Any]) -> None:
@@ -212,10 +212,10 @@ def compare_runs(a: RunRecord, b: RunRecord) -> dict[str, Pairs]:
 
 def facts_of(run: RunRecord) -> dict[str, dict[str, Any]]:
     """What a run was. Model, data, template and tokenizer are known by hashes: their paths say nothing."""
-    passport = run.passport
-    hashes, template = mapping(passport.get("hashes")), mapping(passport.get("template"))
+    manifest = run.manifest
+    hashes, template = mapping(manifest.get("hashes")), mapping(manifest.get("template"))
     weights = mapping(hashes.get("base_weights"))
-    settings = own_defaults() | mapping(passport.get("defaults")) | run.config
+    settings = own_defaults() | mapping(manifest.get("defaults")) | run.config
     return {
         "settings": {name: value for name, value in settings.items() if name != "output_dir"},
         "data": {
@@ -224,10 +224,10 @@ def facts_of(run: RunRecord) -> dict[str, dict[str, Any]]:
             "template": template.get("sha256"),
             **{name: run.data.get(name) for name in COUNTS},
         },
-        "choices": mapping(passport.get("resolved")) | {"world_size": passport.get("world_size")},
-        "versions": mapping(passport.get("versions"))
-        | {name: mapping(passport.get("hardware")).get(name) for name in HARDWARE}
-        | {"firefly_commit": passport.get("firefly_commit")},
+        "choices": mapping(manifest.get("resolved")) | {"world_size": manifest.get("world_size")},
+        "versions": mapping(manifest.get("versions"))
+        | {name: mapping(manifest.get("hardware")).get(name) for name in HARDWARE}
+        | {"firefly_commit": manifest.get("firefly_commit")},
     }
 
 

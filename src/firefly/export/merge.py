@@ -56,7 +56,7 @@ from firefly.models.saved_adapter import (
 from firefly.models.scores import ADAPTER_TASK, as_classifier, scores
 from firefly.models.tokens import is_tied
 from firefly.runs.folders import RESULT, move_into
-from firefly.runs.passport import write_json
+from firefly.runs.manifest import write_json
 from firefly.runs.records import read_object
 
 REPORT, FAILED_REPORT = "merge_report.json", "merge_report.failed.json"

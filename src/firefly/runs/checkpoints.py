@@ -20,7 +20,7 @@ from firefly.files import seal
 from firefly.models.tuning import Choices
 from firefly.ranks import is_first
 from firefly.runs.folders import finish_replacing, leftovers
-from firefly.runs.passport import write_json
+from firefly.runs.manifest import write_json
 
 PLAN = "plan.json"
 

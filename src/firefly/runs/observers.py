@@ -20,7 +20,7 @@ from firefly import ranks
 from firefly.config import EvaluationConfig
 from firefly.runs.metrics import Guarded, ProgressLine, RunRecorder
 from firefly.runs.progress import Progress
-from firefly.runs.trackers import PassportReporter, never_ask
+from firefly.runs.trackers import ManifestReporter, never_ask
 
 ANSWERED = {
     "on_train_begin": ("should_training_stop",),
@@ -96,7 +96,7 @@ def make_observers(
     found: list[TrainerCallback] = [DefaultFlowCallback(), recorder, *(Guarded(one, recorder) for one in trackers)]
     if evaluation.patience is not None:
         found.append(EarlyStoppingCallback(evaluation.patience, evaluation.threshold))
-    found.append(Guarded(PassportReporter(folder, boards), recorder))
+    found.append(Guarded(ManifestReporter(folder, boards), recorder))
     if ranks.is_first():
         found.append(ProgressLine(show_bar=not args.disable_tqdm and sys.stderr.isatty()))
     return found

@@ -41,17 +41,17 @@ class RunRecord:
     """One run.
 
     Attributes:
-        passport: run.json as it stands there.
+        manifest: run.json as it stands there.
         state: running, finished, interrupted or failed.
     """
 
     folder: Path
-    passport: dict[str, Any]
+    manifest: dict[str, Any]
     state: str
 
     @property
     def config(self) -> dict[str, Any]:
-        return mapping(self.passport.get("config"))
+        return mapping(self.manifest.get("config"))
 
     @property
     def model(self) -> str | None:
@@ -93,13 +93,13 @@ class RunRecord:
 
     @property
     def total_steps(self) -> int | None:
-        total = self.passport.get("total_steps")
+        total = self.manifest.get("total_steps")
         return total if isinstance(total, int) else None
 
     @property
     def started(self) -> float | None:
         """Seconds since the epoch."""
-        text = self.passport.get("started")
+        text = self.manifest.get("started")
         try:
             return datetime.fromisoformat(str(text)).timestamp()
         except ValueError:
@@ -110,7 +110,7 @@ class RunRecord:
         """How long the run took, or has taken so far; of an interrupted one, until its last sign of life."""
         if self.started is None:
             return None
-        ended = self.passport.get("ended")
+        ended = self.manifest.get("ended")
         if self.state == RUNNING:
             end = time.time()
         elif isinstance(ended, (int, float)):
@@ -122,7 +122,7 @@ class RunRecord:
     @property
     def error(self) -> dict[str, Any]:
         """Of a failed run: `code` (of the message, or None), `type` and `message`."""
-        return mapping(self.passport.get("error")) if self.state == FAILED else {}
+        return mapping(self.manifest.get("error")) if self.state == FAILED else {}
 
     @cached_property
     def checkpoints(self) -> list[tuple[int, bool]]:
@@ -173,10 +173,10 @@ def read_run(path: str | Path) -> RunRecord:
 
 def record_in(folder: Path) -> RunRecord | None:
     """The run in a folder; None where run.json is missing, or is somebody else's file of that name."""
-    passport = read_object(folder / "run.json")
-    if not isinstance(passport.get("config"), dict):
+    manifest = read_object(folder / "run.json")
+    if not isinstance(manifest.get("config"), dict):
         return None
-    return RunRecord(folder, passport, run_state(folder, passport))
+    return RunRecord(folder, manifest, run_state(folder, manifest))
 
 
 def find_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
@@ -205,9 +205,9 @@ def _folders(root: Path) -> Iterator[Path]:
             yield Path(place)
 
 
-def run_state(folder: Path, passport: Mapping[str, Any]) -> str:
+def run_state(folder: Path, manifest: Mapping[str, Any]) -> str:
     """One of RUNNING, FINISHED, INTERRUPTED, FAILED, for a run's folder and its run.json."""
-    recorded = passport.get("state")
+    recorded = manifest.get("state")
     if recorded in (FINISHED, INTERRUPTED, FAILED):
         return recorded
     return RUNNING if time.time() - last_sign(folder) < SILENCE_SECONDS else INTERRUPTED

@@ -1,7 +1,7 @@
 """Where a run's metrics go besides metrics.jsonl: TensorBoard beside the weights, and the trackers of `report_to`.
 
 transformers has a callback for each tracker. Here is decided which of them run, before any weights are loaded, and what
-they are told beyond the training arguments: the passport.
+they are told beyond the training arguments: the manifest.
 """
 
 from __future__ import annotations
@@ -179,8 +179,8 @@ def _logged_in(name: str) -> bool:
 # ---- what trackers are told ----
 
 
-class PassportReporter(TrainerCallback):
-    """Tells trackers the passport of the run, run.json: Firefly's own keys, the choices made, hashes and versions.
+class ManifestReporter(TrainerCallback):
+    """Tells trackers the manifest of the run, run.json: Firefly's own keys, the choices made, hashes and versions.
 
     Put behind the trackers' callbacks, which open the run that is told it.
     """
@@ -192,12 +192,12 @@ class PassportReporter(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        passport = read_object(self.path)
+        manifest = read_object(self.path)
         for board in self.boards:
             if board.tb_writer is not None:
-                text = json.dumps(passport, indent=2, ensure_ascii=False)
+                text = json.dumps(manifest, indent=2, ensure_ascii=False)
                 board.tb_writer.add_text("run.json", "    " + text.replace("\n", "\n    "))  # Markdown's code
-        values = flat_passport(passport)
+        values = flat_manifest(manifest)
         for name in args.report_to:
             if name in ("wandb", "trackio"):
                 import_module(name).config.update(values, allow_val_change=True)
@@ -207,12 +207,12 @@ class PassportReporter(TrainerCallback):
                 import_module(name).log_dict(values, "firefly.json")
 
 
-def flat_passport(passport: Mapping[str, Any]) -> dict[str, Any]:
+def flat_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What a tracker's table of runs has columns for, as `firefly/KEY`: configuration, choices, hashes, versions."""
     sections = {"": "config", "resolved/": "resolved", "hashes/": "hashes", "versions/": "versions"}
     values = {
         f"firefly/{prefix}{name}": value
         for prefix, section in sections.items()
-        for name, value in mapping(passport.get(section)).items()
+        for name, value in mapping(manifest.get(section)).items()
     }
-    return values | {f"firefly/{name}": passport.get(name) for name in ("firefly_commit", "world_size", "total_steps")}
+    return values | {f"firefly/{name}": manifest.get(name) for name in ("firefly_commit", "world_size", "total_steps")}

@@ -34,8 +34,8 @@ from firefly.models.tokens import fit_embeddings
 from firefly.run import Run
 from firefly.runs.checkpoints import check_same_run, set_aside_old_checkpoints, stored_optimizer
 from firefly.runs.folders import remove_leftovers
+from firefly.runs.manifest import write_json
 from firefly.runs.memory import map_large_arrays
-from firefly.runs.passport import write_json
 from firefly.setup.arguments import FUSED_ADAM, PAGED_ADAM
 from firefly.setup.checks import prove_template
 from firefly.setup.identity import identify_base, identify_run

@@ -9,11 +9,11 @@ from firefly.data.dataset import PREPARATION_KEYS, code_hash
 from firefly.models.adapters import transformers_model
 from firefly.run import Run
 from firefly.runs.checkpoints import OPTIMIZER_SETTINGS, TRAINING_SETTINGS, RunPlan
-from firefly.runs.passport import adapter_hash
+from firefly.runs.manifest import adapter_hash
 
 
 def identify_base(hashed: dict[str, Any], model: Any) -> dict[str, Any]:
-    """The passport's word on the base: the hash of its files or, for a hub's model, the commit that was loaded."""
+    """The manifest's word on the base: the hash of its files or, for a hub's model, the commit that was loaded."""
     if "sha256" in hashed:
         return hashed
     return hashed | {"commit": getattr(transformers_model(model).config, "_commit_hash", None)}

@@ -18,9 +18,9 @@ from firefly.data.certificate import Certificate
 from firefly.data.encoding import Encoder
 from firefly.distributed.model import TrainableModel
 from firefly.run import Run
+from firefly.runs.manifest import git_commit, hardware, package_versions, record_memory, write_json
 from firefly.runs.memory import peak_memory
 from firefly.runs.overview import show_peak
-from firefly.runs.passport import git_commit, hardware, package_versions, record_memory, write_json
 from firefly.runs.records import RUNNING
 from firefly.setup.build import ModelFacts
 

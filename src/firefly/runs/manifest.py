@@ -87,9 +87,9 @@ def _record_end(output_dir: Path, state: str, error: dict[str, Any] | None = Non
     if not is_first():
         return
     path = output_dir / "run.json"
-    passport = read_object(path)
-    notices = [*passport.get("notices", []), *take_notices()]
-    write_json(path, passport | {"state": state, "ended": time.time(), "error": error, "notices": notices})
+    manifest = read_object(path)
+    notices = [*manifest.get("notices", []), *take_notices()]
+    write_json(path, manifest | {"state": state, "ended": time.time(), "error": error, "notices": notices})
 
 
 def record_memory(output_dir: Path, found: dict[str, int]) -> None:
@@ -97,8 +97,8 @@ def record_memory(output_dir: Path, found: dict[str, int]) -> None:
     if not is_first():
         return
     path = output_dir / "run.json"
-    passport = read_object(path)
-    write_json(path, passport | {"memory": passport.get("memory", {}) | found})
+    manifest = read_object(path)
+    write_json(path, manifest | {"memory": manifest.get("memory", {}) | found})
 
 
 def package_versions() -> dict[str, str | None]:
