@@ -20,13 +20,12 @@ import torch
 from measuring import versions
 from reporting import new_report, saver
 
-from firefly.config import load_config
+from firefly.config import RECORDS_OF_TASK, load_config
 from firefly.data.dataset import load_split
 from firefly.data.schema import TokenPair
 from firefly.models.loading import load_tokenizer
 from firefly.setup.checks import bind_encoder
 from firefly.setup.plan import make_plan
-from firefly.tasks import TASKS
 
 HERE = Path(__file__).resolve().parent
 SHARED = {
@@ -105,8 +104,9 @@ def measure(name: str, steps: int, arguments: argparse.Namespace) -> dict[str, A
 def on_longest_rows(keys: dict[str, Any], steps: int, place: Path) -> dict[str, Any]:
     """The configuration of a run of so many steps on its longest rows alone, in files under `place`."""
     config = load_config(keys)
-    encoder = bind_encoder(config, load_tokenizer(config.model, None), TASKS[config.task_type].CHATS)
-    examples = load_split(config.data, encoder, config.task_type, config.model.hub).train
+    kind = RECORDS_OF_TASK[config.task_type]
+    encoder = bind_encoder(config, load_tokenizer(config.model, None), kind != "document")
+    examples = load_split(config.data, encoder, kind, config.model.hub).train
     # The longest last: it then finds a heap with the holes that others left, as in a run.
     rows = np.argsort(examples.counts.lengths, kind="stable")[-steps * config.step.examples_per_rank :]
     with (place / "rows.jsonl").open("w", encoding="utf-8") as lines:

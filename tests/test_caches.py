@@ -7,15 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 
 from firefly.cli import main
 from firefly.errors import UsageError
 from firefly.files import make_cache
 from firefly.models.loading import embedded_model
 from firefly.models.probe_cache import cached_activations, cached_layout
-from firefly.tasks.reference import store
+from firefly.tasks.reference import cache_path, store
 from tiny import save_tiny_model, tiny_model, write_rows
 
 
@@ -53,7 +53,7 @@ def test_no_command_ends_in_a_traceback_for_its_cache(
         ("models", embedded_model),
         ("probes", lambda: cached_layout(tiny_model("llama"))),
         ("probes", lambda: cached_activations(tiny_model("llama"), "segments", None, 8)),
-        ("reference", lambda: store("key", torch.zeros(2, 2))),
+        ("reference", lambda: store(cache_path(["key"]), np.zeros((2, 2)))),
     ],
 )
 def test_every_part_of_the_cache_says_so(unusable: Path, name: str, use: Callable[[], Any]) -> None:

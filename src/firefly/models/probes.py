@@ -83,7 +83,7 @@ class Probes:
             with quiet_libraries():
                 return counted_activations(self.model, layout, autocast, longest, self.model.device.type)
         except NoDryRun:
-            found = None
+            found: Any = None
             if ranks.is_first():
                 small = sum(p.numel() for p in self.model.parameters()) < SMALL
                 shares = SHARES_OF_SMALL if small else SHARES

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,9 +48,9 @@ def as_classifier(model: Any, dtype: torch.dtype = torch.float32) -> Any:
     if scores(model):
         getattr(model, HEAD).to(dtype)
         return model
-    config, kind = model.config, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(model.config), None)
+    config, kind = model.config, cast(Any, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(model.config), None))
     prefix = getattr(kind, "base_model_prefix", "")
-    body = getattr(model, prefix, None)
+    body: Any = getattr(model, prefix, None)
     config.num_labels = 1
     made: Any = None
     if kind is not None and body is not None:

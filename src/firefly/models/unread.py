@@ -18,9 +18,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
 aten = torch.ops.aten
+
+UNREAD = "unread"
+"""Attribute of a parameter whose numbers are still in their file: the `Unread` that reads them."""
 
 ROW_BY_ROW = (aten._to_copy.default, aten.detach.default, aten.alias.default, aten.clone.default)
 """Operations that make row n of row n of their first argument."""
@@ -36,7 +40,9 @@ class Unread(Tensor):
 
     @staticmethod
     def __new__(cls, like: Tensor, rows: Rows) -> Unread:
-        return Tensor._make_wrapper_subclass(cls, like.shape, like.stride(), dtype=like.dtype, device="cpu")
+        return Tensor._make_wrapper_subclass(
+            cls, like.shape, like.stride(), dtype=like.dtype, device=torch.device("cpu")
+        )
 
     def __init__(self, like: Tensor, rows: Rows) -> None:
         self.rows = rows
@@ -187,9 +193,9 @@ def copies_unread(wrapped: nn.Module) -> None:
                 for name, parameter in copied.named_parameters():
                     if hasattr(originals.get(name), "unread"):
                         parameter.data = _nothing_like(parameter, parameter.device)
-                        parameter.unread = originals[name].unread
+                        setattr(parameter, UNREAD, getattr(originals[name], UNREAD))
 
 
 def unread_of(model: nn.Module) -> dict[str, Unread]:
     """The weights that have not been read, by their parameters' names."""
-    return {name: parameter.unread for name, parameter in model.named_parameters() if hasattr(parameter, "unread")}
+    return {name: getattr(p, UNREAD) for name, p in model.named_parameters() if hasattr(p, UNREAD)}

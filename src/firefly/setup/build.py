@@ -173,7 +173,7 @@ def choose_padding(run: Run, classifier: Any) -> None:
     Raises:
         UsageError: the tokenizer has no such special token.
     """
-    examples = run.data.train
+    examples: Any = run.data.train  # pairs
     looked_at = (examples[number] for number in range(min(len(examples), EXAMPLES_LOOKED_AT)))
     ends = {int(side.input_ids[-1]) for pair in looked_at for side in pair.sides}
     padding = padding_beside(run.tokenizer, ends)

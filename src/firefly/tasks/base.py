@@ -247,7 +247,7 @@ class Task(ABC):
         failed, expert_counts, of_step = None, None, None
         largest = max(  # of those that can be halved, if there are any
             range(len(batches)),
-            key=lambda n: (len(step.rows[n]) > 1, sum(row.input_ids.numel() for row in batches[n].rows)),
+            key=lambda n: (len(step.example_ids[n]) > 1, sum(row.input_ids.numel() for row in batches[n].rows)),
         )
         with casts:
             for number, batch in enumerate(batches):

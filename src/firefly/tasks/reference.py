@@ -206,9 +206,7 @@ class ReferenceTask(Task):
             if found is None:
                 found = self._all_logps(model, examples, held_out).float().cpu().numpy()
                 if ranks.is_first():
-                    make_cache(path.parent)
-                    with atomic_file(path) as scratch, scratch.open("wb") as file:  # other runs may write the same
-                        np.save(file, found)
+                    store(path, found)
             self.precomputed[held_out] = found
         self.reference = None
 
@@ -228,3 +226,14 @@ def cache_path(parts: Sequence[Any]) -> Path:
     """The file of log-probabilities, fp32 (examples, 2), under a hash of all that they depend on."""
     key = hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
     return cache_folder() / "reference" / f"{key}.npy"
+
+
+def store(path: Path, logps: np.ndarray) -> None:
+    """Keep log-probabilities for later runs, which may be writing the same now.
+
+    Raises:
+        UsageError: the cache cannot be written.
+    """
+    make_cache(path.parent)
+    with atomic_file(path) as scratch, scratch.open("wb") as file:
+        np.save(file, logps)
