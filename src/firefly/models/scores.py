@@ -56,7 +56,8 @@ def as_classifier(model: Any, dtype: torch.dtype = torch.float32) -> Any:
     if kind is not None and body is not None:
         with torch.device("meta"):
             made = kind(config)
-    if type(getattr(made, prefix, None)) is not type(body) or type(getattr(made, HEAD, None)) is not nn.Linear:
+    fits = type(getattr(made, prefix, None)) is type(body)
+    if body is None or not fits or type(getattr(made, HEAD, None)) is not nn.Linear:
         raise UsageError(
             "model.no_classifier",
             "{name} cannot become a reward model: transformers has no classifier with a linear head on the body of "
