@@ -171,7 +171,7 @@ def test_verdicts_that_contradict_each_other_are_refused_by_name():
 
 def test_a_record_without_a_verdict_is_none_of_kto():
     for record in ({"prompt": "q", "completion": "a"}, {"messages": [QUESTION, ANSWER], "label": "maths"}):
-        with pytest.raises(MalformedRecord, match="is for task_type sft"):
+        with pytest.raises(MalformedRecord, match="without a verdict that can be read: label must be true or false"):
             parse_record(record, "labelled")
 
 

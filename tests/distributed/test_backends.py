@@ -225,7 +225,7 @@ def test_without_the_package_deepspeed_is_refused_with_the_command(monkeypatch: 
 
 
 def test_a_rank_needs_its_share_of_what_is_divided() -> None:
-    parts = {"weights": 80, "masters": 40, "gradients": 40, "optimizer": 80, "activations": 7}
+    parts = {"weights": 80, "adapter": 40, "gradients": 40, "optimizer": 80, "activations": 7}
     os.environ["WORLD_SIZE"] = "4"
     shares = {name: engine.share(Forecast(parts, 80, 1000)).parts for name, engine in BACKENDS.items()}
     assert shares["ddp"] == parts

@@ -30,7 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # threads that wait for each other on a busy machine take ten times as long
     gc.freeze()  # accelerate collects garbage after each run
-    with without_pictures(folder / "without"):
+    with without_pictures():
         yield folder
     gc.unfreeze()
     torch.set_num_threads(threads)

@@ -28,6 +28,7 @@ from firefly.models.kernels import expert_linear
 from firefly.models.kernels.expert_linear import QuantizedExperts, expert_factors
 from firefly.models.loading import load_model
 from firefly.models.precision import Precision
+from firefly.models.saved_adapter import open_adapter
 from tiny import (
     assert_same,
     gradients,
@@ -259,13 +260,14 @@ def test_a_qlora_model_is_loaded_trained_saved_and_merged(name: str, tmp_path: P
 
     again = load_adapter(load_model(config, "qlora", Precision(torch.float32), CPU), str(tmp_path / "adapter")).eval()
     torch.testing.assert_close(logits(again), expected, rtol=0, atol=1e-6)
-    base = load_base(config, torch.float32, "dequantized")
+    saved = open_adapter(str(tmp_path / "adapter"))
+    base = load_base(config, torch.float32, "dequantized", saved)
     assert not [p for p in base.parameters() if p.dtype == torch.uint8]
     dense = load_adapter(base, str(tmp_path / "adapter")).eval()
     torch.testing.assert_close(logits(dense), expected, rtol=0, atol=1e-4)
     merge_layers(dense)
     torch.testing.assert_close(logits(dense.unload()), expected, rtol=0, atol=1e-4)
-    load_adapter(load_base(config, torch.float32, "original"), str(tmp_path / "adapter"))
+    load_adapter(load_base(config, torch.float32, "original", saved), saved)
 
 
 def test_experts_without_their_adapters_are_computed_as_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:

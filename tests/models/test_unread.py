@@ -16,9 +16,9 @@ from firefly.errors import UsageError
 from firefly.models import probes
 from firefly.models.adapters import attach_adapter, transformers_model
 from firefly.models.attention import choose_layout
+from firefly.models.dry_run import measure_activations
 from firefly.models.forwards import install_training_forwards
 from firefly.models.loading import load_model
-from firefly.models.memory import measure_activations
 from firefly.models.precision import Precision
 from firefly.models.probes import load_for_training
 from firefly.models.tokens import fit_embeddings
