@@ -47,7 +47,6 @@ from firefly.data.ledger import (
 from firefly.data.pairs import PairEncoder
 from firefly.data.readers.text import WrappedLines
 from firefly.data.schema import (
-    IGNORE,
     Conversation,
     Document,
     Example,
@@ -646,12 +645,7 @@ def select_targets(conversation: Conversation, train_on: str) -> Conversation:
 
 def count_turns(tokens: Tokens) -> int:
     """Trained runs: replies with their stop tokens."""
-    return len(_ends_of_turns(tokens))
-
-
-def _ends_of_turns(tokens: Tokens) -> np.ndarray:
-    trained = tokens.labels != IGNORE
-    return np.flatnonzero(trained & ~np.append(trained[1:], False)) + 1
+    return len(tokens.runs)
 
 
 def fit(tokens: Tokens, max_length: int, policy: str = "cut_turns") -> Tokens | None:
@@ -667,7 +661,7 @@ def fit(tokens: Tokens, max_length: int, policy: str = "cut_turns") -> Tokens | 
         return None
     length = max_length
     if policy == "cut_turns":
-        ends = _ends_of_turns(tokens)
+        ends = tokens.runs[:, 1]
         fitting = ends[ends <= max_length]
         length = int(fitting[-1]) if len(fitting) else max_length
     cut = Tokens(tokens.input_ids[:length], tokens.labels[:length])
