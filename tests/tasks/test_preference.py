@@ -172,7 +172,7 @@ def test_budget_and_layout_change_neither_loss_nor_gradients(loss_name: str, tmp
 def test_a_packed_batch_says_whose_every_target_is() -> None:
     batch = pack_pairs(PAIRS, prompts=True)
     (row,) = batch.rows
-    ids, owner = row.input_ids[0], batch.owner
+    ids, owner = row.input_ids[0], row.channels["owner"]
     assert ids.tolist() == [token for pair in PAIRS for token in pair.input_ids.tolist()]
     assert batch.counts[0].tolist() == [pair.chosen for pair in PAIRS]
     assert batch.counts[1].tolist() == [pair.rejected for pair in PAIRS]

@@ -35,11 +35,6 @@ class PairBatch:
     def pairs(self) -> int:
         return self.counts.shape[1]
 
-    @property
-    def owner(self) -> Tensor:
-        """The channel of all rows, (targets,) int64."""
-        return torch.cat([row.channels["owner"] for row in self.rows])
-
     def to(self, device: torch.device) -> PairBatch:
         """The batch on `device`."""
         return moved(self, device)
