@@ -27,7 +27,7 @@ from firefly.models.adapters import transformers_model
 from firefly.models.checkpointing import decoder_layers
 from firefly.models.memory import Forecast
 from firefly.models.precision import Precision
-from firefly.models.unread import read_here
+from firefly.models.unread import UNREAD, read_here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,9 +307,9 @@ def shard_weights(backend: Backend, model: Any, args: Any) -> None:
         for parameter in model.parameters(recurse):
             if ranks.is_first():
                 read_here([parameter])
-            elif hasattr(parameter, "unread"):
+            elif hasattr(parameter, UNREAD):
                 parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-                del parameter.unread
+                delattr(parameter, UNREAD)
             yield parameter
 
     shared_out: Any = nn.Module()

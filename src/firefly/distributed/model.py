@@ -41,7 +41,7 @@ from firefly.models.precision import Precision
 from firefly.models.router import router_settings
 from firefly.models.scores import scores
 from firefly.models.tuning import Choices
-from firefly.models.unread import Unread, unread_of
+from firefly.models.unread import UNREAD, Unread, unread_of
 
 
 class TrainableModel:
@@ -127,7 +127,7 @@ class TrainableModel:
         unread = unread_of(self.module)
         if sharded:
             for parameter in self.module.parameters():
-                if hasattr(parameter, "unread"):  # FSDP2 wants room for all of it: pages that nothing is written to
+                if hasattr(parameter, UNREAD):  # FSDP2 wants room for all of it: pages that nothing is written to
                     parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype)
         try:
             optimizer = create_optimizer(self.module, self.args)

@@ -151,14 +151,14 @@ def _weight_files(name: str, revision: str | None) -> list[Path]:
 
 def set_aside(model: nn.Module, device: torch.device) -> nn.Module:
     """Replace each unread weight by a placeholder without memory: one NaN on the device, expanded to the shape, so that
-    any use of it shows, and writing fails. The weight is its attribute `unread`."""
+    any use of it shows, and writing fails. The weight is its attribute `UNREAD`."""
     made: dict[int, nn.Parameter] = {}  # tied weights stay tied
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if isinstance(parameter, Unread):
                 if id(parameter) not in made:
                     made[id(parameter)] = nn.Parameter(_nothing_like(parameter, device), parameter.requires_grad)
-                    made[id(parameter)].unread = parameter  # type: ignore[attr-defined]
+                    setattr(made[id(parameter)], UNREAD, parameter)
                 module._parameters[name] = made[id(parameter)]
         for name, buffer in module._buffers.items():
             if isinstance(buffer, Unread):
@@ -175,7 +175,7 @@ def read_here(parameters: Iterable[Any]) -> int:
     """Read those of these parameters that have not been read, whole, on this rank; return how many there were."""
     count = 0
     for parameter in parameters:
-        unread = vars(parameter).pop("unread", None)
+        unread = vars(parameter).pop(UNREAD, None)
         if unread is not None:
             parameter.data = unread.read().to(parameter.device, parameter.dtype)  # a copy to train is wider
             count += 1
@@ -191,7 +191,7 @@ def copies_unread(wrapped: nn.Module) -> None:
             originals: Any = dict(wrapper.original_module.named_parameters())
             for copied in wrapper.modules_to_save.values():
                 for name, parameter in copied.named_parameters():
-                    if hasattr(originals.get(name), "unread"):
+                    if hasattr(originals.get(name), UNREAD):
                         parameter.data = _nothing_like(parameter, parameter.device)
                         setattr(parameter, UNREAD, getattr(originals[name], UNREAD))
 
