@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
@@ -239,6 +241,16 @@ def make_cache(folder: Path, variable: str = "FIREFLY_CACHE") -> Path:
             variable=variable,
         ) from None
     return folder
+
+
+@cache
+def source_hash(folder: Path, *versions: str) -> str:
+    """Hash of the Python source below `folder` and of the versions of what it rests on: for the keys of caches, so that
+    changed code never reuses what older code made."""
+    digest = hashlib.sha256(" ".join(versions).encode())
+    for source in sorted(folder.rglob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
 
 
 # ---- what goes wrong ----

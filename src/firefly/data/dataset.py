@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from firefly.data.readers import read_records
 from firefly.data.schema import RawRecord
 from firefly.data.sources import DataSource, find_sources, hash_file, repeat
 from firefly.errors import UsageError
-from firefly.files import cache_folder
+from firefly.files import cache_folder, source_hash
 
 PREPARATION_KEYS = (
     "train_file",
@@ -268,13 +267,9 @@ def cache_key(
     return hashlib.sha256(shape.encode()).hexdigest()[:32]
 
 
-@cache
 def code_hash() -> str:
-    """Hash of the data room's own source: a changed rule never reuses examples made by the old one."""
+    """Of the data room's own source and of what renders and tokenizes for it."""
     import jinja2
     import tokenizers
 
-    digest = hashlib.sha256(f"{jinja2.__version__} {tokenizers.__version__}".encode())
-    for source in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(source.read_bytes())
-    return digest.hexdigest()
+    return source_hash(Path(__file__).parent, jinja2.__version__, tokenizers.__version__)

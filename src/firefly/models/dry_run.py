@@ -224,7 +224,7 @@ class LiveBytes(TorchDispatchMode):
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self.total = self.most = 0
-        self._met: dict[int, _Met] = {}
+        self._met: dict[int, _Storage] = {}
 
     def restart(self) -> None:
         """Forget the peak so far, not what lives."""
@@ -233,7 +233,7 @@ class LiveBytes(TorchDispatchMode):
     def ignore(self, tensor: Tensor) -> None:
         """Weights: they are there anyway."""
         storage = tensor.untyped_storage()
-        self._met[storage._cdata] = _Met(weakref.ref(storage), None, 0)
+        self._met[storage._cdata] = _Storage(weakref.ref(storage), None, 0)
 
     def call(self, tensor: Tensor, kind: str) -> None:
         """Count what a tensor lies in as of another kind from now on."""
@@ -255,7 +255,7 @@ class LiveBytes(TorchDispatchMode):
         number, size = storage._cdata, storage.nbytes()
         if number in self._met:
             return
-        met = _Met(weakref.ref(storage, lambda _: self._part(number)), self.kind, size)
+        met = _Storage(weakref.ref(storage, lambda _: self._part(number)), self.kind, size)
         self._met[number] = met
         self.live[self.kind] += size
         self.total += size
@@ -270,7 +270,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 @dataclass(slots=True)
-class _Met:
+class _Storage:
     reference: Any
     kind: str | None
     size: int

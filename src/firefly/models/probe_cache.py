@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,15 @@ from torch import nn
 
 from firefly.console import notice
 from firefly.errors import UsageError
-from firefly.files import atomic_file, cache_folder, make_cache
+from firefly.files import atomic_file, cache_folder, make_cache, source_hash
 from firefly.models.attention import choose_layout, use_segments
 from firefly.models.dry_run import measure_activations
 from firefly.models.kernels.segment_attention import measure_crossover
 from firefly.models.memory import Activations
 from firefly.models.reach import Unreached, find_unreached
+
+CODE = Path(__file__).parent
+"""What results are those of."""
 
 KERNEL_PACKAGES = ("mamba_ssm", "causal_conv1d", "fla", "kernels")
 """Where they are installed, some layers' weights are computed with by a kernel and the layers are not called."""
@@ -110,7 +112,7 @@ def cached_crossover(model: Any, device: torch.device, compute: torch.dtype) -> 
         return 0
     shape = heads, getattr(config, "num_key_value_heads", None) or heads, *_head_widths(config)
     machine = torch.backends.cpu.get_cpu_capability(), os.cpu_count(), torch.get_num_threads()
-    path = _file("attention", [*shape, *machine, torch.__version__, code_hash()])
+    path = _file("attention", [*shape, *machine, torch.__version__, source_hash(CODE)])
     found = _read(path)
     if found is None:
         found = {"tokens": measure_crossover(*shape)}
@@ -145,7 +147,7 @@ def _path(kind: str, model: Any, parts: list[Any]) -> Path | None:
     shapes = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
     device = next(model.parameters()).device
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    versions = torch.__version__, transformers.__version__, code_hash()
+    versions = torch.__version__, transformers.__version__, source_hash(CODE)
     whole = [f"{type(model).__module__}.{type(model).__qualname__}", config, shapes, hardware, versions, parts]
     return _file(kind, whole)
 
@@ -154,15 +156,6 @@ def _file(kind: str, rests_on: list[Any]) -> Path:
     """The cache file of a probe that depends on all of this."""
     digest = hashlib.sha256(json.dumps(rests_on, default=str, sort_keys=True).encode()).hexdigest()
     return cache_folder() / "probes" / f"{kind}-{digest[:32]}.json"
-
-
-@cache
-def code_hash() -> str:
-    """Hash of the source of firefly.models."""
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(source.read_bytes())
-    return digest.hexdigest()
 
 
 def _read(path: Path | None) -> dict[str, Any] | None:

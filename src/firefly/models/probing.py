@@ -93,7 +93,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-class _Met(Exception):
+class _Called(Exception):
     """The first call has come; nothing after it is needed."""
 
 
@@ -110,12 +110,12 @@ def first_call(
 
     def stop(*args: Any, **kwargs: Any) -> None:
         met.append((args, kwargs))
-        raise _Met
+        raise _Called
 
     def run() -> None:
         with watching(stop), torch.no_grad():
             decoder(model)(**inputs, use_cache=False)
 
-    with suppress(_Met):
+    with suppress(_Called):
         attempt(run)  # a model that is called otherwise has met nothing
     return met[0] if met else None
