@@ -92,6 +92,8 @@ BY_TASK: dict[str, dict[str, Any]] = {
     "pretrain": {"max_seq_length": 64, "logging_steps": 3},  # a log's mean crosses the checkpoint of step 8
     "sft": {"template_name": "qwen", "max_seq_length": 256},
     "dpo": {"template_name": "default", "max_seq_length": 256, "max_prompt_length": None, "beta": 0.2},
+    "kto": {"template_name": "default", "max_seq_length": 256, "beta": 0.2, "undesirable_weight": 1.5},
+    "reward": {"template_name": "default", "max_seq_length": 256, "center_rewards_coefficient": 0.01},
 }
 ADAPTER = {"lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.1, "learning_rate": 5e-3}
 BY_MODE: dict[str, dict[str, Any]] = {
@@ -104,7 +106,7 @@ BY_CELL: dict[str, dict[str, Any]] = {
     "dpo/full": {"load_best_model_at_end": True, "metric_for_best_model": "eval_rewards/margins"},
 }
 
-CELLS = [Cell(task, mode) for task in ("pretrain", "sft", "dpo") for mode in ("full", "lora", "qlora")]
+CELLS = [Cell(task, mode) for task in BY_TASK for mode in ("full", "lora", "qlora")]
 MORE_CELLS = [
     Cell("sft", "full", "experts", "mixtral"),
     Cell("sft", "lora", "solo", "bloom"),
@@ -116,7 +118,7 @@ def write_inputs(folder: Path) -> Path:
     """Write every model and every file of rows; the same bytes on each call."""
     for name in MODELS:
         save_model(folder / name, name)
-    for task, rows in {"pretrain": documents, "sft": conversations, "dpo": pairs}.items():
+    for task, rows in ROWS_OF.items():
         write_lines(folder / f"{task}.jsonl", rows(random.Random(1), ROWS if task != "pretrain" else 2 * ROWS))
         write_lines(folder / f"{task}-eval.jsonl", rows(random.Random(2), 5))
     return folder
@@ -201,3 +203,24 @@ def pairs(chance: random.Random, count: int) -> list[dict[str, Any]]:
         else:
             rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return rows
+
+
+def labelled(chance: random.Random, count: int) -> list[dict[str, Any]]:
+    """A prompt with one answer and the verdict on it, as texts or as messages."""
+    rows: list[dict[str, Any]] = []
+    for number in range(count):
+        prompt, answer, label = text(chance, 12), text(chance, 12), chance.random() < 0.6
+        if number % 2:
+            rows.append({"prompt": prompt, "completion": answer, "label": label})
+        else:
+            asked, said = {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}
+            rows.append({"prompt": [asked], "completion": [said], "label": label})
+    return rows
+
+
+def rated(chance: random.Random, count: int) -> list[dict[str, Any]]:
+    """Pairs, of which every third says by how much one answer is the better one."""
+    return [row | ({"margin": 0.5} if number % 3 == 0 else {}) for number, row in enumerate(pairs(chance, count))]
+
+
+ROWS_OF = {"pretrain": documents, "sft": conversations, "dpo": pairs, "kto": labelled, "reward": rated}

@@ -1,4 +1,4 @@
-"""Nine tiny runs leave what they left when they were recorded, and what others rely on lies where it was.
+"""Tiny runs of every task and mode leave what was recorded of them, and what others rely on lies where it was.
 
 `compare_versions.py` beside this compares far more, of two versions on one machine.
 """
@@ -16,7 +16,7 @@ import torch
 from cells import CELLS, STOPPED_AT, Cell, write_inputs
 from recording import Left, recorded, train, without_pictures
 
-RESUMED = [cell for cell in CELLS if cell.name in ("pretrain/lora", "sft/lora", "dpo/full")]
+RESUMED = [cell for cell in CELLS if cell.name in ("pretrain/lora", "sft/lora", "dpo/full", "kto/lora")]
 Trained = Callable[[Cell], Left]
 
 # Dropout's masks are MKL's where torch has it, and others elsewhere.
