@@ -75,10 +75,12 @@ def pack_owned(examples: Sequence[Tokens]) -> PackedBatch:
 
 class KTO(ReferenceTask):
     """Minimizes the mean over the step's examples of λ (1 - σ(±β (log π/π_ref - KL))): + and `desirable_weight` for
-    desirable answers, - and `undesirable_weight` for the others."""
+    desirable answers, - and `undesirable_weight` for the others.
+
+    The reference is asked in every step: prompts and answers are combined anew in every epoch.
+    """
 
     METRICS = ("loss", "kl")
-    BEFOREHAND = False  # answers are combined anew in every epoch
 
     @classmethod
     def settle(cls, config: Config, backend: Backend) -> Config:

@@ -15,7 +15,7 @@ from firefly.data.batching import ExampleList, StepTotals
 from firefly.data.pair_batching import PairBatch, pack_pairs
 from firefly.tasks.base import Forward
 from firefly.tasks.preference_losses import PREFERENCE_LOSSES, PairLogps, nll_weight, rewards
-from firefly.tasks.reference import Reference, ReferenceTask
+from firefly.tasks.reference import PairReferenceTask, Reference
 
 SUMMED = (
     "rewards/chosen",
@@ -47,7 +47,7 @@ class PairPacking:
         return pack_pairs(pairs, shared=self.shared, prompts=self.prompts, reference=known)
 
 
-class PreferenceTask(ReferenceTask):
+class PreferenceTask(PairReferenceTask):
     """Minimizes the mean loss over the step's pairs, plus what NLL of the chosen answers the loss asks for."""
 
     METRICS = ("loss", *SUMMED)

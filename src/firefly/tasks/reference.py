@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -98,17 +99,13 @@ class ReferenceTask(Task):
 
     Attributes:
         reference: set by `attach`; None where the loss has none, or after its log-probabilities are precomputed.
-        precomputed: held out or not → (examples, …) log-probabilities under the reference.
     """
+
+    HEAD = "logps"
 
     def __init__(self, config: Config, reference: Reference | None = None) -> None:
         super().__init__(config)
         self.reference = reference
-        self.precomputed: dict[bool, np.ndarray] = {}
-
-    HEAD = "logps"
-    BEFOREHAND: ClassVar[bool] = True
-    """Whether the reference's log-probabilities of all examples can be precomputed."""
 
     @classmethod
     def needs_reference(cls, config: Config) -> bool:
@@ -116,39 +113,40 @@ class ReferenceTask(Task):
 
     @classmethod
     def asks_beforehand(cls, config: Config) -> bool:
-        return cls.BEFOREHAND and config.preference.precompute_reference
+        """Whether the reference is run before training only."""
+        return False
+
+    @classmethod
+    def asks_reference(cls, config: Config) -> bool:
+        return cls.needs_reference(config) and not cls.asks_beforehand(config)
 
     @classmethod
     def settle(cls, config: Config, backend: Backend) -> Config:
-        """No dropout; and where weights are sharded over ranks, a reference with weights of its own is run before
-        training only.
+        """No dropout; and where weights are sharded over ranks, no second model in training.
 
         Raises:
             UsageError: it cannot be.
         """
         config = without_dropout(config)
-        second = cls.needs_reference(config) and (config.adapter.mode == "full" or config.adapter.name_or_path)
-        if second and backend.shards_weights and not cls.BEFOREHAND:
-            raise UsageError(
-                "engine.whole_reference",
-                "task_type {task} compares with the model as it was, which every rank would hold whole under {engine}. "
-                "Train a fresh adapter (train_mode lora, without adapter_name_or_path), or use plain torchrun (DDP).",
-                task=config.task_type,
-                engine=backend.name,
-            )
-        if second and backend.shards_weights and not cls.asks_beforehand(config):
-            notice(
-                "engine.reference_first",
-                "precompute_reference is switched on: {engine} shards the weights, and every rank would hold the "
-                "whole reference model.",
-                engine=backend.name,
-            )
-            config = replace(config, preference=replace(config.preference, precompute_reference=True))
+        second = config.adapter.mode == "full" or config.adapter.name_or_path  # else the base is in the model as it is
+        if second and cls.asks_reference(config) and backend.shards_weights:
+            return cls.without_second_model(config, backend)
         return config
 
     @classmethod
-    def asks_reference(cls, config: Config) -> bool:
-        return cls.needs_reference(config) and not cls.asks_beforehand(config)
+    def without_second_model(cls, config: Config, backend: Backend) -> Config:
+        """The configuration changed so that no rank has to hold a whole reference model.
+
+        Raises:
+            UsageError: the task asks the reference in every step.
+        """
+        raise UsageError(
+            "engine.whole_reference",
+            "task_type {task} compares with the model as it was, which every rank would hold whole under {engine}. "
+            "Train a fresh adapter (train_mode lora, without adapter_name_or_path), or use plain torchrun (DDP).",
+            task=config.task_type,
+            engine=backend.name,
+        )
 
     def attach(self, module: nn.Module, precision: Precision) -> None:
         """Make the current model the reference, and switch its dropout off."""
@@ -171,9 +169,35 @@ class ReferenceTask(Task):
         with torch.no_grad(), self.reference.activate(model.module) as reference, resting(reference):
             yield Forward(model, reference)
 
+
+class PairReferenceTask(ReferenceTask):
+    """A task on pairs that never change, so that the reference's log-probabilities of them can be precomputed.
+
+    Attributes:
+        precomputed: held out or not → (pairs, 2) log-probabilities of the answers under the reference.
+    """
+
+    def __init__(self, config: Config, reference: Reference | None = None) -> None:
+        super().__init__(config, reference)
+        self.precomputed: dict[bool, np.ndarray] = {}
+
+    @abstractmethod
     def reference_logps(self, forward: Forward, batch: Any) -> Tensor:
-        """What `precompute_reference` keeps of each example, (any, examples)."""
-        raise NotImplementedError
+        """Log-probabilities of the chosen and the rejected answers under the reference, (2, pairs)."""
+
+    @classmethod
+    def asks_beforehand(cls, config: Config) -> bool:
+        return config.preference.precompute_reference
+
+    @classmethod
+    def without_second_model(cls, config: Config, backend: Backend) -> Config:
+        notice(
+            "engine.reference_first",
+            "precompute_reference is switched on: {engine} shards the weights, and every rank would hold the "
+            "whole reference model.",
+            engine=backend.name,
+        )
+        return replace(config, preference=replace(config.preference, precompute_reference=True))
 
     def ask_reference(self, model: TrainableModel, data: Split, parts: Sequence[Any], checkpoint: Path | None) -> None:
         """With `precompute_reference`, take the reference's log-probabilities from the cache or compute them now; the
@@ -223,7 +247,7 @@ class ReferenceTask(Task):
 
 
 def cache_path(parts: Sequence[Any]) -> Path:
-    """The file of log-probabilities, fp32 (examples, 2), under a hash of all that they depend on."""
+    """The file of log-probabilities, fp32 (pairs, 2), under a hash of all that they depend on."""
     key = hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
     return cache_folder() / "reference" / f"{key}.npy"
 
