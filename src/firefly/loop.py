@@ -120,17 +120,12 @@ def fit(run: Run, model: TrainableModel) -> Outcome:
                 if ends or number == len(steps):
                     # The checkpoint waits for the evaluation at the epoch's end, so that a run that goes on from it
                     # begins with the next epoch.
-                    save = progress.control.should_save
+                    to_save = progress.control.should_save
                     tell("on_epoch_end")
-                    progress.control.should_save |= save
+                    progress.control.should_save |= to_save
                     log_and_evaluate(training, norm if finite else None, rate)
-                if progress.control.should_save:
-                    saved = save_checkpoint(
-                        run.folder, model, run.tokenizer, training.observers, run.args.save_only_model
-                    )
-                    training.recorder.pace.resume()
-                    if saved:
-                        tell("on_save")
+                if progress.control.should_save and save(training, run.args.save_only_model):
+                    tell("on_save")
                 if model.ranks == 1:
                     signal = interruption.signal or 0  # it may have come since
                 if signal and not progress.control.should_training_stop:  # a run at its end may as well finish
@@ -273,7 +268,7 @@ def leave_out(training: Training, computed: ComputedStep, before: RandomState) -
     # DeepSpeed may have applied it already if its loss was finite, and its gradients alone were not.
     moved = model.backend.deepspeed and not computed.refused
     if progress.state.global_step and progress.saved_at != progress.state.global_step and not moved:
-        save_checkpoint(run.folder, model, run.tokenizer, training.observers)
+        save(training)
     training.observers.tell("on_train_end")
     safe, command = what_is_safe(run.folder), resume_command(run.folder)
     if moved:
@@ -325,9 +320,7 @@ def stop_asked(training: Training, signal: int) -> None:
         Interrupted: always; it says whether the last step is saved.
     """
     folder, step = training.run.folder, training.progress.state.global_step
-    saved = training.progress.saved_at == step or save_checkpoint(
-        folder, training.model, training.run.tokenizer, training.observers
-    )
+    saved = training.progress.saved_at == step or save(training)
     training.observers.tell("on_train_end")
     command = resume_command(folder)
     if saved:
@@ -351,6 +344,14 @@ def stop_asked(training: Training, signal: int) -> None:
 
 
 # ---- what observers ask for ----
+
+
+def save(training: Training, model_only: bool = False) -> bool:
+    """Save a checkpoint of the last step, which is no time of training; returns whether it is on the disk."""
+    run = training.run
+    saved = save_checkpoint(run.folder, training.model, run.tokenizer, training.observers, model_only)
+    training.recorder.pace.resume()
+    return saved
 
 
 def log_and_evaluate(training: Training, norm: Tensor | float | None, rate: float) -> None:

@@ -125,10 +125,7 @@ def merge(
         report["distance_to_4bit"] = distance_to_4bit(model, saved, weights, merged, expected).report()
     files = sorted(path.name for path in partial.iterdir())
     write_json(partial / REPORT, report | {"passed": True, "files": [*files, REPORT]})
-    for name in [*read_object(target / REPORT).get("files", []), FAILED_REPORT]:
-        if (earlier := target / Path(name).name).is_file():  # of a merge, and no other's
-            earlier.unlink()
-    move_into(partial, target)
+    replace_earlier(target, partial)
     notice(
         "merge.done",
         "merged model in {path}; verified on {prompts} prompts ({positions} positions): {figures}",
@@ -321,6 +318,14 @@ def save_merged(trained: Any, tokenizer: Any, target: Path) -> None:
     merged.config.use_cache = True
     merged.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def replace_earlier(target: Path, partial: Path) -> None:
+    """Move a verified merge into its folder. Files that an earlier one wrote there go, and nothing else."""
+    for name in [*read_object(target / REPORT).get("files", []), FAILED_REPORT]:
+        if (earlier := target / Path(name).name).is_file():
+            earlier.unlink()
+    move_into(partial, target)
 
 
 def distance_to_4bit(

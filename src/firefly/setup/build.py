@@ -75,22 +75,16 @@ def build_model(run: Run) -> tuple[TrainableModel, ModelFacts]:
     config, args, checkpoint = run.config, run.args, run.checkpoint
     set_seed(args.seed)
     probes, base = load_base(run)
-    module = probes.model
-    layout = probes.layout()
+    module, layout = probes.model, probes.layout()
     refuse_uneven_passes(config, layout[0], run.backend)
     if run.chats and getattr(module, "generation_config", None):  # a reward model has none
         stops = (*run.encoder.template.stop_ids, *eos_ids(module.generation_config))  # the base's others stay
         module.generation_config.eos_token_id = list(dict.fromkeys(stops))
     certificate = prove_template(run.encoder) if run.chats else None
-    if run.task.HEAD == "score":
-        module = as_classifier(module)
-        choose_padding(run, module)
-        probes = replace(probes, model=module)
-    else:
-        refuse_scores(module, config.model.name_or_path)
-    new_tokens = fit_embeddings(module, run.tokenizer, run.added_tokens)
+    probes = with_head(run, probes)
+    new_tokens = fit_embeddings(probes.model, run.tokenizer, run.added_tokens)
     module = attach_adapter(
-        module, config.adapter, new_tokens, config.given, run.added_tokens, unreached=probes.unreached()
+        probes.model, config.adapter, new_tokens, config.given, run.added_tokens, unreached=probes.unreached()
     )
     if noisy := disable_router_noise(module):
         notice(
@@ -167,12 +161,17 @@ def load_base(run: Run) -> tuple[Probes, dict[str, Any]]:
     return probes, identify_base(identified, probes.model)
 
 
-def choose_padding(run: Run, classifier: Any) -> None:
-    """Pad with a token that no text ends in: transformers scores a text at its last token that is no padding.
+def with_head(run: Run, probes: Probes) -> Probes:
+    """The base with the head that the task trains: a language model's is there. A reward model's is new, and its texts
+    are padded with a token that none ends in: transformers scores a text at its last token that is no padding.
 
     Raises:
-        UsageError: the tokenizer has no such special token.
+        UsageError: the base scores texts and the task does not, or no special token is left for padding.
     """
+    if run.task.HEAD != "score":
+        refuse_scores(probes.model, run.config.model.name_or_path)
+        return probes
+    classifier = as_classifier(probes.model)
     examples: Any = run.data.train  # pairs
     looked_at = (examples[number] for number in range(min(len(examples), EXAMPLES_LOOKED_AT)))
     ends = {int(side.input_ids[-1]) for pair in looked_at for side in pair.sides}
@@ -184,6 +183,7 @@ def choose_padding(run: Run, classifier: Any) -> None:
             "text at its last token that is no padding. Give the tokenizer a pad_token, or use add_tokens.",
         )
     run.tokenizer.pad_token_id = classifier.config.pad_token_id = padding
+    return replace(probes, model=classifier)
 
 
 def with_optimizer(args: TrainingArguments, optimizer: Any) -> TrainingArguments:
