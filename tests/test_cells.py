@@ -20,7 +20,7 @@ from firefly.config import load_config
 from firefly.errors import UsageError
 from firefly.runs.metrics import read_metrics
 from firefly.training import train
-from tiny import save_tiny_model, tiny_tokenizer
+from tiny import run_settings, save_tiny_model, tiny_tokenizer
 
 NAMES = ("llama", "qwen2", "qwen3", "gemma3", "phi3", "mistral_window", "mixtral", "gpt_neox", "bloom")
 TASKS = ("pretrain", "sft", "dpo", "kto", "reward")
@@ -168,26 +168,20 @@ def quick() -> Iterator[None]:
 @pytest.fixture
 def run(saved: Callable[[str], Path], data: dict[str, str], tmp_path: Path) -> Callable[..., Path]:
     def train_cell(name: str, task: str, mode: str, pictures: bool = False, **changes: Any) -> Path:
-        settings: dict[str, Any] = {
-            "task_type": task,
-            "train_mode": mode,
-            "model_name_or_path": str(saved(name)),
-            "train_file": data[task],
-            "output_dir": str(tmp_path / "out"),
-            "max_seq_length": BLOCK if task == "pretrain" else 256,
-            "per_device_train_batch_size": PER_STEP // 2,
-            "gradient_accumulation_steps": 2,
-            "tokens_per_microbatch": 150,
-            "learning_rate": 1e-3,
-            "num_train_epochs": 1,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
-        }
+        settings = run_settings(
+            saved(name),
+            data[task],
+            tmp_path / "out",
+            task_type=task,
+            train_mode=mode,
+            max_seq_length=BLOCK if task == "pretrain" else 256,
+            per_device_train_batch_size=PER_STEP // 2,
+            gradient_accumulation_steps=2,
+            tokens_per_microbatch=150,
+            learning_rate=1e-3,
+            num_train_epochs=1,
+        )
         settings |= {"lora_rank": 4, "lora_dropout": 0.0} if mode != "full" else {}
-        settings |= {"template_name": "default"} if task != "pretrain" else {}
         with pytest.MonkeyPatch.context() as patch:
             if not pictures:  # they take longer than the training
                 patch.setattr("firefly.runs.plots.draw_loss", lambda *_: None)

@@ -23,7 +23,7 @@ from firefly.errors import UsageError
 from firefly.runs.metrics import read_metrics
 from firefly.training import train
 from multimodal import save_multimodal_model
-from tiny import assert_same, save_tiny_model, write_rows
+from tiny import assert_same, run_settings, save_tiny_model, write_rows
 
 HERE = Path(__file__).resolve().parent
 ENGINES: dict[str, dict[str, Any]] = {
@@ -48,31 +48,26 @@ class Case:
     def settings(self, place: Path, output_dir: Path, ranks: int) -> dict[str, Any]:
         task = self.changes.get("task_type", "sft")
         file = {"sft": "train.jsonl", "pretrain": "docs.jsonl"}.get(task, "pairs.jsonl")
-        common = {
-            "model_name_or_path": str(place / "llama_tied"),
-            "train_file": str(place / file),
-            "output_dir": str(output_dir),
-            "train_mode": "lora",
-            "lora_rank": 4,
-            "lora_dropout": 0.0,
-            "per_device_train_batch_size": 8 // ranks,
-            "tokens_per_microbatch": 200,
-            "max_seq_length": 64 if task == "pretrain" else 512,
-            "max_prompt_length": None,
-            "learning_rate": 0.01,
-            "num_train_epochs": 2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
-            "seed": 1,
-            "ddp_timeout": 60,
-        }
-        chat = {} if task == "pretrain" else {"template_name": "default"}
+        common = run_settings(
+            place / "llama_tied",
+            place / file,
+            output_dir,
+            task_type=task,
+            train_mode="lora",
+            lora_rank=4,
+            lora_dropout=0.0,
+            per_device_train_batch_size=8 // ranks,
+            tokens_per_microbatch=200,
+            max_seq_length=64 if task == "pretrain" else 512,
+            max_prompt_length=None,
+            learning_rate=0.01,
+            num_train_epochs=2,
+            seed=1,
+            ddp_timeout=60,
+        )
         model = {"model_name_or_path": str(place / self.changes["model"])} if "model" in self.changes else {}
         changes = {key: value for key, value in self.changes.items() if key != "model"}
-        return common | chat | changes | model | (self.engine if ranks > 1 else {})
+        return common | changes | model | (self.engine if ranks > 1 else {})
 
 
 CASES = [

@@ -23,7 +23,7 @@ from firefly.runs.records import SILENCE_SECONDS, read_metrics, read_run, series
 from firefly.tasks.causal import TokenTask
 from firefly.training import train
 from run_folders import age
-from tiny import save_tiny_model, write_rows
+from tiny import run_settings, save_tiny_model, write_rows
 
 STEPS = 3
 PACE = {"tokens_per_second", "target_share", "memory_bytes", "seconds_left"}
@@ -33,22 +33,16 @@ Run = Callable[..., Path]
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     place = tmp_path_factory.mktemp("place")
-    return {
-        "model_name_or_path": str(save_tiny_model(place / "model")),
-        "train_file": str(write_rows(place / "train.jsonl", 12)),
-        "output_dir": str(place / "out"),
-        "template_name": "default",
-        "train_mode": "lora",
-        "lora_rank": 4,
-        "per_device_train_batch_size": 4,
-        "tokens_per_microbatch": 200,
-        "num_train_epochs": 1,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-    }
+    return run_settings(
+        save_tiny_model(place / "model"),
+        write_rows(place / "train.jsonl", 12),
+        place / "out",
+        train_mode="lora",
+        lora_rank=4,
+        per_device_train_batch_size=4,
+        tokens_per_microbatch=200,
+        num_train_epochs=1,
+    )
 
 
 @pytest.fixture

@@ -25,7 +25,16 @@ from firefly.errors import UsageError
 from firefly.runs.metrics import read_metrics
 from firefly.tasks.base import Task
 from firefly.training import train
-from tiny import ListedExamples, assert_same, by_hand, padded_loss, save_tiny_model, tiny_tokenizer, write_rows
+from tiny import (
+    ListedExamples,
+    assert_same,
+    by_hand,
+    padded_loss,
+    run_settings,
+    save_tiny_model,
+    tiny_tokenizer,
+    write_rows,
+)
 
 ROWS, STEPS = 22, 6  # four examples a step: five full steps and a last one of two
 Run = Callable[..., Path]
@@ -52,26 +61,20 @@ def quick() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def settings(place: Path) -> dict[str, Any]:
     """The configuration that every run here starts from."""
-    return {
-        "model_name_or_path": str(place / "model"),
-        "train_file": str(place / "train.jsonl"),
-        "output_dir": str(place / "out"),
-        "template_name": "default",
-        "train_mode": "lora",
-        "lora_rank": 4,
-        "lora_dropout": 0.0,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "tokens_per_microbatch": 200,
-        "learning_rate": 0.01,
-        "num_train_epochs": 1,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "seed": 1,
-    }
+    return run_settings(
+        place / "model",
+        place / "train.jsonl",
+        place / "out",
+        train_mode="lora",
+        lora_rank=4,
+        lora_dropout=0.0,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        tokens_per_microbatch=200,
+        learning_rate=0.01,
+        num_train_epochs=1,
+        seed=1,
+    )
 
 
 def train_with(settings: dict[str, Any], pictures: bool = False) -> Path:

@@ -18,7 +18,7 @@ from firefly.config import load_config
 from firefly.errors import UsageError
 from firefly.runs.metrics import read_metrics
 from firefly.training import train
-from tiny import assert_same, save_tiny_model, tiny_tokenizer
+from tiny import assert_same, run_settings, save_tiny_model, tiny_tokenizer
 
 Run = Callable[..., Path]
 
@@ -52,27 +52,22 @@ def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
     def train_into(name: str = "out", **changes: Any) -> Path:
         task = changes.get("task_type", "dpo")
-        settings = {
-            "task_type": task,
-            "model_name_or_path": str(place / "model"),
-            "train_file": str(place / {"pretrain": "docs", "kto": "labelled.jsonl"}.get(task, "pairs.jsonl")),
-            "output_dir": str(tmp_path / name),
-            "train_mode": "lora",
-            "lora_rank": 4,
-            "lora_dropout": 0.0,
-            "per_device_train_batch_size": 4,
-            "max_seq_length": 64 if task == "pretrain" else 256,
-            "max_prompt_length": None,
-            "tokens_per_microbatch": 200,
-            "learning_rate": 0.01,
-            "num_train_epochs": 2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
-            "seed": 1,
-        } | ({} if task == "pretrain" else {"template_name": "default"})
+        settings = run_settings(
+            place / "model",
+            place / {"pretrain": "docs", "kto": "labelled.jsonl"}.get(task, "pairs.jsonl"),
+            tmp_path / name,
+            task_type=task,
+            train_mode="lora",
+            lora_rank=4,
+            lora_dropout=0.0,
+            per_device_train_batch_size=4,
+            max_seq_length=64 if task == "pretrain" else 256,
+            max_prompt_length=None,
+            tokens_per_microbatch=200,
+            learning_rate=0.01,
+            num_train_epochs=2,
+            seed=1,
+        )
         return train(load_config(settings | changes))
 
     return train_into

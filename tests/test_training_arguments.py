@@ -40,7 +40,7 @@ from firefly.console import take_notices
 from firefly.errors import UsageError
 from firefly.runs.metrics import read_metrics
 from firefly.training import train
-from tiny import assert_same, by_hand, padded_loss, save_tiny_model, tiny_tokenizer, write_rows
+from tiny import assert_same, by_hand, padded_loss, run_settings, save_tiny_model, tiny_tokenizer, write_rows
 
 HERE = Path(__file__).resolve().parent
 ROWS, STEPS = 16, 4  # four examples a step
@@ -71,25 +71,19 @@ def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setattr("firefly.runs.plots.draw_loss", lambda *_: None)
 
     def train_into(name: str = "out", **changes: Any) -> Path:
-        settings = {
-            "model_name_or_path": str(place / "model"),
-            "train_file": str(place / "train.jsonl"),
-            "output_dir": str(tmp_path / name),
-            "template_name": "default",
-            "train_mode": "full",
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "tokens_per_microbatch": 200,
-            "shuffle": False,
-            "learning_rate": 0.01,
-            "num_train_epochs": 1,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
-            "seed": 1,
-        }
+        settings = run_settings(
+            place / "model",
+            place / "train.jsonl",
+            tmp_path / name,
+            train_mode="full",
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            tokens_per_microbatch=200,
+            shuffle=False,
+            learning_rate=0.01,
+            num_train_epochs=1,
+            seed=1,
+        )
         return train(load_config(settings | changes))
 
     return train_into

@@ -336,6 +336,23 @@ def save_tiny_model(folder: Path, name: str = "llama", **changes: Any) -> Path:
     return folder
 
 
+def run_settings(model: Path, rows: Path | str, output: Path, **own: Any) -> dict[str, Any]:
+    """A run in fp32 on the CPU that logs every step, saves nothing but its result, and has no trackers."""
+    chat = {} if own.get("task_type") == "pretrain" else {"template_name": "default"}
+    return {
+        "model_name_or_path": str(model),
+        "train_file": str(rows),
+        "output_dir": str(output),
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        **chat,
+        **own,
+    }
+
+
 def write_rows(path: Path, count: int, seed: int = 0) -> Path:
     """`count` conversations in the tutorial's shape, of 1–3 turns and uneven length."""
     generator = np.random.default_rng(seed)

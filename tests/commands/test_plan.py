@@ -15,7 +15,7 @@ from firefly.config import load_config
 from firefly.data.schema import IGNORE, TokenPair
 from firefly.setup.plan import Machine, Work, describe_machine, make_plan, parse_memory, plan_run
 from firefly.training import train
-from tiny import ListedExamples, random_examples, random_pairs, save_tiny_model, tiny_config, write_rows
+from tiny import ListedExamples, random_examples, random_pairs, run_settings, save_tiny_model, tiny_config, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -28,20 +28,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(place: Path, tmp_path: Path) -> dict[str, Any]:
-    return {
-        "model_name_or_path": str(place / "model"),
-        "train_file": str(place / "rows.jsonl"),
-        "output_dir": str(tmp_path / "out"),
-        "template_name": "default",
-        "train_mode": "lora",
-        "lora_rank": 16,
-        "lora_dropout": 0,
-        "max_seq_length": 512,
-        "per_device_train_batch_size": 4,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-    }
+    return run_settings(
+        place / "model",
+        place / "rows.jsonl",
+        tmp_path / "out",
+        train_mode="lora",
+        lora_rank=16,
+        lora_dropout=0,
+        max_seq_length=512,
+        per_device_train_batch_size=4,
+    )
 
 
 def run(capsys: Any, tmp_path: Path, settings: dict[str, Any], *options: str) -> tuple[int, str, str]:

@@ -21,7 +21,7 @@ from firefly.runs.metrics import read_metrics
 from firefly.tasks.base import Task
 from firefly.tasks.causal import TokenTask
 from firefly.training import train
-from tiny import ListedExamples, prepared, random_examples, save_tiny_model, tiny_model, write_rows
+from tiny import ListedExamples, prepared, random_examples, run_settings, save_tiny_model, tiny_model, write_rows
 from trials import Trial, make_trial
 
 ROWS = 22
@@ -33,25 +33,21 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     place = tmp_path_factory.mktemp("finite")
     save_tiny_model(place / "model", "llama_tied")
     write_rows(place / "train.jsonl", ROWS)
-    return {
-        "model_name_or_path": str(place / "model"),
-        "train_file": str(place / "train.jsonl"),
-        "template_name": "default",
-        "train_mode": "lora",
-        "lora_rank": 4,
-        "lora_dropout": 0.1,
-        "per_device_train_batch_size": 4,
-        "tokens_per_microbatch": 1,
-        "learning_rate": 0.01,
-        "num_train_epochs": 2,
-        "logging_steps": 1,
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "seed": 1,
-    }
+    return run_settings(
+        place / "model",
+        place / "train.jsonl",
+        place / "out",
+        train_mode="lora",
+        lora_rank=4,
+        lora_dropout=0.1,
+        per_device_train_batch_size=4,
+        tokens_per_microbatch=1,
+        learning_rate=0.01,
+        num_train_epochs=2,
+        save_strategy="steps",
+        save_steps=1,
+        seed=1,
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from runs.forking import Run, Server
-from tiny import save_tiny_model, write_rows
+from tiny import run_settings, save_tiny_model, write_rows
 
 ROWS = 22  # four examples a step: five full steps and a last one of two
 
@@ -29,27 +29,22 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def settings(place: Path) -> dict[str, Any]:
     """Two epochs of six steps, a checkpoint at every second one, with dropout."""
-    return {
-        "model_name_or_path": str(place / "model"),
-        "train_file": str(place / "train.jsonl"),
-        "output_dir": str(place / "out"),
-        "template_name": "default",
-        "train_mode": "lora",
-        "lora_rank": 4,
-        "lora_dropout": 0.1,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "tokens_per_microbatch": 200,
-        "learning_rate": 0.01,
-        "num_train_epochs": 2,
-        "logging_steps": 1,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "seed": 1,
-    }
+    return run_settings(
+        place / "model",
+        place / "train.jsonl",
+        place / "out",
+        train_mode="lora",
+        lora_rank=4,
+        lora_dropout=0.1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        tokens_per_microbatch=200,
+        learning_rate=0.01,
+        num_train_epochs=2,
+        save_strategy="steps",
+        save_steps=2,
+        seed=1,
+    )
 
 
 @pytest.fixture(scope="session")

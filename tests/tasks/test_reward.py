@@ -31,7 +31,7 @@ from firefly.setup.plan import make_plan
 from firefly.tasks.base import Forward
 from firefly.tasks.reward import RewardTask, ScorePacking
 from firefly.training import train
-from tiny import gradients, random_pairs, save_tiny_model, tiny_model, tiny_tokenizer
+from tiny import gradients, random_pairs, run_settings, save_tiny_model, tiny_model, tiny_tokenizer
 from trials import Trial, configuration, make_trial
 
 SHAPES = ((7, 5, 9), (40, 30, 3), (1, 12, 12), (20, 1, 1), (3, 2, 60), (11, 70, 20))
@@ -178,25 +178,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_rewards(place: Path, output: Path, **keys: Any) -> Path:
-    settings = {
-        "task_type": "reward",
-        "model_name_or_path": str(place / "model"),
-        "train_file": str(place / "pairs.jsonl"),
-        "output_dir": str(output),
-        "template_name": "default",
-        "lora_rank": 4,
-        "per_device_train_batch_size": 6,
-        "tokens_per_microbatch": 200,
-        "learning_rate": 0.02,
-        "num_train_epochs": 6,
-        "eval_ratio": 0.25,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "seed": 1,
-    }
+    settings = run_settings(
+        place / "model",
+        place / "pairs.jsonl",
+        output,
+        task_type="reward",
+        lora_rank=4,
+        per_device_train_batch_size=6,
+        tokens_per_microbatch=200,
+        learning_rate=0.02,
+        num_train_epochs=6,
+        eval_ratio=0.25,
+        seed=1,
+    )
     return train(load_config(settings | keys))
 
 
