@@ -106,7 +106,8 @@ def load_split(
             "task_type pretrain puts the tokenizer's EOS token between documents, and this tokenizer has none. Set "
             "eos_token in its tokenizer_config.json.",
         )
-    limit_tokenizer_threads(config.tokenize_num_workers)
+    # The tokenizers library makes its threads once, at the first text of a process: never more than there are cores.
+    os.environ.setdefault("RAYON_NUM_THREADS", str(min(config.tokenize_num_workers, os.cpu_count() or 1)))
     loader = _Loader(config, encoder, kind)
     sources = find_sources(config.train_file, "train_file", hub)
     train = [loader.load(source, "train_file") for source in sources]
@@ -138,18 +139,14 @@ def _hold_out(examples: Examples, ratio: float) -> tuple[Examples, Examples]:
     return trained, held
 
 
-def limit_tokenizer_threads(count: int) -> None:
-    """`tokenize_num_workers`: threads that tokenize, never more than there are cores. The tokenizers library makes its
-    threads once, at the first text of a process; a user's own RAYON_NUM_THREADS stands."""
-    os.environ.setdefault("RAYON_NUM_THREADS", str(min(count, os.cpu_count() or 1)))
-
-
 def _mix(sources: list[DataSource], loaded: list[list[_Loaded]]) -> Examples:
     """Every source's examples, as often as its weight says."""
     order, start = [], 0
     for source, files in zip(sources, loaded, strict=True):
         count = sum(len(file.examples) for file in files)
-        order.append(start + repeat(count, source.weight, seed=_seed(source.name)))
+        # Seeded by its name: which part of a source is shown does not depend on what it is mixed with.
+        name = hashlib.sha256(source.name.encode("utf-8", "replace"))
+        order.append(start + repeat(count, source.weight, seed=int.from_bytes(name.digest()[:4], "little")))
         start += count
     return Examples(
         files=[file.examples for files in loaded for file in files],
@@ -158,11 +155,6 @@ def _mix(sources: list[DataSource], loaded: list[list[_Loaded]]) -> Examples:
         source_of_file=[number for number, files in enumerate(loaded) for _ in files],
         hashes={file.examples.ledger.file: file.content for files in loaded for file in files},
     )
-
-
-def _seed(name: str) -> int:
-    """Which part of a source is shown does not depend on what it is mixed with."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "replace")).digest()[:4], "little")
 
 
 @dataclass(frozen=True)

@@ -98,12 +98,7 @@ class ExampleCounts:
     @property
     def sides(self) -> np.ndarray:
         """Tokens of the longest text in each example: all of it, or a pair's prompt with the longer answer."""
-        return longest_sides(self.lengths, self.prompt, self.chosen)
-
-
-def longest_sides(lengths: np.ndarray, prompt: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """prompt + max(chosen, rejected) of pairs; `lengths` where there is neither prompt nor chosen answer."""
-    return prompt + np.maximum(chosen, lengths - prompt - chosen)
+        return self.prompt + np.maximum(self.chosen, self.lengths - self.prompt - self.chosen)
 
 
 class Examples:

@@ -204,11 +204,9 @@ class Ledger:
         if not self.unread_keys:
             return ""
         keys = [translate("{key} ({rows} row(s))", key=key, rows=rows) for key, rows in self.unread_keys.items()]
-        shown = [
-            *keys[:MOST_KEYS],
-            *([translate("… and {count} more", count=left)] if (left := len(keys) - MOST_KEYS) > 0 else []),
-        ]
-        return "\n  " + translate("not read: what stands under {keys}", keys=", ".join(shown))
+        if (left := len(keys) - MOST_KEYS) > 0:
+            keys[MOST_KEYS:] = [translate("… and {count} more", count=left)]
+        return "\n  " + translate("not read: what stands under {keys}", keys=", ".join(keys))
 
     def list(self, *causes: str, most: int = 10) -> str:
         """Findings of some causes, a line each, lost rows before cut ones."""

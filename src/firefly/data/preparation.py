@@ -78,10 +78,23 @@ def prepare(
         preparation = Preparation(config, encoder, kind, Ledger(file), WrappedLines() if lines else None)
         index, rows, count = [], [], 0
         with pa.OSFile(str(scratch / "examples.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-            for chunk in preparation.run(with_progress(records, file)):
+            # On a terminal the rows are counted once preparation has taken a while.
+            bar = {
+                "desc": Path(file).name,
+                "unit": f" {translate('rows')}",
+                "delay": 2,
+                "disable": None,
+                "leave": False,
+            }
+            for chunk in preparation.run(iter(tqdm(records, **bar))):
                 if chunk:
                     writer.write_batch(record_batch([tokens for row in chunk for tokens in row.examples]))
-                    index.append(_index(chunk, count))
+                    entries = [
+                        index_entry(example, row.source.line, number)
+                        for number, row in enumerate(chunk, count)
+                        for example in row.examples
+                    ]
+                    index.append(np.array(entries, dtype=INDEX))
                     count += len(chunk)
                     rows.append(np.array([(row.source.line, row.content, row.answer) for row in chunk], dtype=ROWS))
         np.save(scratch / "index.npy", np.concatenate(index) if index else np.zeros(0, INDEX))
@@ -136,20 +149,6 @@ def remove_scratch(own: Path) -> None:
                 shutil.rmtree(scratch, ignore_errors=True)
 
 
-def with_progress(records: Iterator[RawRecord], file: str) -> Iterator[RawRecord]:
-    """Count the rows on a terminal, once preparation has taken a while."""
-    return iter(tqdm(records, desc=Path(file).name, unit=f" {translate('rows')}", delay=2, disable=None, leave=False))
-
-
-def _index(chunk: Sequence[KeptRow], start: int) -> np.ndarray:
-    entries = [
-        index_entry(example, row.source.line, number)
-        for number, row in enumerate(chunk, start)
-        for example in row.examples
-    ]
-    return np.array(entries, dtype=INDEX)
-
-
 @dataclass(frozen=True, slots=True)
 class KeptRow:
     """The examples of one row, and hashes of its content and last answer."""
@@ -162,14 +161,20 @@ class KeptRow:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A parsed row that is not tokenized yet: texts or a document, or an example that comes as tokens."""
+    """A parsed row that is not tokenized yet: texts or a document, or an example that comes as tokens.
+
+    Attributes:
+        desirable: the verdict on its answer, where that is trained whichever way.
+        answer: hash of its last reply.
+        condemned: the field that condemns its answer, which is not trained then.
+    """
 
     source: Source
     texts: list[Rendered]
     ready: Example | None = None
     document: str | None = None
     pair: PreferencePair | None = None
-    labelled: Labelled | None = None
+    desirable: bool | None = None
     answer: int = 0
     condemned: str | None = None
 
@@ -326,21 +331,24 @@ class Preparation:
         return read
 
     def _render(self, source: Source, parsed: Parsed) -> _Row:
+        desirable, train_on = None, self.config.train_on
         if isinstance(parsed, Labelled):
             if self.kind == "labelled":
-                return self._render_labelled(source, parsed)
-            parsed = parsed.as_demonstration()
+                parsed, desirable, train_on = parsed.conversation, parsed.desirable, "last"
+            else:
+                parsed = parsed.as_demonstration()
         if isinstance(parsed, Conversation):
             parsed = (parsed,)
         if isinstance(parsed, tuple):
-            chosen = [select_targets(conversation, self.config.train_on) for conversation in parsed]
+            chosen = [select_targets(conversation, train_on) for conversation in parsed]
             for conversation in chosen:
                 self._note_empty_replies(source, conversation)
             texts = [text for conversation in chosen for text in self.encoder.render(conversation)]
             for conversation in chosen:
                 self._note_identifiers(source, conversation)
             self._note_unanswered_end(source, chosen)
-            return _Row(source, texts, answer=_answer(chosen[-1]))
+            answer = 0 if desirable is False else _answer(chosen[-1])
+            return _Row(source, texts, desirable=desirable, answer=answer)
         if isinstance(parsed, PreferencePair):
             self._note_empty_replies(source, replace(parsed.chosen, messages=parsed.chosen.messages[:-1]))
             for side in ("chosen", "rejected"):
@@ -365,16 +373,6 @@ class Preparation:
             )
         return _Row(source, [], ready=parsed)
 
-    def _render_labelled(self, source: Source, parsed: Labelled) -> _Row:
-        """Of a labelled conversation the last reply is trained, whichever way."""
-        conversation = select_targets(parsed.conversation, "last")
-        self._note_empty_replies(source, conversation)
-        texts = self.encoder.render(conversation)
-        self._note_identifiers(source, conversation)
-        self._note_unanswered_end(source, [conversation])
-        answer = _answer(conversation) if parsed.desirable else 0
-        return _Row(source, texts, labelled=replace(parsed, conversation=conversation), answer=answer)
-
     @cached_property
     def pairs(self) -> PairEncoder:
         """How preference pairs become tokens."""
@@ -396,7 +394,8 @@ class Preparation:
 
     def _note_unanswered_end(self, source: Source, conversations: Sequence[Conversation]) -> None:
         """Note the messages after the last reply, which no template needs to render; once per row."""
-        behind = [message for conversation in conversations for message in _behind_last_reply(conversation)]
+        lasts = [(conversation, _last_reply(conversation)) for conversation in conversations]
+        behind = [message for each, last in lasts if last is not None for message in each.messages[last + 1 :]]
         if behind:
             roles = ", ".join(dict.fromkeys(message.role for message in behind))
             message = Phrase(
@@ -464,7 +463,7 @@ class Preparation:
             kept = [tokens for tokens in examples if len(tokens.input_ids)]
         whole_or_not = self.config.on_too_long in ("drop", "error")
         if not kept or (whole_or_not and any(tokens is None for tokens in fitted)):
-            if row.condemned and not row.labelled:
+            if row.condemned and row.desirable is None:
                 self.ledger.lose(
                     source,
                     NO_TARGET,
@@ -477,7 +476,9 @@ class Preparation:
                 self._lose(source, examples)
             return []
         self._account(source, examples, kept, examples=len(kept))
-        return [replace(tokens, desirable=row.labelled.desirable) for tokens in kept] if row.labelled else [*kept]
+        if row.desirable is None:
+            return [*kept]
+        return [replace(tokens, desirable=row.desirable) for tokens in kept]
 
     def _fit_pair(self, row: _Row, sides: Sequence[Any]) -> list[Example]:
         """Fit a pair's prompt and answers to their limits, and record the outcome in the ledger."""
@@ -506,7 +507,11 @@ class Preparation:
         kept = [side for side in fitted if side is not None]
         if np.array_equal(kept[0].input_ids, kept[1].input_ids):
             self.ledger.note(row.source, SAME_ANSWERS, Phrase("chosen and rejected are the same: nothing to prefer"))
-        cuts = [_cut_of(pair.sides[n], kept[n], limit, name) for n, name in enumerate(SIDES)]
+        cuts = [
+            Phrase("{side}: {message}", side=name, message=_cut([side], [rest], limit))
+            for name, side, rest in zip(SIDES, pair.sides, kept, strict=True)
+            if len(rest.input_ids) < len(side.input_ids)
+        ]
         if whole.prompt > pair.prompt:
             cuts.insert(
                 0,
@@ -519,7 +524,7 @@ class Preparation:
         examples: list[Example] = [TokenPair.of(kept[0], kept[1], whole.margin)]
         if self.kind == "labelled":
             examples = [replace(side, desirable=good) for side, good in zip(kept, (True, False), strict=True)]
-        self._account(row.source, whole.sides, kept, len(examples), [cut for cut in cuts if cut])
+        self._account(row.source, whole.sides, kept, len(examples), cuts)
         return examples
 
     def _lose(self, source: Source, examples: Sequence[Tokens], sides: Sequence[str] = ()) -> None:
@@ -582,13 +587,6 @@ def _cut(given: Sequence[Tokens], kept: Sequence[Tokens], limit: int) -> Phrase:
     )
 
 
-def _cut_of(given: Tokens, kept: Tokens, limit: int, side: str) -> Phrase | None:
-    """What was cut of one side of a pair; None if nothing was."""
-    if len(kept.input_ids) == len(given.input_ids):
-        return None
-    return Phrase("{side}: {message}", side=side, message=_cut([given], [kept], limit))
-
-
 @dataclass(frozen=True)
 class _Encoded:
     """A chunk's texts with their encodings, and the tokens of its documents."""
@@ -622,15 +620,15 @@ def _is_empty(message: Message) -> bool:
     return message.role == "assistant" and not message.tool_calls and not message.text.strip()
 
 
-def _behind_last_reply(conversation: Conversation) -> tuple[Message, ...]:
-    """Messages that nobody answers; none where there is no reply at all."""
-    last = max((i for i, item in enumerate(conversation.messages) if item.role == "assistant"), default=None)
-    return () if last is None else conversation.messages[last + 1 :]
+def _last_reply(conversation: Conversation) -> int | None:
+    """Which message is the last reply; None where there is none."""
+    return max((i for i, item in enumerate(conversation.messages) if item.role == "assistant"), default=None)
 
 
 def _answer(conversation: Conversation) -> int:
     """Hash of the last reply; 0 where it is empty or a call."""
-    last = next((item for item in reversed(conversation.messages) if item.role == "assistant"), None)
+    place = _last_reply(conversation)
+    last = None if place is None else conversation.messages[place]
     return 0 if last is None or last.tool_calls or _is_empty(last) else _hash([last.text.strip().encode()])
 
 
@@ -638,7 +636,7 @@ def select_targets(conversation: Conversation, train_on: str) -> Conversation:
     """`train_on: last` trains the last reply alone."""
     if train_on == "all":
         return conversation
-    last = max((i for i, item in enumerate(conversation.messages) if item.role == "assistant"), default=None)
+    last = _last_reply(conversation)
     narrowed = (item if i == last else replace(item, trained=False) for i, item in enumerate(conversation.messages))
     return replace(conversation, messages=tuple(narrowed))
 

@@ -78,7 +78,9 @@ class SlowTokenizer:
 
     def __init__(self, inner: Any, family: Family) -> None:
         words = sorted(family.markers, key=len, reverse=True)
-        vars(self).update(inner=inner, family=family, _pattern=re.compile("|".join(map(_marker_pattern, words))))
+        # `sop` is no marker inside another word.
+        patterns = (rf"(?a:\b{word}\b)" if word.isalpha() else re.escape(word) for word in words)
+        vars(self).update(inner=inner, family=family, _pattern=re.compile("|".join(patterns)))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "inner":  # asked for by copy and pickle before there is an `inner`
@@ -206,11 +208,6 @@ class SlowTokenizer:
             return ids
         middle = len(parts) // 2
         return self._encode_typed(parts[:middle]) + self._encode_typed(parts[middle:])
-
-
-def _marker_pattern(marker: str) -> str:
-    # `sop` is no marker inside another word.
-    return rf"(?a:\b{marker}\b)" if marker.isalpha() else re.escape(marker)
 
 
 def _chatglm(tokenizer: Any) -> Family | None:

@@ -125,7 +125,8 @@ class Fields(Mapping[str, Any]):
             for name, value in self._values.items():
                 if name in self._read:
                     continue
-                if (texts := texts_in(value)) or (self._is_message and _holds_numbers(value)):
+                texts = texts_in(value)
+                if texts or (self._is_message and any(isinstance(item, int | float) for item in _leaves(value))):
                     found.setdefault(self._shape(name), []).extend(texts)
         for inner in self._inner:
             for place, texts in inner.unread().items():
@@ -152,11 +153,6 @@ def _leaves(value: Any) -> Iterator[Any]:
 def texts_in(value: Any) -> list[str]:
     """Every text with a character in it, at any depth of a JSON value."""
     return [item for item in _leaves(value) if isinstance(item, str) and item.strip()]
-
-
-def _holds_numbers(value: Any) -> bool:
-    """Whether a number, true or false stands anywhere in a JSON value."""
-    return any(isinstance(item, int | float) for item in _leaves(value))
 
 
 def read_text(record: Fields, name: str) -> str:

@@ -57,17 +57,12 @@ class MossFormat:
         reply = Message.of("assistant", _unmark(read_text(turn, "MOSS")), trained)
         if commands is None and results is None:
             return [asked, replace(reply, reasoning=thought)]
-        if commands is None or results is None:
-            raise MalformedRecord(
-                '{field} is not a MOSS plug-in\'s call with its results, such as Search("x") and Search("x") => …',
-                field=turn.at("Tool Responses" if commands is None else "Commands"),
-            )
-        calls = _read_calls(commands, parameters)
-        answers = _read_results(results, calls)
+        calls = [] if commands is None else _read_calls(commands, parameters)
+        answers = None if results is None else _read_results(results, calls)
         if answers is None:
             raise MalformedRecord(
                 '{field} is not a MOSS plug-in\'s call with its results, such as Search("x") and Search("x") => …',
-                field=turn.at("Commands"),
+                field=turn.at("Tool Responses" if commands is None else "Commands"),
             )
         called = Message.of("assistant", "", trained, reasoning=thought, tool_calls=tuple(call for _, call in calls))
         return [asked, called, *answers, reply]

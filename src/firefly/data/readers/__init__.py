@@ -16,7 +16,7 @@ from firefly.data.readers.text import read_text
 from firefly.data.schema import RawRecord
 from firefly.errors import UsageError
 
-__all__ = ["READERS", "known_suffix", "read_records", "read_text"]
+__all__ = ["READERS", "known_suffix", "no_file", "read_records", "read_text"]
 
 READERS: dict[str, Callable[[Path], Iterator[RawRecord]]] = {
     ".jsonl": read_json_lines,
@@ -47,12 +47,7 @@ def read_records(
     try:
         path.open("rb").close()
     except FileNotFoundError:
-        raise UsageError(
-            "data.no_file",
-            "{key} = {path} does not exist. Check the path (relative paths start where the command runs).",
-            key=key,
-            path=path,
-        ) from None
+        raise no_file(key, str(path)) from None
     except IsADirectoryError:
         raise UsageError(
             "data.is_folder", "{path} is a folder where one file is needed. Give a file in it.", path=path
@@ -75,6 +70,15 @@ def read_records(
             known=", ".join(READERS),
         )
     return read_text(path, documents) if suffix == ".txt" else READERS[suffix](path)
+
+
+def no_file(key: str, path: str) -> UsageError:
+    return UsageError(
+        "data.no_file",
+        "{key} = {path} does not exist. Check the path (relative paths start where the command runs).",
+        key=key,
+        path=path,
+    )
 
 
 def known_suffix(name: str) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from firefly import hub as hubs
 from firefly.console import notice
-from firefly.data.readers import READERS, known_suffix
+from firefly.data.readers import READERS, known_suffix, no_file
 from firefly.errors import UsageError
 from firefly.files import first_line
 
@@ -70,12 +70,7 @@ def find_files(place: str, key: str, hub: str = "huggingface", revision: str | N
         # What lies in the deepest folder that is named without wildcards.
         folder = Path(re.split(r"[*?[]", path)[0] + "x").parent
         raise _no_match(place, key, sorted(Path(name).name for name in glob.glob(f"{glob.escape(str(folder))}/*")))
-    raise UsageError(
-        "data.no_file",
-        "{key} = {path} does not exist. Check the path (relative paths start where the command runs).",
-        key=key,
-        path=place,
-    )
+    raise no_file(key, place)
 
 
 def _no_match(place: str, key: str, found: list[str]) -> UsageError:

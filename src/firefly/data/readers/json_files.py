@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from firefly.data.readers.opening import open_text, stops_at_damage
+from firefly.data.readers.opening import not_utf8, open_text, stops_at_damage
 from firefly.data.schema import RawRecord, Source
 from firefly.errors import UsageError
 from firefly.translation import Phrase
@@ -85,12 +85,7 @@ def read_json(path: Path) -> Iterator[RawRecord]:
         text = data.decode()
     except UnicodeDecodeError as error:
         if is_list:
-            raise UsageError(
-                "data.not_utf8",
-                "{place}: the text is not UTF-8. Save the file as UTF-8 (for example: iconv -f GB18030 -t UTF-8 OLD > "
-                "NEW).",
-                place=Source(name, 1 + data.count(b"\n", 0, error.start)),
-            ) from None
+            raise not_utf8(Source(name, 1 + data.count(b"\n", 0, error.start))) from None
         text = ""
     del data
     single = None if is_list else _read_single(name, text)

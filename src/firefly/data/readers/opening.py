@@ -70,6 +70,14 @@ def refuse_pointer(path: Path, head: bytes) -> None:
         )
 
 
+def not_utf8(place: Source) -> UsageError:
+    return UsageError(
+        "data.not_utf8",
+        "{place}: the text is not UTF-8. Save the file as UTF-8 (for example: iconv -f GB18030 -t UTF-8 OLD > NEW).",
+        place=place,
+    )
+
+
 def stops_at_damage(reader: Reader[Options]) -> Reader[Options]:
     """Let a reader end with a UsageError that names the place where a damaged or vanished file cannot be read on."""
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from firefly.data.readers.opening import HEAD, open_bytes, open_text, refuse_pointer, stops_at_damage
+from firefly.data.readers.opening import HEAD, not_utf8, open_bytes, open_text, refuse_pointer, stops_at_damage
 from firefly.data.schema import RawRecord, Source
 from firefly.errors import UsageError
 from firefly.translation import Phrase
@@ -91,12 +91,7 @@ def _columns(name: str, rows: Iterator[tuple[int, list[str] | Phrase]]) -> list[
     if isinstance(cells, Phrase):
         raise _broken_row(place, cells)
     if not _is_unicode("".join(cells)):
-        raise UsageError(
-            "data.not_utf8",
-            "{place}: the text is not UTF-8. Save the file as UTF-8 (for example: iconv -f GB18030 -t UTF-8 OLD > "
-            "NEW).",
-            place=place,
-        )
+        raise not_utf8(place)
     columns = [cell.strip() for cell in cells]
     _refuse_duplicates(place, [column for column in columns if column])
     return columns
