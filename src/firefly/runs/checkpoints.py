@@ -19,7 +19,7 @@ from firefly.errors import UsageError
 from firefly.files import seal
 from firefly.models.tuning import Choices
 from firefly.ranks import is_first
-from firefly.runs.folders import finish_replacing, leftovers
+from firefly.runs.folders import finish_replacing, leftovers, numbered_checkpoints
 from firefly.runs.manifest import write_json
 
 PLAN = "plan.json"
@@ -189,12 +189,7 @@ def newest_complete(output_dir: Path) -> Path | None:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """Folders checkpoint-N of a run, by N."""
-    found = [
-        (int(match[1]), path)
-        for path in output_dir.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    ]
-    return [path for _, path in sorted(found) if path.is_dir()]
+    return [path for _, path in numbered_checkpoints(output_dir)]
 
 
 def missing_files(path: Path) -> list[str]:

@@ -34,6 +34,12 @@ def finish_replacing(output_dir: Path) -> None:
             continue  # another rank did it
 
 
+def numbered_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """(N, folder) of each checkpoint-N of a run, by N."""
+    found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*"))
+    return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
+
+
 def leftovers(output_dir: Path) -> list[Path]:
     """Folders of `output_dir` whose writing was never finished."""
     pattern = re.compile(_NAMES + re.escape(PARTIAL))

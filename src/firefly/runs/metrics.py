@@ -233,7 +233,8 @@ class ProgressLine(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         logs = logs or {}
-        learnt, pace = _learnt(logs), _pace(logs)
+        learnt = [f"{label} {logs[name]:{style}}" for name, (label, style) in SHOWN.items() if name in logs]
+        pace = _pace(logs)
         if not learnt:
             return
         if self.bar is not None and self.show_bar:
@@ -264,11 +265,6 @@ SHOWN = {
     "learning_rate": ("lr", ".2e"),
     "grad_norm": ("grad", ".3f"),
 }
-
-
-def _learnt(logs: dict[str, Any]) -> list[str]:
-    """How the model learns."""
-    return [f"{label} {logs[name]:{style}}" for name, (label, style) in SHOWN.items() if name in logs]
 
 
 def _pace(logs: dict[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from firefly.errors import UsageError
+from firefly.runs.folders import numbered_checkpoints
 
 RUNNING, FINISHED, INTERRUPTED, FAILED = "running", "finished", "interrupted", "failed"
 """run.json says "running" until the process that trains writes how it ended. One that was killed writes nothing: then
@@ -127,12 +128,7 @@ class RunRecord:
     @cached_property
     def checkpoints(self) -> list[tuple[int, bool]]:
         """(step, complete) of each checkpoint, by step; plan.json is what is written last."""
-        found = [
-            (int(match[1]), (path / "plan.json").is_file())
-            for path in self.folder.glob("checkpoint-*")
-            if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
-        ]
-        return sorted(found)
+        return [(step, (path / "plan.json").is_file()) for step, path in numbered_checkpoints(self.folder)]
 
     def as_dict(self) -> dict[str, Any]:
         """One element of what `firefly runs list --json` prints."""

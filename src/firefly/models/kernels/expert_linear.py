@@ -161,14 +161,10 @@ def _linear(experts: Any, name: str, wrapper: Any, inputs: Sequence[Tensor], hit
         if wrapper:
             factors = a[number], b[number]
         else:  # an adapter of rank 0
-            size = outputs_of(experts, name)
-            factors = x.new_empty(0, x.shape[-1]), x.new_empty(size, 0)
+            width = getattr(experts, name).shape[2 if experts.is_transposed else 1]
+            factors = x.new_empty(0, x.shape[-1]), x.new_empty(width, 0)
         outputs.append(LoraLinear.apply(x, matrices[number], biases[number], *factors, scale, dropped))
     return outputs
-
-
-def outputs_of(experts: Any, name: str) -> int:
-    return getattr(experts, name).shape[2 if experts.is_transposed else 1]
 
 
 def expert_matrices(weight: Any, transposed: bool) -> Sequence[Tensor]:
