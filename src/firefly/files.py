@@ -232,15 +232,18 @@ def make_cache(folder: Path, variable: str = "FIREFLY_CACHE") -> Path:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise  # the disk is full: the cache is where it should be
-        problem = error.strerror or error
-        raise UsageError(
-            "cache.unusable",
-            "the cache at {path} cannot be made or written: {problem}. Set {variable} to a folder that can.",
-            path=folder,
-            problem=problem,
-            variable=variable,
-        ) from None
+        raise unusable_cache(folder, error.strerror or error, variable) from None
     return folder
+
+
+def unusable_cache(path: object, problem: object, variable: str) -> UsageError:
+    return UsageError(
+        "cache.unusable",
+        "the cache at {path} cannot be made or written: {problem}. Set {variable} to a folder that can.",
+        path=path,
+        problem=problem,
+        variable=variable,
+    )
 
 
 @cache

@@ -147,6 +147,16 @@ def unreachable(key: str, name: str, hub: str, problem: object) -> NoReturn:
     ) from None
 
 
+def note_copy(name: str, hub: str, problem: object) -> None:
+    notice(
+        "hub.copy",
+        "the hub {hub} could not be reached ({problem}); of {name} the copy in the cache is used.",
+        name=name,
+        hub=hub,
+        problem=problem,
+    )
+
+
 def _ask(question: Callable[[float], T], key: str, name: str, revision: str | None, copy: Path | None) -> T:
     """What the Hugging Face Hub answers.
 
@@ -205,13 +215,7 @@ def _ask(question: Callable[[float], T], key: str, name: str, revision: str | No
         if refusal is not None:
             raise refusal
         unreachable(problem=problem, **asked)
-    notice(
-        "hub.copy",
-        "the hub {hub} could not be reached ({problem}); of {name} the copy in the cache is used.",
-        name=name,
-        hub=constants.ENDPOINT,
-        problem=problem,
-    )
+    note_copy(name, constants.ENDPOINT, problem)
     raise NoAnswer(problem)
 
 

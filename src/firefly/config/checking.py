@@ -203,13 +203,7 @@ def _refusal(error: ValidationError, values: Mapping[str, Any]) -> UsageError:
                 below=limits["lt"],
             )
     if listed := choices(annotation):
-        return UsageError(
-            "config.bad_choice",
-            "{key} = {value} is not valid; choose one of: {choices}.",
-            key=name,
-            value=shown,
-            choices=", ".join(map(json.dumps, listed)),
-        )
+        return bad_choice(name, shown, map(json.dumps, listed))
     if any(isinstance(part, int) for fault in faults[name] for part in fault["loc"]):
         return bad_type(name, shown, Phrase("a list of names"))
     if any(fault["type"] == "value_error" for fault in faults[name]):
@@ -223,6 +217,16 @@ def _refusal(error: ValidationError, values: Mapping[str, Any]) -> UsageError:
     for other in others:
         first = Phrase("{first} or {second}", first=first, second=other)
     return bad_type(name, shown, first)
+
+
+def bad_choice(key: str, value: object, choices: Iterable[str]) -> UsageError:
+    return UsageError(
+        "config.bad_choice",
+        "{key} = {value} is not valid; choose one of: {choices}.",
+        key=key,
+        value=value,
+        choices=", ".join(choices),
+    )
 
 
 def bad_type(key: str, value: object, expected: object) -> UsageError:

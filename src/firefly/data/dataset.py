@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from firefly.config import DataConfig, RecordKind
+from firefly.config import DataConfig, RecordKind, bad_choice
 from firefly.data.blocks import Blocks
 from firefly.data.duplicates import note_findings
 from firefly.data.encoding import Encoder
@@ -92,14 +92,7 @@ def load_split(
             "config.missing_key", "required: {key}. Set it in the configuration or as --key value.", key="train_file"
         )
     if config.data_format not in ("auto", *FORMATS):
-        known = ", ".join(("auto", *FORMATS))
-        raise UsageError(
-            "config.bad_choice",
-            "{key} = {value} is not valid; choose one of: {choices}.",
-            key="data_format",
-            value=json.dumps(config.data_format),
-            choices=known,
-        )
+        raise bad_choice("data_format", json.dumps(config.data_format), ("auto", *FORMATS))
     if kind == "document" and encoder.tokenizer.eos_token_id is None:
         raise UsageError(
             "data.no_eos",

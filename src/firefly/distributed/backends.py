@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from firefly import ranks
-from firefly.config import RECORDS_OF_TASK, Config
+from firefly.config import RECORDS_OF_TASK, Config, bad_choice
 from firefly.console import notice
 from firefly.errors import UsageError
 from firefly.models.adapters import transformers_model
@@ -219,13 +219,7 @@ def _deepspeed_backend(given: Any) -> Backend:
     zero = dict(settings.get("zero_optimization", {}))
     stage = zero.get("stage", 0)
     if f"zero{stage}" not in BACKENDS:
-        raise UsageError(
-            "config.bad_choice",
-            "{key} = {value} is not valid; choose one of: {choices}.",
-            key="zero_optimization.stage",
-            value=stage,
-            choices="0, 1, 2, 3",
-        )
+        raise bad_choice("zero_optimization.stage", stage, "0123")
     if stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True  # the files that one process would leave
     settings |= {
@@ -340,14 +334,8 @@ def _fsdp_settings(fsdp: Any, config: Any) -> dict[str, Any]:
         elif word == "offload":
             settings.setdefault("cpu_offload", True)
         elif word not in ("auto_wrap", "true"):
-            choices = "true, full_shard, shard_grad_op, offload, auto_wrap"
-            raise UsageError(
-                "config.bad_choice",
-                "{key} = {value} is not valid; choose one of: {choices}.",
-                key="fsdp",
-                value=json.dumps(word),
-                choices=choices,
-            )
+            known = ("true", "full_shard", "shard_grad_op", "offload", "auto_wrap")
+            raise bad_choice("fsdp", json.dumps(word), known)
     if str(settings.get("version", 2)) != "2":
         notice("engine.fsdp2", "fsdp_config asks for FSDP 1, which transformers is about to drop; FSDP2 is used.")
     if str(settings.get("state_dict_type", "FULL_STATE_DICT")) != "FULL_STATE_DICT":

@@ -132,10 +132,7 @@ class TrainableModel:
         try:
             optimizer = create_optimizer(self.module, self.args)
         except ValueError as error:  # the model lacks what `optim_target_modules` names, for one
-            problem, name = " ".join(str(error).split()), OptimizerNames(self.args.optim).value
-            raise UsageError(
-                "config.optimizer", "optim = {value!r} cannot be built: {problem}", value=name, problem=problem
-            ) from error
+            raise no_optimizer(self.args, error) from error
         self.wrapped, self.optimizer = self.accelerator.prepare(self.module, optimizer)
         # accelerate's wrapper looks for a package on the disk in every step; only DeepSpeed and loss scaling need it.
         if self.bare or (sharded and self.accelerator.scaler is None):
@@ -396,6 +393,15 @@ def create_optimizer(module: Any, args: TrainingArguments) -> Any:
             if isinstance(part, torch.nn.Embedding):  # in 8 bit they do not converge
                 manager.register_module_override(part, "weight", {"optim_bits": 32})
     return optimizer
+
+
+def no_optimizer(args: TrainingArguments, error: Exception) -> UsageError:
+    return UsageError(
+        "config.optimizer",
+        "optim = {value!r} cannot be built: {problem}",
+        value=OptimizerNames(args.optim).value,
+        problem=" ".join(str(error).split()),
+    )
 
 
 def untied(state: Any, module: Any) -> dict[str, Any]:

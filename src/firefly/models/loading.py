@@ -25,7 +25,7 @@ from firefly.config import ModelConfig
 from firefly.console import notice
 from firefly.data.slow_tokenizers import adapt_tokenizer
 from firefly.errors import UsageError
-from firefly.files import atomic_folder, cache_folder, first_line, make_cache
+from firefly.files import atomic_folder, cache_folder, first_line, make_cache, unusable_cache
 from firefly.models.attention import refuse_textless
 from firefly.models.experts import quantize_experts, quantizing_while_loading
 from firefly.models.kernels.lora_linear import install_frozen_forward
@@ -84,13 +84,7 @@ def _modelscope_folder(name: str, revision: str | None) -> str:
             folder = snapshot_download(name, local_files_only=True, **options)
         except Exception:
             hub.unreachable("model_name_or_path", name, hub.modelscope(), error)
-        notice(
-            "hub.copy",
-            "the hub {hub} could not be reached ({problem}); of {name} the copy in the cache is used.",
-            name=name,
-            hub=hub.modelscope(),
-            problem=error,
-        )
+        hub.note_copy(name, hub.modelscope(), error)
         return folder
     try:
         return snapshot_download(name, **options)
@@ -422,13 +416,7 @@ def load_failure(error: Exception, place: str) -> Exception:
         )
     cause = error.__cause__ or error
     if isinstance(cause, OSError) and cause.errno in NOT_WRITABLE and not Path(place).is_dir():
-        return UsageError(
-            "cache.unusable",
-            "the cache at {path} cannot be made or written: {problem}. Set {variable} to a folder that can.",
-            path=cause.filename,
-            problem=cause.strerror,
-            variable="HF_HOME",
-        )
+        return unusable_cache(cause.filename, cause.strerror, "HF_HOME")
     if isinstance(error, (OSError, ValueError, KeyError, ImportError)) or "safetensor" in type(error).__name__.lower():
         problem = first_line(error)
         if Path(place).is_dir():

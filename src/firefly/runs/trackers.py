@@ -25,10 +25,11 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
-from firefly.config import names_in
+from firefly.config import bad_type, names_in
 from firefly.console import notice
 from firefly.errors import UsageError
 from firefly.runs.records import mapping, read_object
+from firefly.translation import Phrase
 
 # Tracker → (modules that it needs, what pip calls them); a name that is not here needs no package.
 PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
@@ -63,13 +64,7 @@ def choose_trackers(asked: Any, given: bool) -> list[str]:
         UsageError: no such tracker, or it is not installed.
     """
     if not isinstance(asked, (str, list, tuple)):
-        raise UsageError(
-            "config.bad_type",
-            "{key} = {value} is not valid: expected {expected}.",
-            key="report_to",
-            value=json.dumps(asked),
-            expected="a list of names",
-        )
+        raise bad_type("report_to", json.dumps(asked), Phrase("a list of names"))
     names = names_in(asked) if given else []
     if given and names in ([], ["none"]):
         return []

@@ -16,6 +16,7 @@ from firefly.config import Config
 from firefly.config.training_arguments import FIELDS
 from firefly.console import notice
 from firefly.distributed.backends import Backend, load_plainly
+from firefly.distributed.model import no_optimizer
 from firefly.errors import UsageError
 from firefly.models.precision import Precision
 from firefly.runs.trackers import choose_trackers
@@ -78,13 +79,7 @@ def check_optimizer(args: TrainingArguments) -> None:
     try:
         Trainer.get_optimizer_cls_and_kwargs(asked, torch.nn.Sequential(torch.nn.Linear(1, 1)))  # type: ignore[arg-type]
     except (ImportError, ValueError, TypeError) as error:
-        problem = " ".join(str(error).split())
-        raise UsageError(
-            "config.optimizer",
-            "optim = {value!r} cannot be built: {problem}",
-            value=OptimizerNames(args.optim).value,
-            problem=problem,
-        ) from error
+        raise no_optimizer(args, error) from error
 
 
 def resolved_arguments(config: Config, precision: Precision, device: torch.device) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from firefly import ranks
-from firefly.config import Config, ModelConfig
+from firefly.config import Config, ModelConfig, bad_choice
 from firefly.console import notice
 from firefly.data.certificate import Certificate, certify
 from firefly.data.dataset import Split
@@ -153,11 +153,4 @@ def check_best_metric(config: Config, metrics: Sequence[str], data: Split) -> No
     sources = data.train.names if data.held_out is None else data.held_out.names
     known = [*metrics, *(f"loss/{name}" for name in sources if len(sources) > 1)]
     if asked and asked.removeprefix("eval_") not in known:
-        choices = ", ".join(map(json.dumps, known))
-        raise UsageError(
-            "config.bad_choice",
-            "{key} = {value} is not valid; choose one of: {choices}.",
-            key="metric_for_best_model",
-            value=json.dumps(asked),
-            choices=choices,
-        )
+        raise bad_choice("metric_for_best_model", json.dumps(asked), map(json.dumps, known))
