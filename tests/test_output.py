@@ -9,13 +9,14 @@ import re
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import firefly
-from firefly.console import LIBRARIES_NOTES, LIBRARIES_WARNINGS, hush_libraries
+from firefly.console import LIBRARIES_NOTES, LIBRARIES_WARNINGS, hush_libraries, notice, take_notices
 from firefly.models.loading import embedded_model
 from tiny import save_tiny_model, write_rows
 
@@ -119,3 +120,18 @@ def test_who_looks_for_a_fault_sees_everything(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sys, "warnoptions", [])
     hush_libraries()
     assert FutureWarning in [category for _, _, category, *_ in warnings.filters]
+
+
+def test_the_notices_of_a_thread_are_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    def beside() -> list[str]:
+        notice("beside.one", "of a plan")
+        return [item["code"] for item in take_notices()]
+
+    take_notices()
+    notice("run.one", "of a run")
+    with ThreadPoolExecutor(1) as executor:
+        assert executor.submit(beside).result() == ["beside.one"]
+    notice("run.two", "of a run, too")
+    assert [item["code"] for item in take_notices()] == ["run.one", "run.two"]
+    assert take_notices() == []
+    assert "note: of a plan" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from firefly import ranks
@@ -22,7 +23,8 @@ from firefly.translation import Phrase, translate
 if TYPE_CHECKING:
     from rich.console import Console
 
-_notices: list[tuple[str, Phrase]] = []
+_notices: ContextVar[tuple[tuple[str, Phrase], ...]] = ContextVar("notices", default=())
+"""Of this thread: a plan or a server beside a run leaves nothing in its run.json."""
 
 
 def tolerate_encodings() -> None:
@@ -48,7 +50,7 @@ def print_json(text: str) -> None:
 def notice(code: str, text: str, /, **values: object) -> None:
     """Print one line that says what Firefly did differently from what was asked, and remember it for run.json."""
     phrase = Phrase(text, **values)
-    _notices.append((code, phrase))
+    _notices.set((*_notices.get(), (code, phrase)))
     if not ranks.is_first():
         return
     with suppress(OSError):  # a log file on a full disk must not end a run
@@ -56,12 +58,12 @@ def notice(code: str, text: str, /, **values: object) -> None:
 
 
 def take_notices() -> list[dict[str, Any]]:
-    """Return the notices given so far, as run.json keeps them, and forget them, so that each run records its own.
+    """Return this thread's notices so far, as run.json keeps them, and forget them, so that each run records its own.
 
     `message` is for people who open the file; `text` and `values` let it be shown in another language.
     """
-    taken = [{"code": code, "message": str(phrase), **phrase.as_json()} for code, phrase in _notices]
-    _notices.clear()
+    taken = [{"code": code, "message": str(phrase), **phrase.as_json()} for code, phrase in _notices.get()]
+    _notices.set(())
     return taken
 
 
