@@ -264,6 +264,11 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
+def one_line(error: BaseException) -> str:
+    """All that an error says, over however many lines, in one."""
+    return " ".join(str(error).split())
+
+
 def is_write_failure(error: Exception) -> bool:
     """Whether an error says that a file could not be written, whichever library says it.
 

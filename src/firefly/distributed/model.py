@@ -35,6 +35,7 @@ from transformers.training_args import OptimizerNames
 from firefly.data.batching import StepTotals
 from firefly.distributed.backends import BACKENDS, Backend, gathered
 from firefly.errors import UsageError
+from firefly.files import one_line
 from firefly.models.adapters import count_body, transformers_model
 from firefly.models.checkpointing import decoder_layers
 from firefly.models.precision import Precision
@@ -400,7 +401,7 @@ def no_optimizer(args: TrainingArguments, error: Exception) -> UsageError:
         "config.optimizer",
         "optim = {value!r} cannot be built: {problem}",
         value=OptimizerNames(args.optim).value,
-        problem=" ".join(str(error).split()),
+        problem=one_line(error),
     )
 
 

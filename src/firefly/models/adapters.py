@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from firefly.config import AdapterConfig, names_in
 from firefly.console import notice
 from firefly.errors import UsageError
+from firefly.files import one_line
 from firefly.models.adapter_loading import load_adapter
 from firefly.models.experts import expert_parameters, shortened
 from firefly.models.kernels.expert_linear import install_expert_kernels
@@ -86,7 +87,7 @@ def attach_adapter(
             "adapter.peft_refuses",
             "peft refuses this adapter (lora_target = {value}): {problem}",
             value=config.target,
-            problem=_one_line(error),
+            problem=one_line(error),
         ) from error
     _refuse_zero_rows(wrapped)
     wrapped = _ready_to_train(wrapped, config.dropout)
@@ -107,10 +108,6 @@ def _note_unreached(model: PreTrainedModel, unreached: Unreached, notify: Callab
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (f" … ({len(names)})" if len(names) > 8 else "")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _settings(
@@ -345,7 +342,9 @@ def target_layers(
             value=request,
         )
     plain = chosen - _taken_for_experts(chosen, model)
-    return _shortest(plain, [name for name, _ in model.named_modules()])
+    short = {_last(name) for name in plain}
+    matched = {name for name, _ in model.named_modules() if _last(name) in short}
+    return sorted(short if matched == plain else plain)
 
 
 def target_parameters(
@@ -397,7 +396,7 @@ def _refused_by_peft(layers: Collection[str], model: PreTrainedModel) -> dict[st
                 alone.add_module(name, nn.Linear(1, 1))
                 LoraModel(alone, LoraConfig(r=1, target_modules=[name]), "default")
         except (ValueError, TypeError, NotImplementedError) as error:
-            refusals[name] = _one_line(error)
+            refusals[name] = one_line(error)
     return {layer: refusals[_last(layer)] for layer in sorted(layers) if _last(layer) in refusals}
 
 
@@ -486,14 +485,14 @@ def saved_modules(
             )
         chosen |= found
     # peft compares the ends of paths without regard to their dots: `norm` would be `input_layernorm` too.
-    short = {name.rpartition(".")[2] for name in chosen}
+    short = {_last(name) for name in chosen}
     matched = {name for name, _ in model.named_modules() if name.endswith(tuple(short))}
     return sorted(short if matched == chosen else chosen)
 
 
 def _no_layer(key: str, wanted: str, layers: Collection[str]) -> UsageError:
     """Names of the model that are most like the wrong one: last parts first, as they are mostly given."""
-    last = sorted({name.rpartition(".")[2] for name in layers if not name.rpartition(".")[2].isdigit()})
+    last = sorted(name for name in set(map(_last, layers)) if not name.isdigit())
     near = difflib.get_close_matches(wanted, last, n=3, cutoff=0.4) or last
     return UsageError(
         "adapter.no_layer",
@@ -514,12 +513,6 @@ def _inside(names: Collection[str], path: str) -> bool:
     return any(_names(names, ".".join(parts[:end])) for end in range(1, len(parts) + 1))
 
 
-def _shortest(chosen: set[str], names: Collection[str]) -> list[str]:
-    short = {name.rpartition(".")[2] for name in chosen}
-    matched = {name for name in names if name.rpartition(".")[2] in short}
-    return sorted(short if matched == chosen else chosen)
-
-
 def _token_layers(model: PreTrainedModel, saved: Collection[str]) -> list[str]:
     """Embedding and head by name, without a tied head, which follows the embedding, and what is trained whole."""
     ends = vocabulary_ends(model)[: 1 if is_tied(model) else 2]
@@ -529,7 +522,7 @@ def _token_layers(model: PreTrainedModel, saved: Collection[str]) -> list[str]:
 
 def _taken_for_experts(names: set[str], model: PreTrainedModel) -> set[str]:
     of_experts = _names_of_experts(model)
-    return {name for name in names if name.rpartition(".")[2] in of_experts}
+    return {name for name in names if _last(name) in of_experts}
 
 
 def _names_of_experts(model: PreTrainedModel) -> set[str]:

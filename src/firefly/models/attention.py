@@ -21,6 +21,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from firefly.errors import UsageError
+from firefly.files import one_line
 from firefly.models.causal_lm import CausalLM
 from firefly.models.kernels.segment_attention import AttentionSettings, attend
 from firefly.models.precision import compute_type
@@ -315,7 +316,7 @@ def _logits_and_embeddings(model: PreTrainedModel, ids: Tensor, count: int) -> t
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # code that a model brings along may raise anything
-        problem, kind = " ".join(str(error).split())[:300], model.config.model_type
+        problem, kind = one_line(error)[:300], model.config.model_type
         if model.dtype != torch.float32 and any(word in problem for word in ("dtype", "scalar type")):
             raise UsageError(
                 "precision.only_fp32",

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from firefly.models.attention import UnsupportedAttention, short_row
 from firefly.models.kernels.token_nll import summed_nll, token_logps
-from firefly.models.probing import agree, decoder
+from firefly.models.probing import agree, decoder, evaluating
 
 
 def install_target_head(model: PreTrainedModel) -> str:
@@ -56,14 +56,12 @@ def _is_plain(model: PreTrainedModel, head: nn.Linear) -> bool:
     def note_call(_: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         calls.append(({} if args else kwargs, output))
 
-    was_training = model.training
-    model.eval()
     head.forward = record  # type: ignore[method-assign]
     watch = None
     try:
         body = decoder(model)
         watch = body.register_forward_hook(note_call, with_kwargs=True)
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             logits = type(model).forward(model, **inputs, use_cache=False).logits
             # What the decoder makes of the inputs as they are: mostly just what the model asked of it.
             if len(calls) != 1 or not _same(calls[0][0], inputs | {"use_cache": False}):
@@ -77,7 +75,6 @@ def _is_plain(model: PreTrainedModel, head: nn.Linear) -> bool:
         if watch is not None:
             watch.remove()
         del head.forward
-        model.train(was_training)
 
 
 def _same(given: dict[str, Any], inputs: dict[str, Any]) -> bool:

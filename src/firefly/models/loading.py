@@ -25,7 +25,7 @@ from firefly.config import ModelConfig
 from firefly.console import notice
 from firefly.data.slow_tokenizers import adapt_tokenizer
 from firefly.errors import UsageError
-from firefly.files import atomic_folder, cache_folder, first_line, make_cache, unusable_cache
+from firefly.files import atomic_folder, cache_folder, first_line, make_cache, one_line, unusable_cache
 from firefly.models.attention import refuse_textless
 from firefly.models.experts import quantize_experts, quantizing_while_loading
 from firefly.models.kernels.lora_linear import install_frozen_forward
@@ -245,7 +245,7 @@ def fix_generation_config(generation: Any) -> None:
             raise UsageError(
                 "model.bad_generation_config",
                 "the model's generation_config.json is not valid: {problem}",
-                problem=" ".join(str(error).split()),
+                problem=one_line(error),
             ) from error
 
 

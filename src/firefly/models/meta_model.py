@@ -8,7 +8,6 @@ copied to the meta model.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from firefly.models.forwards import install_training_forwards
 from firefly.models.loading import as_quantized, load_failure, model_class, nf4_config, read_config
 from firefly.models.precision import Precision
 from firefly.models.probe_cache import cached_unreached
-from firefly.models.reach import Unreached, unreached_like
+from firefly.models.reach import Unreached, in_any_layer, unreached_like
 from firefly.models.saved_adapter import adapter_settings
 from firefly.models.scores import as_classifier, refuse_scores
 from firefly.translation import translate
@@ -106,9 +105,7 @@ def build_meta_model(
             unreached=unreached,
             notify=lambda _, text, **values: notes.append(translate(text, **values)),
         )
-    if config.adapter.mode != "full":
-        small_adapter = AdapterConfig(mode="lora", rank=4, dropout=config.adapter.dropout)
-        twin = attach_adapter(twin, small_adapter, unreached=of_twin, notify=lambda *_, **__: None)
+    twin = with_small_adapter(twin, config.adapter, of_twin)
     head = install_training_forwards(twin)
     inner, small = transformers_model(model), transformers_model(twin)
     if layout == "segments":
@@ -199,19 +196,23 @@ def make_tiny_twin(described: Any, model: ModelConfig, share: float | None = Non
         return _from_config(small, torch.float32, model)
 
 
+def with_small_adapter(twin: Any, adapter: AdapterConfig, unreached: Unreached | None = None) -> Any:
+    """The twin with an adapter on all layers, if the model gets one: kernels are probed with it."""
+    if adapter.mode == "full":
+        return twin
+    small = AdapterConfig(mode="lora", rank=4, dropout=adapter.dropout)
+    with torch.random.fork_rng(devices=[]):
+        return attach_adapter(twin, small, unreached=unreached, notify=lambda *_, **__: None)
+
+
 def follow_forwards(model: nn.Module, twin: nn.Module) -> None:
     """Copy the forwards installed on `twin` to the modules of the same path in `model`, unless already set."""
     given = {
-        (_place(name), type(module)): vars(module)["forward"].__func__
+        (in_any_layer(name), type(module)): vars(module)["forward"].__func__
         for name, module in twin.named_modules()
         if isinstance(vars(module).get("forward"), MethodType)
     }
     for name, module in model.named_modules():
-        forward = given.get((_place(name), type(module)))
+        forward = given.get((in_any_layer(name), type(module)))
         if forward is not None and "forward" not in vars(module):
             module.forward = MethodType(forward, module)  # type: ignore[assignment]
-
-
-def _place(name: str) -> str:
-    """A module's path without the layer's number."""
-    return re.sub(r"\d+", "#", name)

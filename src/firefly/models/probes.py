@@ -12,14 +12,14 @@ from firefly import ranks
 from firefly.config import AdapterConfig, ModelConfig
 from firefly.console import notice
 from firefly.files import first_line
-from firefly.models.adapters import attach_adapter, transformers_model
+from firefly.models.adapters import transformers_model
 from firefly.models.attention import refuse_textless, segmented, use_segments
 from firefly.models.checkpointing import decoder_layers
 from firefly.models.dry_run import NoDryRun, counted_activations
 from firefly.models.forwards import install_training_forwards
 from firefly.models.loading import load_model, quiet_libraries, read_config, text_only_of
 from firefly.models.memory import Activations
-from firefly.models.meta_model import follow_forwards, make_tiny_twin, unreached_by
+from firefly.models.meta_model import follow_forwards, make_tiny_twin, unreached_by, with_small_adapter
 from firefly.models.precision import Precision
 from firefly.models.probe_cache import cached_activations, cached_layout
 from firefly.models.reach import Unreached
@@ -67,7 +67,7 @@ class Probes:
         """
         if self.twin is None:
             return install_training_forwards(wrapped)
-        twin = _adapted(self.twin, adapter)
+        twin = with_small_adapter(self.twin, adapter)
         head = install_training_forwards(twin)
         follow_forwards(transformers_model(wrapped), transformers_model(twin))
         return head
@@ -97,7 +97,7 @@ class Probes:
     ) -> Activations:
         twin = make_tiny_twin(read_config(self.source), self.source, share).to(self.model.device, self.model.dtype)
         _attend_as(twin, self.model)
-        twin = _adapted(twin, adapter)
+        twin = with_small_adapter(twin, adapter)
         install_training_forwards(twin)
         return cached_activations(transformers_model(twin), layout, autocast, longest)
 
@@ -108,15 +108,6 @@ def _attend_as(model: Any, other: Any) -> None:
         use_segments(model)
     else:
         model.set_attn_implementation(other.config._attn_implementation)
-
-
-def _adapted(twin: Any, adapter: AdapterConfig) -> Any:
-    """The twin with an adapter on all layers, if the model gets one: kernels are probed with it."""
-    if adapter.mode == "full":
-        return twin
-    small = AdapterConfig(mode="lora", rank=4, dropout=adapter.dropout)
-    with torch.random.fork_rng(devices=[]):
-        return attach_adapter(twin, small, notify=lambda *_, **__: None)
 
 
 def load_for_training(

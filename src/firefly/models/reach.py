@@ -93,13 +93,15 @@ def find_unreached(model: Any) -> Unreached:
 def unreached_like(model: Any, twin: Any, found: Unreached) -> Unreached:
     """What text does not reach in `model`, mapped from `twin`, a smaller model of the same architecture: a layer is
     assumed to behave as the twin's of its kind."""
-    reached = {_place(name) for name, module in twin.named_modules() if not found.has(name)}
-    absent = {_place(name) for name in found.modules} - reached
+    reached = {in_any_layer(name) for name, module in twin.named_modules() if not found.has(name)}
+    absent = {in_any_layer(name) for name in found.modules} - reached
     every = {name for name, _ in twin.named_parameters(remove_duplicate=False)}
-    never = {_place(name) for name in found.parameters} - {_place(name) for name in every - found.parameters}
+    never = {in_any_layer(name) for name in found.parameters} - {
+        in_any_layer(name) for name in every - found.parameters
+    }
     return Unreached(
-        frozenset(name for name, _ in model.named_modules() if _place(name) in absent),
-        frozenset(n for n, _ in model.named_parameters(remove_duplicate=False) if _place(n) in never),
+        frozenset(name for name, _ in model.named_modules() if in_any_layer(name) in absent),
+        frozenset(n for n, _ in model.named_parameters(remove_duplicate=False) if in_any_layer(n) in never),
     )
 
 
@@ -235,6 +237,6 @@ def _upwards(path: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
-def _place(name: str) -> str:
-    """A path without layers' numbers."""
+def in_any_layer(name: str) -> str:
+    """A module's path without the layers' numbers."""
     return re.sub(r"\d+", "#", name)

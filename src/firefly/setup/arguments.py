@@ -18,6 +18,7 @@ from firefly.console import notice
 from firefly.distributed.backends import Backend, load_plainly
 from firefly.distributed.model import no_optimizer
 from firefly.errors import UsageError
+from firefly.files import one_line
 from firefly.models.precision import Precision
 from firefly.runs.trackers import choose_trackers
 
@@ -58,7 +59,7 @@ def check_schedule(args: TrainingArguments) -> None:
     try:
         get_scheduler(args.lr_scheduler_type, optimizer, 10, 100, options)
     except (TypeError, ValueError) as error:
-        kind, problem = SchedulerType(args.lr_scheduler_type), " ".join(str(error).split())
+        kind, problem = SchedulerType(args.lr_scheduler_type), one_line(error)
         raise UsageError(
             "config.schedule",
             "lr_scheduler_type = {value!r} cannot be built: {problem}; see lr_scheduler_kwargs.",
@@ -136,7 +137,7 @@ def training_arguments(values: Mapping[str, Any]) -> TrainingArguments:
         raise UsageError(
             "config.training_arguments",
             "the training arguments are not valid: {problem}",
-            problem=" ".join(str(error).split()),
+            problem=one_line(error),
         ) from error
 
 
