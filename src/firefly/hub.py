@@ -7,6 +7,7 @@ run left in the library's cache is used, and a notice says so.
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 import time
@@ -95,6 +96,18 @@ def ask_modelscope() -> None:
         NoAnswer: it cannot.
     """
     _patiently(_modelscope_answers)
+
+
+def modelscope_package() -> Any:
+    """ModelScope's own library, by name: an optional package is not there for the type checker either.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        return importlib.import_module("modelscope")
+    except ImportError:
+        raise UsageError("model.no_modelscope", "hub = modelscope needs a package: pip install modelscope.") from None
 
 
 def modelscope() -> str:

@@ -1,6 +1,6 @@
 """Configuration: one flat file (JSON or YAML) becomes one frozen, checked `Config`."""
 
-from firefly.config.checking import bad_choice, bad_type
+from firefly.config.checking import bad_choice, bad_type, missing_key
 from firefly.config.loading import load_config, parse_overrides, read_config_file
 from firefly.config.schema import (
     PREFERENCE_LOSS_NAMES,

@@ -219,6 +219,14 @@ def _refusal(error: ValidationError, values: Mapping[str, Any]) -> UsageError:
     return bad_type(name, shown, first)
 
 
+def missing_key(*keys: str) -> UsageError:
+    return UsageError(
+        "config.missing_key",
+        "required: {key}. Set it in the configuration or as --key value.",
+        key=", ".join(keys),
+    )
+
+
 def bad_choice(key: str, value: object, choices: Iterable[str]) -> UsageError:
     return UsageError(
         "config.bad_choice",

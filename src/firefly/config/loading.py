@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from firefly.config import legacy, rules
-from firefly.config.checking import check_values, refuse_unknown, run_file
+from firefly.config.checking import check_values, missing_key, refuse_unknown, run_file
 from firefly.config.schema import SECTIONS, Config, ReadOnly, own_fields
 from firefly.config.training_arguments import TRAINING_DEFAULTS
 from firefly.console import notice, take_notices
@@ -58,11 +58,7 @@ def load_config(
             values[name] = own[name][1].default
     missing = [name for name in required if not values.get(name)]
     if missing:
-        raise UsageError(
-            "config.missing_key",
-            "required: {key}. Set it in the configuration or as --key value.",
-            key=", ".join(missing),
-        )
+        raise missing_key(*missing)
     overridden = set(map(legacy.current_name, overrides))
     given = {name: value for name, value in file.items() if legacy.current_name(name) not in overridden} | overrides
     checked = check_values(values)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from firefly.config import DataConfig, RecordKind, bad_choice
+from firefly.config import DataConfig, RecordKind, bad_choice, missing_key
 from firefly.data.blocks import Blocks
 from firefly.data.duplicates import note_findings
 from firefly.data.encoding import Encoder
@@ -88,9 +88,7 @@ def load_split(
         UsageError: no such place, a file that is not what its name says, or a key with an impossible value.
     """
     if not config.train_file:
-        raise UsageError(
-            "config.missing_key", "required: {key}. Set it in the configuration or as --key value.", key="train_file"
-        )
+        raise missing_key("train_file")
     if config.data_format not in ("auto", *FORMATS):
         raise bad_choice("data_format", json.dumps(config.data_format), ("auto", *FORMATS))
     if kind == "document" and encoder.tokenizer.eos_token_id is None:

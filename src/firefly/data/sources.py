@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from firefly.config import missing_key
 from firefly.data.readers.data_files import find_files
 from firefly.errors import UsageError
 from firefly.files import atomic_file, cache_folder, make_cache
@@ -47,9 +48,7 @@ def find_sources(value: Any, key: str, hub: str = "huggingface") -> list[DataSou
     """
     entries = list(value) if isinstance(value, list | tuple) else [value]
     if not entries:
-        raise UsageError(
-            "config.missing_key", "required: {key}. Set it in the configuration or as --key value.", key=key
-        )
+        raise missing_key(key)
     sources = [_source(entry, key, hub) for entry in entries]
     names = [source.name for source in sources]
     for name in names:

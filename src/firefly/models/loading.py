@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import io
 import shutil
 import subprocess
@@ -72,10 +71,7 @@ def _is_local(name: str) -> bool:
 
 
 def _modelscope_folder(name: str, revision: str | None) -> str:
-    try:  # by name: an optional package is not there for the type checker either
-        snapshot_download = importlib.import_module("modelscope").snapshot_download
-    except ImportError:
-        raise UsageError("model.no_modelscope", "hub = modelscope needs a package: pip install modelscope.") from None
+    snapshot_download = hub.modelscope_package().snapshot_download
     options: dict[str, Any] = {"revision": revision} if revision else {}
     try:
         hub.ask_modelscope()

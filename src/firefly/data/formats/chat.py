@@ -126,6 +126,13 @@ def _listed_question(record: Fields, question: str, answers: Sequence[Any]) -> s
     return next(listed, None)
 
 
+def _only_question(record: Fields, keys: tuple[str, str] | None) -> tuple[str, ...]:
+    """`keys` of a question and an answer, where the record is nothing else; none where it is."""
+    if keys is None or is_judged(record) or answers_in_list(record, *keys) or is_restated(record):
+        return ()
+    return keys
+
+
 @dataclass(frozen=True)
 class QuestionFormat:
     """A question and its answer under two keys.
@@ -140,10 +147,7 @@ class QuestionFormat:
     without: tuple[str, ...] = ()
 
     def recognizes(self, record: Fields) -> tuple[str, ...]:
-        keys = self.keys(record)
-        if keys is None or is_judged(record) or answers_in_list(record, *keys) or is_restated(record):
-            return ()
-        return keys
+        return _only_question(record, self.keys(record))
 
     def keys(self, record: Fields) -> tuple[str, str] | None:
         """The record's own keys for the two."""
@@ -184,10 +188,9 @@ class OtherQuestionFormat:
     """Another combination of a key for a question and one for an answer: `question` and `output`, …"""
 
     def recognizes(self, record: Fields) -> tuple[str, ...]:
-        keys = question_and_answer(record)
-        if keys is None or is_judged(record) or answers_in_list(record, *keys) or is_restated(record):
+        if any(entry.keys(record) for entry in QUESTION_FORMATS.values()):
             return ()
-        return () if any(entry.keys(record) for entry in QUESTION_FORMATS.values()) else keys
+        return _only_question(record, question_and_answer(record))
 
     def parse(self, record: Fields) -> Conversation:
         return read_question(record, *(question_and_answer(record) or _missing_question(record)))

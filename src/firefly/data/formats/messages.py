@@ -99,7 +99,7 @@ def _read_turn(turn: Fields, first: bool) -> list[Message]:
     """One question and its answer; a system prompt may stand in the first turn (XTuner)."""
     system = system_beside(turn)
     if system and not first:
-        raise MalformedRecord("{field} is a system prompt beside the one under system", field=turn.at("system"))
+        raise _second_system(turn.at("system"))
     question = turn.first_of(QUESTION_KEYS) or "human"
     answer = turn.first_of(ANSWER_KEYS) or "assistant"
     asked = Message.of("user", question_text(turn, question))
@@ -250,11 +250,15 @@ def behind_beginning(record: Fields, messages: list[Message], place: str) -> lis
             system = []  # said twice
     if messages and messages[0].role == "system" and (system or history):
         if system:
-            raise MalformedRecord("{field} is a system prompt beside the one under system", field=f"{place}[0]")
+            raise _second_system(f"{place}[0]")
         system, messages = [messages[0]], messages[1:]
     if system and history and history[0].role == "system":
-        raise MalformedRecord("{field} is a system prompt beside the one under system", field="history[0]")
+        raise _second_system("history[0]")
     return [*system, *history, *messages]
+
+
+def _second_system(field: str) -> MalformedRecord:
+    return MalformedRecord("{field} is a system prompt beside the one under system", field=field)
 
 
 def untrained(messages: Sequence[Message]) -> list[Message]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import glob
-import importlib
 import os
 import re
 from pathlib import Path, PurePosixPath
@@ -248,10 +247,7 @@ def _select(place: str, key: str, names: list[str], pattern: str) -> list[str]:
 
 
 def _modelscope(place: str, key: str, name: str, revision: str | None, patterns: list[str]) -> str:
-    try:  # by name: an optional package is not there for the type checker either
-        download = importlib.import_module("modelscope").dataset_snapshot_download
-    except ImportError:
-        raise UsageError("model.no_modelscope", "hub = modelscope needs a package: pip install modelscope.") from None
+    download = hubs.modelscope_package().dataset_snapshot_download
     try:
         hubs.ask_modelscope()
     except hubs.NoAnswer as error:
