@@ -216,7 +216,8 @@ def fp32_products(model: Any) -> Iterator[None]:
     Left as they are: models with 4-bit layers, which convert for themselves, and with stacks of experts; and those that
     do not run so, as some read the weights of a module without calling it (Mamba).
     """
-    if has_bare_weights(model) or any(type(m).__name__ == "Linear4bit" for m in model.modules()):
+    has_stacks = any(parameter.dim() == 3 for parameter in model.parameters())
+    if has_stacks or any(type(m).__name__ == "Linear4bit" for m in model.modules()):
         yield
         return
     patched = []
@@ -262,11 +263,6 @@ def _runs(model: Any) -> bool:
             raise
         return False
     return True
-
-
-def has_bare_weights(model: Any) -> bool:
-    """Whether the model multiplies with 3-D weights of its own (mixture-of-experts layers)."""
-    return any(parameter.dim() == 3 for parameter in model.parameters())
 
 
 def compare(

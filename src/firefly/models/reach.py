@@ -75,7 +75,8 @@ def find_unreached(model: Any) -> Unreached:
     used = {path for name in modules for path in _upwards(name) if path in layers}
     missed = (name for name, p in model.named_parameters() if p.is_floating_point() and name not in parameters)
     if any(path in used for name in missed for path in _upwards(name)):
-        more, further = _reached(model, short_row(model, _longer_row(model)))
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGER
+        more, further = _reached(model, short_row(model, min(LONGER, most)))
         modules, parameters = modules | more, parameters | further
     lists = _expert_lists(model)
     called, held = {_pooled(name, lists) for name in modules}, {_pooled(name, lists) for name in parameters}
@@ -201,11 +202,6 @@ def _as_in_training(model: nn.Module) -> Iterator[None]:
             module.training = training
         for module, share in dropping:
             module.layerdrop = share
-
-
-def _longer_row(model: Any) -> int:
-    text = model.config.get_text_config()
-    return min(LONGER, getattr(text, "max_position_embeddings", None) or LONGER)
 
 
 def _expert_lists(model: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""What is shown before training: one example with its trained tokens coloured, the step, parameters, memory."""
+"""What is shown of a run's ends: one example with its trained tokens coloured, and the memory that it took."""
 
 from __future__ import annotations
 

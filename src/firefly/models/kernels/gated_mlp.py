@@ -129,15 +129,11 @@ def _same_output(module: Any) -> Activation | None:
             return None
         base: Any = module.gate_proj
         width = base.in_features
-        x = torch.linspace(-2, 2, 8 * width, device=parameter.device).sin().view(1, 8, width).to(_input_type(module))
+        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.bfloat16)
+        x = torch.linspace(-2, 2, 8 * width, device=parameter.device).sin().view(1, 8, width).to(dtype)
         with evaluating(module):  # an unknown block keeps its own forward
             both = attempt(lambda: (_forward_with(known[0])(module, x), type(module).forward(module, x)))
     return known[0] if both is not None and agree(*both, computed=x.dtype) else None
-
-
-def _input_type(module: Any) -> torch.dtype:
-    floating = [p.dtype for p in module.parameters() if p.is_floating_point()]
-    return floating[0] if floating else torch.bfloat16
 
 
 def _forward_with(activation: Activation) -> Callable[[Any, Tensor], Tensor]:
