@@ -76,17 +76,11 @@ def prepare(
     with atomic_folder(folder) as scratch:
         lines = kind == "document" and config.text_documents == "line" and file.lower().endswith(".txt")
         preparation = Preparation(config, encoder, kind, Ledger(file), WrappedLines() if lines else None)
+        # On a terminal the rows are counted, once preparation has taken a while.
+        shown = tqdm(records, Path(file).name, unit=f" {translate('rows')}", delay=2, disable=None, leave=False)
         index, rows, count = [], [], 0
         with pa.OSFile(str(scratch / "examples.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-            # On a terminal the rows are counted once preparation has taken a while.
-            bar = {
-                "desc": Path(file).name,
-                "unit": f" {translate('rows')}",
-                "delay": 2,
-                "disable": None,
-                "leave": False,
-            }
-            for chunk in preparation.run(iter(tqdm(records, **bar))):
+            for chunk in preparation.run(iter(shown)):
                 if chunk:
                     writer.write_batch(record_batch([tokens for row in chunk for tokens in row.examples]))
                     entries = [
@@ -333,7 +327,7 @@ class Preparation:
     def _render(self, source: Source, parsed: Parsed) -> _Row:
         desirable, train_on = None, self.config.train_on
         if isinstance(parsed, Labelled):
-            if self.kind == "labelled":
+            if self.kind == "labelled":  # its last reply is trained, whichever way
                 parsed, desirable, train_on = parsed.conversation, parsed.desirable, "last"
             else:
                 parsed = parsed.as_demonstration()
