@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from firefly.data.templates import ChatTemplate
 from firefly.data.tool_calls import Identify
 from firefly.generation.replies.calls import Tools
-from firefly.generation.replies.markers import Markers, learn_markers, probe_replies, written_reply
+from firefly.generation.replies.markers import Markers, learn_markers, probe_replies, shown_reply, written_reply
 from firefly.generation.replies.pieces import CallDelta, CallDropped, ContentDelta, Piece, ReasoningDelta, Reply
 from firefly.generation.replies.stream import ReplyStream
 
@@ -50,8 +50,8 @@ class ReplyFormat:
     def _reads_back(self, template: ChatTemplate) -> bool:
         """Whether the template's own calls are read as they were written."""
         for reply in probe_replies():
-            written = written_reply(template, reply) if reply.tool_calls and not reply.text else None
-            if written is not None:
+            written = written_reply(template, reply) or shown_reply(template, reply)
+            if written is not None and reply.tool_calls and not reply.text:
                 read = self.parse(written.text, prompt_tail=written.prompt)
                 if [call["function"] for call in read.tool_calls] != [call["function"] for call in reply.tool_calls]:
                     return False

@@ -248,11 +248,7 @@ class CallReader(Reader):
             if opening is None:
                 raise Malformed
             stop = split_words(form.value_open)[0]
-            most = opening + _LONGEST_KEY
-            while (place := self._text.find(stop, opening, most)) < 0:
-                if self._ended or len(self._text) >= most:
-                    raise Malformed
-                yield
+            place = yield from self._find(stop, opening, _LONGEST_KEY)
             key = self._text[opening:place].strip()
             start = yield from self._literal(form.value_open, place)
             schema = properties.get(key)

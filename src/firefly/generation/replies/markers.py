@@ -150,6 +150,7 @@ def _common_end(first: str, second: str) -> str:
 
 # ---- the probe
 
+_LONGEST_TAIL = 64
 _TEXT, _THOUGHT = "firefly-said", "firefly-thought"
 
 
@@ -211,16 +212,46 @@ def written_reply(template: ChatTemplate, reply: Message, tools: Sequence[Mappin
     return None
 
 
+def shown_reply(template: ChatTemplate, reply: Message) -> Written | None:
+    """A reply as a history shows it, where the template cannot be trained: what its prompt ends with (an opened or an
+    empty thought) is not there in a history."""
+    question = Message.of("user", "firefly-question")
+    for shown in (_tools(reply.tool_calls), ()):
+        try:
+            conversation = template.adapt(Conversation((question, reply), tuple(shown)))
+            prompt = template.render_text(conversation, prompt=True, upto=1)[0]
+            official = template.render_text(conversation, prompt=False)[0]
+        except TemplateFailure:
+            continue
+        start = len(_common_start(prompt, official))
+        text = official[start:]
+        words = [reply.text, reply.reasoning or ""]
+        for call in reply.tool_calls:
+            words += [call["function"]["name"], *map(str, call["function"]["arguments"].values())]
+        if all(word in text for word in words):
+            after = max(text.rfind(word) + len(word) for word in words if word)
+            ends = [place for stop in template.stop_tokens if (place := text.find(stop, after)) >= 0]
+            last = conversation.messages[-1]
+            identifiers = tuple(call.get("id") for call in last.tool_calls)
+            return Written(official[:start], text[: min(ends, default=len(text))], identifiers)
+    return None
+
+
 def learn_markers(template: ChatTemplate) -> Markers:
     """The markers of a template's replies; without calls, if it writes none or writes them in no way that is known."""
     template = replace(template, thinking="keep")
-    said, thought, one, two, beside, thought_one = [written_reply(template, reply) for reply in probe_replies()]
+    replies = probe_replies()
+    said, thought, one, two, beside, thought_one = [written_reply(template, reply) for reply in replies]
+    if said is None:
+        said, thought, one, two, beside, thought_one = [shown_reply(template, reply) for reply in replies]
     if said is None:
         return Markers()
+    question = Conversation((Message.of("user", "firefly-question"),))
+    prompt_tail = template.render_text(question, prompt=True)[0][-_LONGEST_TAIL:]
     lead = said.text.partition(_TEXT)[0]
     if "<|channel|>" in lead and "<|message|>" in lead:
         # The model writes more orders of channel and recipient in a header than the template does.
-        return Markers(prompt_tail=said.prompt[-64:], by_channel=True)
+        return Markers(prompt_tail=prompt_tail, by_channel=True)
     thoughts = _learn_thoughts(template, said, thought, one, thought_one)
     if thoughts:
         said, one, two, beside = [_without_empty_thought(item, thoughts) for item in (said, one, two, beside)]
@@ -249,7 +280,7 @@ def learn_markers(template: ChatTemplate) -> Markers:
         calls=calls,
         leads=_longest_first(leads),
         trails=_longest_first(trails),
-        prompt_tail=said.prompt[-64:],
+        prompt_tail=prompt_tail,
     )
 
 
@@ -272,6 +303,8 @@ def _learn_thoughts(
         ends = [item.text.find(where) if where else _start_of_call(item) for item in (shown, without)]
         if min(ends) >= 0:
             endings.append(behind[: ends[0] - len(opening) - len(_THOUGHT)])
+            # A prompt that has opened it did so with its last marker.
+            opening = opening if opening.strip() else _last_marker(shown.prompt)
             plain = without.text[: ends[1]]
     if not endings:
         known = ((start, end) for start, end in KNOWN_THOUGHTS if start.strip() in template.text)
@@ -282,10 +315,12 @@ def _learn_thoughts(
         (close,) = endings
         if close.strip().startswith(plain.strip()[:1] or " ") and close != plain:
             close = close.removesuffix(plain)
-    if not opening.strip():
-        # The prompt has opened it: with its last marker.
-        opening = said.prompt[max(said.prompt.rfind("<"), said.prompt.rfind("[")) :]
     return Thoughts(opening, close) if opening.strip() and close.strip() else None
+
+
+def _last_marker(prompt: str) -> str:
+    place = max(prompt.rfind("<"), prompt.rfind("["))
+    return prompt[place:] if place >= 0 else ""
 
 
 def _start_of_call(written: Written) -> int:

@@ -19,7 +19,7 @@ _SCALAR = re.compile(r"[^\s,:}\]\"{\[]*")
 _BARE = re.compile(r"[^\s,:}\])]*")
 _INSIDE_STRING = re.compile(r"(?:[^\"\\]|\\[^\x00-\x1f])+")
 _OUTSIDE_STRING = re.compile(r"[\s\d:,.+\-eEtrufalsn]+")
-_QUOTED = {char: re.compile(rf"{char}(?:[^{char}\\]|\\.)*{char}", re.DOTALL) for char in "\"'"}
+_INSIDE_QUOTES = {char: re.compile(rf"(?:[^{char}\\]|\\.)+", re.DOTALL) for char in "\"'"}
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 _CONTROLS = {number: f"\\u{number:04x}" for number in range(32)}
 
@@ -94,24 +94,36 @@ class Reader:
                 return end
             yield
 
+    def _find(self, marker: str, at: int, most: int | None = None) -> Step[int]:
+        """The next place of a marker; at most so far on."""
+        end = None if most is None else at + most
+        sought = at
+        while (place := self._text.find(marker, sought, end)) < 0:
+            if self._ended or (end is not None and len(self._text) >= end):
+                raise Malformed
+            sought = max(at, len(self._text) - len(marker) + 1)
+            yield
+        return place
+
     def _value(self, at: int, quote: str) -> Step[tuple[Any, int]]:
         """A value as JSON, Python or Gemma writes it, with texts in quotes."""
         at = yield from self._skip(at)
         if not (yield from self._is_there(at)):
             raise Malformed
         if quote not in ('"', "'") and (start := (yield from self._literal(quote, at))) is not None:
-            while (place := self._text.find(quote, start)) < 0:
-                if self._ended:
-                    raise Malformed
-                yield
+            place = yield from self._find(quote, start)
             return self._text[start:place], place + len(quote)
         char = self._text[at]
         if char in "\"'":
-            while (quoted := _QUOTED[char].match(self._text, at)) is None:
+            end = at + 1
+            while True:
+                match = _INSIDE_QUOTES[char].match(self._text, end)
+                end = match.end() if match else end
+                if self._text.startswith(char, end):
+                    return _unquoted(self._text[at : end + 1]), end + 1
                 if self._ended:
                     raise Malformed
                 yield
-            return _unquoted(quoted.group()), quoted.end()
         if char in "{[(":
             return (yield from self._container(at, quote))
         end = yield from self._run(_BARE, at)
