@@ -230,6 +230,28 @@ STYLES = {
             "</|DS|function_calls>",
         )
     ),
+    "recipients": chatml(
+        calls(
+            "{{ '\n<|from|>assistant\n<|recipient|>' ~ f.name ~ '\n<|content|>' ~ a | tojson }}",
+            text="{{ 'all\n<|content|>' ~ m.content }}",
+        )
+    ),
+    "recipients, and names in the calls": chatml(
+        "{% set next = '<|eom|><|start|>assistant' %}"
+        + calls(
+            "{{ ' to=' ~ f.name ~ '<|message|><calls>\n<invoke name=\"' ~ f.name ~ '\">\n' }}"
+            "{% for k, v in a.items() %}{{ '<parameter name=\"' ~ k ~ '\">' }}"
+            + SAID
+            + "{{ '</parameter>\n' }}{% endfor %}"
+            "{{ '</invoke>\n</calls>' }}",
+            between="<|eom|><|start|>assistant",
+            text="{{ ' to=self<|message|>' ~ m.reasoning_content ~ next if m.reasoning_content }}"
+            "{{ ' to=user<|message|>' ~ m.content if not m.tool_calls }}",
+        )
+    ),
+    "an empty thought before each text, and thoughts in texts": chatml(
+        calls("{{ '<c>' ~ f.name ~ a | tojson ~ '</c>' }}", text="{{ '<think></think>' ~ m.content }}")
+    ),
     "keys and values in elements": chatml(
         calls(
             "{{ '<tool><name>' ~ f.name ~ '</name>' }}{% for k, v in a.items() %}{{ '<arg><k>' ~ k ~ '</k><v>' }}"
@@ -246,6 +268,7 @@ STYLES = {
 @pytest.mark.parametrize("name", STYLES)
 def test_what_other_models_templates_write_is_read_back(name):
     assert learnt(name).has_calls
+    assert all(written_reply(bind(name), REPLIES[case], TOOLS) for case in ("text", "call", "two calls", "odd values"))
     assert [problem for case in REPLIES if (problem := round_trip(name, case))] == []
 
 

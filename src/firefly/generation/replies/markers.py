@@ -270,7 +270,8 @@ def learn_markers(template: ChatTemplate) -> Markers:
                 calls = replace(calls, gap=opening[: len(opening) - len(alone.lstrip())])
             elif opening.strip() and alone.endswith(opening):
                 # Llama 4 writes a marker before the text of a reply with calls, even if there is no text.
-                calls = replace(calls, begin=opening.removesuffix(calls.head))
+                white = opening[: len(opening) - len(opening.lstrip())]
+                calls = replace(calls, begin=opening.removesuffix(calls.head), gap=white)
         else:
             after = beside.text[place.end : at].removeprefix(calls.tail)
             calls = replace(calls, end=_common_start(calls.end, after))
@@ -295,27 +296,27 @@ def _learn_thoughts(
     one: Written | None,
     thought_one: Written | None,
 ) -> Thoughts | None:
-    opening, endings, plain = "", [], ""
+    opening, endings = "", []
     for shown, without, where in ((thought, said, _TEXT), (thought_one, one, None)):
         if shown is None or without is None or _THOUGHT not in shown.text:
             continue
         opening, _, behind = shown.text.partition(_THOUGHT)
         ends = [item.text.find(where) if where else _start_of_call(item) for item in (shown, without)]
         if min(ends) >= 0:
-            endings.append(behind[: ends[0] - len(opening) - len(_THOUGHT)])
+            close = behind[: ends[0] - len(opening) - len(_THOUGHT)]
+            # What a reply without a thought begins with belongs to the text or the call, unless it is an empty thought.
+            lead = without.text[: ends[1]]
+            endings.append(close.removesuffix(lead) if close != lead else close)
             # A prompt that has opened it did so with its last marker.
             opening = opening if opening.strip() else _last_marker(shown.prompt)
-            plain = without.text[: ends[1]]
     if not endings:
         known = ((start, end) for start, end in KNOWN_THOUGHTS if start.strip() in template.text)
         return next((Thoughts(start, end) for start, end in known if end.strip() in template.text), None)
-    if len(endings) == 2:
-        close = _common_start(*endings)
-    else:
-        (close,) = endings
-        if close.strip().startswith(plain.strip()[:1] or " ") and close != plain:
-            close = close.removesuffix(plain)
-    return Thoughts(opening, close) if opening.strip() and close.strip() else None
+    close = _common_start(endings[0], endings[-1])
+    if not close.strip():
+        return None
+    opening = opening.rpartition(close.strip())[2]  # behind an empty one
+    return Thoughts(opening, close) if opening.strip() else None
 
 
 def _last_marker(prompt: str) -> str:
@@ -375,8 +376,7 @@ def _locate_call(written: Written, number: int, at: int) -> _Place | None:
     text, function, identifier = written.text, _call(number)["function"], written.identifiers[number]
     name, arguments = function["name"], function["arguments"]
     first_key = text.find(next(iter(arguments)), at)
-    start = text.find(name, at)
-    if start < 0 or first_key < 0:
+    if first_key < 0:
         return None
     found = None
     for brace in (match.start() for match in re.compile(r"\{").finditer(text, at, first_key)):
@@ -394,11 +394,14 @@ def _locate_call(written: Written, number: int, at: int) -> _Place | None:
     if identifier is not None and place >= 0:
         heading.append((place, place + len(identifier), "id"))
     if not (identifier is not None and name in identifier and place >= 0):
-        heading.append((start, start + len(name), "name"))
+        # It may stand there twice: as a recipient, and in the call.
+        upto = found[0] if found else first_key
+        named = re.compile(re.escape(name)).finditer(text, at, upto)
+        heading += [(match.start(), match.end(), "name") for match in named]
     heading.sort()
     if found:
-        return _Place((*heading, (*found, "arguments")), None) if heading[-1][1] <= found[0] else None
-    fields = _learn_fields(text, heading[-1][1], arguments)
+        return _Place((*heading, (*found, "arguments")), None) if heading else None
+    fields = _learn_fields(text, heading[-1][1], arguments) if heading else None
     if fields is None:
         return None
     form, begin, end = fields

@@ -62,11 +62,13 @@ class ReplyStream(CallReader):
             if opened:
                 white = white_end(thoughts.open).removeprefix(white_end(self._prompt_tail))
                 self._at = yield from self._white(white, self._at)
-            # The model may open again what its prompt has opened.
-            if (start := (yield from self._literal(thoughts.open, self._at))) is not None:
-                self._at, opened = start, True
-            if opened:
-                yield from self._thought(thoughts.close)
+            thinks = True
+            while thinks:
+                # The model may open what its prompt has opened, and a thought may follow an empty one.
+                if (start := (yield from self._literal(thoughts.open, self._at))) is not None:
+                    self._at, opened = start, True
+                thinks = opened and not (yield from self._thought(thoughts.close))
+                opened = False
         for lead in self._markers.leads:
             if (start := (yield from self._literal(lead, self._at))) is not None:
                 self._at = start
@@ -75,7 +77,8 @@ class ReplyStream(CallReader):
             yield from self._bare(calls)
         yield from self._content(calls)
 
-    def _thought(self, close: str) -> Step[None]:
+    def _thought(self, close: str) -> Step[bool]:
+        """A thought, up to its end; whether it is more than white space."""
         core = close.strip()
         while (place := self._text.find(core, self._at)) < 0:
             if self._ended:
@@ -94,7 +97,8 @@ class ReplyStream(CallReader):
             if self._spoken and white:
                 self._pieces.append(ReasoningDelta(white))
             self._at = yield from self._white(white_end(close), place + len(core))
-        self._spoken = False
+        has_thought, self._spoken = self._spoken, False
+        return has_thought
 
     def _content(self, calls: CallMarkers | None) -> Step[None]:
         trigger = calls.trigger if calls else ""
