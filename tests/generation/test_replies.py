@@ -252,6 +252,9 @@ STYLES = {
     "an empty thought before each text, and thoughts in texts": chatml(
         calls("{{ '<c>' ~ f.name ~ a | tojson ~ '</c>' }}", text="{{ '<think></think>' ~ m.content }}")
     ),
+    "the text behind the calls": chatml(
+        calls(OBJECT, "<calls>", ",", "</calls>", text="") + "{{ m.content ~ ('<done>' if m.tool_calls else '') }}"
+    ),
     "keys and values in elements": chatml(
         calls(
             "{{ '<tool><name>' ~ f.name ~ '</name>' }}{% for k, v in a.items() %}{{ '<arg><k>' ~ k ~ '</k><v>' }}"
@@ -270,6 +273,21 @@ def test_what_other_models_templates_write_is_read_back(name):
     assert learnt(name).has_calls
     assert all(written_reply(bind(name), REPLIES[case], TOOLS) for case in ("text", "call", "two calls", "odd values"))
     assert [problem for case in REPLIES if (problem := round_trip(name, case))] == []
+
+
+def test_a_thought_is_found_where_a_history_shows_an_empty_one_and_the_prompt_opens_one():
+    """No reply without a thought continues its prompt, so none can be trained; calls and thoughts are read all the same
+    (Nemotron 3)."""
+    thought = "<think>{% set r = m.reasoning_content %}{{ '\\n' ~ r ~ '\\n</think>\\n' if r else '</think>' }}"
+    reply = thought + calls("{{ '<c>' ~ f.name ~ a | tojson ~ '</c>' }}", "\\n")
+    text = chatml(reply).replace("assistant\n' }}", "assistant\n<think>\n' }}")
+    template = ChatTemplate("own", text, ("<|im_end|>",), (1,), {})
+    assert written_reply(template, REPLIES["text"]) is None
+    form = ReplyFormat.of(template)
+    assert form.parse("Well\n</think>\nHello.") == Reply("Hello.", "Well")
+    read = form.parse('Well\n</think>\n<c>get_weather{"city": "Paris"}</c>')
+    assert (read.content, read.reasoning, functions(read)) == ("", "Well", [("get_weather", {"city": "Paris"})])
+    assert form.parse("Hello.", prompt_tail="<think></think>") == Reply("Hello.")
 
 
 @pytest.mark.parametrize(
@@ -340,6 +358,13 @@ def test_several_calls_of_llama_are_separated_in_several_ways():
         assert len({item["id"] for item in read.tool_calls}) == 2
 
 
+def test_an_element_that_says_that_it_is_text_is_one_without_a_schema():
+    name = "elements that say whether they are text"
+    written = written_reply(bind(name), REPLIES["looks like another type"], TOOLS)
+    assert written is not None
+    assert functions(learnt(name).parse(written.text)) == [("get_weather", {"city": "12", "share": 1.5})]
+
+
 def test_line_breaks_inside_of_a_json_string_are_escaped():
     text = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "a\nb\tc\\nd"}}\n</tool_call>'
     pieces = learnt("qwen2.5").stream(TOOLS).feed(text)
@@ -374,6 +399,7 @@ BROKEN = [
     ("llama3.1", '{"name": "get_weather", "parameters": {"city": "Par'),
     ("llama3.1", '{"name": "Paris", "parameters": {"inhabitants": 2}}'),
     ("llama3.1", '{"name": "get_weather", "inhabitants": 2}'),
+    ("llama3.1", '{"answer": 1, "name": "get_weather", "parameters": {"city": "Paris"}}'),
     ("llama3.1", '[1, {"a": 2}]\n'),
     ("llama3.1", 'As JSON: {"name": "get_weather", "parameters": {"city": "Paris"}}'),
     ("gpt-oss", '<|channel|>commentary to=functions.get_weather<|message|>{"city": "Par'),
@@ -399,6 +425,14 @@ def test_a_stream_says_which_call_that_began_came_to_nothing():
     assert functions(read) == [("get_weather", {"city": "Paris"})]
 
 
+def test_a_broken_call_is_begun_once():
+    broken = WRITTEN.replace("}}", "}]")
+    stream = learnt("qwen2.5").stream(TOOLS)
+    pieces = [*stream.feed(f"{WRITTEN}\n{broken}\n{WRITTEN}"), *stream.finish()]
+    assert [piece.index for piece in pieces if isinstance(piece, CallDelta) and piece.name] == [0, 1, 2]
+    assert [piece.index for piece in pieces if isinstance(piece, CallDropped)] == [1]
+
+
 def test_a_broken_call_among_good_ones_takes_none_of_them_along():
     good = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
     read = learnt("qwen2.5").parse(f"{WRITTEN}\n<tool_call>\n{{oops\n</tool_call>\n{WRITTEN}\nDone.", TOOLS)
@@ -416,7 +450,7 @@ def test_nothing_is_taken_for_a_call_where_the_template_writes_none(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("qwen2.5", WRITTEN), *[case for case in SPELLINGS if case[0] == "llama3.1"]]
+    ("name", "text"), [("qwen2.5", WRITTEN), *(case for case in SPELLINGS if case[0] in ("llama3.1", "gpt-oss"))]
 )
 def test_nothing_is_taken_for_a_call_where_nothing_may_be_called(name, text):
     assert learnt(name).parse(text, None) == Reply(text)
@@ -528,6 +562,7 @@ def test_a_value_in_an_element_has_the_type_of_its_schema(written, schema, value
     assert isinstance(functions(read)[0][1]["x"], type(value))
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("written", "value"),
     [
@@ -602,6 +637,11 @@ def test_a_text_in_an_element_comes_as_it_is_written():
     stream.feed('</think>\n\n<tool_call>\n<function=get_weather>\n<parameter=city>\nA "long"')
     assert stream.feed(" text\n</para") == [CallDelta(0, " text")]
     assert stream.feed("graph") == [CallDelta(0, "\\n</paragraph")]
+
+
+def test_an_answer_in_json_is_not_held_back_where_calls_have_no_marker():
+    stream = learnt("llama3.1").stream(TOOLS)
+    assert stream.feed('{"answer": 4') == [ContentDelta('{"answer": 4')]
 
 
 def test_only_what_may_begin_a_marker_is_held_back():
@@ -680,3 +720,14 @@ def test_no_word_of_a_reply_is_lost(case):
     read = learnt(name).parse("".join(numbered), TOOLS)
     kept = read.content + (read.reasoning or "") + json.dumps(functions(read), ensure_ascii=False)
     assert [word for word in numbered if word.startswith("word") and word not in kept] == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(damaged())
+def test_a_reply_without_any_call_is_exactly_the_content(case):
+    name, text, _ = case
+    markers = learnt(name).markers
+    if markers.thoughts or markers.leads or markers.trails or markers.by_channel:
+        return
+    read = learnt(name).parse(text, TOOLS)
+    assert read.tool_calls or read == Reply(text)

@@ -7,6 +7,7 @@ beside a call, a thought), and what stands around the names is taken as literal 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -134,6 +135,8 @@ def _common_start(first: str, second: str) -> str:
     shared = []
     for one, other in zip(split_atoms(first), split_atoms(second), strict=False):
         if one != other:
+            if one.isspace() and other.isspace():
+                shared.append(os.path.commonprefix([one, other]))  # noqa: RUF071  (of characters)
             break
         shared.append(one)
     return "".join(shared)
@@ -151,6 +154,7 @@ def _common_end(first: str, second: str) -> str:
 # ---- the probe
 
 _LONGEST_TAIL = 64
+_QUESTION = Message.of("user", "firefly-question")
 _TEXT, _THOUGHT = "firefly-said", "firefly-thought"
 
 
@@ -196,9 +200,9 @@ class Written:
 
 
 def written_reply(template: ChatTemplate, reply: Message, tools: Sequence[Mapping[str, Any]] = ()) -> Written | None:
-    """None where the template refuses the reply or drops a part of it."""
+    """A reply as the template has it trained; None where it refuses it or drops a part of it."""
     for shown in (tools or _tools(reply.tool_calls), ()):
-        conversation = Conversation((Message.of("user", "firefly-question"), reply), tuple(shown))
+        conversation = Conversation((_QUESTION, reply), tuple(shown))
         try:
             rendered = template.render(conversation)[-1]
             last = template.adapt(conversation).messages[-1]
@@ -215,10 +219,9 @@ def written_reply(template: ChatTemplate, reply: Message, tools: Sequence[Mappin
 def shown_reply(template: ChatTemplate, reply: Message) -> Written | None:
     """A reply as a history shows it, where the template cannot be trained: what its prompt ends with (an opened or an
     empty thought) is not there in a history."""
-    question = Message.of("user", "firefly-question")
     for shown in (_tools(reply.tool_calls), ()):
         try:
-            conversation = template.adapt(Conversation((question, reply), tuple(shown)))
+            conversation = template.adapt(Conversation((_QUESTION, reply), tuple(shown)))
             prompt = template.render_text(conversation, prompt=True, upto=1)[0]
             official = template.render_text(conversation, prompt=False)[0]
         except TemplateFailure:
@@ -231,8 +234,7 @@ def shown_reply(template: ChatTemplate, reply: Message) -> Written | None:
         if all(word in text for word in words):
             after = max(text.rfind(word) + len(word) for word in words if word)
             ends = [place for stop in template.stop_tokens if (place := text.find(stop, after)) >= 0]
-            last = conversation.messages[-1]
-            identifiers = tuple(call.get("id") for call in last.tool_calls)
+            identifiers = tuple(call.get("id") for call in conversation.messages[-1].tool_calls)
             return Written(official[:start], text[: min(ends, default=len(text))], identifiers)
     return None
 
@@ -246,8 +248,10 @@ def learn_markers(template: ChatTemplate) -> Markers:
         said, thought, one, two, beside, thought_one = [shown_reply(template, reply) for reply in replies]
     if said is None:
         return Markers()
-    question = Conversation((Message.of("user", "firefly-question"),))
-    prompt_tail = template.render_text(question, prompt=True)[0][-_LONGEST_TAIL:]
+    try:
+        prompt_tail = template.render_text(Conversation((_QUESTION,)), prompt=True)[0][-_LONGEST_TAIL:]
+    except TemplateFailure:
+        prompt_tail = said.prompt[-_LONGEST_TAIL:]
     lead = said.text.partition(_TEXT)[0]
     if "<|channel|>" in lead and "<|message|>" in lead:
         # The model writes more orders of channel and recipient in a header than the template does.
@@ -259,10 +263,10 @@ def learn_markers(template: ChatTemplate) -> Markers:
     lead, _, trail = said.text.partition(_TEXT)
     leads, trails = {lead}, {trail}
     calls = _learn_calls(one, two) if one else None
-    if calls and one and beside:
+    if calls and one and beside and (places := _locate(beside, 1)):
         at = beside.text.find(_TEXT)
         upto = at + len(_TEXT)
-        place, alone = _locate(beside, 1)[0], one.text[: _locate(one, 1)[0].start]
+        place, alone = places[0], one.text[: _start_of_call(one)]
         if at < place.start:
             leads.add(beside.text[:at])
             opening = beside.text[upto : place.start]
@@ -300,15 +304,17 @@ def _learn_thoughts(
     for shown, without, where in ((thought, said, _TEXT), (thought_one, one, None)):
         if shown is None or without is None or _THOUGHT not in shown.text:
             continue
-        opening, _, behind = shown.text.partition(_THOUGHT)
-        ends = [item.text.find(where) if where else _start_of_call(item) for item in (shown, without)]
-        if min(ends) >= 0:
-            close = behind[: ends[0] - len(opening) - len(_THOUGHT)]
-            # What a reply without a thought begins with belongs to the text or the call, unless it is an empty thought.
-            lead = without.text[: ends[1]]
-            endings.append(close.removesuffix(lead) if close != lead else close)
-            # A prompt that has opened it did so with its last marker.
-            opening = opening if opening.strip() else _last_marker(shown.prompt)
+        end, plain_end = [item.text.find(where) if where else _start_of_call(item) for item in (shown, without)]
+        if min(end, plain_end) < 0:
+            continue
+        opening = shown.text.partition(_THOUGHT)[0]
+        close, lead = shown.text[len(opening) + len(_THOUGHT) : end], without.text[:plain_end]
+        # What a reply without a thought begins with belongs to the text or the call, unless that is an empty thought's.
+        own = close.removesuffix(lead)
+        endings.append(own if own.strip() else close)
+        if not opening.strip():
+            # The prompt has opened it: with its last marker.
+            opening = shown.prompt[max(shown.prompt.rfind("<"), shown.prompt.rfind("["), 0) :]
     if not endings:
         known = ((start, end) for start, end in KNOWN_THOUGHTS if start.strip() in template.text)
         return next((Thoughts(start, end) for start, end in known if end.strip() in template.text), None)
@@ -317,11 +323,6 @@ def _learn_thoughts(
         return None
     opening = opening.rpartition(close.strip())[2]  # behind an empty one
     return Thoughts(opening, close) if opening.strip() else None
-
-
-def _last_marker(prompt: str) -> str:
-    place = max(prompt.rfind("<"), prompt.rfind("["))
-    return prompt[place:] if place >= 0 else ""
 
 
 def _start_of_call(written: Written) -> int:
@@ -396,8 +397,8 @@ def _locate_call(written: Written, number: int, at: int) -> _Place | None:
     if not (identifier is not None and name in identifier and place >= 0):
         # It may stand there twice: as a recipient, and in the call.
         upto = found[0] if found else first_key
-        named = re.compile(re.escape(name)).finditer(text, at, upto)
-        heading += [(match.start(), match.end(), "name") for match in named]
+        for match in re.compile(re.escape(name)).finditer(text, at, upto):
+            heading.append((match.start(), match.end(), "name"))
     heading.sort()
     if found:
         return _Place((*heading, (*found, "arguments")), None) if heading else None
@@ -488,5 +489,6 @@ def _learn_calls(one: Written, two: Written | None) -> CallMarkers | None:
     if identifier and name in identifier:
         before, _, behind = identifier.partition(name)
         named = (before, behind[:1])
-    parts = tuple((literal, kind) for literal, (_, _, kind) in zip(literals, place.parts, strict=True))
+    kinds: list[Part] = [kind for _, _, kind in place.parts]
+    parts = tuple(zip(literals, kinds, strict=True))
     return CallMarkers(begin, head, tail, between, end, "", parts, place.form, named)

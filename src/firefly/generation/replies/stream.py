@@ -23,7 +23,11 @@ Text = type[ContentDelta] | type[ReasoningDelta]
 
 
 class ReplyStream(CallReader):
-    """The parser of one reply."""
+    """The parser of one reply.
+
+    A call is handed out from when its name is known: its arguments come as they are written. One that is cut off or
+    broken later is taken back (`CallDropped`).
+    """
 
     def __init__(
         self, markers: Markers, identify: Identify | None, tools: Tools | None, prompt_tail: str, reply_id: str
