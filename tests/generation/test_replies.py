@@ -252,6 +252,12 @@ STYLES = {
     "an empty thought before each text, and thoughts in texts": chatml(
         calls("{{ '<c>' ~ f.name ~ a | tojson ~ '</c>' }}", text="{{ '<think></think>' ~ m.content }}")
     ),
+    "an empty thought, and no text beside calls": chatml(
+        calls(
+            "{{ '<c>' ~ f.name ~ a | tojson ~ '</c>' }}",
+            text="{{ '<think>' ~ m.reasoning_content ~ '</think>' }}" + ALONE,
+        )
+    ),
     "the text behind the calls": chatml(
         calls(OBJECT, "<calls>", ",", "</calls>", text="") + "{{ m.content ~ ('<done>' if m.tool_calls else '') }}"
     ),
@@ -336,6 +342,10 @@ SPELLINGS = [
     (
         "gpt-oss",
         '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city":"Paris"}',
+    ),
+    (
+        "functions in objects",
+        '<c>[{"function": {"arguments": {"city": "Paris"}, "name": "get_weather"}, "id": "1", "type": "function"}]</c>',
     ),
     ("gpt-oss", '<|start|>assistant<|channel|>commentary to=functions.get_weather<|message|>{"city": "Paris"}<|call|>'),
 ]
