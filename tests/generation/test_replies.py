@@ -301,8 +301,9 @@ def test_a_thought_is_found_where_a_history_shows_an_empty_one_and_the_prompt_op
     [
         "{{ f.name }}: {% for k, v in a.items() %}{{ k ~ '=' ~ v ~ '\n' }}{% endfor %}",
         "{% for k, v in a.items() %}{{ '<' ~ k ~ '>' ~ v ~ '</' ~ k ~ '>' }}{% endfor %}{{ f.name }}",
+        "{{ f.name ~ '-end' ~ a | tojson }}",
     ],
-    ids=["no end of a value", "the name last"],
+    ids=["no end of a value", "the name last", "no end of the name"],
 )
 def test_calls_in_no_known_way_are_not_found(each):
     template = ChatTemplate("own", chatml(calls(each, "<calls>")), ("<|im_end|>",), (1,), {})
