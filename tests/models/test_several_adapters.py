@@ -96,6 +96,7 @@ def check_turns(tmp_path: Path, name: str, mode: str, kinds: list[str]) -> None:
     assert all((alone[kind] - bare).abs().max() > 1e-3 for kind in alone)
     served = load_adapters(model, {kind: open_adapter(str(tmp_path / kind)) for kind in kinds})
     assert served is model
+    assert not hasattr(model, "peft_config")
     assert torch.equal(logits(served), bare)
     for kind in [*alone, *reversed(alone)]:
         use_adapter(served, kind)
