@@ -113,7 +113,7 @@ def load_for_generation(
     if not given and is_adapter(model.name_or_path):
         given, model = {_last_part(model.name_or_path): model.name_or_path}, replace(model, name_or_path="")
     saved = {name: open_adapter(path) for name, path in given.items()}
-    model = _common_base(given, model)
+    model = common_base(given, model)
     loaded = _load_base(model, load_in_4bit, devices)
     for name, adapter in saved.items():
         if adapter.settings.task_type == ADAPTER_TASK:
@@ -186,7 +186,7 @@ def _last_part(path: str) -> str:
     return Path(os.path.normpath(path)).name or Path(path).expanduser().resolve().name
 
 
-def _common_base(adapters: Mapping[str, str], model: ModelConfig) -> ModelConfig:
+def common_base(adapters: Mapping[str, str], model: ModelConfig) -> ModelConfig:
     """The base given, or the one that all adapters name.
 
     Raises:
