@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from firefly.config import PrecisionConfig, load_config
+from firefly.config import Config, PrecisionConfig, load_config
 from firefly.errors import UsageError
 from firefly.generation.loading import common_base, named_adapters
 from firefly.models.loading import read_config
 from firefly.models.memory import Forecast
-from firefly.models.saved_adapter import is_adapter, open_adapter
+from firefly.models.saved_adapter import SavedAdapter, is_adapter, open_adapter
 from firefly.models.serving_memory import (
     PAGE,
     adapter_bytes,
@@ -104,31 +104,16 @@ def make_serving_plan(
     Raises:
         UsageError: the model, an adapter or an option is at fault.
     """
-    if unread := sorted(set(overrides or {}) - OF_THE_MODEL):
-        raise UsageError(
-            "plan.not_of_serving",
-            "plan --serve does not go by {keys}. It takes: {known}.",
-            keys=", ".join(unread),
-            known=", ".join(sorted(OF_THE_MODEL)),
-        )
     if cache_tokens is not None and cache_tokens < 1:
         raise UsageError(
             "plan.bad_cache_tokens", "--cache_tokens {value} is not valid; it must be at least 1.", value=cache_tokens
         )
-    named = named_adapters(adapters)
-    required = () if named else ("model_name_or_path",)
-    config = load_config(source or {}, overrides, required=required)
-    if not named and config.adapter.name_or_path:
-        named = named_adapters([config.adapter.name_or_path])
-    elif not named and is_adapter(config.model.name_or_path):
-        named = named_adapters([config.model.name_or_path])
-        config = replace(config, model=replace(config.model, name_or_path=""))
-    saved = [open_adapter(path) for path in named.values()]
+    config, saved = _asked(source, overrides or {}, adapters)
     notes: list[str] = []
     machine = describe_machine(memory, device, bool(config.training.get("use_cpu")))
     if machine.assumed:
         notes.append(machine.assumed)
-    config = with_known_shape(replace(config, model=common_base(named, config.model)), notes)
+    config = with_known_shape(config, notes)
     described = read_config(config.model)
     precision = precision_on(machine, PrecisionConfig())
     itemsize, models = precision.compute.itemsize, 1 + len(saved)
@@ -182,3 +167,26 @@ def make_serving_plan(
         notes=tuple(notes),
         unknown=unknown,
     )
+
+
+def _asked(
+    source: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any], adapters: Sequence[str]
+) -> tuple[Config, list[SavedAdapter]]:
+    """A configuration that names the base, and the adapters over it."""
+    if unread := sorted(set(overrides) - OF_THE_MODEL):
+        raise UsageError(
+            "plan.not_of_serving",
+            "plan --serve does not go by {keys}. It takes: {known}.",
+            keys=", ".join(unread),
+            known=", ".join(sorted(OF_THE_MODEL)),
+        )
+    named = named_adapters(adapters)
+    required = () if named else ("model_name_or_path",)
+    config = load_config(source or {}, overrides, required=required)
+    if not named and config.adapter.name_or_path:
+        named = named_adapters([config.adapter.name_or_path])
+    elif not named and is_adapter(config.model.name_or_path):
+        named = named_adapters([config.model.name_or_path])
+        config = replace(config, model=replace(config.model, name_or_path=""))
+    config = replace(config, model=common_base(named, config.model))
+    return config, [open_adapter(path) for path in named.values()]
