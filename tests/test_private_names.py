@@ -16,7 +16,7 @@ NAMES = {
     "peft.utils.transformers_weight_conversion._MODEL_TO_CONVERSION_PATTERN": {"mixtral": "mixtral"},
     "peft.utils.transformers_weight_conversion._MOE_FUSED_TARGETS": {"qwen2_moe": ...},
     "peft.utils.transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING": {"qwen2_moe": ...},
-    # what it wraps modules with (models/kernels, models/unread.py, models/adapter_loading.py)
+    # what it wraps modules with (models/kernels, models/unread.py, models/adapter_placement.py)
     "peft.utils.other.ModulesToSaveWrapper._forward_wrapped": None,
     "peft.utils.other.get_pattern_key": None,
     "peft.tuners.tuners_utils.check_target_module_exists": None,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from firefly.generation import GenerationSettings, Generator
     from firefly.runs.records import read_run
     from firefly.setup.plan import make_plan
+    from firefly.setup.serving_plan import make_serving_plan
     from firefly.training import train
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "check_data",
     "load_config",
     "make_plan",
+    "make_serving_plan",
     "merge",
     "read_run",
     "train",
@@ -43,6 +45,7 @@ _HOMES = {
     "merge": "export.merge",
     "read_run": "runs.records",
     "make_plan": "setup.plan",
+    "make_serving_plan": "setup.serving_plan",
     "train": "training",
     **dict.fromkeys(("Config", "ModelConfig", "load_config"), "config"),
     **dict.fromkeys(("FireflyError", "UsageError", "VerificationError"), "errors"),

@@ -14,7 +14,7 @@ from firefly import hub
 from firefly.cli import main
 from firefly.config import load_config
 from firefly.models.known_shapes import KNOWN, known_shape
-from firefly.setup.plan import _with_known_shape
+from firefly.setup.plan import with_known_shape
 from tiny import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,7 +98,7 @@ def test_a_plan_without_a_hub_says_whose_shapes_it_counts(
 
 def test_a_path_that_is_not_there_yet_is_planned_for_by_its_end() -> None:
     path, notes = "/your/model/path/to//Qwen/Qwen1.5-14B", []
-    config = _with_known_shape(load_config({}, {"model_name_or_path": path}, required=()), notes)
+    config = with_known_shape(load_config({}, {"model_name_or_path": path}, required=()), notes)
     assert config.model.name_or_path == str(known_shape("Qwen/Qwen1.5-14B"))
     assert path in notes[0]
 

@@ -172,7 +172,7 @@ def test_an_adapter_of_a_language_model_fits_the_same_one_beside_a_vision_tower(
     alone.lm_head.load_state_dict(whole.lm_head.state_dict())
     trained = saved_adapter(tmp_path / "adapter", alone)  # q_proj is a name that the tower has, too
     said: list[str] = []
-    monkeypatch.setattr("firefly.models.adapter_loading.notice", lambda code, text, **values: said.append(code))
+    monkeypatch.setattr("firefly.models.adapter_placement.notice", lambda code, text, **values: said.append(code))
     served = load_adapter(whole, str(tmp_path / "adapter"))
     torch.testing.assert_close(logits(served), logits(trained), atol=1e-5, rtol=1e-4)
     assert said == ["adapter.renamed", "adapter.not_adapted"]

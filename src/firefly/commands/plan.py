@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +18,9 @@ from firefly.translation import Phrase, translate
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from firefly.models.memory import Forecast
     from firefly.setup.plan import Duration, Plan
+    from firefly.setup.serving_plan import ServingPlan
 
 app = typer.Typer(add_completion=False)
 
@@ -31,9 +34,33 @@ def plan_command(
     tflops: Annotated[
         float | None, typer.Option("--tflops", help="Matmul rate of that machine, for the time estimate.")
     ] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="Plan serving the model instead of training it.")] = False,
+    adapter_name_or_path: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter_name_or_path",
+            metavar="PATH",
+            help="An adapter; with --serve several, each a folder or name=folder.",
+        ),
+    ] = None,
+    cache_tokens: Annotated[
+        int | None, typer.Option("--cache_tokens", help="Serving: tokens that the cache of each model holds.")
+    ] = None,
+    load_in_4bit: Annotated[bool, typer.Option("--load_in_4bit", help="Serving: hold the weights in NF4.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     source, overrides = given_configuration(context, config)
+    if serve:
+        if tflops is not None:
+            raise UsageError("plan.no_time_of_serving", "--tflops says nothing of serving; leave it out with --serve.")
+        plan_serving(source, overrides, adapter_name_or_path or [], cache_tokens, load_in_4bit, memory, device, as_json)
+        return
+    if cache_tokens is not None or load_in_4bit or len(adapter_name_or_path or ()) > 1:
+        raise UsageError(
+            "plan.only_serving", "--cache_tokens, --load_in_4bit and several adapters are of serving: add --serve."
+        )
+    if adapter_name_or_path:
+        overrides["adapter_name_or_path"] = adapter_name_or_path[0]
     if tflops is not None and not tflops > 0:
         raise UsageError("plan.bad_rate", "--tflops {value} is not valid; it must be above 0.", value=tflops)
     with imports_without_gc():
@@ -50,6 +77,72 @@ def plan_command(
             total=gib(plan.forecast.total),
             available=gib(plan.forecast.available),
         )
+
+
+def plan_serving(
+    source: str,
+    overrides: dict[str, Any],
+    adapters: list[str],
+    cache_tokens: int | None,
+    in_4_bits: bool,
+    memory: str,
+    device: str,
+    as_json: bool,
+) -> None:
+    with imports_without_gc():
+        from firefly.setup.serving_plan import make_serving_plan
+    plan = make_serving_plan(source, overrides, adapters, cache_tokens, in_4_bits, memory, device)
+    if as_json:
+        print_json(json.dumps(plan.as_dict(), ensure_ascii=False))
+    else:
+        show_serving_plan(plan, stdout_console())
+    if not plan.fits:
+        raise VerificationError(
+            "plan.serving_failed",
+            "serving needs {total} GiB and {available} GiB are available.",
+            total=gib(plan.forecast.total),
+            available=gib(plan.forecast.available),
+        )
+
+
+def show_serving_plan(plan: ServingPlan, console: Console) -> None:
+    """Print memory by part, the verdict and what was assumed, and what spares memory where it does not fit."""
+    from firefly.models.memory import PARTS
+
+    show = partial(console.print, soft_wrap=True)
+    show(
+        translate(
+            "plan of serving: {architecture}, the base and {adapters} adapters; {device}, {precision}",
+            architecture=plan.architecture,
+            adapters=plan.models - 1,
+            device=plan.machine.kind,
+            precision=plan.precision,
+        )
+    )
+    for note in plan.notes:
+        show(f"  {note}", style="yellow")
+    show_parts(plan.forecast, PARTS, show)
+    if plan.unknown:
+        show(plan.unknown, style="yellow")
+    elif plan.batched:
+        show(
+            translate(
+                "a cache of {tokens} tokens for each model, {size} KiB a token; requests are batched as they arrive",
+                tokens=f"{plan.cache_tokens:,}",
+                size=f"{plan.bytes_per_token / 2**10:.1f}",
+            )
+        )
+    numbers = {"total": gib(plan.forecast.total), "available": gib(plan.forecast.available)}
+    if plan.fits:
+        show(translate("it fits: {total} GiB of {available} GiB.", **numbers))
+        return
+    show(translate("it does not fit: {total} GiB are needed, {available} GiB available.", **numbers), style="red")
+    show(translate("what would spare memory: --cache_tokens, --load_in_4bit, fewer adapters."))
+
+
+def show_parts(forecast: Forecast, names: Mapping[str, Phrase], show: Callable[..., None]) -> None:
+    for name, size in forecast.parts.items():
+        show(f"  {gib(size):>9} GiB  {size / forecast.total:4.0%}  {names[name]}")
 
 
 @dataclass(frozen=True)
@@ -107,8 +200,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     )
     for note in plan.notes:
         show(f"  {note}", style="yellow")
-    for name, size in plan.forecast.parts.items():
-        show(f"  {gib(size):>9} GiB  {size / plan.forecast.total:4.0%}  {PARTS[name]}")
+    show_parts(plan.forecast, PARTS, show)
     if plan.unknown:
         show(plan.unknown, style="yellow")
     if plan.choices is not None:

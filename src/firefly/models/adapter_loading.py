@@ -1,31 +1,31 @@
-"""A saved adapter onto a base: every tensor to its place, the vocabulary as large as the adapter's, or a refusal."""
+"""Saved adapters onto a base: every tensor to its place, the vocabulary as large as the adapter's, or a refusal.
+
+One adapter is wrapped around its base for good (`load_adapter`). Several over one base, for serving, take turns
+(`load_adapters`, `use_adapter`): each is wrapped around the base alone, and what that put in place of modules and
+parameters is taken out again and kept. To use one is to put its own back. So a model computes with it as if no other
+were there, whatever kinds stand beside each other, and without any exactly as before.
+"""
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+import torch
+from torch import nn
 
 from firefly.console import notice
 from firefly.errors import UsageError
+from firefly.models.adapter_placement import Placed, mismatch, place_tensors, settings_for
 from firefly.models.kernels.expert_linear import install_expert_kernels
 from firefly.models.kernels.peft_layers import install_token_rows
-from firefly.models.saved_adapter import OUR_PREFIX, SavedAdapter, is_exact_start, module_of, open_adapter
+from firefly.models.saved_adapter import OUR_PREFIX, SavedAdapter, is_exact_start, open_adapter
 from firefly.models.scores import scores
 from firefly.models.tokens import is_tied, resize_embeddings, vocabulary_ends
 from firefly.models.unread import read_here
 from firefly.translation import Phrase, translate
-
-FACTORS = r"lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
-TAIL = re.compile(rf"(?P<path>.+?)(?:\.base_layer)*\.(?P<tail>{FACTORS}|token_adapter\..+)")
-PER_EXPERT = re.compile(r"\.experts\.\d+\.")
-"""Experts as layers of their own, as transformers had them before version 5: peft turns their adapters into those of
-the stacked weights."""
 
 
 def load_adapter(base: Any, adapter: str | SavedAdapter, *, dropout: float | None = None) -> Any:
@@ -38,18 +38,13 @@ def load_adapter(base: Any, adapter: str | SavedAdapter, *, dropout: float | Non
         UsageError: its tensors and the base's layers are not each other's, or what it needs to know of the base is
             nowhere written.
     """
-    from peft import PeftModel, PeftModelForCausalLM, set_peft_model_state_dict
-
     saved = open_adapter(adapter) if isinstance(adapter, str) else adapter
-    if saved.folder.parent == saved.given:
-        notice(
-            "adapter.in_subfolder",
-            "{path} holds one adapter, in its folder {found}: that one is used.",
-            path=saved.given,
-            found=saved.folder.name,
-        )
-    placed = _place(base, saved)
-    settings = _settings_for(base, saved, placed)
+    _tell_of_subfolder(saved)
+    return _wrap_for_good(base, saved, place_tensors(base, saved), dropout)
+
+
+def _wrap_for_good(base: Any, saved: SavedAdapter, placed: Placed, dropout: float | None = None) -> Any:
+    settings = settings_for(base, saved, placed)
     settings.inference_mode = dropout is None
     if dropout is not None:
         settings.lora_dropout = 0.0 if settings.target_parameters else dropout
@@ -66,25 +61,46 @@ def load_adapter(base: Any, adapter: str | SavedAdapter, *, dropout: float | Non
                 start=saved.settings.init_lora_weights,
             ),
         )
+    return _wrap(base, saved, placed, settings)
+
+
+def _tell_of_subfolder(saved: SavedAdapter) -> None:
+    if saved.folder.parent == saved.given:
+        notice(
+            "adapter.in_subfolder",
+            "{path} holds one adapter, in its folder {found}: that one is used.",
+            path=saved.given,
+            found=saved.folder.name,
+        )
+
+
+def _wrap(base: Any, saved: SavedAdapter, placed: Placed, settings: Any) -> Any:
+    """peft's wrapper around `base`, with the adapter's numbers; to be trained unless settings.inference_mode.
+
+    Raises:
+        UsageError: peft does not take them.
+    """
+    from peft import PeftModel, PeftModelForCausalLM, set_peft_model_state_dict
+
     try:
         wrapped: Any = (PeftModel if scores(base) else PeftModelForCausalLM)(base, settings)
-        if dropout is not None:  # before the numbers come: the base's type would round them
+        if not settings.inference_mode:  # before the numbers come: the base's type would round them
             for parameter in wrapped.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
         state = {f"{OUR_PREFIX}{name}": value for name, value in placed.named().items()}
         result = set_peft_model_state_dict(wrapped, state)
     except KeyError as error:  # peft's word for a module trained whole without its tensors
-        raise _mismatch(saved, base, Phrase("its file has no tensor for {name}", name=error)) from error
+        raise mismatch(saved, base, Phrase("its file has no tensor for {name}", name=error)) from error
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise _mismatch(saved, base, " ".join(str(error).strip().splitlines()[:3])) from error
+        raise mismatch(saved, base, " ".join(str(error).strip().splitlines()[:3])) from error
     lost = [*result.unexpected_keys, *_without_tensor(wrapped, set(result.missing_keys))]
     if lost:
         first = min(lost).removeprefix(OUR_PREFIX)
-        raise _mismatch(
+        raise mismatch(
             saved, base, Phrase("{count} weights have no counterpart, such as {name}", count=len(lost), name=first)
         )
-    if dropout is None:
+    if settings.inference_mode:
         wrapped.eval()
     install_expert_kernels(wrapped)  # peft's own forward cannot read experts in 4 bit
     install_token_rows(wrapped)
@@ -99,244 +115,169 @@ def _without_tensor(wrapped: nn.Module, missing: set[str]) -> list[str]:
     return [name for name, parameter in named if own.search(name) and id(parameter) not in given]
 
 
-@dataclass(frozen=True)
-class _Placed:
-    """An adapter's tensors, each with its place in the model.
+# ---- several over one base ----
+
+ADAPTERS = "firefly_adapters"
+"""The attribute of a model that holds its adapters."""
+
+Slot = tuple[nn.Module, str]
+"""A module's attribute: one of its children, or one of its own parameters."""
+
+
+@dataclass
+class Adapters:
+    """The adapters of one model, of which at most one computes.
 
     Attributes:
-        factors: (module's path, what it is of the adapter there) → tensor.
-        whole: parameter's path → the whole weight or bias that takes its place.
-        left_to_peft: tensors of single experts, which peft stacks.
-        source: module's path in the model → the path it was saved under.
+        replaced: name → what the adapter puts into places of the base; None: the base, which replaces nothing. Where
+            None is missing, the base's own weights were changed.
+        base: what stands in all of these places without an adapter.
+        active: the name of the one that computes.
     """
 
-    factors: dict[tuple[str, str], Tensor]
-    whole: dict[str, Tensor]
-    left_to_peft: dict[str, Tensor]
-    source: dict[str, str]
-
-    @property
-    def renamed(self) -> dict[str, str]:
-        return {path: saved for path, saved in self.source.items() if path != saved}
-
-    @property
-    def adapted(self) -> set[str]:
-        """Modules with low-rank factors."""
-        return {path for path, tail in self.factors if not tail.startswith("token_adapter.")}
-
-    def named(self) -> dict[str, Tensor]:
-        """By the names that peft looks for once the layers are wrapped."""
-        found = dict(self.left_to_peft)
-        for (path, tail), tensor in self.factors.items():
-            found[f"{path}.{tail}"] = tensor
-        for name, tensor in self.whole.items():
-            path, _, leaf = name.rpartition(".")
-            found[f"{path}.base_layer.{leaf}" if path in self.adapted else name] = tensor
-        return found
+    replaced: dict[str | None, dict[Slot, nn.Module | nn.Parameter]]
+    base: dict[Slot, nn.Module | nn.Parameter]
+    active: str | None
 
 
-def _place(base: Any, saved: SavedAdapter) -> _Placed:
-    """Find each tensor's place, also where it was saved under another prefix (a bare backbone, a wrapped model).
+def load_adapters(base: Any, adapters: Mapping[str, SavedAdapter]) -> Any:
+    """Let `use_adapter` choose among these adapters and `base` itself; returns `base`, in which none computes yet.
+
+    An adapter alone may bring new rows of the vocabulary, or a start that changes the base's weights: then it computes
+    from now on, and the base is no longer to be had.
 
     Raises:
-        UsageError: a tensor has no place, or more than one.
+        UsageError: one does not fit the base (see `load_adapter`), or cannot stand beside another on it.
     """
-    modules, tensors = dict(base.named_modules()), saved.tensors
-    experts = {name: value for name, value in tensors.items() if PER_EXPERT.search(f".{name}") and name not in modules}
-    experts = {name: value for name, value in experts.items() if module_of(name) not in modules}
-    split: dict[str, tuple[str, str | None]] = {}
-    for name in tensors.keys() - experts.keys():
-        match = TAIL.fullmatch(name)
-        split[name] = (match["path"], name[len(match["path"]) + 1 :]) if match else (module_of(name), None)
-    sizes = _widths(split, tensors)
-    places = _find_places({path for path, _ in split.values()}, modules, sizes, saved, base)
-    factors: dict[tuple[str, str], Tensor] = {}
-    whole: dict[str, Tensor] = {}
-    for name, (path, tail) in split.items():
-        target = places[path]
-        if tail is not None:
-            factors[target, tail] = tensors[name]
-            continue
-        leaf = name.rpartition(".")[2]
-        parameter = getattr(modules[target], leaf, None)
-        if not isinstance(parameter, Tensor):
-            raise _mismatch(saved, base, Phrase("it has no parameter for {name}", name=name))
-        whole[f"{target}.{leaf}"] = tensors[name]
-    placed = _Placed(factors, whole, experts, {target: path for path, target in places.items()})
-    if len(placed.source) != len(places):
-        twice = next(path for path, target in places.items() if placed.source[target] != path)
-        raise _mismatch(
-            saved,
-            base,
-            Phrase("two of the adapter's layers match one layer of the model, {name} among them", name=twice),
-        )
-    if placed.renamed:
-        target, path = min(placed.renamed.items())
-        notice(
-            "adapter.renamed",
-            "the adapter {path} names {count} layers differently from the base model, {saved} for {found}: they are "
-            "the same layers with another prefix, and are taken for them.",
-            path=saved.folder,
-            count=len(placed.renamed),
-            saved=path,
-            found=target,
-        )
-    return placed
+    placed: dict[str, Placed] = {}
+    for name, saved in adapters.items():  # all, before the first one is wrapped
+        _tell_of_subfolder(saved)
+        placed[name] = place_tensors(base, saved)
+        if len(adapters) > 1 and (problem := _changes_base(base, saved, placed[name])):
+            raise UsageError(
+                "adapter.not_beside",
+                "the adapter {path} cannot be served beside others: {problem}. Serve it alone, or merge it and serve "
+                "the merged model.",
+                path=saved.folder,
+                problem=problem,
+            )
+    known = Adapters({None: {}}, {}, None)
+    for name, saved in adapters.items():
+        if _changes_base(base, saved, placed[name]):
+            _wrap_for_good(base, saved, placed[name])
+            known = Adapters({name: {}}, {}, name)
+            break
+        known.replaced[name] = _taken_out(base, saved, placed[name], known.base)
+    setattr(base, ADAPTERS, known)
+    return base.eval()
 
 
-def _widths(split: Mapping[str, tuple[str, str | None]], tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of the linear layers that low-rank factors were saved for, by path; 0: not known."""
-    found: dict[str, tuple[int, int]] = {}
-    for name, (path, tail) in split.items():
-        if tail in ("lora_A.weight", "lora_B.weight") and tensors[name].dim() == 2:
-            known = found.get(path, (0, 0))
-            shape = tensors[name].shape
-            found[path] = (shape[1], known[1]) if tail == "lora_A.weight" else (known[0], shape[0])
+def use_adapter(model: Any, name: str | None) -> None:
+    """Let a model of `load_adapters` compute with this adapter; None: as the base alone.
+
+    Nothing may be computing meanwhile. What was recorded of a forward pass (a CUDA graph) still holds the other one.
+
+    Raises:
+        KeyError: no such adapter, or no base beside it.
+    """
+    known: Adapters | None = getattr(model, ADAPTERS, None)
+    if known is None:
+        if name is not None:
+            raise KeyError(name)
+        return
+    coming, leaving = known.replaced[name], known.replaced[known.active]
+    if coming is leaving:
+        return
+    for slot in leaving.keys() - coming.keys():
+        setattr(*slot, known.base[slot])
+    for slot, own in coming.items():
+        setattr(*slot, own)
+    known.active = name
+
+
+def has_base(model: Any) -> bool:
+    """Whether `use_adapter(model, None)` is possible."""
+    known: Adapters | None = getattr(model, ADAPTERS, None)
+    return known is None or None in known.replaced
+
+
+def _changes_base(base: Any, saved: SavedAdapter, placed: Placed) -> Phrase | None:
+    """What an adapter changes in the base, so that nothing else can be computed with it; None: nothing."""
+    if is_exact_start(saved.settings.init_lora_weights):
+        return Phrase(
+            "it began with init_lora_weights = {start!r}, which takes a part out of the base's weights",
+            start=saved.settings.init_lora_weights,
+        )
+    if asked := _asked_rows(base, saved, placed):
+        return Phrase(
+            "it was trained with a vocabulary of {rows} rows, and the base model has {base}",
+            rows=asked[0],
+            base=asked[1],
+        )
+    return None
+
+
+def _taken_out(
+    base: Any, saved: SavedAdapter, placed: Placed, originals: dict[Slot, nn.Module | nn.Parameter]
+) -> dict[Slot, nn.Module | nn.Parameter]:
+    """Wrap `base` with an adapter, and put all as it was; returns what was replaced, and adds what stood there to
+    `originals`."""
+    settings = settings_for(base, saved, placed)
+    settings.inference_mode, settings.lora_dropout = True, 0.0
+    copies = _copy_written(base, placed)
+    for slot, (_, copied) in copies.items():
+        setattr(*slot, copied)
+    before = dict(base.named_modules(remove_duplicate=False))
+    _wrap(base, saved, placed, settings)
+    after = dict(base.named_modules(remove_duplicate=False))
+    found: dict[Slot, nn.Module | nn.Parameter] = {}
+    for path, module in before.items():
+        parent, _, leaf = path.rpartition(".")
+        # Of a module that was replaced, what lies below it has other paths now, and is as it was.
+        if path and after.get(path) is not module and after.get(parent) is before[parent]:
+            slot = before[parent], leaf
+            found[slot], originals[slot] = after[path], module
+    for slot, original in originals.items():
+        if slot in found:
+            setattr(*slot, original)
+    for slot, (original, copied) in copies.items():
+        setattr(*slot, original)
+        if not torch.equal(copied, original):  # else its numbers went into a module that was replaced
+            found[slot], originals[slot] = copied, original
+    del base.peft_config  # or peft would take the next one for an addition to this one
     return found
 
 
-def _find_places(
-    paths: set[str],
-    modules: Mapping[str, nn.Module],
-    widths: Mapping[str, tuple[int, int]],
-    saved: SavedAdapter,
-    base: Any,
-) -> dict[str, str]:
-    """A module of the model for every path: the same, or the one in whose path only the beginning is another.
-
-    Layers of one stack (`language_model.model.layers`) are looked for together: a beginning counts only if it fits all
-    of them, in names and in widths.
-    """
-    found = {path: path for path in paths if path in modules}
-    stacks: dict[tuple[str, ...], list[str]] = {}
-    for path in sorted(paths - found.keys()):
-        parts = path.split(".")
-        stacks.setdefault(tuple(parts[: _stack_length(parts)]), []).append(path)
-    for stack, members in stacks.items():
-        candidates: list[dict[str, str]] = []
-        # From the longest common end to the shortest: the fewer names are given up, the less is in doubt.
-        numbered = any(part.isdigit() for part in members[0].split("."))
-        for drop in range(len(stack) if numbered else len(stack) + 1):
-            ends = {path: ".".join(path.split(".")[drop:]) for path in members}
-            first = ends[members[0]]
-            beginnings = {name[: -len(first)] for name in modules if name == first or name.endswith(f".{first}")}
-            for beginning in sorted(beginnings):
-                fitting = {path: beginning + end for path, end in ends.items()}
-                if all(
-                    target in modules and _has_width(modules[target], widths.get(path))
-                    for path, target in fitting.items()
-                ):
-                    candidates.append(fitting)
-            if candidates:
-                break
-        if not candidates:
-            raise _mismatch(saved, base, Phrase("it has no layer {name}, nor one whose path ends so", name=members[0]))
-        if len(candidates) > 1:
-            named = ", ".join(candidate[members[0]] for candidate in candidates[:3])
-            raise _mismatch(saved, base, Phrase("{name} may be any of {found}", name=members[0], found=named))
-        found |= candidates[0]
-    return found
-
-
-def _stack_length(parts: list[str]) -> int:
-    """How many names lead to a numbered layer; for a module outside of such a stack, to its parent."""
-    return next((place for place, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
-
-
-def _has_width(module: nn.Module, widths: tuple[int, int] | None) -> bool:
-    if widths is None:
-        return True
-    if isinstance(module, Conv1D):
-        own = (module.weight.shape[0], module.weight.shape[1])
-    else:
-        own = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-    return all(not asked or size is None or size == asked for asked, size in zip(widths, own, strict=True))
-
-
-def _settings_for(base: Any, saved: SavedAdapter, placed: _Placed) -> Any:
-    """peft's configuration that wraps exactly the layers that there are tensors for.
-
-    Raises:
-        UsageError: layers that it names, in a stack that it adapts, have no tensors.
-    """
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    settings = copy.deepcopy(saved.settings)
-    if not is_exact_start(settings.init_lora_weights):
-        settings.init_lora_weights = True
-    elif any(getattr(parameter, "quant_state", None) is not None for parameter in base.parameters()):
-        raise UsageError(
-            "adapter.start_in_4_bit",
-            "the adapter {path} began with init_lora_weights = {start!r}, which takes a part out of the base's "
-            "weights; that cannot be done in 4 bits. Load the base in 16 bits (train_mode lora; chat without "
-            "--load_in_4bit), or merge it.",
-            path=saved.folder,
-            start=settings.init_lora_weights,
-        )
-    settings.velora_config = None
-    if placed.renamed:
-        settings.rank_pattern = _pattern_for(settings.rank_pattern, placed)
-        settings.alpha_pattern = _pattern_for(settings.alpha_pattern, placed)
-    if placed.left_to_peft or not placed.adapted or settings.target_modules is None:
-        return settings
-    linear = [name for name, module in base.named_modules() if isinstance(module, (nn.Linear, nn.Embedding, Conv1D))]
-    asked = {name for name in linear if check_target_module_exists(settings, name)}
-    stacks = {tuple(path.split(".")[: _stack_length(path.split("."))]) for path in placed.adapted}
-    without = asked - placed.adapted
-    elsewhere = {name for name in without if tuple(name.split(".")[: _stack_length(name.split("."))]) not in stacks}
-    if without - elsewhere:
-        missing = sorted(without - elsewhere)
-        raise _mismatch(
-            saved,
-            base,
-            Phrase(
-                "{count} layers that its settings name have no tensors, such as {name}",
-                count=len(missing),
-                name=missing[0],
-            ),
-        )
-    # What `target_parameters` names is adapted without being a target module: stacks of experts, for one.
-    ends = tuple(f".{name}" for name in settings.target_parameters or ())
-    parameters = {
-        path
-        for path in placed.adapted
-        if any(f".{path}.{leaf}".endswith(ends) for leaf, _ in base.get_submodule(path).named_parameters(recurse=False))
+def _copy_written(base: Any, placed: Placed) -> dict[Slot, tuple[nn.Parameter, nn.Parameter]]:
+    """(parameter, a copy of it) for each parameter of the base that the adapter's numbers would be written over: biases
+    that it trained, embeddings that were saved with it. Tied weights stay tied."""
+    written = placed.whole | {
+        f"{path}.weight": tensor
+        for (path, tail), tensor in placed.factors.items()
+        if tail == "token_adapter.base_layer.weight"
     }
-    if asked == placed.adapted - parameters:
-        return settings
-    if elsewhere:
-        notice(
-            "adapter.not_adapted",
-            "{count} layers that the adapter's settings would match have no tensors in it, all of them in other parts "
-            "of the model, such as {name}: they stay as they are in the base.",
-            count=len(elsewhere),
-            name=min(elsewhere),
-        )
-    settings.target_modules = sorted(placed.adapted - parameters)
-    settings.exclude_modules = settings.layers_to_transform = settings.layers_pattern = None
-    return settings
-
-
-def _pattern_for(pattern: dict[str, Any] | None, placed: _Placed) -> dict[str, Any]:
-    """Ranks or alphas of single layers, by the layers' paths in this model."""
-    from peft.utils.other import get_pattern_key
-
-    found = {}
-    for path in placed.adapted if pattern else ():
-        key = get_pattern_key(list(pattern or ()), placed.source[path])
-        if pattern and key in pattern:
-            found[f"^{re.escape(path)}"] = pattern[key]
-    return found
+    copies: dict[int, nn.Parameter] = {}
+    for name, tensor in written.items():
+        parameter = base.get_parameter(name)
+        same = parameter.shape == tensor.shape and torch.equal(tensor.to(parameter), parameter)
+        if not same and getattr(parameter, "quant_state", None) is None:
+            copies[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+    return {
+        (module, leaf): (parameter, copies[id(parameter)])
+        for module in base.modules()
+        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+        if id(parameter) in copies
+    }
 
 
 # ---- the vocabulary ----
 
 
-def _fit_rows(base: Any, saved: SavedAdapter, placed: _Placed) -> None:
-    """Give embedding and head as many rows as the adapter was trained with.
+def _asked_rows(base: Any, saved: SavedAdapter, placed: Placed) -> tuple[int, int] | None:
+    """How many rows embedding and head have in the adapter, and in the base; None: as many.
 
     Raises:
-        UsageError: the adapter's embedding and head differ in this, or rows that the base lacks are in no file.
+        UsageError: the adapter's embedding and head differ in this.
     """
     ends = {name: module for name, module in base.named_modules() if module in vocabulary_ends(base)}
     present = {name: module.weight.shape[0] for name, module in ends.items()}
@@ -345,12 +286,23 @@ def _fit_rows(base: Any, saved: SavedAdapter, placed: _Placed) -> None:
         least = max(saved.token_rows, default=-1) + 1
         asked = {name: max(least, rows) for name, rows in present.items()}
     if all(present[name] == rows for name, rows in asked.items()):
-        return
+        return None
     if len(set(asked.values())) > 1:
         described = ", ".join(f"{name}: {count}" for name, count in sorted(asked.items()))
-        raise _mismatch(saved, base, Phrase("its vocabulary has two sizes ({sizes})", sizes=described))
-    rows, before = next(iter(asked.values())), present[next(iter(asked))]
-    held = [_holds_rows(name, placed) for name in ends]
+        raise mismatch(saved, base, Phrase("its vocabulary has two sizes ({sizes})", sizes=described))
+    return next(iter(asked.values())), present[next(iter(asked))]
+
+
+def _fit_rows(base: Any, saved: SavedAdapter, placed: Placed) -> None:
+    """Give embedding and head as many rows as the adapter was trained with.
+
+    Raises:
+        UsageError: the adapter's embedding and head differ in this, or rows that the base lacks are in no file.
+    """
+    if (asked := _asked_rows(base, saved, placed)) is None:
+        return
+    rows, before = asked
+    held = [_holds_rows(name, placed) for name, module in base.named_modules() if module in vocabulary_ends(base)]
     if rows > before and not (any(held) if is_tied(base) else all(held)):
         unknown = set(range(before, rows)) - saved.token_rows
         if unknown:
@@ -375,12 +327,12 @@ def _fit_rows(base: Any, saved: SavedAdapter, placed: _Placed) -> None:
     )
 
 
-def _holds_rows(name: str, placed: _Placed) -> bool:
+def _holds_rows(name: str, placed: Placed) -> bool:
     """Whether the adapter's file has the whole matrix of an embedding or head."""
     return f"{name}.weight" in placed.whole or (name, "token_adapter.base_layer.weight") in placed.factors
 
 
-def _rows_of(name: str, placed: _Placed) -> int:
+def _rows_of(name: str, placed: Placed) -> int:
     """How many tokens an adapter's embedding or head has; 0 if its tensors do not say."""
     if (tensor := placed.whole.get(f"{name}.weight")) is not None:
         return tensor.shape[0]
@@ -388,13 +340,3 @@ def _rows_of(name: str, placed: _Placed) -> int:
         if (tensor := placed.factors.get((name, tail))) is not None:
             return tensor.shape[dim]
     return 0
-
-
-def _mismatch(saved: SavedAdapter, base: Any, problem: Phrase | str) -> UsageError:
-    return UsageError(
-        "model.adapter_mismatch",
-        "the adapter {path} does not fit the base model {base}: {problem}",
-        path=saved.folder,
-        base=base.config.name_or_path,
-        problem=problem,
-    )

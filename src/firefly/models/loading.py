@@ -290,13 +290,21 @@ def _classes(described: Any) -> tuple[Any, Any]:
     return own or found[0], found[1]
 
 
-def load_model(config: ModelConfig, mode: str, precision: Precision, device: torch.device, unread: bool = False) -> Any:
+def load_model(
+    config: ModelConfig,
+    mode: str,
+    precision: Precision,
+    device: torch.device,
+    unread: bool = False,
+    spread: bool = False,
+) -> Any:
     """Load a causal language model for training or inference.
 
     Frozen weights (lora) are held in the compute type, trainable ones (full) in fp32, and qlora's linear layers in NF4.
 
     Args:
         unread: leave the weights in their files, with placeholders for them (see `unread`); not for qlora.
+        spread: lay the layers over all GPUs, one after another, as accelerate finds room; for inference.
 
     Raises:
         UsageError: weights missing, unreadable or not safetensors; out of memory is left to the caller.
@@ -320,6 +328,8 @@ def load_model(config: ModelConfig, mode: str, precision: Precision, device: tor
     if mode == "qlora":
         options["quantization_config"] = nf4_config(precision.compute)
         options["device_map"] = {"": str(device)}
+    if spread:
+        options["device_map"] = "auto"
     if unread:
         without_numbers = SimpleNamespace(from_pretrained=partial(build_unread, kind, described))
         return set_aside(pretrained(without_numbers, config, dtype=options["dtype"]), device)
@@ -329,7 +339,7 @@ def load_model(config: ModelConfig, mode: str, precision: Precision, device: tor
         if device.type == "cpu":
             _leave_the_file(model)
         model = quantize_experts(as_quantized(model, device.type), precision.compute)
-    else:
+    elif not spread:
         model = model.to(device)
     if text_only_of(described):
         refuse_textless(model)

@@ -70,12 +70,16 @@ class Peak:
 PARTS = {
     "weights": Phrase("weights"),
     "adapter": Phrase("adapter (fp32)"),
+    "adapters": Phrase("adapters"),
     "optimizer": Phrase("optimizer state"),
     "gradients": Phrase("gradients"),
     "activations": Phrase("activations"),
     "head": Phrase("head: logits of a chunk"),
     "cache": Phrase("cache of 4-bit weights in 16 bit"),
     "reference": Phrase("reference model"),
+    "kv_cache": Phrase("key-value cache"),
+    "masks": Phrase("attention masks and indices of the cache"),
+    "work": Phrase("a step's own arrays"),
     "libraries": Phrase("libraries"),
     "kernels": Phrase("oneDNN primitives"),
     "allocator": Phrase("unused between blocks (allocator)"),
@@ -147,7 +151,7 @@ def forecast_memory(
         primitives: oneDNN's, that are compiled and cached.
         available: bytes that the device has free.
     """
-    frozen = sum(_bytes_of(p) for p in model.parameters() if not p.requires_grad)
+    frozen = sum(bytes_of(p) for p in model.parameters() if not p.requires_grad)
     trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Weights change when all gradients are there and no activation is; mostly that takes less.
     updating = trained > peak.total
@@ -201,7 +205,7 @@ def primitives_kept(tokens: int, segments: int) -> int:
     return PRIMITIVES if tokens >= SHORT * segments else PRIMITIVES_OF_SHORT_ROWS
 
 
-def _bytes_of(parameter: Any) -> int:
+def bytes_of(parameter: Any) -> int:
     """Of a 4-bit weight with its constants: a byte for each block of 64, and 4 for 256 of those."""
     state = getattr(parameter, "quant_state", None)
     size = parameter.numel() * parameter.element_size()

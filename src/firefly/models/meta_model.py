@@ -114,6 +114,15 @@ def build_meta_model(
     return MetaModel(model, layout, reason, head, tuple(notes))
 
 
+def empty_model(described: Any, model: ModelConfig, dtype: torch.dtype, in_4_bits: bool = False) -> Any:
+    """A model on "meta", its linear layers in NF4 if asked for (experts stay as they are)."""
+    with torch.device("meta"):
+        made = _from_config(described, dtype, model)
+    if in_4_bits:
+        _put_into_nf4(made, dtype)
+    return made
+
+
 def unreached_by(model: Any, twin: Any) -> tuple[Unreached, Unreached]:
     """What text does not reach in the meta model, and in its tiny twin.
 

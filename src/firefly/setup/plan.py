@@ -332,7 +332,7 @@ def make_plan(
     machine = describe_machine(memory, device, bool(config.training.get("use_cpu")))
     notes = [machine.assumed] if machine.assumed else []
     data, rows, new = None, 0, []
-    config = _with_known_shape(config, notes)
+    config = with_known_shape(config, notes)
     tokenizer = _tokenizer_of(config, notes)
     if tokenizer is not None:
         new = add_tokens(tokenizer, config.model.add_tokens)
@@ -367,7 +367,7 @@ def make_plan(
     return plan_run(config, machine, work, rate, rows, tuple(new), tuple(notes))
 
 
-def _with_known_shape(config: Config, notes: list[str]) -> Config:
+def with_known_shape(config: Config, notes: list[str]) -> Config:
     """Where the model's configuration cannot be had, and its shapes came along, those in its place, with a note."""
     try:
         read_config(config.model)
