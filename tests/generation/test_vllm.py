@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from fake_vllm import FakeVllm
-from firefly.config import ModelConfig
+from firefly.config import ModelConfig, load_config
 from firefly.errors import UsageError
 from firefly.generation import vllm
-from firefly.generation.engine import Delta, Request
+from firefly.generation.engine import Delta, Request, Token
 from firefly.generation.remote import RemoteEngine, Server
 from firefly.generation.settings import GenerationSettings
 from firefly.generation.vllm import (
@@ -31,33 +39,46 @@ from firefly.generation.vllm import (
     vllm_command,
     vllm_environment,
 )
+from firefly.models.loading import EMBEDDED, load_tokenizer, resolve_model
 from firefly.models.saved_adapter import open_adapter
+from firefly.training import train
 from tiny import randomise_adapters, save_tiny_model, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 
 
 def save_adapter(folder: Path, **changes: Any) -> Path:
-    from peft import LoraConfig, get_peft_model
-
     settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | changes
     wrapped = randomise_adapters(get_peft_model(tiny_model("llama"), LoraConfig(**settings)))
     wrapped.save_pretrained(folder, save_embedding_layers=False)
     return folder
 
 
-def ask(engine: RemoteEngine, asked: Request) -> list[Delta]:
-    deltas: list[Delta] = []
-    over = threading.Event()
+class Collected:
+    """An answer, delta by delta."""
 
-    def deliver(delta: Delta) -> None:
-        deltas.append(delta)
+    def __init__(self, engine: RemoteEngine, asked: Request) -> None:
+        self.deltas: list[Delta] = []
+        self._over = threading.Event()
+        self.ticket = engine.submit(asked, self.deliver)
+
+    def deliver(self, delta: Delta) -> None:
+        self.deltas.append(delta)
         if delta.is_last:
-            over.set()
+            self._over.set()
 
-    engine.submit(asked, deliver)
-    assert over.wait(300)
-    return deltas
+    def wait(self) -> Collected:
+        assert self._over.wait(300)
+        assert self.deltas[-1].error is None
+        return self
+
+    @property
+    def text(self) -> str:
+        return "".join(delta.text for delta in self.deltas)
+
+    @property
+    def tokens(self) -> list[Token]:
+        return [token for delta in self.deltas for token in delta.tokens]
 
 
 def has_ended(pid: int, seconds: float = 10) -> bool:
@@ -301,7 +322,7 @@ def test_it_is_started_answers_and_is_ended(tmp_path: Path, capsys: pytest.Captu
     assert f"--lora-modules tuned={adapter}" in said
     assert "trained on 4-bit weights" in said
     asked = Request((5, 6), GenerationSettings(max_new_tokens=2, temperature=0), (TOKENIZER.eos_token_id,), "tuned")
-    assert [token.id for delta in ask(engine, asked) for token in delta.tokens] == [5, 6]
+    assert [token.id for token in Collected(engine, asked).wait().tokens] == [5, 6]
     process = engine._process
     assert isinstance(process, VllmProcess)
     engine.close()
@@ -352,3 +373,139 @@ def test_one_that_runs_already_is_used_and_left_running() -> None:
 
 def test_a_port_that_is_free_can_be_had() -> None:
     assert 1024 < free_port() < 65536
+
+
+def test_the_page_has_the_same_commands_in_both_languages_with_options_that_go_together() -> None:
+    pages = Path(__file__).resolve().parents[2] / "docs"
+
+    def commands(page: str) -> list[list[str]]:
+        blocks = "".join(re.findall(r"```bash\n(.*?)```", (pages / page).read_text("utf-8"), re.DOTALL))
+        return [shlex.split(line) for line in blocks.replace("\\\n", " ").splitlines()]
+
+    assert commands("vllm.md") == commands("zh/vllm.md")
+    for _, *words in (command for command in commands("vllm.md") if command[0] == "firefly"):
+        given = {
+            word.removeprefix("--engine_"): words[place + 1] for place, word in enumerate(words) if "--engine" in word
+        }
+        engine = given.pop("--engine")
+        assert EngineChoice(engine, **given).is_vllm
+        assert given
+
+
+# ---- the real one
+
+
+QUESTIONS = ["Who are you?", "What is the capital of France?", "你好", "Write one sentence about a fox.", "1 + 1 ="]
+
+
+@dataclass(frozen=True)
+class Real:
+    """vLLM with the small model and an adapter that we trained, and the same two in transformers, all in fp32."""
+
+    engine: RemoteEngine
+    models: dict[str, Any]
+    tokenizer: Any
+
+    def prompt(self, question: str) -> tuple[int, ...]:
+        messages = [{"role": "user", "content": question}]
+        return tuple(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+    def request(self, question: str, model: str, **changes: Any) -> Request:
+        settings = replace(GenerationSettings(max_new_tokens=24, temperature=0, top_p=1), **changes)
+        return Request(self.prompt(question), settings, (self.tokenizer.eos_token_id,), model)
+
+    def logprobs(self, model: str, ids: Sequence[int]) -> torch.Tensor:
+        """Of the token behind each of these: (tokens, vocabulary)."""
+        with torch.no_grad():
+            return self.models[model](input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
+    python = os.environ.get("FIREFLY_VLLM_PYTHON")
+    if not python:
+        pytest.skip("FIREFLY_VLLM_PYTHON names no interpreter that has vLLM (script/vllm_env.sh makes one)")
+    root = Path(__file__).resolve().parents[2]
+    changes = {
+        "train_file": str(root / "data" / "identity.jsonl"),
+        "output_dir": str(tmp_path_factory.mktemp("run") / "tuned"),
+        "max_steps": 8,
+        "learning_rate": 1e-3,
+        "bf16": False,
+    }
+    run = train(load_config(root / "train_args/sft/lora/smollm2-135m-sft-lora.json", changes))
+    config = ModelConfig(name_or_path=EMBEDDED)
+    tokenizer = load_tokenizer(config, str(run))
+    loaded = AutoModelForCausalLM.from_pretrained(resolve_model(config), dtype=torch.float32).eval()
+    tuned = PeftModel.from_pretrained(copy.deepcopy(loaded), str(run)).eval()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        choice = EngineChoice("vllm", python, arguments="--dtype float32")
+        adapters = {"tuned": str(run)}
+        engine = open_vllm(choice, config, adapters, dict.fromkeys(["base", "tuned"], tokenizer), context_length=512)
+    process = engine._process
+    assert isinstance(process, VllmProcess)
+    yield Real(engine, {"base": loaded, "tuned": tuned}, tokenizer)
+    engine.close()
+    assert process.failure() is not None
+
+
+@pytest.mark.slow
+def test_greedy_answers_of_base_and_adapter_are_those_of_transformers_in_a_batch_too(real: Real) -> None:
+    asked = [real.request(QUESTIONS[number % 5], ("base", "tuned")[number % 2], logprobs=2) for number in range(16)]
+    answers = [Collected(real.engine, one) for one in asked]
+    texts: dict[str, set[str]] = {"base": set(), "tuned": set()}
+    for one, answer in zip(asked, answers, strict=True):
+        tokens = answer.wait().tokens
+        ids = [*one.prompt_ids, *(token.id for token in tokens)]
+        ours = real.logprobs(one.model, ids)[len(one.prompt_ids) - 1 : -1]
+        for token, place in zip(tokens, ours, strict=True):
+            assert place.max() - place[token.id] < 1e-3  # the likeliest, or tied with it
+            assert token.logprob == pytest.approx(place[token.id].item(), abs=1e-3)
+            assert [value for _, value in token.top] == pytest.approx(place.topk(2).values.tolist(), abs=1e-3)
+        assert (tokens[-1].id == real.tokenizer.eos_token_id) == (answer.deltas[-1].finish_reason == "stop")
+        assert answer.text == real.tokenizer.decode([token.id for token in tokens]).removesuffix("<|im_end|>")
+        texts[one.model].add(answer.text)
+    assert any("Firefly" in text for text in texts["tuned"])
+    assert not any("Firefly" in text for text in texts["base"])
+
+
+@pytest.mark.slow
+def test_a_seed_gives_the_same_answer_alone_and_in_a_batch(real: Real) -> None:
+    asked = [
+        replace(
+            real.request(QUESTIONS[number % 5], ("base", "tuned")[number % 2], temperature=1.0, seed=7), index=number
+        )
+        for number in range(16)
+    ]
+    together = [answer.wait().text for answer in [Collected(real.engine, one) for one in asked]]
+    assert [Collected(real.engine, one).wait().text for one in asked] == together
+    assert len(set(together)) > 10
+
+
+@pytest.mark.slow
+def test_stop_texts_cancelling_and_scores(real: Real) -> None:
+    plain = Collected(real.engine, real.request("Write one sentence about a fox.", "base")).wait().text
+    middle = plain[len(plain) // 2 :][:3]
+    stopped = Collected(real.engine, real.request("Write one sentence about a fox.", "base", stop=(middle,))).wait()
+    assert (stopped.text, stopped.deltas[-1].finish_reason) == (plain[: plain.index(middle)], "stop")
+
+    endless = Collected(real.engine, real.request("你好", "base", max_new_tokens=400, ignore_stop_tokens=True))
+    while not endless.deltas:
+        time.sleep(0.01)
+    endless.ticket.cancel()
+    assert endless.wait().deltas[-1].finish_reason == "cancelled"
+    assert len(endless.tokens) < 200
+
+    text = real.tokenizer("The capital of France is Paris.")["input_ids"]
+    for model in ("base", "tuned"):
+        ours = real.logprobs(model, text)
+        scored = real.engine.score([text, text[:3]], model, 2)
+        assert [token.id for token in scored[0]] == text
+        assert scored[0][0].logprob is None
+        for place, token in zip(ours, scored[0][1:], strict=False):
+            assert token.logprob == pytest.approx(place[token.id].item(), abs=1e-3)
+            assert [value for _, value in token.top] == pytest.approx(place.topk(2).values.tolist(), abs=1e-3)
+        assert [token.logprob for token in scored[1][1:]] == pytest.approx(
+            [token.logprob for token in scored[0][1:3]], abs=1e-3
+        )
