@@ -354,11 +354,11 @@ def test_one_that_is_refused_is_ended(tmp_path: Path, monkeypatch: pytest.Monkey
     model = save_tiny_model(tmp_path / "model")
     choice = EngineChoice("vllm", str(fake_python(tmp_path / "env")))
 
-    def other(text: str, **options: Any) -> dict[str, list[int]]:
-        return {"input_ids": [9, 9]}
+    def encode(text: str, **options: Any) -> dict[str, list[int]]:
+        raise ValueError("no such tokenizer")
 
-    with pytest.raises(UsageError, match="another vocabulary"):
-        open_vllm(choice, ModelConfig(name_or_path=str(model)), {}, {"base": other})
+    with pytest.raises(ValueError, match="no such tokenizer"):
+        open_vllm(choice, ModelConfig(name_or_path=str(model)), {}, {"base": encode})
     assert started[0].failure() is not None
 
 

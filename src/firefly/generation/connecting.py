@@ -40,7 +40,8 @@ def connect(
     try:
         listed = [card for card in server.ask("/v1/models")["data"] if isinstance(card.get("id"), str)]
         names, context_length = match_names(server, listed, list(tokenizers))
-        _compare_vocabulary(server, names[base], tokenizers[base])
+        if process is None:  # of another's we only have the word
+            _compare_vocabulary(server, names[base], tokenizers[base])
     except (OSError, http.client.HTTPException, ServerError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             "remote.no_server",

@@ -13,7 +13,7 @@ import json
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -249,7 +249,7 @@ class _Call:
                 with suppress(OSError):
                     self._socket.shutdown(socket.SHUT_RDWR)
 
-    def events(self, server: Server, body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    def events(self, server: Server, body: Mapping[str, Any]) -> Generator[Mapping[str, Any], None, None]:
         """The events of the server's stream."""
         with closing(server.connect(PATIENCE)) as connection:
             connection.connect()
