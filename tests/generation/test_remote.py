@@ -82,7 +82,7 @@ def server() -> Iterator[FakeVllm]:
 
 @pytest.fixture
 def engine(server: FakeVllm) -> Iterator[RemoteEngine]:
-    made = connect(Server(server.url), {"base": TOKENIZER, "tuned": TOKENIZER})
+    made = connect(Server(server.url), {"base": TOKENIZER, "tuned": TOKENIZER}, ["tuned"])
     server.bodies.clear()
     yield made
     made.close()
@@ -345,7 +345,7 @@ def test_a_text_is_scored_by_the_log_probabilities_of_its_tokens(engine: RemoteE
 
 
 def test_a_base_may_have_another_name_at_the_server(server: FakeVllm) -> None:
-    engine = connect(Server(server.url + "/v1/"), {"smollm2": TOKENIZER, "tuned": TOKENIZER})
+    engine = connect(Server(server.url + "/v1/"), {"smollm2": TOKENIZER, "tuned": TOKENIZER}, ["tuned"])
     server.script = lambda body: [END]
     Answer(engine, request(model="smollm2")).wait()
     assert (engine.models, engine.context_length) == (("smollm2", "tuned"), 128)
@@ -355,7 +355,16 @@ def test_a_base_may_have_another_name_at_the_server(server: FakeVllm) -> None:
 
 def test_an_adapter_that_the_server_lacks_is_refused_with_what_it_has(server: FakeVllm) -> None:
     with pytest.raises(UsageError, match="does not serve other; it has base, tuned"):
-        connect(Server(server.url), {"base": TOKENIZER, "other": TOKENIZER})
+        connect(Server(server.url), {"base": TOKENIZER, "other": TOKENIZER}, ["other"])
+    with pytest.raises(UsageError, match="does not serve other; it has base, tuned"):  # not the base for it
+        connect(Server(server.url), {"other": TOKENIZER}, ["other"])
+
+
+def test_an_adapter_may_be_served_without_its_base(server: FakeVllm) -> None:
+    engine = connect(Server(server.url), {"tuned": TOKENIZER}, ["tuned"])
+    assert (engine.models, engine.context_length) == (("tuned",), 128)
+    assert server.bodies[-1]["model"] == "tuned"
+    engine.close()
 
 
 def other_vocabulary(server: FakeVllm) -> None:

@@ -230,7 +230,9 @@ def start(code: str, *arguments: str) -> VllmProcess:
 
 
 def test_one_that_does_not_start_is_told_with_its_first_error_and_its_log(capsys: pytest.CaptureFixture[str]) -> None:
-    process = start("print('loading'); raise ValueError('no such model')")
+    process = start(
+        "print('loading\\n(worker) ValueError: no such model', flush=True); raise RuntimeError('see above')"
+    )
     with pytest.raises(UsageError, match=r"code 1: ValueError: no such model Its log: ") as error:
         process.wait_until_healthy(Server("http://127.0.0.1:9"))
     process.stop()

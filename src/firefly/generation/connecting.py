@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from firefly.console import notice
@@ -23,25 +23,27 @@ SAMPLE = "The quick brown fox has 1234 legs. 敏捷的狐狸。"
 def connect(
     server: Server,
     tokenizers: Mapping[str, Any],
+    adapters: Collection[str] = (),
     process: Process | None = None,
     limits: RemoteLimits = RemoteLimits(),  # noqa: B008  (frozen)
 ) -> RemoteEngine:
     """The engine over a server that runs already.
 
     Args:
-        tokenizers: by our names of the models that are to be served, the base's first. An adapter has the same name at
-            the server; the base may have another.
+        tokenizers: by our names of the models that are to be served: the base's first, if it is one of them.
+        adapters: which of these names are adapters'. They have the same names at the server; the base may have another.
 
     Raises:
         UsageError: no server is there, it lacks one of the models, has another vocabulary, or answers otherwise than
             vLLM does.
     """
-    base = next(iter(tokenizers))
+    first = next(iter(tokenizers))
+    base = next((name for name in tokenizers if name not in adapters), None)
     try:
         listed = [card for card in server.ask("/v1/models")["data"] if isinstance(card.get("id"), str)]
-        names, context_length = match_names(server, listed, list(tokenizers))
+        names, context_length = match_names(server, listed, list(tokenizers), base)
         if process is None:  # of another's we only have the word
-            _compare_vocabulary(server, names[base], tokenizers[base])
+            _compare_vocabulary(server, names[first], tokenizers[first])
     except (OSError, http.client.HTTPException, ServerError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             "remote.no_server",
@@ -52,7 +54,7 @@ def connect(
         ) from error
     engine = RemoteEngine(server, names, tokenizers, context_length, process, limits)
     try:
-        _try_out(engine, server, tokenizers[base])
+        _try_out(engine, server, tokenizers[first])
     except BaseException:
         engine._process = None  # whoever started it ends it
         engine.close()
@@ -61,20 +63,21 @@ def connect(
 
 
 def match_names(
-    server: Server, listed: Sequence[Mapping[str, Any]], wanted: Sequence[str]
+    server: Server, listed: Sequence[Mapping[str, Any]], wanted: Sequence[str], base: str | None
 ) -> tuple[dict[str, str], int]:
     """Our name of each model → the server's, and the most tokens that it takes.
 
     Args:
         listed: the entries of its /v1/models. vLLM gives an adapter's its base as `parent`.
+        base: which of those wanted is the base.
 
     Raises:
         UsageError: it lacks one, or does not say how many tokens it takes.
     """
     names = {name: name for name in wanted if any(card["id"] == name for card in listed)}
     bases = [card for card in listed if not card.get("parent")]
-    if wanted[0] not in names and len({card.get("root") for card in bases}) == 1:
-        names = {wanted[0]: bases[0]["id"], **names}  # several names of one model are as good as each other
+    if base is not None and base not in names and len({card.get("root") for card in bases}) == 1:
+        names = {base: bases[0]["id"], **names}  # several names of one model are as good as each other
     missing = [name for name in wanted if name not in names]
     if missing:
         raise UsageError(

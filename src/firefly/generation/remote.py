@@ -279,7 +279,7 @@ class RemoteEngine:
     """An engine over a server.
 
     Args:
-        models: our name of each model → the server's, the base's first.
+        models: our name of each model → the server's, the base's first, if it is served.
         tokenizers: by our names.
         context_length: the most tokens that the server takes for prompt and answer.
         process: the server's, if it is to end with the engine.

@@ -155,7 +155,7 @@ def open_vllm(
 
     Args:
         adapters: their folders by the names that they are served under.
-        tokenizers: by the names of all models that are served, the base's first.
+        tokenizers: by the names of all models that are served: the base's first, if it is one of them.
         context_length: the most tokens of prompt and answer; None: as many as the model takes.
 
     Raises:
@@ -178,9 +178,11 @@ def open_vllm(
                 path=adapter.given,
             )
     if choice.url:
-        return connect(Server(choice.url, choice.api_key or os.environ.get(KEY_VARIABLE, "")), tokenizers, None, limits)
-    base = next(iter(tokenizers))
+        return connect(
+            Server(choice.url, choice.api_key or os.environ.get(KEY_VARIABLE, "")), tokenizers, adapters, None, limits
+        )
     place = resolve_model(model)
+    base = next((name for name in tokenizers if name not in adapters), place)
     key, port = secrets.token_urlsafe(24), free_port()
     command = vllm_command(
         choice.find_python(),
@@ -200,7 +202,7 @@ def open_vllm(
     try:
         server = Server(f"http://127.0.0.1:{port}", key)
         process.wait_until_healthy(server)
-        return connect(server, tokenizers, process, limits)
+        return connect(server, tokenizers, adapters, process, limits)
     except BaseException:
         process.stop()
         raise
