@@ -24,6 +24,15 @@ ForceOption = Annotated[
     bool, typer.Option("--force", help="Go on although the template is not the one that was trained.")
 ]
 RemoteCodeOption = Annotated[bool, typer.Option("--trust_remote_code", help="Run code that the model brings along.")]
+EngineOption = Annotated[str, typer.Option("--engine", help="What computes the answers: transformers or vllm.")]
+EnginePythonOption = Annotated[
+    str, typer.Option("--engine_python", help="Interpreter of an environment that has vLLM, which is started on it.")
+]
+EngineUrlOption = Annotated[str, typer.Option("--engine_url", help="Address of a vLLM server that runs already.")]
+EngineKeyOption = Annotated[str, typer.Option("--engine_api_key", help="API key of the server at --engine_url.")]
+EngineArgumentsOption = Annotated[
+    str, typer.Option("--engine_arguments", help="More arguments for vLLM's own command line, in quotes.")
+]
 
 
 def given_configuration(context: typer.Context, config: str) -> tuple[str, dict[str, Any]]:

@@ -113,6 +113,7 @@ class Engine(Protocol):
 
         Raises:
             EngineFull: too many requests wait.
+            UsageError: a setting that this engine does not honour.
             RuntimeError: the engine has failed or was closed.
         """
         ...
