@@ -26,6 +26,13 @@ NAMES = {
     "transformers.integrations.bitsandbytes.Bnb4bitQuantize.convert": None,
     "transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING": {"bitsandbytes_4bit": ...},
     "transformers.trainer_optimizer.is_optimizer_factory": None,
+    # its continuous batching, step by step (generation/batched.py)
+    "transformers.generation.continuous_batching.requests.RequestState": None,
+    "transformers.generation.continuous_batching.continuous_api.ContinuousBatchingManager._create_batch_processor": None,  # noqa: E501
+    "transformers.generation.continuous_batching.continuous_api.ContinuousBatchProcessor._generation_step": None,
+    "transformers.generation.continuous_batching.continuous_api.ContinuousBatchProcessor.prepare_next_batch": None,
+    "transformers.generation.continuous_batching.continuous_api.ContinuousBatchProcessor.update_batch": None,
+    "transformers.generation.continuous_batching.model_runner.ModelRunner._sample": None,
 }
 
 USED_WITHIN = {
@@ -36,6 +43,12 @@ USED_WITHIN = {
     "transformers.PreTrainedModel.set_attn_implementation": "_attn_implementation",
     "transformers.GenerationConfig.from_pretrained": "_from_model_config",
     "transformers.utils.hub.cached_files": "_raise_exceptions_for_missing_entries",
+    "transformers.generation.continuous_batching.model_runner.ModelRunner._forward_process_and_sample": (
+        "self._sample("
+    ),
+    "transformers.generation.continuous_batching.input_outputs.ContinuousBatchingIOs.prepare_batch_tensors": (
+        "self.requests_in_batch"
+    ),
     "accelerate.Accelerator._prepare_fsdp2": "data_ptr",
     "accelerate.Accelerator.clip_grad_norm_": "_models",
     "accelerate.utils.fsdp2_prepare_model": "cpu_ram_efficient_loading",

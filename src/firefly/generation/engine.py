@@ -103,10 +103,13 @@ class Engine(Protocol):
     Attributes:
         models: the names it answers under: the base's first, then one for each adapter.
         context_length: the most tokens that prompt and answer may have together.
+        vocabulary_size: rows of the model's table of tokens, where it is known: an id beyond it would end the engine. A
+            tokenizer may have more tokens than that.
     """
 
     models: tuple[str, ...]
     context_length: int
+    vocabulary_size: int | None
 
     def submit(self, request: Request, deliver: Callable[[Delta], None]) -> Ticket:
         """Take on a request; `deliver` gets its deltas in order, on a thread of the engine's, and must not block.

@@ -22,6 +22,7 @@ from firefly.models.experts import expert_stacks
 from firefly.models.loading import quiet_libraries
 from firefly.models.memory import LIBRARIES, PRIMITIVE_BYTES, PRIMITIVES, bytes_of, free_memory
 from firefly.models.meta_model import empty_model, make_tiny_twin
+from firefly.models.paged_attention import MOST_PADDING
 from firefly.models.probing import REFUSALS
 from firefly.models.saved_adapter import SavedAdapter
 
@@ -144,19 +145,22 @@ class CacheShape:
         kept = (min(tokens, layer.window or tokens) * layer.per_token + layer.fixed for layer in self.layers)
         return sum(kept) * itemsize
 
-    def parts(self, tokens: int, itemsize: int, models: int = 1) -> dict[str, int]:
+    def parts(self, tokens: int, itemsize: int, models: int = 1, device: str = "cpu") -> dict[str, int]:
         """Bytes that a cache of so many tokens takes, and what is computed beside it.
 
         Args:
             models: the base and its adapters: each has a cache of its own, as its keys and values are its own.
+            device: a CPU reads each request's keys by themselves (`paged_attention`); elsewhere a mask of the step's
+                queries × all readable keys is kept.
         """
         if not self.paged:
             work = tokens * (self.computed + self.read) + self.vocabulary * SAMPLING_BYTES // itemsize
             return {"kv_cache": self.request(tokens, itemsize), "masks": 0, "work": work * itemsize}
         pool, readable = self.pool(tokens, itemsize)
-        mask = BATCH_TOKENS * (readable + BATCH_TOKENS) * itemsize
+        mask = 0 if device == "cpu" else BATCH_TOKENS * (readable + BATCH_TOKENS) * itemsize
         indices = 8 * len(self.groups) * (readable + BATCH_TOKENS)
-        computed = BATCH_TOKENS * (self.computed + self.read) + readable * self.read
+        read = int(MOST_PADDING * max(layer.per_token for layer in self.layers)) if device == "cpu" else self.read
+        computed = BATCH_TOKENS * (self.computed + read) + readable * read
         logits = REQUESTS * self.vocabulary * (itemsize + SAMPLING_BYTES)
         return {
             "kv_cache": models * pool,
@@ -234,20 +238,22 @@ def beside_cache(device: str, dtype: torch.dtype) -> dict[str, int]:
     return {"libraries": SERVING_LIBRARIES[device], "kernels": compiled}
 
 
-def default_cache_tokens(shape: CacheShape, free: int, context: int, itemsize: int, models: int = 1) -> int:
+def default_cache_tokens(
+    shape: CacheShape, free: int, context: int, itemsize: int, models: int = 1, device: str = "cpu"
+) -> int:
     """How many tokens a cache holds by default: one request of the model's whole context, or many short ones if that is
     more, as far as memory goes. At least a page.
 
     Args:
         free: bytes that are free once the weights are loaded.
         context: the most tokens that the model has positions for.
-        models: see `CacheShape.parts`.
+        models, device: see `CacheShape.parts`.
     """
     wanted = max(context, REQUESTS * TOKENS_OF_A_REQUEST) if shape.paged else context
     fitting, too_many = 1, wanted // PAGE + 1
     while too_many - fitting > 1:
         middle = (fitting + too_many) // 2
-        if sum(shape.parts(middle * PAGE, itemsize, models).values()) <= FOR_CACHE * free:
+        if sum(shape.parts(middle * PAGE, itemsize, models, device).values()) <= FOR_CACHE * free:
             fitting = middle
         else:
             too_many = middle
@@ -260,4 +266,5 @@ def cache_tokens_for(model: Any, context: int, models: int = 1) -> int | None:
     shape = cache_shape_of(model, model.config)  # the pass also brings weights into memory that were pages of a file
     if shape is None:
         return None
-    return default_cache_tokens(shape, free_memory(model.device), context, model.dtype.itemsize, models)
+    device = model.device
+    return default_cache_tokens(shape, free_memory(device), context, model.dtype.itemsize, models, device.type)

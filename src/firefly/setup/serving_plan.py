@@ -133,9 +133,9 @@ def make_serving_plan(
         tokens = 0
     else:
         free = max(machine.memory - sum(parts.values()), 0)
-        most = default_cache_tokens(shape, free, context or NO_LIMIT, itemsize, models)
+        most = default_cache_tokens(shape, free, context or NO_LIMIT, itemsize, models, machine.kind)
         tokens = most if cache_tokens is None else -(-cache_tokens // PAGE) * PAGE
-        parts |= shape.parts(tokens, itemsize, models)
+        parts |= shape.parts(tokens, itemsize, models, machine.kind)
         if not shape.paged:
             notes.append(
                 translate(
