@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from firefly.config import ModelConfig
 from firefly.data.schema import Message
@@ -19,22 +23,26 @@ GREEDY = GenerationSettings(max_new_tokens=8, temperature=0)
 
 
 @pytest.fixture(scope="module")
-def generator(tmp_path_factory: pytest.TempPathFactory) -> Generator:
+def generator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Generator]:
     folder = save_tiny_model(tmp_path_factory.mktemp("chat") / "model", "llama")
-    return Generator.load(ModelConfig(name_or_path=str(folder)), template_name="default")
+    model = ModelConfig(name_or_path=str(folder))
+    with Generator.load(model, template_name="default", dtype="float32") as loaded:
+        yield loaded
 
 
-def test_the_streamed_text_is_the_greedy_continuation_of_the_encoded_prompt(generator: Generator) -> None:
-    messages = [Message.of("user", "two blue red")]
+def continued(generator: Generator, messages: list[Message], **options: Any) -> list[int]:
+    """The new ids of transformers' own `generate`."""
     ids = torch.tensor([generator.encoder.encode_prompt(messages)])
-    with torch.no_grad():
-        for _ in range(GREEDY.max_new_tokens):
-            token = generator.model(input_ids=ids).logits[0, -1].argmax()
-            ids = torch.cat([ids, token[None, None]], dim=1)
-            if token.item() in generator.encoder.template.stop_ids:
-                break
-    new = ids[0, len(generator.encoder.encode_prompt(messages)) :]
-    expected = generator.encoder.tokenizer.decode(new, skip_special_tokens=True)
+    model = AutoModelForCausalLM.from_pretrained(generator.served[generator.name].folder)
+    stops = list(generator.encoder.template.stop_ids)
+    found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), eos_token_id=stops, **options)
+    return found[0, ids.shape[1] :].tolist()
+
+
+def test_the_streamed_text_is_what_transformers_generates(generator: Generator) -> None:
+    messages = [Message.of("user", "two blue red")]
+    ids = continued(generator, messages, max_new_tokens=8, do_sample=False)
+    expected = generator.encoder.tokenizer.decode(ids, skip_special_tokens=True)
     assert "".join(generator.stream(messages, GREEDY)).strip() == expected.strip()
 
 
@@ -56,29 +64,40 @@ def test_a_seed_repeats_an_answer_beside_another_request_and_leaves_the_random_s
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_tokens_are_drawn_as_transformers_draws_them(generator: Generator) -> None:
-    settings = GenerationSettings(max_new_tokens=24, temperature=1.5, top_p=0.8, repetition_penalty=1.2, seed=7)
-    messages = [Message.of("user", "two blue red")]
-    ids = torch.tensor([generator.encoder.encode_prompt(messages)])
-    torch.manual_seed(7)
-    drawn = generator.model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        eos_token_id=list(generator.encoder.template.stop_ids),
-        max_new_tokens=24,
-        do_sample=True,
-        temperature=1.5,
-        top_p=0.8,
-        top_k=0,
-        repetition_penalty=1.2,
-    )
-    expected = generator.encoder.tokenizer.decode(drawn[0, ids.shape[1] :], skip_special_tokens=True)
-    assert generator.answer(messages, settings) == expected.strip()
+def test_many_prompts_are_answered_in_their_order_and_read_as_they_are_needed(generator: Generator) -> None:
+    settings = GenerationSettings(max_new_tokens=6, temperature=1.0, seed=1)
+    prompts = [
+        generator.encode([Message.of("user", word * (1 + number % 5))]) for number, word in enumerate("abc" * 60)
+    ]
+    read = 0
+
+    def source() -> Iterator[tuple[int, ...]]:
+        nonlocal read
+        for prompt in prompts:
+            read += 1
+            yield prompt
+
+    answers = generator.generate(source(), settings, samples=2)
+    first = next(answers)
+    assert read < len(prompts)
+    found = [first, *answers]
+    assert len(found) == len(prompts)
+    for number in (0, 7, 100):
+        (alone,) = generator.generate([prompts[number]], settings, samples=2)
+        assert [answer.token_ids for answer in found[number]] == [answer.token_ids for answer in alone]
+    assert found[7][0].token_ids != found[7][1].token_ids
+
+
+def test_an_answer_ends_with_the_context_and_a_prompt_without_room_for_one_is_refused(generator: Generator) -> None:
+    ((answer,),) = generator.generate([[5] * 507], replace(GREEDY, ignore_stop_tokens=True))
+    assert (len(answer.tokens), answer.finish_reason) == (5, "length")
+    with pytest.raises(UsageError, match="600 tokens"):
+        next(generator.generate([[5] * 600], GREEDY))
 
 
 def test_a_set_event_stops_the_answer(generator: Generator) -> None:
     stop = threading.Event()
-    settings = GenerationSettings(max_new_tokens=400, temperature=0, repetition_penalty=1.3)
+    settings = GenerationSettings(max_new_tokens=400, temperature=0, ignore_stop_tokens=True)
     pieces = generator.stream([Message.of("user", "red")], settings, stop)
     next(pieces)
     stop.set()

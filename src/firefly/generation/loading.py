@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from firefly.config import ModelConfig, PrecisionConfig
+from firefly.config import ModelConfig
 from firefly.console import notice
 from firefly.data.certificate import allows_special, recheck, trained_template_options
 from firefly.data.encoding import Encoder
@@ -20,8 +20,9 @@ from firefly.errors import UsageError
 from firefly.models.adapter_loading import has_base, load_adapters, use_adapter
 from firefly.models.base_weights import identify_weights
 from firefly.models.loading import EMBEDDED, eos_ids, load_model, load_tokenizer, read_config, resolve_model
-from firefly.models.precision import pick_device, resolve_precision
+from firefly.models.precision import named_precision, pick_device
 from firefly.models.saved_adapter import (
+    SavedAdapter,
     adapter_folder,
     base_of_adapter,
     check_base,
@@ -88,6 +89,7 @@ def load_for_generation(
     force: bool = False,
     devices: Literal["auto", "one", "all"] = "auto",
     with_base: bool = True,
+    dtype: str = "auto",
 ) -> Loaded:
     """Load a model, or unmerged adapters over their base (which they name if `model` does not).
 
@@ -98,10 +100,41 @@ def load_for_generation(
             is not the one that an adapter was trained on.
         devices: "one": the first GPU, or the CPU; "all": the layers laid over all GPUs; "auto": one if the weights fit.
         with_base: serve the base beside adapters, too.
+        dtype: what to compute in: auto, float32, bfloat16 or float16.
 
     Raises:
         UsageError: nothing found there, adapters and base do not fit, no usable template, or another one than the
             model was trained with.
+    """
+    named = name_models(model, adapters)
+    loaded = _load_base(named.model, load_in_4bit, devices, dtype)
+    for name, adapter in named.saved.items():
+        if adapter.settings.task_type == ADAPTER_TASK:
+            refuse_scores(as_classifier(loaded), named.adapters[name])
+    refuse_scores(loaded, named.model.name_or_path)
+    check_bases(named, force)
+    loaded = load_adapters(loaded, named.saved) if named.saved else loaded.eval()
+    loaded.config.use_cache = True
+    stops, defaults = eos_ids(loaded.generation_config), _sampling_of(loaded.generation_config)
+    _forget_sampling(loaded)
+    served, unserved = serve_models(named, template_name, stops, force, with_base, has_base(loaded))
+    return Loaded(loaded, served, unserved, defaults)
+
+
+@dataclass(frozen=True)
+class Named:
+    """What was named, settled: the base, and the adapters over it by the names that they are served under."""
+
+    model: ModelConfig
+    adapters: dict[str, str]
+    saved: dict[str, SavedAdapter]
+
+
+def name_models(model: ModelConfig, adapters: Mapping[str, str | os.PathLike[str]]) -> Named:
+    """Open the adapters and find the base.
+
+    Raises:
+        UsageError: nothing was named, or is there; the adapters name different bases.
     """
     given = {name: os.fspath(path) for name, path in adapters.items()}
     if not given and not model.name_or_path:
@@ -113,37 +146,56 @@ def load_for_generation(
     if not given and is_adapter(model.name_or_path):
         given, model = {_last_part(model.name_or_path): model.name_or_path}, replace(model, name_or_path="")
     saved = {name: open_adapter(path) for name, path in given.items()}
-    model = common_base(given, model)
-    loaded = _load_base(model, load_in_4bit, devices)
-    for name, adapter in saved.items():
-        if adapter.settings.task_type == ADAPTER_TASK:
-            refuse_scores(as_classifier(loaded), given[name])
-    refuse_scores(loaded, model.name_or_path)
-    found = identify_weights(resolve_model(model), model.revision) if len(saved) > 1 else None
-    for path in given.values():
-        check_base(path, model, force, found)
-    loaded = load_adapters(loaded, saved) if saved else loaded.eval()
-    loaded.config.use_cache = True
-    stops, defaults = eos_ids(loaded.generation_config), _sampling_of(loaded.generation_config)
-    _forget_sampling(loaded)
+    return Named(common_base(given, model), given, saved)
 
+
+def check_bases(named: Named, force: bool) -> None:
+    """See that the base is the one that each adapter was trained on.
+
+    Raises:
+        UsageError: it is another, and `force` is false.
+    """
+    found = identify_weights(resolve_model(named.model), named.model.revision) if len(named.saved) > 1 else None
+    for path in named.adapters.values():
+        check_base(path, named.model, force, found)
+
+
+def serve_models(
+    named: Named,
+    template_name: str,
+    stops: tuple[int, ...],
+    force: bool = False,
+    with_base: bool = True,
+    is_base_left: bool = True,
+) -> tuple[dict[str, ServedModel], dict[str, Phrase]]:
+    """The prompts of each: what is served, the base first, and why the base is not where it is not.
+
+    Args:
+        stops: what the model's generation_config ends answers with.
+        is_base_left: an adapter has not changed the base's own weights.
+
+    Raises:
+        UsageError: see `load_for_generation`.
+    """
     served: dict[str, ServedModel] = {}
     unserved: dict[str, Phrase] = {}
+    model = named.model
     name = base_name(model)
-    if name in saved:
+    if name in named.adapters:
         name = model.name_or_path
-    if saved and not has_base(loaded):
-        unserved[name] = Phrase("the adapter {path} changes the base's own weights", path=next(iter(given.values())))
-    elif not saved:
+    if not is_base_left:
+        path = next(iter(named.adapters.values()))
+        unserved[name] = Phrase("the adapter {path} changes the base's own weights", path=path)
+    elif not named.adapters:
         served[name] = _served(name, model, None, template_name, stops, force)
     elif with_base:
         try:  # nobody may ever ask for it, so it keeps nothing from being served
             served[name] = _served(name, model, None, template_name, stops, force, beside=True)
         except UsageError as error:
             unserved[name] = error.phrase
-    for name, path in given.items():
+    for name, path in named.adapters.items():
         served[name] = _served(name, model, path, template_name, stops, force)
-    return Loaded(loaded, served, unserved, defaults)
+    return served, unserved
 
 
 def named_adapters(given: Sequence[str]) -> dict[str, str]:
@@ -207,9 +259,9 @@ def common_base(adapters: Mapping[str, str], model: ModelConfig) -> ModelConfig:
     return bases[0][1] if bases else model
 
 
-def _load_base(model: ModelConfig, in_4_bits: bool, devices: str) -> Any:
+def _load_base(model: ModelConfig, in_4_bits: bool, devices: str, dtype: str) -> Any:
     device = pick_device()
-    precision = resolve_precision(PrecisionConfig(), device)
+    precision = named_precision(dtype, device)
     free = []
     if device.type == "cuda" and local_world_size() == 1:
         free = [torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())]

@@ -7,7 +7,6 @@ its end are found by the same code as in this process (`Job`), and only the numb
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import json
 import socket
@@ -24,6 +23,7 @@ from firefly.errors import UsageError
 from firefly.files import first_line
 from firefly.generation.engine import Delta, EngineFull, EngineStatus, Request, Token
 from firefly.generation.job import Job
+from firefly.generation.sampler import seed_of
 from firefly.generation.settings import GenerationSettings
 from firefly.translation import translate
 
@@ -146,7 +146,7 @@ def completion_body(request: Request, model: str) -> dict[str, Any]:
         "presence_penalty": settings.presence_penalty,
         "frequency_penalty": settings.frequency_penalty,
         "logit_bias": {str(token): bias for token, bias in settings.logit_bias.items()},
-        "seed": _seed(request),
+        "seed": seed_of(request),
         # Of the tokens that end an answer the template decides, not the server's generation_config.json.
         "ignore_eos": True,
         "stop_token_ids": [] if settings.ignore_stop_tokens else list(request.stop_ids),
@@ -156,14 +156,6 @@ def completion_body(request: Request, model: str) -> dict[str, Any]:
         "return_tokens_as_token_ids": True,
         "skip_special_tokens": False,
     }
-
-
-def _seed(request: Request) -> int | None:
-    """The server knows no number of an answer: it is a part of the seed, and so is the prompt, as in this process."""
-    if request.settings.seed is None:
-        return None
-    text = f"{request.settings.seed} {request.index} {' '.join(map(str, request.prompt_ids))}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def refuse_unhonoured(settings: GenerationSettings) -> None:
@@ -296,6 +288,7 @@ class RemoteEngine:
     ) -> None:
         self.models = tuple(models)
         self.context_length = context_length
+        self.vocabulary_size: int | None = None  # the server refuses what it does not know
         self.limits = limits
         self._server, self._names, self._tokenizers = server, dict(models), dict(tokenizers)
         self._process = process

@@ -24,14 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from firefly.config import ModelConfig, PrecisionConfig
+from firefly.config import ModelConfig
 from firefly.console import notice
 from firefly.errors import UsageError
 from firefly.files import cache_folder, make_cache
 from firefly.generation.connecting import connect
 from firefly.generation.remote import RemoteEngine, RemoteLimits, Server, ServerError
 from firefly.models.loading import resolve_model
-from firefly.models.precision import pick_device, resolve_precision
+from firefly.models.precision import named_precision, pick_device
 from firefly.models.saved_adapter import SavedAdapter, is_exact_start, open_adapter, trained_in_4_bits
 from firefly.models.scores import ADAPTER_TASK
 from firefly.translation import translate
@@ -150,6 +150,7 @@ def open_vllm(
     load_in_4bit: bool = False,
     context_length: int | None = None,
     limits: RemoteLimits = RemoteLimits(),  # noqa: B008  (frozen)
+    dtype: str = "auto",
 ) -> RemoteEngine:
     """The engine that `choice` names: over a vLLM that is started here and ends with it, or over one that runs.
 
@@ -157,6 +158,7 @@ def open_vllm(
         adapters: their folders by the names that they are served under.
         tokenizers: by the names of all models that are served: the base's first, if it is one of them.
         context_length: the most tokens of prompt and answer; None: as many as the model takes.
+        dtype: what a server that is started computes in.
 
     Raises:
         UsageError: it cannot serve these as they were trained, does not start, or does not answer as vLLM does.
@@ -190,7 +192,7 @@ def open_vllm(
         base,
         {name: adapter.folder for name, adapter in saved.items()},
         port=port,
-        dtype=resolve_precision(PrecisionConfig(), pick_device()).name,
+        dtype=named_precision(dtype, pick_device()).name,
         max_rank=max((adapter.settings.r for adapter in saved.values()), default=0),
         targets=sorted({layer_of(name) for adapter in saved.values() for name in adapter.tensors}),
         context_length=context_length,

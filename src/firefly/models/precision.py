@@ -9,6 +9,7 @@ from torch import Tensor
 
 from firefly.config import PrecisionConfig
 from firefly.console import notice
+from firefly.errors import UsageError
 from firefly.ranks import local_rank
 
 
@@ -45,6 +46,26 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # pyright: ignore
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def named_precision(dtype: str, device: torch.device) -> Precision:
+    """What a model that only answers computes in: `auto` is what training would take.
+
+    Raises:
+        UsageError: `dtype` is none of DTYPES.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(
+            "config.bad_choice",
+            "{key} = {value} is not valid; choose one of: {choices}.",
+            key="dtype",
+            value=repr(dtype),
+            choices=", ".join(DTYPES),
+        )
+    return resolve_precision(PrecisionConfig(), device) if dtype == "auto" else Precision(getattr(torch, dtype))
 
 
 def resolve_precision(request: PrecisionConfig, device: torch.device) -> Precision:
