@@ -15,5 +15,5 @@ print(len(checked.data.train), "examples")
 
 adapter = train(load_config(run_file))
 merged = merge(ModelConfig(), adapter, folder / "merged")
-generator = Generator.load(ModelConfig(name_or_path=str(merged)))
-print(generator.answer([Message.of("user", "Who are you?")], GenerationSettings(max_new_tokens=16)))
+with Generator.load(ModelConfig(name_or_path=str(merged))) as generator:
+    print(generator.answer([Message.of("user", "Who are you?")], GenerationSettings(max_new_tokens=16)))

@@ -41,10 +41,10 @@ def main() -> int:
         "".join((ROOT / "data" / name).read_text("utf-8") for name in ("identity.jsonl", "general.jsonl")), "utf-8"
     )
     config = load_config(CONFIG, {"train_file": str(rows), "output_dir": str(OUTPUT / "adapter")})
-    base = answers(Generator.load(config.model))
+    base = answers(config.model)
     adapter = train(config)
     merged = merge(ModelConfig(), str(adapter), str(OUTPUT / "merged"))
-    tuned = answers(Generator.load(ModelConfig(name_or_path=str(merged))))
+    tuned = answers(ModelConfig(name_or_path=str(merged)))
     show(base, tuned)
     print(
         f"{time.time() - began:.0f} seconds. Talk to it: .venv/bin/firefly chat --model_name_or_path output/demo/merged"
@@ -52,10 +52,11 @@ def main() -> int:
     return 0
 
 
-def answers(generator: Generator) -> list[str]:
+def answers(model: ModelConfig) -> list[str]:
     """One greedy answer to each question, each in a conversation of its own."""
     settings = GenerationSettings(max_new_tokens=48, temperature=0)
-    return [generator.answer([Message.of("user", question)], settings) for question in QUESTIONS]
+    with Generator.load(model) as generator:
+        return [generator.answer([Message.of("user", question)], settings) for question in QUESTIONS]
 
 
 def show(base: list[str], tuned: list[str]) -> None:

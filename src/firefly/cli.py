@@ -24,6 +24,8 @@ VERBS = {
     "plan": Phrase("Memory by part and time of a run, from the model's config.json alone. Exit 3 if it does not fit."),
     "merge": Phrase("Merge an adapter into its base model, reload the result and compare it with the trained model."),
     "chat": Phrase("Talk with a model in the terminal."),
+    "generate": Phrase("Answer a file of prompts: JSON lines in its order. Exit 3 if rows have no answer."),
+    "serve": Phrase("An OpenAI-compatible server for a model and adapters over it."),
     "templates": Phrase("Chat templates: list, show, render, verify."),
     "runs": Phrase("Runs and what they left: list, show, diff."),
     "schema": Phrase("The JSON schema of a configuration, by which editors complete and check its keys."),

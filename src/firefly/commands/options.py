@@ -23,6 +23,13 @@ HubOption = Annotated[str, typer.Option("--hub", help="huggingface or modelscope
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Go on although the template is not the one that was trained.")
 ]
+TemplateOption = Annotated[
+    str, typer.Option("--template_name", help="auto (saved with the model), a name, or a .jinja file.")
+]
+FourBitOption = Annotated[bool, typer.Option("--load_in_4bit", help="Hold the weights in NF4.")]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help="auto (the fastest that the hardware has), float32, bfloat16 or float16.")
+]
 RemoteCodeOption = Annotated[bool, typer.Option("--trust_remote_code", help="Run code that the model brings along.")]
 EngineOption = Annotated[str, typer.Option("--engine", help="What computes the answers: transformers or vllm.")]
 EnginePythonOption = Annotated[

@@ -176,6 +176,15 @@ class Encoder:
         """
         return [self._end_document(ids) for ids in self._encode_texts(texts)]
 
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a plain text that is to go on: as those of a document, without its end.
+
+        Raises:
+            TemplateFailure: it holds one of our private characters.
+        """
+        ids = list(self._encode_texts([self._protect_text(text)])[0])
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+
     def protect_document(self, text: str) -> str:
         """A document's text with special-looking text broken, for `encode_documents`.
 
