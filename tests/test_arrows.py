@@ -20,7 +20,7 @@ ROOMS = (
     ("tasks", "evaluation"),
     ("setup", "run", "saving"),
     ("loop",),
-    ("training", "export"),
+    ("training", "export", "server"),
     ("commands",),
     ("cli",),
 )

@@ -1,0 +1,1 @@
+"""The OpenAI interface over a generator: chat and text completions, models, health, metrics."""
