@@ -17,15 +17,14 @@ import itertools
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.requests import RequestState
 
 from firefly.errors import UsageError
@@ -36,7 +35,7 @@ from firefly.generation.sampler import choose_tokens
 from firefly.generation.scoring import score_texts
 from firefly.generation.settings import GenerationSettings
 from firefly.models.adapters import transformers_model
-from firefly.models.attention import WHOLE_MODEL, choose_layout, segmented
+from firefly.models.attention import WHOLE_MODEL, attending_by, choose_layout, model_configs, segmented
 from firefly.models.paged_attention import LAYOUT, NAME, lay_out
 from firefly.models.probing import agree, evaluating
 from firefly.models.serving_memory import BATCH_TOKENS, PAGE, REQUESTS
@@ -92,8 +91,9 @@ class _Lane:
         self._attention = NAME if model.device.type == "cpu" else str(model.config._attn_implementation)
         if str(model.config._attn_implementation) != own:
             model.set_attn_implementation(own)
-        self._attends_otherwise = self._attention != own
-        with self._attending(), torch.random.fork_rng():  # it seeds the generators of the process
+        self._configs = model_configs(model)
+        # Creating it seeds the generators of the process.
+        with attending_by(self._attention, self._configs), torch.random.fork_rng():
             self.processor = manager._create_batch_processor()
         if self._attention == NAME:
             self._arguments = self.processor.inputs_and_outputs.get_model_kwargs
@@ -127,7 +127,7 @@ class _Lane:
                 job.end("cancelled")
                 self._forget(key)
         if self.processor.prepare_next_batch():
-            with self._attending() if self._attends_otherwise else nullcontext():
+            with attending_by(self._attention, self._configs):  # which serves nothing else
                 self.processor._generation_step(self.model)
             self.processor.update_batch()
         drawn, self._drawn = self._drawn, []
@@ -136,19 +136,6 @@ class _Lane:
         for key, job in list(self.jobs.items()):
             if job.is_over:
                 self._forget(key)
-
-    @contextmanager
-    def _attending(self) -> Iterator[None]:
-        """With an attention that reads the paged cache, and serves nothing else."""
-        parts = (part for part in self.model.modules() if isinstance(part, PreTrainedModel))
-        own = {id(part.config): (part.config, part.config._attn_implementation) for part in parts}.values()
-        for config, _ in own:
-            config._attn_implementation = self._attention
-        try:
-            yield
-        finally:
-            for config, name in own:  # in this order: what is set for a configuration is set for its parts, too
-                config._attn_implementation = name
 
     def _laid_out(self, use_padding: bool = False) -> dict[str, Any]:
         """What transformers gives to the model, and how our attention finds the requests in it."""

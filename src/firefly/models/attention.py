@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -98,9 +100,7 @@ def use_segments(model: PreTrainedModel) -> SegmentedModel:
     body = decoder(model)
     setattr(model, ATTRIBUTE, used)
     setattr(body, ATTRIBUTE, used)
-    used.configs += {
-        id(part.config): part.config for part in body.modules() if isinstance(part, PreTrainedModel)
-    }.values()
+    used.configs += model_configs(body)
     body.forward = MethodType(_forward, body)
     return used
 
@@ -124,16 +124,31 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("segments") is None:
         return type(self).forward(self, *args, **kwargs)
     used: SegmentedModel = getattr(self, ATTRIBUTE)
-    own = [(config, config._attn_implementation) for config in used.configs]
     used.running = True
     try:
-        for config in used.configs:
-            config._attn_implementation = NAME
-        return type(self).forward(self, *args, **kwargs)
+        with attending_by(NAME, used.configs):
+            return type(self).forward(self, *args, **kwargs)
     finally:
         used.running = False
-        for config, name in own:  # in this order: what is set for a configuration is set for its parts, too
+
+
+def model_configs(model: nn.Module) -> list[PreTrainedConfig]:
+    """The configurations of a model and of models inside it, from outside in."""
+    parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+    return list({id(part.config): part.config for part in parts}.values())
+
+
+@contextmanager
+def attending_by(name: str, configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
+    """With the attention function of this name in all of a model's configurations."""
+    own = [(config, config._attn_implementation) for config in configs]
+    try:
+        for config in configs:
             config._attn_implementation = name
+        yield
+    finally:
+        for config, given in own:  # in this order: what is set for a configuration is set for its parts, too
+            config._attn_implementation = given
 
 
 def refuse_textless(model: Any) -> None:
