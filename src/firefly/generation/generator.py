@@ -38,13 +38,15 @@ from firefly.generation.settings import GenerationSettings
 from firefly.generation.vllm import EngineChoice, open_vllm
 from firefly.models.loading import stop_ids_of
 from firefly.models.memory import PRIMITIVES
-from firefly.models.serving_memory import cache_tokens_for
+from firefly.models.serving_memory import cache_tokens_for, context_of
 from firefly.runs.memory import cap_onednn_cache
 
 POLL = 0.05
 """Seconds after which a thread that waits for a token looks whether it is to stop."""
 PROMPT_END = 32
 """Tokens in which the end of a prompt lies."""
+UNKNOWN_CONTEXT = 1 << 20
+"""Tokens of a context whose length no configuration names."""
 UNKNOWN_CACHE = 16384
 """Tokens of a cache whose size cannot be told from the model."""
 AHEAD = 4
@@ -228,25 +230,12 @@ class Generator:
         Raises:
             GenerationFailed: the engine failed.
         """
-        coming: queue.SimpleQueue[Delta] = queue.SimpleQueue()
-        ticket = self.engine.submit(request, coming.put)
+        pending = _Pending()
+        pending.ticket = self.engine.submit(request, pending.deltas.put)
         try:
-            while True:
-                if stop is not None and stop.is_set():
-                    ticket.cancel()
-                try:
-                    delta = coming.get(timeout=POLL)
-                except queue.Empty:
-                    if not self.engine.is_alive:
-                        raise GenerationFailed("the engine has ended") from None
-                    continue
-                if delta.error is not None:
-                    raise GenerationFailed(delta.error)
-                yield delta
-                if delta.is_last:
-                    return
+            yield from pending.arriving(self.engine, stop)
         finally:
-            ticket.cancel()
+            pending.ticket.cancel()
 
     def answer(self, messages: Sequence[Message], settings: GenerationSettings, model: str | None = None) -> str:
         """The whole answer, without surrounding white space."""
@@ -320,27 +309,39 @@ class _Pending:
     def __init__(self) -> None:
         self.deltas: queue.SimpleQueue[Delta] = queue.SimpleQueue()
 
-    def wait(self, engine: Engine) -> Answer:
-        text, tokens = [], []
+    def arriving(self, engine: Engine, stop: threading.Event | None = None) -> Iterator[Delta]:
+        """Its deltas as they come; setting `stop` cancels it.
+
+        Raises:
+            GenerationFailed: the engine failed.
+        """
         while True:
+            if stop is not None and stop.is_set():
+                self.ticket.cancel()
             try:
-                delta = self.deltas.get(timeout=1.0)
+                delta = self.deltas.get(timeout=POLL)
             except queue.Empty:
                 if not engine.is_alive:
                     raise GenerationFailed("the engine has ended") from None
                 continue
             if delta.error is not None:
                 raise GenerationFailed(delta.error)
-            text.append(delta.text)
-            tokens += delta.tokens
-            if delta.finish_reason is not None:
-                return Answer("".join(text), tuple(tokens), delta.finish_reason)
+            yield delta
+            if delta.is_last:
+                return
+
+    def wait(self, engine: Engine) -> Answer:
+        arrived = list(self.arriving(engine))
+        tokens = tuple(token for delta in arrived for token in delta.tokens)
+        reason = arrived[-1].finish_reason
+        assert reason is not None  # the last delta has one, or an error
+        return Answer("".join(delta.text for delta in arrived), tokens, reason)
 
 
 def make_engine(loaded: Loaded, limits: BatchLimits) -> Engine:
     """The engine for a model: batched where its architecture allows, which is tried; else one request at a time."""
     tokenizers = {name: each.tokenizer for name, each in loaded.served.items()}
-    context = context_length(loaded.model)
+    context = context_of(loaded.model.config) or UNKNOWN_CONTEXT
     if limits.cache_tokens is None:
         tokens = cache_tokens_for(loaded.model, context, len(loaded.served))
         limits = replace(limits, cache_tokens=tokens or min(context, UNKNOWN_CACHE))
@@ -355,9 +356,3 @@ def make_engine(loaded: Loaded, limits: BatchLimits) -> Engine:
             problem=error,
         )
         return PlainEngine(loaded.model, tokenizers, loaded.select, context, limits.max_waiting)
-
-
-def context_length(model: Any) -> int:
-    """The most tokens that the model's configuration knows positions for; where it names none, a large number."""
-    config = model.config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 20)

@@ -92,7 +92,6 @@ class PlainEngine:
         self._jobs: set[Job] = set()
         self._max_waiting = max_waiting
         self._closing = threading.Event()
-        self._drains = False
         self._failure: BaseException | None = None
         self._kept: _Kept | None = None
         self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
@@ -133,7 +132,6 @@ class PlainEngine:
         return EngineStatus(min(count, 1), max(count - 1, 0))
 
     def close(self, drain: bool = False) -> None:
-        self._drains = drain
         self._closing.set()
         if not drain:
             for job in list(self._jobs):

@@ -79,6 +79,12 @@ def adapter_bytes(adapter: SavedAdapter, itemsize: int) -> int:
     )
 
 
+def context_of(described: Any) -> int | None:
+    """The most tokens that a model's configuration knows positions for; None where it names none."""
+    text = described.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+
+
 # ---- the cache ----
 
 

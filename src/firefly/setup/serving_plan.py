@@ -18,6 +18,7 @@ from firefly.models.serving_memory import (
     adapter_bytes,
     beside_cache,
     cache_shape,
+    context_of,
     default_cache_tokens,
     weight_bytes,
 )
@@ -121,8 +122,7 @@ def make_serving_plan(
         "weights": weight_bytes(described, config.model, precision.compute, in_4_bits),
         "adapters": sum(adapter_bytes(adapter, itemsize) for adapter in saved),
     } | beside_cache(machine.kind, precision.compute)
-    text = described.get_text_config()
-    context = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    context = context_of(described)
     shape, unknown = cache_shape(described, config.model), ""
     if shape is None:
         unknown = translate(
