@@ -265,6 +265,19 @@ def test_a_failing_step_is_told_and_the_next_request_answered(build: Build) -> N
     assert ask(engine, PROMPTS[0]).wait().ids == greedy(model, PROMPTS[0], 10)
 
 
+def test_a_model_whose_cache_does_not_fit_is_told_so_and_the_other_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama").eval()
+    engine = batched(model)
+
+    def full(*given: Any) -> None:
+        raise MemoryError("all of it is used")
+
+    monkeypatch.setattr("firefly.generation.batched._Lane", full)
+    assert "--cache_tokens" in (ask(engine, PROMPTS[0], model="n").wait().deltas[-1].error or "")
+    assert ask(engine, PROMPTS[0]).wait().ids == greedy(model, PROMPTS[0], 10)
+    engine.close()
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_engine_that_fails_again_and_again_is_dead_and_says_so() -> None:
     model = tiny_model("llama").eval()

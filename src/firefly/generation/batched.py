@@ -299,7 +299,10 @@ class BatchedEngine:
                     for task in self._take(self._tasks):
                         task()
                     for job in self._take(self._inbox):
-                        self._lane_of(job.request.model).add(str(next(self._numbers)), job)
+                        try:
+                            self._lane_of(job.request.model).add(str(next(self._numbers)), job)
+                        except Exception as error:  # a second model's cache that does not fit is no end of the first
+                            job.end(error=str(error) if isinstance(error, UsageError) else failed(error))
                     self._work()
         except BaseException as error:
             self._failure = error
