@@ -91,6 +91,7 @@ class FakeEngine:
     text: str | None = None
     models: tuple[str, ...] = ("base", "one", "two")
     context_length: int = 4096
+    max_requests: int = 8
     vocabulary_size: int | None = None
     is_alive: bool = True
     tickets: list[FakeTicket] = field(default_factory=list)

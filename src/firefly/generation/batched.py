@@ -210,6 +210,7 @@ class BatchedEngine:
         self.models = tuple(tokenizers)
         self._cache_tokens = limits.cache_tokens or context_length
         self.context_length = min(context_length, self._cache_tokens)
+        self.max_requests = limits.max_requests
         self.vocabulary_size: int | None = transformers_model(model).config.get_text_config().vocab_size
         self.limits = limits
         self._model, self._tokenizers, self._select = model, tokenizers, select

@@ -103,12 +103,14 @@ class Engine(Protocol):
     Attributes:
         models: the names it answers under: the base's first, then one for each adapter.
         context_length: the most tokens that prompt and answer may have together.
+        max_requests: as many at a time keep it busy.
         vocabulary_size: rows of the model's table of tokens, where it is known: an id beyond it would end the engine. A
             tokenizer may have more tokens than that.
     """
 
     models: tuple[str, ...]
     context_length: int
+    max_requests: int
     vocabulary_size: int | None
 
     def submit(self, request: Request, deliver: Callable[[Delta], None]) -> Ticket:

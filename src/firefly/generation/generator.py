@@ -12,7 +12,7 @@ import queue
 import threading
 from collections import abc, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from firefly.config import ModelConfig
@@ -38,15 +38,14 @@ from firefly.generation.settings import GenerationSettings
 from firefly.generation.vllm import EngineChoice, open_vllm
 from firefly.models.loading import stop_ids_of
 from firefly.models.memory import PRIMITIVES
-from firefly.models.serving_memory import cache_tokens_for, context_of
+from firefly.models.serving_memory import UNKNOWN_CONTEXT, cache_tokens_for, context_of
 from firefly.runs.memory import cap_onednn_cache
+from firefly.translation import Phrase
 
 POLL = 0.05
 """Seconds after which a thread that waits for a token looks whether it is to stop."""
 PROMPT_END = 32
 """Tokens in which the end of a prompt lies."""
-UNKNOWN_CONTEXT = 1 << 20
-"""Tokens of a context whose length no configuration names."""
 UNKNOWN_CACHE = 16384
 """Tokens of a cache whose size cannot be told from the model."""
 AHEAD = 4
@@ -78,10 +77,15 @@ class GenerationFailed(RuntimeError):
 @dataclass(frozen=True)
 class Generator:
     """Models, their tokenizers and templates, and the engine that runs them. `close` it, or use it in a `with`; what is
-    open when the program ends is closed then."""
+    open when the program ends is closed then.
+
+    Attributes:
+        unserved: name → why it is not served, though it is loaded.
+    """
 
     engine: Engine
     served: Mapping[str, ServedModel]
+    unserved: Mapping[str, Phrase] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # A thread that is inside of torch when Python ends it takes the whole process down with SIGABRT.
@@ -124,7 +128,7 @@ class Generator:
         if engine.is_vllm:
             named = name_models(model, adapters)
             check_bases(named, force)
-            served, _ = serve_models(named, template_name, tuple(stop_ids_of(named.model) or ()), force)
+            served, unserved = serve_models(named, template_name, tuple(stop_ids_of(named.model) or ()), force)
             tokenizers = {name: each.tokenizer for name, each in served.items()}
             remote = open_vllm(
                 engine,
@@ -135,10 +139,10 @@ class Generator:
                 limits=RemoteLimits(limits.max_requests, limits.max_waiting),
                 dtype=dtype,
             )
-            return cls(remote, served)
+            return cls(remote, served, unserved)
         cap_onednn_cache(PRIMITIVES)
         loaded = load_for_generation(model, adapters, template_name, load_in_4bit, force, dtype=dtype)
-        return cls(make_engine(loaded, limits), loaded.served)
+        return cls(make_engine(loaded, limits), loaded.served, loaded.unserved)
 
     @property
     def name(self) -> str:
@@ -231,7 +235,7 @@ class Generator:
             GenerationFailed: the engine failed.
         """
         pending = _Pending()
-        pending.ticket = self.engine.submit(request, pending.deltas.put)
+        pending.ticket = self.engine.submit(request, pending.deliver)
         try:
             yield from pending.arriving(self.engine, stop)
         finally:
@@ -262,11 +266,12 @@ class Generator:
         """
         waiting: deque[list[_Pending]] = deque()
         source, end = iter(prompts), object()
-        room = AHEAD + getattr(getattr(self.engine, "limits", None), "max_requests", 1)
+        room = AHEAD + self.engine.max_requests
         exhausted = False
         try:
             while True:
-                while not exhausted and sum(max(len(group), 1) for group in waiting) < room:
+                # Those that are answered and wait for one before them leave their places in the batch to others.
+                while not exhausted and sum(not each.is_answered for group in waiting for each in group) < room:
                     ids: Any = next(source, end)
                     if ids is end:
                         exhausted = True
@@ -285,7 +290,7 @@ class Generator:
         pending = _Pending()
         while True:
             try:
-                pending.ticket = self.engine.submit(request, pending.deltas.put)
+                pending.ticket = self.engine.submit(request, pending.deliver)
                 return pending
             except EngineFull:  # by others who share it
                 threading.Event().wait(POLL)
@@ -308,6 +313,11 @@ class _Pending:
 
     def __init__(self) -> None:
         self.deltas: queue.SimpleQueue[Delta] = queue.SimpleQueue()
+        self.is_answered = False
+
+    def deliver(self, delta: Delta) -> None:
+        self.deltas.put(delta)
+        self.is_answered = delta.is_last
 
     def arriving(self, engine: Engine, stop: threading.Event | None = None) -> Iterator[Delta]:
         """Its deltas as they come; setting `stop` cancels it.

@@ -86,6 +86,7 @@ class PlainEngine:
     ) -> None:
         self.models = tuple(tokenizers)
         self.context_length = context_length
+        self.max_requests = 1
         self.vocabulary_size: int | None = transformers_model(model).config.get_text_config().vocab_size
         self._model, self._tokenizers, self._select = model, tokenizers, select
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue()

@@ -288,6 +288,7 @@ class RemoteEngine:
     ) -> None:
         self.models = tuple(models)
         self.context_length = context_length
+        self.max_requests = limits.max_requests
         self.vocabulary_size: int | None = None  # the server refuses what it does not know
         self.limits = limits
         self._server, self._names, self._tokenizers = server, dict(models), dict(tokenizers)
