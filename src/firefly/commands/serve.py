@@ -24,6 +24,7 @@ from firefly.commands.options import (
     TemplateOption,
     imports_without_gc,
 )
+from firefly.console import notice
 from firefly.errors import UsageError
 from firefly.translation import translate
 
@@ -135,6 +136,8 @@ def serve_command(
     adapters = named_adapters(adapter_name_or_path or [])
     choice = EngineChoice(engine, engine_python, engine_url, engine_api_key, engine_arguments)
     generator = Generator.load(model, adapters, template_name, load_in_4bit, force, limits, dtype, choice)
+    for name, reason in generator.unserved.items():
+        notice("serve.unserved", "{name} is not served: {reason}.", name=name, reason=reason)
     service = Service(generator, options)
     try:
         serve(service, sock, lambda address: say_ready(address, list(service.models)))
