@@ -33,6 +33,9 @@ quantization)."""
 PAGE, BATCH_TOKENS, REQUESTS = 32, 512, 64
 """The engine's own sizes: tokens of a page, tokens computed in one step, answers that grow at a time."""
 
+UNKNOWN_CONTEXT = 1 << 17
+"""Tokens of a context whose length no configuration names."""
+
 TOKENS_OF_A_REQUEST = 512
 """What a request is taken to keep where many share a cache."""
 

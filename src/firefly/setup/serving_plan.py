@@ -15,6 +15,7 @@ from firefly.models.memory import Forecast
 from firefly.models.saved_adapter import SavedAdapter, is_adapter, open_adapter
 from firefly.models.serving_memory import (
     PAGE,
+    UNKNOWN_CONTEXT,
     adapter_bytes,
     beside_cache,
     cache_shape,
@@ -27,9 +28,6 @@ from firefly.translation import translate
 
 OF_THE_MODEL = {"model_name_or_path", "hub", "model_revision", "trust_remote_code", "use_cpu"}
 """Keys of a configuration that serving goes by."""
-
-NO_LIMIT = 1 << 17
-"""The context of models whose configuration names none."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ def make_serving_plan(
         tokens = 0
     else:
         free = max(machine.memory - sum(parts.values()), 0)
-        most = default_cache_tokens(shape, free, context or NO_LIMIT, itemsize, models, machine.kind)
+        most = default_cache_tokens(shape, free, context or UNKNOWN_CONTEXT, itemsize, models, machine.kind)
         tokens = most if cache_tokens is None else -(-cache_tokens // PAGE) * PAGE
         parts |= shape.parts(tokens, itemsize, models, machine.kind)
         if not shape.paged:
