@@ -23,6 +23,7 @@ ROOMS = (
     ("training", "export", "server"),
     ("commands",),
     ("cli",),
+    ("__main__",),
 )
 """From the lowest to the highest: a room imports from lower ones and from its own row. "" is the package itself."""
 

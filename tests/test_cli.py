@@ -92,6 +92,11 @@ def test_help_is_whole_in_both_languages(capsys, monkeypatch, arguments, languag
     assert "…" not in without_sample  # how rich ends a word of Chinese that is too long for its column
 
 
+def test_the_module_is_the_command() -> None:
+    shown = subprocess.run([sys.executable, "-m", "firefly", "--version"], capture_output=True, text=True)
+    assert shown.stdout == f"firefly {firefly.__version__}\n"
+
+
 def test_version_is_one_line(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"firefly {firefly.__version__}\n"
