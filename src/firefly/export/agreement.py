@@ -68,6 +68,10 @@ class Candidates:
     log_probs: dict[int, float]
 
 
+class Refused(Exception):
+    """The engine cannot make a prompt of these messages; the text says why."""
+
+
 class ReadBack(Protocol):
     """An engine that has loaded what was exported."""
 
@@ -77,7 +81,11 @@ class ReadBack(Protocol):
         ...
 
     def prompt_ids(self, row: BatteryRow) -> list[int]:
-        """The ids that its own chat endpoint makes of the row's messages but the last; of a text, all its ids."""
+        """The ids that its own chat endpoint makes of the row's messages but the last; of a text, all its ids.
+
+        Raises:
+            Refused: it makes none.
+        """
         ...
 
     def ends_at(self, token: int) -> bool:
@@ -201,7 +209,10 @@ def read_back(engine: ReadBack, battery: Battery, expected: Sequence[Expected], 
     divergences, gaps, same, ties = [], [], 0, 0
     for row, known in zip(battery.rows, expected, strict=True):
         wanted = row.ids if row.text is not None else row.prompt
-        (equal if engine.prompt_ids(row) == list(wanted) else other).append(row.name)
+        try:
+            (equal if engine.prompt_ids(row) == list(wanted) else other).append(row.name)
+        except Refused as error:
+            other.append(f"{row.name} ({error})")
         answers = engine.candidates(row.ids, row.positions)
         for tokens, log_probs, answer in zip(known.tokens, known.log_probs, answers, strict=True):
             found = listed(tokens, answer)
