@@ -1,6 +1,8 @@
-"""`make demo`: fine-tune the embedded model on our own rows, merge it, and ask both models the same three questions.
+"""`make demo`: fine-tune the embedded model on our own rows, merge it, ask both models the same three questions, and
+export the trained one as a GGUF file that llama.cpp reads back.
 
-It calls what `firefly train` and `firefly merge` call, with the configuration that users start from.
+It calls what `firefly train`, `firefly merge` and `firefly export gguf` call, with the configuration that users start
+from.
 """
 
 from __future__ import annotations
@@ -8,6 +10,9 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -41,15 +46,44 @@ def main() -> int:
         "".join((ROOT / "data" / name).read_text("utf-8") for name in ("identity.jsonl", "general.jsonl")), "utf-8"
     )
     config = load_config(CONFIG, {"train_file": str(rows), "output_dir": str(OUTPUT / "adapter")})
-    base = answers(config.model)
-    adapter = train(config)
-    merged = merge(ModelConfig(), str(adapter), str(OUTPUT / "merged"))
-    tuned = answers(ModelConfig(name_or_path=str(merged)))
+    seconds: dict[str, float] = {}
+    with stage("ask the base model", seconds):
+        base = answers(config.model)
+    with stage("train", seconds):
+        adapter = train(config)
+    with stage("merge and compare", seconds):
+        merged = merge(ModelConfig(), str(adapter), str(OUTPUT / "merged"))
+    with stage("ask the trained model", seconds):
+        tuned = answers(ModelConfig(name_or_path=str(merged)))
+    with stage("export to GGUF and read back", seconds):
+        exported = export_where_installed(str(merged))
     show(base, tuned)
+    print("\n".join(f"{took:7.1f} s  {name}" for name, took in seconds.items()))
+    print(exported)
     print(
         f"{time.time() - began:.0f} seconds. Talk to it: .venv/bin/firefly chat --model_name_or_path output/demo/merged"
     )
     return 0
+
+
+@contextmanager
+def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - began
+
+
+def export_where_installed(merged: str) -> str:
+    """A verified Q8_0 file, if the packages of the extra `export` are there; what to say of it."""
+    if not all(find_spec(package) for package in ("xllamacpp", "libggml", "llama_cpp")):
+        return "GGUF left out: pip install -e '.[export]' brings what writes it and reads it back."
+    from firefly.export.exporting import export_gguf
+
+    report = export_gguf(ModelConfig(name_or_path=merged), None, str(OUTPUT / "model-q8_0.gguf"), "q8_0")
+    return (
+        f"{report['file']}: verified by {report['engine']}, mean KL {report['mean_kl']:.1e} nats, "
+        f"{report['tokens_per_second']:.0f} tokens/s"
+    )
 
 
 def answers(model: ModelConfig) -> list[str]:
