@@ -31,6 +31,8 @@ from firefly.models.saved_adapter import SETTINGS, SavedAdapter, open_adapter
 __all__ = ["Figures", "QuantizedTypes", "check_numbers", "convert", "convert_adapter", "quantize", "set_stops"]
 
 MODEL_SCRIPT, ADAPTER_SCRIPT = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
+WITHOUT_WINDOW = ("phi3",)
+"""Architectures whose window stands in the file, and is switched off in llama.cpp (its pull request 13676)."""
 
 
 def convert(folder: Path, target: Path, number_type: str, name: str | None = None) -> None:
@@ -53,6 +55,14 @@ def convert(folder: Path, target: Path, number_type: str, name: str | None = Non
         type=number_type,
     )
     run_converter([Job(folder, target, number_type, name=name)])
+    if window := unsaid_window(folder, target):
+        notice(
+            "export.no_window",
+            "{architecture} attends to the last {window} tokens in some of its layers, and llama.cpp to all of them: "
+            "its answers are those of the trained model up to there, and others in longer conversations.",
+            architecture=architecture_of(folder),
+            window=window,
+        )
 
 
 @dataclass(frozen=True)
@@ -144,6 +154,24 @@ def failure(jobs: Sequence[Job], told: Sequence[dict[str, Any]], done: subproces
         architecture=architecture_of(job.base or job.folder),
         problem=" ".join(problem.split()).rstrip("."),
     )
+
+
+def unsaid_window(folder: Path, file: Path) -> int | None:
+    """The sliding window of a model that llama.cpp computes without one; None where it has none, or keeps it."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= config.get("text_config") or {}
+    window = config.get("sliding_window")
+    if (
+        not window
+        or config.get("use_sliding_window") is False
+        or window >= config.get("max_position_embeddings", math.inf)
+    ):
+        return None
+    if (types := config.get("layer_types")) and "sliding_attention" not in types:
+        return None
+    head = read_head(file)
+    kept = f"{head.architecture}.attention.sliding_window" in head.metadata and head.architecture not in WITHOUT_WINDOW
+    return None if kept else window
 
 
 def architecture_of(folder: Path) -> str:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -161,18 +162,19 @@ def is_sentencepiece(definition: dict[str, Any]) -> bool:
     return definition["model"]["type"] == "BPE" and bool(definition["model"].get("byte_fallback"))
 
 
-def prepends_always(definition: dict[str, Any]) -> bool:
-    """Whether each piece of text between special tokens begins with a space, as llama.cpp's flag means it."""
+def space_prefix(definition: dict[str, Any]) -> str:
+    """Where a SentencePiece tokenizer puts a space before a text: before it "always", at the "first" piece, or "never".
 
-    def parts(step: dict[str, Any] | None) -> list[dict[str, Any]]:
-        if not step:
-            return []
-        return step.get("normalizers") or step.get("pretokenizers") or [step]
-
-    return any(step["type"] == "Prepend" for step in parts(definition.get("normalizer"))) or any(
-        step["type"] == "Metaspace" and step.get("prepend_scheme") == "always"
-        for step in parts(definition.get("pre_tokenizer"))
-    )
+    Always is before each piece of text between special tokens.
+    """
+    for name in ("normalizer", "pre_tokenizer"):
+        step = definition.get(name) or {}
+        for part in step.get("normalizers") or step.get("pretokenizers") or [step]:
+            if part.get("type") == "Prepend":
+                return "always"
+            if part.get("type") == "Metaspace":
+                return part.get("prepend_scheme", "always")
+    return "never"
 
 
 def add_sentencepiece(converter: Any, gguf: Any, definition: dict[str, Any]) -> None:
@@ -213,7 +215,6 @@ def add_sentencepiece(converter: Any, gguf: Any, definition: dict[str, Any]) -> 
     writer.add_token_list(tokens)
     writer.add_token_scores(scores)
     writer.add_token_types(types)
-    writer.add_add_space_prefix(prepends_always(definition))
     gguf.SpecialVocab(converter.dir_model, n_vocab=size).add_to_gguf(writer)
 
 
@@ -275,11 +276,24 @@ def settle_metadata(converter: Any, gguf: Any, stops: Sequence[int] | None) -> N
     template = tokenizer.chat_template
     if isinstance(template, str):
         put(keys.CHAT_TEMPLATE, template, gguf.GGUFValueType.STRING)
+    name = data[gguf.Keys.General.NAME].value
+    put(gguf.Keys.General.NAME, fitting_name(name, tokenizer), gguf.GGUFValueType.STRING)
+    length = gguf.Keys.Attention.VALUE_LENGTH.format(arch=converter.gguf_writer.arch)
+    if converter.hf_arch == "MiniCPM3ForCausalLM" and length not in data:  # read as hidden_size / heads otherwise
+        put(length, converter.hparams["v_head_dim"], gguf.GGUFValueType.UINT32)
     ids = tokenizer("a")["input_ids"]
     adds_bos = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
     adds_eos = len(ids) > 1 and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id
+    begins = (opening(tokenizer) or "") if template else ""
+    if data[keys.MODEL].value == "llama":
+        where = space_prefix(json.loads(tokenizer.backend_tokenizer.to_str()))
+        special = bool(begins) and begins.startswith(tuple(tokenizer.get_added_vocab()))
+        # llama.cpp knows only "before each piece of text" and "never".
+        put(keys.ADD_PREFIX, where == "always" or (where == "first" and not special), gguf.GGUFValueType.BOOL)
+    if data[keys.MODEL].value == "gpt2" and keys.MERGES not in data:  # one token a byte; llama.cpp wants some
+        data[keys.MERGES] = gguf.GGUFValue(["Ā Ā"], gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING)
     # llama.cpp puts it before a chat prompt, too, which as trained begins with it only where the template says so.
-    if adds_bos and template and not (opening(tokenizer) or tokenizer.bos_token).startswith(tokenizer.bos_token):
+    if adds_bos and begins and not begins.startswith(tokenizer.bos_token):
         tell(says="add_bos_token is false in the file, as the chat template does not begin with it")
         adds_bos = False
     put(keys.ADD_BOS, adds_bos, gguf.GGUFValueType.BOOL)
@@ -291,6 +305,23 @@ def settle_metadata(converter: Any, gguf: Any, stops: Sequence[int] | None) -> N
             data.pop(key, None)
         for key, token in stop_slots(stops, texts, tokenizer.eos_token_id, keep).items():
             put(key, int(token), gguf.GGUFValueType.UINT32)
+
+
+STRIPPING, STRIPPED_BY = ("phi-3", "phi3"), ("</s>", "<unk>", "<s>", "<|endoftext|>")
+
+
+def fitting_name(name: str, tokenizer: Any) -> str:
+    """A model's name, such that llama.cpp reads its special tokens as transformers does.
+
+    Where the name has "phi3" in it, and only there, llama.cpp lets special tokens take the white space behind them, and
+    then it insists on the tokens that Phi-3 has.
+    """
+    strips = any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
+    strips = strips and all(token in tokenizer.get_vocab() for token in STRIPPED_BY)
+    named = any(part in name.lower() for part in STRIPPING)
+    if strips and not named:
+        return f"{name} (Phi-3)"
+    return re.sub("(?i)(phi)-?3", r"\1 3", name) if named and not strips else name
 
 
 def fit_rows(data: dict[str, Any], keys: Any, rows: int | None) -> None:
