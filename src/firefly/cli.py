@@ -23,6 +23,7 @@ VERBS = {
     ),
     "plan": Phrase("Memory by part and time of a run, from the model's config.json alone. Exit 3 if it does not fit."),
     "merge": Phrase("Merge an adapter into its base model, reload the result and compare it with the trained model."),
+    "export": Phrase("Files for other engines, read back and compared: gguf, ollama, vllm. Exit 3 if they differ."),
     "chat": Phrase("Talk with a model in the terminal."),
     "generate": Phrase("Answer a file of prompts: JSON lines in its order. Exit 3 if rows have no answer."),
     "serve": Phrase("An OpenAI-compatible server for a model and adapters over it."),
