@@ -155,3 +155,18 @@ def test_a_model_that_cannot_be_streamed_is_loaded_whole_and_said(
     [said] = take_notices()
     assert said["code"] == "streaming.whole"
     assert "an odd operation" in said["message"]
+
+
+def test_a_model_whose_code_takes_weights_from_elsewhere_is_read_whole_and_said(tmp_path: Path) -> None:
+    from firefly.export.verification import all_logits
+
+    whole, streamed = whole_and_streamed(save_tiny_model(tmp_path, "llama_tied"))
+    for model in (whole, streamed):  # as remote code does that has a tied head in its own forward
+        head, embedding = model.lm_head, model.model.embed_tokens
+        head.forward = lambda hidden, embedding=embedding: torch.nn.functional.linear(hidden, embedding.weight)
+        del head._parameters["weight"]
+    assert logits(streamed).isnan().all()
+    take_notices()
+    [found], [expected] = (all_logits(model, IDS.tolist()) for model in (streamed, whole))
+    assert torch.equal(found, expected)
+    assert [said["code"] for said in take_notices()] == ["streaming.whole"]

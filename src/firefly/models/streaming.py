@@ -18,8 +18,8 @@ from firefly.console import notice
 from firefly.files import first_line
 from firefly.models.loading import load_model, read_config
 from firefly.models.precision import Precision, pick_device
-from firefly.models.unread import UNREAD, Unread, placeholder_like
-from firefly.translation import Phrase
+from firefly.models.unread import UNREAD, Unread, placeholder_like, read_here
+from firefly.translation import Phrase, translate
 
 HANDLES, HELD = "firefly_streaming", "firefly_held"
 """Attributes: of a module, the handles of its hooks; of a parameter that is read now, its placeholder and how many
@@ -70,24 +70,38 @@ def stream_weights(model: Any) -> Any:
     for module in model.modules():
         for handle in vars(module).pop(HANDLES, ()):
             handle.remove()
-    for module, deep in _units(model):
+    for module in _units(model):
         handles = (
-            module.register_forward_pre_hook(lambda unit, _, deep=deep: _acquire(unit.parameters(deep))),
-            module.register_forward_hook(lambda unit, *_, deep=deep: _release(unit.parameters(deep)), always_call=True),
+            module.register_forward_pre_hook(lambda unit, _: _acquire(unit.parameters())),
+            module.register_forward_hook(lambda unit, *_: _release(unit.parameters()), always_call=True),
         )
         setattr(module, HANDLES, handles)
     return model
 
 
-def _units(module: nn.Module, listed: bool = False) -> Iterator[tuple[nn.Module, bool]]:
-    """(module, whether with all below it): items of the outermost lists of layers, and what has no such list in it."""
+def _units(module: nn.Module, listed: bool = False) -> Iterator[nn.Module]:
+    """The items of the outermost lists of layers, and what has no such list in it; parameters of modules around them
+    are read for good."""
     if listed or not any(isinstance(inner, nn.ModuleList) for inner in module.modules()):
-        yield module, True
+        yield module
         return
-    if next(module.parameters(recurse=False), None) is not None:
-        yield module, False
+    read_here(module.parameters(recurse=False))
     for child in module.children():
         yield from _units(child, isinstance(module, nn.ModuleList))
+
+
+def read_whole(model: nn.Module) -> bool:
+    """Read all weights of a streamed model for good, with a notice; whether there were any.
+
+    For one that gives NaN: some code multiplies with the weight of a module that it does not call, and finds the
+    placeholder.
+    """
+    with torch.inference_mode(False):
+        found = read_here(model.parameters()) > 0
+    if found:
+        problem = translate("it gives no numbers when its weights are read layer by layer.")
+        notice("streaming.whole", "{name} is loaded whole: {problem}", name=type(model).__name__, problem=problem)
+    return found
 
 
 def _acquire(parameters: Iterable[Any]) -> None:
