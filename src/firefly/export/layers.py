@@ -9,7 +9,7 @@ SmolLM2-135M after six steps of LoRA: mean KL to the trained model 1.5e-4 instea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
 from typing import Any
 
 import torch
@@ -19,7 +19,12 @@ from firefly.errors import UsageError, VerificationError
 from firefly.export.verification import SampledUpdate, sample_update
 from firefly.models.kernels.expert_linear import expert_factors
 from firefly.models.saved_adapter import OUR_PREFIX
+from firefly.models.streaming import Change, change_weight, held, separate_copy
 from firefly.models.tokens import is_tied
+from firefly.models.unread import read_here
+
+BLOCK = 1 << 22
+"""Numbers that are rounded at a time."""
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
@@ -31,40 +36,70 @@ def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 @torch.no_grad()
 def merge_layers(model: Any, seed: int = 0) -> None:
-    """Add every layer's adapter to its weight, in fp32, rounded once; the same seed gives the same weights.
+    """Add every layer's adapter to its weight, in fp32, rounded once; the same seed gives the same weights, and each
+    weight whichever others are merged. Weights in files are merged whenever they are read (see `change_weight`).
 
     Trained rows of an embedding or head replace the base's.
 
     Raises:
-        VerificationError: a sum is not finite.
+        VerificationError: a sum is not finite; of a weight in a file when it is read.
     """
+    from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.trainable_tokens import TrainableTokensLayer
 
     for module in model.modules():
         if isinstance(module, TrainableTokensLayer):
-            module.merge(safe_merge=True)
-    generator = torch.Generator().manual_seed(seed)
+            change_weight(module.get_base_layer().weight, _with_token_rows(module))
     for name, layer in lora_layers(model):
         name_of = layer.active_adapters[0] if len(layer.active_adapters) == 1 else ""
         variant = type(getattr(layer, "lora_variant", {}).get(name_of)).__name__
         if not name_of or variant not in ("NoneType", "DoraLinearVariant"):
+            read_here(layer.get_base_layer().parameters())
             layer.merge(safe_merge=True)  # peft knows its other variants
             continue
-        for weight, delta in weights_and_deltas(layer):
-            total = weight.float() + delta
-            if variant == "DoraLinearVariant":
-                magnitude = layer.lora_magnitude_vector[name_of].weight.float()
-                total = with_magnitude(total, magnitude, layer.fan_in_fan_out)
-            if not torch.isfinite(total).all():
-                raise VerificationError(
-                    "merge.not_finite",
-                    "merging {layer} gives numbers that are not finite. Check the adapter, or try --dtype float32.",
-                    layer=name,
-                )
-            weight.copy_(round_unbiased(total, weight.dtype, generator))
+        stacked = isinstance(layer, ParamWrapper)
+        weight = layer.get_param() if stacked else layer.get_base_layer().weight
+        # Of one more name where a module has several stacks, each with a layer around it.
+        path = f"{name}.{layer.parameter_name}" if stacked else f"{name}.weight"
+        change_weight(weight, _with_update(layer, name_of, name, path, seed), by_row=weight.dim() == 3)
         if (own := bias_of_adapter(layer, name_of)) is not None:
             bias = layer.get_base_layer().bias
+            read_here([bias])
+            generator = generator_of(seed, f"{name}.bias")
             bias.copy_(round_unbiased(bias.float() + layer.scaling[name_of] * own.float(), bias.dtype, generator))
+
+
+def _with_token_rows(layer: Any) -> Change:
+    (adapter,) = layer.active_adapters
+    index, trained = torch.as_tensor(layer.token_indices[adapter]), layer.trainable_tokens_delta[adapter].detach()
+    return lambda weight, _: weight.index_copy(0, index.to(weight.device), trained.to(weight))
+
+
+def _with_update(layer: Any, adapter: str, name: str, path: str, seed: int) -> Change:
+    """How a weight, or one expert of a stack, becomes the merged one."""
+
+    def change(weight: Tensor, first: int) -> Tensor:
+        stacked = weight.dim() == 3
+        base = weight[0] if stacked else weight
+        total = (delta_of_expert(layer, first) if stacked else delta_of(layer)).add_(base)
+        if type(layer.lora_variant.get(adapter)).__name__ == "DoraLinearVariant":
+            total = with_magnitude(total, layer.lora_magnitude_vector[adapter].weight.float(), layer.fan_in_fan_out)
+        if not torch.isfinite(total).all():
+            raise VerificationError(
+                "merge.not_finite",
+                "merging {layer} gives numbers that are not finite. Check the adapter, or try --dtype float32.",
+                layer=name,
+            )
+        merged = round_unbiased(total, weight.dtype, generator_of(seed, path, first))
+        return merged[None] if stacked else merged
+
+    return change
+
+
+def generator_of(seed: int, name: str, number: int = 0) -> torch.Generator:
+    """Random numbers of one weight (of a stack: of one expert), the same in whatever order weights are merged."""
+    digest = hashlib.sha256(f"{seed} {name} {number}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 @torch.no_grad()
@@ -80,10 +115,12 @@ def sample_updates(model: Any) -> list[SampledUpdate]:
         if isinstance(layer, ParamWrapper) or variant not in ("NoneType", "DoraLinearVariant"):
             continue
         weight = layer.get_base_layer().weight
-        target = weight.float() + layer.get_delta_weight(adapter).float()
-        if variant == "DoraLinearVariant":
-            target = with_magnitude(target, layer.lora_magnitude_vector[adapter].weight.float(), layer.fan_in_fan_out)
-        updates.append(sample_update(f"{name.removeprefix(OUR_PREFIX)}.weight", weight, target))
+        with held(weight):
+            target = weight.float() + layer.get_delta_weight(adapter).float()
+            if variant == "DoraLinearVariant":
+                length = layer.lora_magnitude_vector[adapter].weight.float()
+                target = with_magnitude(target, length, layer.fan_in_fan_out)
+            updates.append(sample_update(f"{name.removeprefix(OUR_PREFIX)}.weight", weight, target))
     return updates
 
 
@@ -110,19 +147,21 @@ def refuse_unmergeable(model: Any, adapter: str) -> None:
             )
 
 
-def weights_and_deltas(layer: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """A layer's weight and what its adapter adds to it, in fp32; for stacked experts one after the other."""
+def delta_of(layer: Any) -> Tensor:
+    """What an adapter adds to a layer's weight, in fp32."""
     from peft.tuners.lora.layer import ParamWrapper
 
     if isinstance(layer, ParamWrapper):
-        stack = layer.get_param().data
-        a, b, scale = expert_factors(layer)
-        for weight, low, high in zip(stack if stack.dim() == 3 else stack[None], a, b, strict=True):
-            delta = scale * (high.float() @ low.float())
-            # A stack (in, out) whose module says so; peft takes every other one for (out, in).
-            yield weight, delta.T if getattr(layer.get_base_layer(), "is_transposed", False) else delta
-        return
-    yield layer.get_base_layer().weight.data, layer.get_delta_weight(layer.active_adapters[0]).float()
+        return delta_of_expert(layer, 0)
+    return layer.get_delta_weight(layer.active_adapters[0]).float()
+
+
+def delta_of_expert(layer: Any, number: int) -> Tensor:
+    """What an adapter adds to one matrix of a stack, in fp32."""
+    a, b, scale = expert_factors(layer)
+    delta = scale * (b[number].float() @ a[number].float())
+    # A stack (in, out) whose module says so; peft takes every other one for (out, in).
+    return delta.T if getattr(layer.get_base_layer(), "is_transposed", False) else delta
 
 
 def with_magnitude(direction: Tensor, magnitude: Tensor, transposed: bool) -> Tensor:
@@ -146,17 +185,21 @@ def untie_where_adapted(model: Any) -> None:
     if any(isinstance(end, LoraLayer) for end in (base.get_input_embeddings(), base.get_output_embeddings())):
         head: Any = base.get_output_embeddings()
         plain: Any = head.get_base_layer() if isinstance(head, LoraLayer) else head
-        plain.weight = nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
+        plain.weight = separate_copy(plain.weight)
 
 
 def round_unbiased(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Round fp32 numbers to one of their two neighbours in `dtype`; the probabilities make the mean exact."""
-    nearest = x.to(dtype)
-    error = x - nearest.float()
     if dtype == torch.float32:
-        return nearest
-    infinity = torch.full_like(nearest, torch.inf)
-    other = torch.nextafter(nearest, torch.where(error > 0, infinity, -infinity))
-    probability = error / (other.float() - nearest.float())
-    draws = torch.rand(x.shape, generator=generator).to(x.device)
-    return torch.where(draws < probability, other, nearest)
+        return x.to(dtype)
+    rounded = torch.empty(x.shape, dtype=dtype, device=x.device)
+    blocks = zip(x.reshape(-1).split(BLOCK), rounded.view(-1).split(BLOCK), strict=True)
+    for exact, written in blocks:  # each step makes a copy of its numbers
+        nearest = exact.to(dtype)
+        error = exact - nearest.float()
+        infinity = torch.full_like(nearest, torch.inf)
+        other = torch.nextafter(nearest, torch.where(error > 0, infinity, -infinity))
+        probability = error / (other.float() - nearest.float())
+        draws = torch.rand(exact.shape, generator=generator).to(x.device)
+        written.copy_(torch.where(draws < probability, other, nearest))
+    return rounded

@@ -7,14 +7,20 @@ base weights. Only a merge that passes is called done.
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
+import transformers
+from torch import Tensor
 
+import firefly
 from firefly.config import ModelConfig
 from firefly.console import notice
 from firefly.data.certificate import FILE_NAME as CERTIFICATE
@@ -23,6 +29,7 @@ from firefly.data.encoding import Encoder
 from firefly.data.templates import bind_template
 from firefly.errors import UsageError, VerificationError
 from firefly.export.layers import merge_layers, refuse_unmergeable, sample_updates, untie_where_adapted
+from firefly.export.shards import continue_folder, write_shards
 from firefly.export.verification import (
     Comparison,
     Expected,
@@ -33,8 +40,9 @@ from firefly.export.verification import (
     rounding_gap,
     wrong_updates,
 )
-from firefly.files import first_line, free_space, is_write_failure, make_empty, unfinished
+from firefly.files import first_line, free_space, is_write_failure, source_hash, unfinished
 from firefly.models.adapter_loading import load_adapter
+from firefly.models.base_weights import identify_weights, weight_files
 from firefly.models.experts import dequantize_experts
 from firefly.models.kernels.lora_linear import dense
 from firefly.models.loading import (
@@ -43,9 +51,11 @@ from firefly.models.loading import (
     load_model,
     load_tokenizer,
     pretrained,
+    resolve_model,
 )
 from firefly.models.precision import Precision, pick_device
 from firefly.models.saved_adapter import (
+    SETTINGS,
     SavedAdapter,
     base_of_adapter,
     check_base,
@@ -54,7 +64,9 @@ from firefly.models.saved_adapter import (
     trained_in_4_bits,
 )
 from firefly.models.scores import ADAPTER_TASK, as_classifier, scores
+from firefly.models.streaming import is_streamed, load_streamed, stream_weights
 from firefly.models.tokens import is_tied
+from firefly.models.unread import UNREAD
 from firefly.runs.folders import RESULT, move_into
 from firefly.runs.manifest import write_json
 from firefly.runs.records import read_object
@@ -62,6 +74,9 @@ from firefly.runs.records import read_object
 REPORT, FAILED_REPORT = "merge_report.json", "merge_report.failed.json"
 TOKENS_COMPARED = 256
 """At most so many of the tokens that an adapter brought are compared."""
+
+SHARD_SIZE = 2 * 10**9
+"""Bytes of a file of merged weights at most; fewer where the base's files are smaller."""
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ONTO = ("original", "dequantized")
@@ -105,11 +120,22 @@ def merge(
     tokenizer = load_tokenizer(model, tokenizer_source(model, adapter))
     certificate = check_template(tokenizer, saved.folder, force)
     base = load_base(model, weights, onto, saved)
-    check_base(adapter, model, force)
+    place = resolve_model(model)
+    identity = identify_weights(place, model.revision)
+    check_base(adapter, model, force, identity)
     trained, expected = attach_and_record(base, saved, tokenizer, weights)
 
     partial = unfinished(target / RESULT)
-    write_merged(trained, tokenizer, certificate, partial)
+    files = weight_files(place, model.revision)
+    limit = min(SHARD_SIZE, max(file.stat().st_size for file in files)) if len(files) > 1 else SHARD_SIZE
+    inputs = {
+        "base": {name: value for name, value in identity.items() if name != "groups"},
+        "base_files": [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files],
+        "adapter": [hash_of(file) for file in (saved.weights, saved.folder / SETTINGS)],
+        "options": {"onto": onto, "dtype": str(weights), "limit": limit},
+        "code": source_hash(Path(firefly.__file__).parent, *(one.__version__ for one in (torch, peft, transformers))),
+    }
+    write_merged(trained, tokenizer, certificate, partial, inputs, limit)
     del base, trained
     gc.collect()
 
@@ -135,6 +161,11 @@ def merge(
         figures=found.figures,
     )
     return target
+
+
+def hash_of(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def refuse_options(adapter: str, onto: str, dtype: str) -> None:
@@ -173,7 +204,7 @@ def attach_and_record(base: Any, saved: SavedAdapter, tokenizer: Any, weights: t
     if brought:
         prompts.append(sorted(brought)[:TOKENS_COMPARED])
     logits = all_logits(trained, prompts)
-    rounding = rounding_gap(trained, prompts)
+    rounding = rounding_gap(trained, prompts, known=logits)
     tuned = [of_prompt for ids, of_prompt in zip(prompts, logits, strict=True) if ids in known]
     if not brought and not has_effect(untrained, tuned, rounding):
         raise VerificationError(
@@ -183,6 +214,7 @@ def attach_and_record(base: Any, saved: SavedAdapter, tokenizer: Any, weights: t
             adapter=saved.given,
             gap=largest_gap(untrained, tuned),
         )
+    del untrained, tuned
     if weights != torch.float32:  # what a choice between two tokens may turn on where the model is served
         rounding = rounding_gap(trained, prompts, as_served=True)
     return trained, Expected(prompts, logits, rounding, sample_updates(trained))
@@ -253,12 +285,25 @@ def base_type(model: ModelConfig) -> torch.dtype:
 
 
 def load_base(model: ModelConfig, weights: torch.dtype, onto: str, adapter: SavedAdapter) -> Any:
-    """The base in the type to merge in, with the kind of head that the adapter was trained with; "dequantized" turns
-    4-bit weights into the matrices they stand for."""
-    base = load_model(model, "lora" if onto == "original" else "qlora", Precision(weights), pick_device())
-    if onto != "original":
-        base = dequantized(base, weights)
-    return as_classifier(base, weights) if adapter.settings.task_type == ADAPTER_TASK else base
+    """The base in the type to merge in, its weights left in their files, with the kind of head that the adapter was
+    trained with; "dequantized" turns 4-bit weights into the matrices they stand for."""
+    if onto == "original":
+        base = load_streamed(model, weights)
+    else:
+        tell_of_4_bits(model)
+        base = dequantized(load_model(model, "qlora", Precision(weights), pick_device()), weights)
+    if adapter.settings.task_type != ADAPTER_TASK:
+        return base
+    streamed, base = is_streamed(base), as_classifier(base, weights)
+    return stream_weights(base) if streamed else base
+
+
+def tell_of_4_bits(model: ModelConfig) -> None:
+    notice(
+        "merge.in_4_bits",
+        "{name} is loaded whole in 4 bits: it needs memory for all of it, not for one file.",
+        name=model.name_or_path,
+    )
 
 
 def dequantized(model: Any, dtype: torch.dtype) -> Any:
@@ -278,15 +323,26 @@ def dequantized(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def write_merged(trained: Any, tokenizer: Any, certificate: dict[str, Any] | None, partial: Path) -> None:
-    """Merge in place, and write the model with the certificate of its template into a new folder.
+def write_merged(
+    trained: Any,
+    tokenizer: Any,
+    certificate: dict[str, Any] | None,
+    partial: Path,
+    inputs: Mapping[str, Any],
+    limit: int,
+) -> None:
+    """Merge, and write the model with the certificate of its template into a folder, where what an interrupted merge of
+    the same `inputs` wrote there is kept.
+
+    Args:
+        limit: bytes of a file of weights.
 
     Raises:
         UsageError: the disk did not take it.
     """
     try:
-        make_empty(partial)
-        save_merged(trained, tokenizer, partial)
+        continue_folder(partial, inputs)
+        save_merged(trained, tokenizer, partial, limit)
     except Exception as error:
         if not is_write_failure(error):
             raise
@@ -301,8 +357,11 @@ def write_merged(trained: Any, tokenizer: Any, certificate: dict[str, Any] | Non
         write_json(partial / CERTIFICATE, certificate)
 
 
-def save_merged(trained: Any, tokenizer: Any, target: Path) -> None:
-    """Merge in place and write weights, tokenizer, chat template and stop tokens."""
+def save_merged(trained: Any, tokenizer: Any, target: Path, limit: int) -> None:
+    """Merge in place and write weights, tokenizer, chat template and stop tokens.
+
+    Weights that lie in the base's files are merged one after another as they are written.
+    """
     untie_where_adapted(trained)
     merge_layers(trained)
     merged = trained.unload()
@@ -316,8 +375,35 @@ def save_merged(trained: Any, tokenizer: Any, target: Path) -> None:
         stops = bind_template("auto", tokenizer, eos_ids=eos_ids(merged.generation_config)).stop_ids
         merged.generation_config.eos_token_id = list(stops)
     merged.config.use_cache = True
-    merged.save_pretrained(target)
+    write_shards(weights_to_save(merged), target, limit)
+    save_settings(merged, target)
     tokenizer.save_pretrained(target)
+
+
+def weights_to_save(model: Any) -> dict[str, Tensor]:
+    """A model's weights as `save_pretrained` (transformers 5.23) names and lays them out, those in files unread."""
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    own = model.state_dict(keep_vars=True)
+    ignored = model._keys_to_ignore_on_save or ()
+    named = {name: tensor for name, tensor in own.items() if name not in ignored}
+    named = remove_tied_weights_from_state_dict(named, model)
+    return revert_weight_conversion(
+        model, {name: getattr(tensor, UNREAD, tensor.detach()) for name, tensor in named.items()}
+    )
+
+
+def save_settings(model: Any, target: Path) -> None:
+    """What `save_pretrained` writes of a model besides its weights."""
+    from transformers.dynamic_module_utils import custom_object_save
+
+    model.config.dtype, model.config.architectures = model.dtype, [type(model).__name__]
+    if model.is_remote_code():
+        custom_object_save(model, target, config=model.config)
+    model.config.save_pretrained(target)
+    if model.can_generate():
+        model.generation_config.save_pretrained(target)
 
 
 def replace_earlier(target: Path, partial: Path) -> None:
@@ -332,6 +418,7 @@ def distance_to_4bit(
     model: ModelConfig, saved: SavedAdapter, weights: torch.dtype, merged: Any, expected: Expected
 ) -> Comparison:
     """Information, not a verdict: QLoRA trained on 4-bit weights, and the original ones are not the same."""
+    tell_of_4_bits(model)
     base = load_model(model, "qlora", Precision(weights), pick_device())
     base = as_classifier(base, weights) if saved.settings.task_type == ADAPTER_TASK else base
     trained = load_adapter(base, saved).eval()

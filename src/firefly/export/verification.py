@@ -9,13 +9,17 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firefly.data.encoding import Encoder
 from firefly.data.schema import Message
 from firefly.data.templates import TemplateFailure, bind_template
 from firefly.models.adapters import transformers_model
+from firefly.models.probing import agree
 from firefly.models.scores import scores, scores_of
+from firefly.models.streaming import change_weight, held, read_whole
+from firefly.models.unread import UNREAD
 from firefly.translation import Phrase
 
 # Limits of a merge (docs/adapters.md).
@@ -33,6 +37,9 @@ OTHER_FUNCTION, LEAST_EFFECT = 1e-3, 1e-4
 is said to change nothing for it."""
 LARGEST_KL = 1e-3
 LEAST_AGREEMENT = 0.99
+
+LOGITS_AT_ONCE, WIDENED_AT_ONCE = 1 << 26, 1 << 25
+"""At most so many logits come of one batch of prompts, and so many numbers of a large weight are turned into fp32."""
 
 PROMPTS = (
     "Who are you, and who made you?",
@@ -135,21 +142,70 @@ def all_logits(model: Any, prompts: Sequence[Sequence[int]], as_served: bool = F
     that would end there, (tokens, 1).
 
     Weights of 16 bits are multiplied in fp32, as the rounding of activations would drown what is compared here, but for
-    `as_served`.
+    `as_served`, and in models that do not run so: some read the weights of a module without calling it (Mamba).
+    Prompts are computed together, padded on the right, since weights that are streamed are read once a forward: the
+    positions of a causal model do not see what follows them. An architecture that does not take that gets them one by
+    one.
     """
-    with nullcontext() if as_served else fp32_products(model), torch.inference_mode():
-        rows = [torch.tensor([ids], device=model.device) for ids in prompts]
-        inner = transformers_model(model)
-        if scores(inner):
-            return [scores_of(inner, input_ids=row).cpu() for row in rows]
-        return [model(input_ids=row, use_cache=False).logits[0].float().cpu() for row in rows]
+    failure: Exception = ValueError("no prompts")
+    for widened in (False,) if as_served or not has_narrow_layers(model) else (True, False):
+        for values in (LOGITS_AT_ONCE, 0):
+            try:
+                with fp32_products(model) if widened else nullcontext(), torch.inference_mode():
+                    found = _all_logits(model, prompts, values)
+                if any(one.isnan().any() for one in found) and read_whole(model):
+                    return all_logits(model, prompts, as_served)
+                return found
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError) as error:
+                failure = error
+    raise failure
 
 
-def rounding_gap(model: Any, prompts: Sequence[Sequence[int]], as_served: bool = False) -> float:
+def _all_logits(model: Any, prompts: Sequence[Sequence[int]], values: int) -> list[Tensor]:
+    """`all_logits` in the types that the model has now, with batches that give at most so many logits.
+
+    Raises:
+        ValueError: in this model a prompt's logits depend on its padding or on the other rows.
+    """
+    inner: Any = transformers_model(model)
+    width = 1 if scores(inner) else inner.config.get_text_config().vocab_size
+    by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    shortest, longest = prompts[by_length[0]], prompts[by_length[-1]]
+    # The shortest one is there twice, with nothing after it and with other tokens.
+    rows = [*prompts, [*shortest, *longest[len(shortest) :]]]
+    if values and len(prompts) > 1:
+        by_length.append(len(prompts))
+    found: dict[int, Tensor] = {}
+    while by_length:
+        tokens = len(rows[by_length[-1]])
+        count = max(1, values // (tokens * width))
+        chosen, by_length = by_length[-count:], by_length[:-count]
+        batch = torch.zeros(len(chosen), tokens, dtype=torch.long)
+        for row, number in enumerate(chosen):
+            batch[row, : len(rows[number])] = torch.tensor(rows[number])
+        batch = batch.to(model.device)
+        answers = scores_of(inner, input_ids=batch) if scores(inner) else model(input_ids=batch, use_cache=False).logits
+        for row, number in enumerate(chosen):  # copies: a view would keep the padding
+            found[number] = answers[row, : len(rows[number])].to("cpu", torch.float32, copy=True)
+        del answers
+    again = found.pop(len(prompts), None)
+    if again is not None and not agree(again[: len(shortest)], found[prompts.index(shortest)], model.dtype):
+        raise ValueError("rows of a batch are not independent of each other")
+    return [found[number] for number in range(len(prompts))]
+
+
+def rounding_gap(
+    model: Any, prompts: Sequence[Sequence[int]], as_served: bool = False, known: Sequence[Tensor] | None = None
+) -> float:
     """What rounding does to `all_logits` of the model: the largest gap between eager attention and sdpa.
 
     For an architecture without two ways to compute attention, or with two that do not mean the same (they differ by
     more than rounding in fp32 can): between the weights that it has and their neighbours.
+
+    Args:
+        known: `all_logits` of the model as it is.
     """
     inner: Any = transformers_model(model)
     before = inner.config._attn_implementation
@@ -157,7 +213,8 @@ def rounding_gap(model: Any, prompts: Sequence[Sequence[int]], as_served: bool =
     try:
         for name in ("eager", "sdpa"):
             inner.set_attn_implementation(name)
-            found.append(all_logits(model, prompts, as_served))
+            same = known is not None and name == before
+            found.append(known if same else all_logits(model, prompts, as_served))
     except (ValueError, ImportError):  # transformers' word for one that the architecture does not have
         found = []
     finally:
@@ -165,7 +222,8 @@ def rounding_gap(model: Any, prompts: Sequence[Sequence[int]], as_served: bool =
     gap = largest_gap(*found) if found else 0.0
     other = model.dtype == torch.float32 and found and gap > OTHER_FUNCTION * largest_logit(found[0])
     if gap == 0 or other:
-        weights = all_logits(model, prompts, as_served)
+        del found
+        weights = known or all_logits(model, prompts, as_served)
         with neighbouring_weights(inner):
             gap = largest_gap(weights, all_logits(model, prompts, as_served))
     return gap
@@ -184,20 +242,32 @@ def largest_logit(logits: Sequence[Tensor]) -> float:
 @contextmanager
 def neighbouring_weights(model: nn.Module) -> Iterator[None]:
     """Move every weight to the next number of its type, up or down at random: what another rounding would give."""
-    generator = torch.Generator().manual_seed(0)
-    moved = []
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1 and parameter.is_floating_point():
-                up = torch.rand(parameter.shape, generator=generator).to(parameter.device) < 0.5
-                bound = torch.where(up, torch.inf, -torch.inf).to(parameter.dtype)
+    moved, streamed = list[tuple[nn.Parameter, Tensor]](), list[tuple[nn.Parameter, Any]]()
+    try:
+        with torch.no_grad():
+            for number, parameter in enumerate(model.parameters()):
+                if parameter.dim() < 2 or not parameter.is_floating_point():
+                    continue
+                if (unread := getattr(parameter, UNREAD, None)) is not None:
+                    streamed.append((parameter, unread))
+                    change_weight(parameter, lambda x, _, seed=number: torch.nextafter(x, _up_or_down(x, seed)))
+                    continue
+                bound = _up_or_down(parameter, number)
                 parameter.copy_(torch.nextafter(parameter, bound))
                 moved.append((parameter, bound))
-        try:
-            yield
-        finally:
+        yield
+    finally:
+        with torch.no_grad():
             for parameter, bound in moved:
                 parameter.copy_(torch.nextafter(parameter, -bound))
+        for parameter, unread in streamed:
+            setattr(parameter, UNREAD, unread)
+
+
+def _up_or_down(x: Tensor, seed: int) -> Tensor:
+    """Infinity with a random sign for each number of `x`."""
+    up = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device) < 0.5
+    return torch.where(up, torch.inf, -torch.inf).to(x.dtype)
 
 
 def largest_gap(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
@@ -209,27 +279,22 @@ def largest_gap(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     return torch.stack(gaps).max().item()
 
 
-@contextmanager
-def fp32_products(model: Any) -> Iterator[None]:
-    """Compute `model` in fp32 from the weights it holds, converting those of one module at a time.
-
-    Left as they are: models with 4-bit layers, which convert for themselves, and with stacks of experts; and those that
-    do not run so, as some read the weights of a module without calling it (Mamba).
-    """
+def has_narrow_layers(model: nn.Module) -> bool:
+    """Whether `fp32_products` changes anything. Left as they are: models with 4-bit layers, which convert for
+    themselves, and with stacks of experts."""
     has_stacks = any(parameter.dim() == 3 for parameter in model.parameters())
-    if has_stacks or any(type(m).__name__ == "Linear4bit" for m in model.modules()):
-        yield
-        return
-    patched = []
-    for module in model.modules():
-        if _narrow(module) and "forward" not in vars(module):
-            module.forward = MethodType(_forward_in_fp32, module)
-            patched.append(module)
+    if has_stacks or any(type(module).__name__ == "Linear4bit" for module in model.modules()):
+        return False
+    return any(_narrow(module) for module in model.modules())
+
+
+@contextmanager
+def fp32_products(model: nn.Module) -> Iterator[None]:
+    """Compute `model` in fp32 from the weights it holds, converting those of one module at a time."""
+    patched = [module for module in model.modules() if _narrow(module) and "forward" not in vars(module)]
+    for module in patched:
+        module.forward = MethodType(_forward_in_fp32, module)
     try:
-        if patched and not _runs(model):
-            for module in patched:
-                del module.forward
-            patched = []
         yield
     finally:
         for module in patched:
@@ -237,8 +302,30 @@ def fp32_products(model: Any) -> Iterator[None]:
 
 
 def _forward_in_fp32(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The module's own forward with its own weights widened; modules inside it see to theirs."""
+    """The module's own forward with its own weights widened; modules inside it see to theirs.
+
+    A copy of a large head or embedding in fp32 would be the largest thing in memory: of a head some rows are widened at
+    a time, of an embedding the rows that are looked up.
+    """
     narrow = _narrow(self)
+    weight: Any = narrow.get("weight")
+    if weight is not None and weight.numel() > WIDENED_AT_ONCE and len(args) == 1 and not kwargs:
+        (x,) = args
+        if type(self) is nn.Linear:
+            out = x.new_empty(*x.shape[:-1], len(weight), dtype=torch.float32)
+            step = max(1, WIDENED_AT_ONCE // weight.shape[1])
+            for first in range(0, len(weight), step):
+                out[..., first : first + step] = F.linear(x.float(), weight[first : first + step].float())
+            return out if self.bias is None else out.add_(self.bias.float())
+        if isinstance(self, nn.Embedding) and not x.is_floating_point():
+            ids, places = torch.unique(x, return_inverse=True)
+            padding, self.padding_idx = self.padding_idx, None  # it concerns gradients alone
+            self._parameters["weight"] = nn.Parameter(weight[ids].float(), requires_grad=False)
+            try:
+                return type(self).forward(self, places)
+            finally:
+                self.padding_idx = padding
+                self._parameters.update(narrow)
     for name, parameter in narrow.items():
         self._parameters[name] = nn.Parameter(parameter.float(), requires_grad=False)
     try:
@@ -251,18 +338,6 @@ def _narrow(module: nn.Module) -> dict[str, nn.Parameter]:
     """A module's own parameters of less than 32 bits."""
     own = module.named_parameters(recurse=False)
     return {name: p for name, p in own if p.is_floating_point() and p.dtype.itemsize < 4}
-
-
-def _runs(model: Any) -> bool:
-    """Whether the model takes a row of tokens."""
-    try:
-        with torch.no_grad():
-            model(input_ids=torch.tensor([[1, 2]], device=model.device), use_cache=False)
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        return False
-    return True
 
 
 def compare(
@@ -334,8 +409,9 @@ def wrong_updates(merged: nn.Module, updates: Sequence[SampledUpdate]) -> dict[s
     parameters, wrong = dict(merged.named_parameters(remove_duplicate=False)), {}
     products = squares = variance = 0.0
     for sampled in updates:
-        weight = parameters[sampled.name].detach()
-        after = weight.reshape(-1)[sampled.positions.to(weight.device)].float().cpu().double()
+        with held(parameters[sampled.name]):
+            weight = parameters[sampled.name].detach()
+            after = weight.reshape(-1)[sampled.positions.to(weight.device)].float().cpu().double()
         before, update = sampled.before.double(), sampled.update.double()
         spacing = _spacing(before + update, weight.dtype)
         own = update.square().sum().item()

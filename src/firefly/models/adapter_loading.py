@@ -23,9 +23,13 @@ from firefly.models.kernels.expert_linear import install_expert_kernels
 from firefly.models.kernels.peft_layers import install_token_rows
 from firefly.models.saved_adapter import OUR_PREFIX, SavedAdapter, is_exact_start, open_adapter
 from firefly.models.scores import scores
+from firefly.models.streaming import is_streamed, stream_weights
 from firefly.models.tokens import is_tied, resize_embeddings, vocabulary_ends
 from firefly.models.unread import read_here
 from firefly.translation import Phrase, translate
+
+WHOLE_UNDER_ROWS = "token_adapter.base_layer.weight"
+"""The whole matrix that an adapter was saved with, beside rows of it that it trained."""
 
 
 def load_adapter(base: Any, adapter: str | SavedAdapter, *, dropout: float | None = None) -> Any:
@@ -49,7 +53,8 @@ def _wrap_for_good(base: Any, saved: SavedAdapter, placed: Placed, dropout: floa
     if dropout is not None:
         settings.lora_dropout = 0.0 if settings.target_parameters else dropout
     _fit_rows(base, saved, placed)
-    read_here(base.get_parameter(name) for name in placed.whole)  # the adapter's numbers are written over them
+    written = [*placed.whole, *(f"{path}.weight" for path, tail in placed.factors if tail == WHOLE_UNDER_ROWS)]
+    read_here(base.get_parameter(name) for name in written)  # the adapter's numbers are written over them
     if is_exact_start(saved.settings.init_lora_weights) and read_here(base.parameters()):
         notice(
             "engine.loads_whole",
@@ -61,7 +66,8 @@ def _wrap_for_good(base: Any, saved: SavedAdapter, placed: Placed, dropout: floa
                 start=saved.settings.init_lora_weights,
             ),
         )
-    return _wrap(base, saved, placed, settings)
+    wrapped = _wrap(base, saved, placed, settings)
+    return stream_weights(wrapped) if is_streamed(wrapped) else wrapped
 
 
 def _tell_of_subfolder(saved: SavedAdapter) -> None:
@@ -252,9 +258,7 @@ def _copy_written(base: Any, placed: Placed) -> dict[Slot, tuple[nn.Parameter, n
     """(parameter, a copy of it) for each parameter of the base that the adapter's numbers would be written over: biases
     that it trained, embeddings that were saved with it. Tied weights stay tied."""
     written = placed.whole | {
-        f"{path}.weight": tensor
-        for (path, tail), tensor in placed.factors.items()
-        if tail == "token_adapter.base_layer.weight"
+        f"{path}.weight": tensor for (path, tail), tensor in placed.factors.items() if tail == WHOLE_UNDER_ROWS
     }
     copies: dict[int, nn.Parameter] = {}
     for name, tensor in written.items():
@@ -329,14 +333,14 @@ def _fit_rows(base: Any, saved: SavedAdapter, placed: Placed) -> None:
 
 def _holds_rows(name: str, placed: Placed) -> bool:
     """Whether the adapter's file has the whole matrix of an embedding or head."""
-    return f"{name}.weight" in placed.whole or (name, "token_adapter.base_layer.weight") in placed.factors
+    return f"{name}.weight" in placed.whole or (name, WHOLE_UNDER_ROWS) in placed.factors
 
 
 def _rows_of(name: str, placed: Placed) -> int:
     """How many tokens an adapter's embedding or head has; 0 if its tensors do not say."""
     if (tensor := placed.whole.get(f"{name}.weight")) is not None:
         return tensor.shape[0]
-    for tail, dim in (("token_adapter.base_layer.weight", 0), ("lora_embedding_A", 1), ("lora_B.weight", 0)):
+    for tail, dim in ((WHOLE_UNDER_ROWS, 0), ("lora_embedding_A", 1), ("lora_B.weight", 0)):
         if (tensor := placed.factors.get((name, tail))) is not None:
             return tensor.shape[dim]
     return 0

@@ -105,12 +105,12 @@ def _head(model: Any, hidden: Tensor) -> Tensor:
 
 
 def scores_of(model: Any, **inputs: Any) -> Tensor:
-    """The score of a text that would end at each of its tokens, (tokens, 1), fp32.
+    """The scores of texts that would end at each of their tokens, (rows, tokens, 1), fp32.
 
     Args:
-        inputs: of the decoder, one row.
+        inputs: of the decoder.
     """
-    return _head(model, decoder(model)(**inputs, use_cache=False).last_hidden_state[0])
+    return _head(model, decoder(model)(**inputs, use_cache=False).last_hidden_state)
 
 
 def refuse_scores(model: Any, name: str) -> None:

@@ -66,7 +66,11 @@ class Unread(Tensor):
             return function(*tree_map(lambda x: x.read() if isinstance(x, Unread) else x, args), **kwargs)
 
         if isinstance(found, list | tuple):
-            return [Unread(one, lambda a, b, n=n: _cut(compute()[n], a, b)) for n, one in enumerate(found)]
+            known = _by_rows_of_parts(function, args, kwargs)
+            return [
+                Unread(one, known(n) if known else lambda a, b, n=n: _cut(compute()[n], a, b))
+                for n, one in enumerate(found)
+            ]
         return Unread(found, _by_rows(function, args, kwargs) or (lambda a, b: _cut(compute(), a, b)))
 
 
@@ -87,6 +91,20 @@ def _by_rows(function: Any, args: Any, kwargs: Any) -> Rows | None:
         return lambda first, last: torch.stack([one.read() for one in args[0][first:last]])
     if function == aten.cat.default and dim > 0:
         return lambda first, last: torch.cat([one.rows(first, last) for one in args[0]], dim)
+    if function == aten.squeeze.dim and dim == 0 and args[0].shape[0] == 1 and args[0].dim() > 1:  # one expert
+        return lambda first, last: args[0].rows(0, 1)[0, first:last]
+    return None
+
+
+def _by_rows_of_parts(function: Any, args: Any, kwargs: Any) -> Callable[[int], Rows] | None:
+    """As `_by_rows`, for the numbered parts that a tensor is split into."""
+    if function != aten.split.Tensor or kwargs:
+        return None
+    tensor, size, dim = args[0], args[1], args[2] if len(args) > 2 else 0
+    if dim == 0:
+        return lambda n: lambda first, last: tensor.rows(n * size + first, n * size + last)
+    if dim > 0:
+        return lambda n: lambda first, last: function(tensor.rows(first, last), size, dim)[n]
     return None
 
 
@@ -157,7 +175,7 @@ def set_aside(model: nn.Module, device: torch.device) -> nn.Module:
         for name, parameter in module._parameters.items():
             if isinstance(parameter, Unread):
                 if id(parameter) not in made:
-                    made[id(parameter)] = nn.Parameter(_nothing_like(parameter, device), parameter.requires_grad)
+                    made[id(parameter)] = nn.Parameter(placeholder_like(parameter, device), parameter.requires_grad)
                     setattr(made[id(parameter)], UNREAD, parameter)
                 module._parameters[name] = made[id(parameter)]
         for name, buffer in module._buffers.items():
@@ -166,7 +184,7 @@ def set_aside(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device)
 
 
-def _nothing_like(tensor: Tensor, device: torch.device) -> Tensor:
+def placeholder_like(tensor: Tensor, device: torch.device) -> Tensor:
     value = math.nan if tensor.is_floating_point() else 0
     return torch.full((), value, dtype=tensor.dtype, device=device).expand(tensor.shape)
 
@@ -192,7 +210,7 @@ def copies_unread(wrapped: nn.Module) -> None:
             for copied in wrapper.modules_to_save.values():
                 for name, parameter in copied.named_parameters():
                     if hasattr(originals.get(name), UNREAD):
-                        parameter.data = _nothing_like(parameter, parameter.device)
+                        parameter.data = placeholder_like(parameter, parameter.device)
                         setattr(parameter, UNREAD, getattr(originals[name], UNREAD))
 
 
