@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from firefly.export.battery import Battery, BatteryRow
-from firefly.export.verification import all_logits
+from firefly.export.verification import LOGITS_AT_ONCE, all_logits
 from firefly.translation import Phrase
 
 KEPT = 64
@@ -190,16 +190,24 @@ class Agreement:
 
 
 def expect(model: Any, battery: Battery) -> list[Expected]:
-    """What a trained model says along the replies of a battery, one forward pass each.
+    """What a trained model says along the replies of a battery.
 
     Weights of 16 bits are multiplied in fp32, so that the figures are of the weights and not of a way to round.
     """
-    found = []
-    for row in battery.rows:
-        (logits,) = all_logits(model, [row.ids])
-        chosen = torch.log_softmax(logits[row.positions.start : row.positions.stop].double(), -1)
-        top = chosen.topk(min(KEPT, chosen.shape[-1]), dim=-1)
-        found.append(Expected(top.indices.numpy(), top.values.numpy()))
+    width = model.config.get_text_config().vocab_size
+    found: list[Expected] = []
+    # As many rows in one pass as memory should hold the logits of: weights that are streamed are read once for each.
+    rows = list(battery.rows)
+    while rows:
+        count, held = 0, 0
+        while count < len(rows) and (count == 0 or held + len(rows[count].ids) * width <= LOGITS_AT_ONCE):
+            held += len(rows[count].ids) * width
+            count += 1
+        for row, logits in zip(rows[:count], all_logits(model, [row.ids for row in rows[:count]]), strict=True):
+            chosen = torch.log_softmax(logits[row.positions.start : row.positions.stop].double(), -1)
+            top = chosen.topk(min(KEPT, chosen.shape[-1]), dim=-1)
+            found.append(Expected(top.indices.numpy(), top.values.numpy()))
+        rows = rows[count:]
     return found
 
 

@@ -16,8 +16,7 @@ from firefly.export.agreement import Expected, expect
 from firefly.export.battery import Battery, make_battery, text_battery
 from firefly.export.merge import base_type, merge
 from firefly.models.adapter_loading import load_adapter
-from firefly.models.loading import load_model, load_tokenizer, resolve_model, stop_ids_of
-from firefly.models.precision import Precision, pick_device
+from firefly.models.loading import load_tokenizer, resolve_model, stop_ids_of
 from firefly.models.saved_adapter import (
     adapter_folder,
     base_of_adapter,
@@ -26,6 +25,7 @@ from firefly.models.saved_adapter import (
     tokenizer_source,
 )
 from firefly.models.scores import ADAPTER_TASK
+from firefly.models.streaming import load_streamed
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def open_source(model: ModelConfig, adapter: str | None, force: bool = False) ->
             "{path}: the chat template takes none of the conversations that an export is judged on.",
             path=trained,
         )
-    loaded = load_model(model, "lora", Precision(base_type(model)), pick_device())
+    loaded = load_streamed(model, base_type(model))
     if saved is not None:
         check_base(saved.given, model, force)
         loaded = load_adapter(loaded, saved)
