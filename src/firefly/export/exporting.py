@@ -3,55 +3,41 @@
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import Keys
+from transformers import GenerationConfig
 
 from firefly.config import ModelConfig
 from firefly.console import notice
-from firefly.errors import UsageError, VerificationError
+from firefly.errors import UsageError
 from firefly.export.agreement import Agreement, Limits, read_back
 from firefly.export.gguf import check_numbers, convert, convert_adapter, quantize
+from firefly.export.gguf_file import read_head
 from firefly.export.llamacpp import LlamaCpp, is_installed
-from firefly.export.merge import base_type
+from firefly.export.merge import base_type, merge
+from firefly.export.ollama import write_modelfile
+from firefly.export.proof import LIMITS, Stages, check_type, named_if_it_fails, settle
 from firefly.export.source import Source, open_source
-from firefly.models.loading import resolve_model
+from firefly.export.vllm import Base, open_read_back, write_vllm
+from firefly.generation.loading import base_name
+from firefly.generation.settings import GenerationSettings
+from firefly.generation.vllm import EngineChoice
+from firefly.models.loading import pretrained, read_config, resolve_model
+from firefly.models.saved_adapter import open_adapter
+from firefly.models.serving_memory import context_of
 from firefly.runs.manifest import write_json
-from firefly.translation import Phrase
-
-LIMITS = {
-    "f32": Limits(kl=1e-4, usual=(0, 1e-5), tie=0.02, agreement=1, gap=0.05),
-    "f16": Limits(kl=1e-3, usual=(0, 1e-4), tie=0.05, agreement=1, gap=0.05),
-    "bf16": Limits(kl=1e-2, usual=(1e-5, 5e-3), tie=0.1, agreement=0.98),
-    "q8_0": Limits(kl=1e-2, usual=(1e-4, 5e-3), tie=0.1, agreement=0.97),
-    "q6_k": Limits(kl=5e-2, usual=(1e-3, 1e-2), tie=0.2, agreement=0.95),
-    "q5_k_m": Limits(kl=1e-1, usual=(3e-3, 3e-2), tie=0.3, agreement=0.9),
-    "q4_k_m": Limits(kl=3e-1, usual=(1e-2, 1e-1), tie=0.5, agreement=0.85),
-}
-"""By number type. A file beyond them is not what its type says it is."""
+from firefly.runs.records import read_object
 
 UNQUANTISED = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 ADAPTER_TYPE = "f32"
 """Of an adapter as GGUF; its base is proved in F16."""
-FAILED = ".failed"
-
-
-@dataclass
-class Stages:
-    """Seconds of an export by stage, in their order."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - began, 2)
+EXPORTED = {"Modelfile", "Modelfile.failed", "serve.sh", "serve.sh.failed", "model.gguf", "model.gguf.failed"}
+"""One of these stands in a folder that an earlier export has filled."""
+LARGEST_CONTEXT = 8192
+"""Tokens of context in a Modelfile: Ollama makes its cache for all of them at once."""
 
 
 def export_gguf(
@@ -64,9 +50,6 @@ def export_gguf(
 ) -> dict[str, Any]:
     """Write a model, or base and adapter, as a GGUF file that llama.cpp was seen to answer from as it was trained.
 
-    What was converted lies in a folder beside the file until the file is done, so that an export that was interrupted
-    goes on with the merge that it has. An earlier file stays until a good one replaces it.
-
     Args:
         number_type: of `LIMITS`.
         adapter_alone: write the adapter, for llama.cpp's --lora over its base.
@@ -78,47 +61,153 @@ def export_gguf(
         UsageError: model, adapter, type or path are at fault, or a package is missing.
         VerificationError: the file is not the trained model; it is kept with ".failed" behind its name.
     """
-    limits = limits_of(number_type)
-    target = file_to_write(save_path)
+    check_type(number_type)
+    target = file_to_write(Path(save_path).expanduser())
     if adapter_alone and adapter is None:
         raise UsageError(
             "export.no_adapter", "--adapter writes an adapter as GGUF: name it with --adapter_name_or_path."
         )
-    stages, scratch = Stages(), target.with_name(f".{target.name}.export")
+    stages = Stages()
     with stages.stage("trained model"):
         source = open_source(model, adapter, force)
-    scratch.mkdir(parents=True, exist_ok=True)
+    return make_gguf(source, target, number_type, adapter_alone, stages)
+
+
+def export_ollama(
+    model: ModelConfig, adapter: str | None, save_path: str, number_type: str = "q8_0", force: bool = False
+) -> dict[str, Any]:
+    """Write a folder that `ollama create` makes a model of: a verified GGUF file, and a Modelfile that gives the
+    trained prompt.
+
+    Raises:
+        UsageError: as `export_gguf`; or the model has no chat template.
+        VerificationError: the file, or what the Modelfile makes of conversations, is not what was trained.
+    """
+    check_type(number_type)
+    folder = folder_to_fill(Path(save_path).expanduser())
+    target = file_to_write(folder / "model.gguf")
+    stages = Stages()
+    with stages.stage("trained model"):
+        source = open_source(model, adapter, force)
+    if source.encoder is None:
+        raise UsageError(
+            "export.no_template",
+            "{path} has no chat template, so there is nothing for a Modelfile to say. Export a GGUF file (firefly "
+            "export gguf).",
+            path=source.model.name_or_path,
+        )
+    report = make_gguf(source, target, number_type, False, stages)
+    stops = [source.tokenizer.convert_ids_to_tokens(token) for token in source.battery.stop_ids]
+    context = context_of(read_config(source.model))
+    with stages.stage("Modelfile"):
+        proved = write_modelfile(
+            folder / "Modelfile",
+            target.name,
+            source.encoder,
+            stops,
+            chat_settings(source.model),
+            None if context is None else min(context, LARGEST_CONTEXT),
+            adds_bos=adds_bos(target),
+        )
+    report |= {"format": "ollama", "modelfile": proved.as_json(), "seconds": stages.seconds}
+    write_json(folder / "model.gguf.json", report)
+    return report
+
+
+def chat_settings(model: ModelConfig) -> dict[str, float | None]:
+    """How answers are drawn: as the model's generation_config.json says, or as `firefly chat` does by itself."""
+    try:
+        said = pretrained(GenerationConfig, model).to_diff_dict()
+    except UsageError:  # it has none
+        said = {}
+    if not said.get("do_sample"):
+        default = GenerationSettings()
+        return {"temperature": default.temperature, "top_p": default.top_p}
+    return {name: said.get(name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+
+
+def export_vllm(
+    model: ModelConfig,
+    adapter: str | None,
+    save_path: str,
+    engine: EngineChoice,
+    unmerged: bool = False,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Write a folder that vLLM serves as the model was trained, with the command in its serve.sh.
+
+    Args:
+        engine: the vLLM that reads it back; without an interpreter or address the export is not verified.
+        unmerged: serve the adapter over its base, which stays where it is; else it is merged into the folder.
+
+    Raises:
+        UsageError: model, adapter or folder are at fault, or vLLM does not serve this adapter.
+        VerificationError: vLLM does not answer as the trained model does; serve.sh is then named serve.sh.failed.
+    """
+    stages, merged = Stages(), adapter is not None and not unmerged
+    folder = Path(save_path).expanduser()
+    if not merged:
+        folder_to_fill(folder)
+    with stages.stage("trained model"):
+        source = open_source(model, adapter, force)
+    base, adapters = None, {}
+    if merged:
+        with stages.stage("merge"):
+            merge(source.model, adapter or "", folder, force=force)
+    else:
+        place = Path(resolve_model(source.model))
+        base = Base(
+            str(place.resolve()), read_object(place / "config.json"), read_object(place / "generation_config.json")
+        )
+        adapters = {Path(adapter).name: open_adapter(adapter)} if adapter else {}
+    written = write_vllm(
+        folder,
+        base_name(source.model) if not merged else folder.resolve().name,
+        source.tokenizer,
+        source.encoder,
+        base=base,
+        adapters=adapters,
+        trust_remote_code=source.model.trust_remote_code,
+    )
+    limits, found = LIMITS[UNQUANTISED[base_type(source.model)]], None
+    if engine.is_vllm:
+        with stages.stage("read back"), open_read_back(written, engine) as reader:
+            found = read_back(reader, source.battery, source.expected, limits)
+    report = {
+        "format": "vllm",
+        "type": UNQUANTISED[base_type(source.model)],
+        "command": written.command,
+        "tool_parser": written.tool_parser,
+        "reasoning_parser": written.reasoning_parser,
+    }
+    return settle(written.script, written.script, folder / "export_report.json", report, found, limits, stages)
+
+
+def make_gguf(source: Source, target: Path, number_type: str, adapter_alone: bool, stages: Stages) -> dict[str, Any]:
+    """Write and prove a GGUF file.
+
+    What was converted lies in a folder beside the file until the file is done, so that an export that was interrupted
+    goes on with the merge that it has. An earlier file stays until a good one replaces it.
+    """
+    limits, scratch = LIMITS[number_type], target.with_name(f".{target.name}.export")
+    scratch.mkdir(exist_ok=True)
     written = scratch / target.name
-    report: dict[str, Any] = {"format": "gguf", "type": number_type, "file": str(target)}
+    report: dict[str, Any] = {"format": "gguf", "type": number_type}
     with named_if_it_fails(written, target):
         if adapter_alone:
             limits, base = LIMITS["f16"], scratch / "base.gguf"
             report["type"] = ADAPTER_TYPE
             with stages.stage("convert"):
-                convert(Path(resolve_model(source.model)), base, "f16")
-                convert_adapter(Path(source.adapter or ""), Path(resolve_model(source.model)), written)
+                place = Path(resolve_model(source.model))
+                convert(place, base, "f16")
+                convert_adapter(Path(source.adapter or ""), place, written)
             found = _read_gguf(source, base, written, limits, stages)
         else:
             report |= _write_gguf(source, written, number_type, scratch, stages)
             found = _read_gguf(source, written, None, limits, stages)
-    return settle(target, written, report, found, limits, stages)
-
-
-@contextmanager
-def named_if_it_fails(written: Path, target: Path) -> Iterator[None]:
-    """Where a number is wrong or the engine does not even read the file, what was written is kept as the failure that
-    it is. What was made on the way goes in any case but an interruption."""
-    try:
-        yield
-    except VerificationError:
-        if written.exists():
-            written.replace(failed_name(target))
-        shutil.rmtree(written.parent)
-        raise
-
-
-def failed_name(target: Path) -> Path:
-    return target.with_name(target.name + FAILED)
+    settled = settle(target, written, target.with_name(target.name + ".json"), report, found, limits, stages)
+    shutil.rmtree(scratch)
+    return settled
 
 
 def _write_gguf(source: Source, written: Path, number_type: str, scratch: Path, stages: Stages) -> dict[str, Any]:
@@ -160,90 +249,12 @@ def _read_gguf(source: Source, file: Path, lora: Path | None, limits: Limits, st
             return read_back(engine, source.battery, source.expected, limits)
 
 
-def settle(
-    target: Path,
-    written: Path,
-    report: dict[str, Any],
-    found: Agreement | None,
-    limits: Limits,
-    stages: Stages,
-) -> dict[str, Any]:
-    """Give what was written its name, or that of a failure, with the report beside it.
-
-    Raises:
-        VerificationError: it is not the trained model.
-    """
-    problems = found.problems(limits) if found else []
-    failed = failed_name(target)
-    report = {
-        **report,
-        "engine": None,
-        "verified": found is not None and not problems,
-        "prompt_ids_equal": None,
-        "mean_kl": None,
-        "usual_kl": list(limits.usual),
-        "top1_agreement": None,
-        "ties": None,
-        **(found.report() if found else {}),
-        "problems": [str(problem) for problem in problems],
-        "bytes": written.stat().st_size,
-        "seconds": stages.seconds,
-    }
-    place = failed if problems else target
-    report["file"] = str(place)
-    written.replace(place)
-    shutil.rmtree(written.parent)
-    write_json(place.with_name(place.name + ".json"), report)
-    if not problems:
-        for stale in (failed, failed.with_name(failed.name + ".json")):
-            stale.unlink(missing_ok=True)
-    if found is None:
-        notice(
-            "export.unverified",
-            "{path} is written and NOT verified: xllamacpp, which runs llama.cpp to read it back, is not installed "
-            "(pip install -e '.[export]').",
-            path=target,
-        )
-        return report
-    if problems:
-        raise VerificationError(
-            "export.failed",
-            "{path}: {engine} does not answer as the trained model does: {problems}. The file was renamed to {failed}, "
-            "the figures are beside it.",
-            path=target,
-            engine=found.engine,
-            problems=Phrase("; ".join(["{}"] * len(problems)).format(*map(str, problems))),
-            failed=failed,
-        )
-    notice(
-        "export.done",
-        "{path}: read back by {engine}: {figures}",
-        path=target,
-        engine=found.engine,
-        figures=found.figures(limits),
-    )
-    return report
-
-
-def limits_of(number_type: str) -> Limits:
-    """
-    Raises:
-        UsageError: no such type.
-    """
-    if number_type not in LIMITS:
-        raise UsageError(
-            "export.type", "--type = {value!r}; choose one of: {choices}.", value=number_type, choices=", ".join(LIMITS)
-        )
-    return LIMITS[number_type]
-
-
-def file_to_write(save_path: str) -> Path:
+def file_to_write(path: Path) -> Path:
     """The file to write; one that is no GGUF file is left alone.
 
     Raises:
         UsageError: it is a folder or another kind of file.
     """
-    path = Path(save_path).expanduser()
     taken = path.is_dir()
     if path.is_file():
         with path.open("rb") as file:
@@ -256,3 +267,26 @@ def file_to_write(save_path: str) -> Path:
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def folder_to_fill(path: Path) -> Path:
+    """The folder to write into: a new one, an empty one, or that of an earlier export.
+
+    Raises:
+        UsageError: it holds something else.
+    """
+    held = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    if path.is_file() or (held and not held & EXPORTED):
+        raise UsageError(
+            "export.save_folder",
+            "save_path = {path} is a file, or a folder that holds something else than an export. Choose another "
+            "folder.",
+            path=path,
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def adds_bos(file: Path) -> bool:
+    """Whether llama.cpp puts a BOS token in front of every prompt."""
+    return bool(read_head(file).get(Keys.Tokenizer.ADD_BOS, False))
