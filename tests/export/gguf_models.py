@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tiny import tiny_model
 
 CHATML = (
