@@ -107,6 +107,7 @@ MAMBA_LAYERS = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamb
 
 # As above, for tests of one behaviour: not every test of all architectures runs on these.
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma": ("Gemma", {"head_dim": 8}),
     "granite_hybrid": (
         "GraniteMoeHybrid",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 48, "mamba_n_heads": 8}

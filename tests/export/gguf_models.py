@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+
 from tiny import tiny_model
 
 CHATML = (
@@ -18,13 +18,14 @@ CHATML = (
 )
 INSTRUCT = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
-    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
 )
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 512}
 
 
 @cache
-def sentencepiece(folder: Path, kind: str = "Llama") -> Any:
+def sentencepiece(folder: Path, kind: str) -> Any:
     """Mistral's first SentencePiece vocabulary, as transformers reads it for that family."""
     package = pytest.importorskip("mistral_common")
     from transformers import AutoTokenizer
@@ -60,15 +61,3 @@ def save_model(folder: Path, name: str, tokenizer: Any, stops: list[int] | None 
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def save_llama(folder: Path, tokenizer: Any, **changes: Any) -> Path:
-    return save_model(folder, "llama", tokenizer, **changes)
-
-
-def ids_of(vocabulary: Any, text: str) -> list[int]:
-    return vocabulary(text, add_special_tokens=False)["input_ids"]
-
-
-def seeded(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
