@@ -6,10 +6,12 @@ serve (JSON); the first line on stdout, where. It ends when stdin does.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 import time
+from typing import Any
 
 UNUSABLE = "unusable: "
 """What stands before the reason, where xllamacpp does not run on this machine."""
@@ -21,7 +23,7 @@ def main() -> None:
     os.dup2(2, 1)  # llama.cpp writes to both
 
     try:
-        import xllamacpp
+        xllamacpp: Any = importlib.import_module("xllamacpp")
     except ImportError as error:
         sys.exit(print(f"{UNUSABLE}{error}", file=answers, flush=True))
 
