@@ -136,7 +136,7 @@ def test_a_damaged_file_is_kept_as_a_failure(
 def test_a_stop_that_does_not_end_an_answer_is_a_failure(source: Source, converted: Path, tmp_path: Path) -> None:
     ordinary = source.tokenizer.convert_tokens_to_ids("Ġcapital")
     longer = replace(source, battery=replace(source.battery, stop_ids=(*source.battery.stop_ids, ordinary)))
-    found = exporting._read_gguf(longer, converted, None, exporting.LIMITS["f32"], Stages())
+    found = exporting._read_gguf(longer, converted, None, exporting.LIMITS["f32"], Stages(), {})
     assert found is not None
     assert found.unstopped == (ordinary,)
     assert found.problems(exporting.LIMITS["f32"])

@@ -8,6 +8,7 @@ tokens a tenth of a nat apart change places under any rounding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,8 +24,9 @@ KEPT = 64
 """Likeliest tokens of the trained model that are told apart; all others are one."""
 CLOSE = 5
 """Of those, so many count for the largest gap of a log-probability."""
-LEAST = 1e-12
-"""A probability below this is taken for it, so that a bucket that rounding empties has a logarithm."""
+LEAST = 1e-6
+"""What is left for the other tokens counts as this much at least: engines give logarithms in fp32, whose sum is no
+better known."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,5 @@ def listed(tokens: np.ndarray, answer: Candidates) -> np.ndarray:
 def divergence(expected: np.ndarray, found: np.ndarray) -> float:
     """KL divergence of the distribution over the listed tokens and one bucket for all others, nats."""
     p, q = np.exp(expected), np.exp(found)
-    rest_p, rest_q = max(1 - p.sum(), 0.0), max(1 - q.sum(), LEAST)
-    inside = float((p * (expected - found)).sum())
-    beside = rest_p * np.log(rest_p / rest_q) if rest_p > LEAST else 0.0
-    return max(inside + float(beside), 0.0)
+    rest_p, rest_q = max(1 - float(p.sum()), LEAST), max(1 - float(q.sum()), LEAST)
+    return max(float((p * (expected - found)).sum()) + rest_p * math.log(rest_p / rest_q), 0.0)

@@ -201,10 +201,10 @@ def make_gguf(source: Source, target: Path, number_type: str, adapter_alone: boo
                 place = Path(resolve_model(source.model))
                 convert(place, base, "f16")
                 convert_adapter(Path(source.adapter or ""), place, written)
-            found = _read_gguf(source, base, written, limits, stages)
+            found = _read_gguf(source, base, written, limits, stages, report)
         else:
             report |= _write_gguf(source, written, number_type, scratch, stages)
-            found = _read_gguf(source, written, None, limits, stages)
+            found = _read_gguf(source, written, None, limits, stages, report)
     settled = settle(target, written, target.with_name(target.name + ".json"), report, found, limits, stages)
     shutil.rmtree(scratch)
     return settled
@@ -239,14 +239,19 @@ def _write_gguf(source: Source, written: Path, number_type: str, scratch: Path, 
     return {"tensor_types": types.counts, "fallbacks": len(types.fallbacks)}
 
 
-def _read_gguf(source: Source, file: Path, lora: Path | None, limits: Limits, stages: Stages) -> Agreement | None:
-    """What llama.cpp makes of it; None where it is not installed."""
+def _read_gguf(
+    source: Source, file: Path, lora: Path | None, limits: Limits, stages: Stages, report: dict[str, Any]
+) -> Agreement | None:
+    """What llama.cpp makes of it; None where it is not installed. The report gets the options of llama-server that the
+    trained prompt takes."""
     if not is_installed():
         return None
     with stages.stage("read back"):
         longest = max(len(row.ids) for row in source.battery.rows)
         with LlamaCpp.open(file, lora, longest, torch.get_num_threads()) as engine:
-            return read_back(engine, source.battery, source.expected, limits)
+            found = read_back(engine, source.battery, source.expected, limits)
+            report["options"] = list(engine.options)
+    return found
 
 
 def file_to_write(path: Path) -> Path:

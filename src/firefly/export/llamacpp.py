@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 from firefly.console import notice
 from firefly.data.schema import Message
 from firefly.errors import UsageError, VerificationError
-from firefly.export.agreement import Candidates
+from firefly.export.agreement import Candidates, Refused
 from firefly.export.battery import BatteryRow
 from firefly.export.llamacpp_worker import UNUSABLE
 from firefly.translation import translate
@@ -158,7 +158,17 @@ class LlamaCpp:
         return body | {"chat_template_kwargs": values} if values else body
 
     def _rendered_ids(self, row: BatteryRow, reasoning: int) -> list[int]:
-        return self._tokenize(self._ask("/apply-template", self._chat_body(row, reasoning))["prompt"])
+        """
+        Raises:
+            Refused: llama.cpp's Jinja does not render the template for this conversation.
+        """
+        try:
+            rendered = self._ask("/apply-template", self._chat_body(row, reasoning))["prompt"]
+        except VerificationError as error:
+            if error.code != "llamacpp.refused":
+                raise
+            raise Refused(str(error)) from error
+        return self._tokenize(rendered)
 
     def _check_chat(self, row: BatteryRow, count: int) -> None:
         """
