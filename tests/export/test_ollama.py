@@ -16,17 +16,8 @@ from firefly.data.schema import Message
 from firefly.data.templates import ChatTemplate, TemplateFailure, bind_template, read_template
 from firefly.errors import VerificationError
 from firefly.export.go_template import GoTemplate
-from firefly.export.ollama import (
-    Modelfile,
-    battery,
-    compare,
-    express,
-    has_thoughts,
-    read_modelfile,
-    render,
-    verify_modelfile,
-    write_modelfile,
-)
+from firefly.export.modelfile import Modelfile, read_modelfile, render
+from firefly.export.ollama import battery, compare, express, has_thoughts, verify_modelfile, write_modelfile
 from firefly.export.ollama_template import Learner, NotExpressed
 from go_renderer import Go, request
 
