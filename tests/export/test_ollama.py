@@ -350,17 +350,18 @@ def test_the_penalty_that_ollama_adds_by_itself_is_switched_off(smollm2, tmp_pat
 def test_the_gguf_file_says_whether_the_engine_adds_a_beginning(tmp_path, sentencepiece_tokenizer):
     gguf = pytest.importorskip("gguf")
     encoder = Encoder(sentencepiece_tokenizer, bind_template("llama2", sentencepiece_tokenizer))
-    for adds in (True, False):
+    for says, adds in ((True, True), (False, False), (None, True)):
         writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-        writer.add_add_bos_token(adds)
+        writer.add_tokenizer_model("llama")
+        if says is not None:
+            writer.add_add_bos_token(says)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
         write_modelfile(tmp_path / "Modelfile", "m.gguf", encoder, ["</s>"], SAMPLING)
         template = read_modelfile((tmp_path / "Modelfile").read_text(encoding="utf-8")).template
-        first = GoTemplate.parse(template).execute({"Messages": [], "System": ""})
-        assert ("<s>[INST]" in template.split("</s>")[0]) is not adds, first
+        assert ("<s>[INST]" in template.split("</s>")[0]) is not adds, says
 
 
 def test_a_template_that_refuses_everything_fails(tmp_path):

@@ -330,8 +330,12 @@ def engine_bos(encoder: Encoder, gguf: Path, adds_bos: bool | None = None) -> st
     if adds_bos is None and gguf.is_file():
         from gguf import GGUFReader
 
-        key = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
-        adds_bos = None if key is None else bool(key.contents())
+        file = GGUFReader(gguf)
+        model, key = (file.get_field(f"tokenizer.ggml.{name}") for name in ("model", "add_bos_token"))
+        if key is not None:
+            adds_bos = bool(key.contents())
+        elif model is not None and model.contents() == "llama":  # SentencePiece: llama.cpp adds it unless told not to
+            adds_bos = True
     if adds_bos is None:
         ids = list(tokenizer.encode("a"))
         adds_bos = bool(ids) and ids[0] == tokenizer.bos_token_id

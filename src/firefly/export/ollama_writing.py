@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from firefly.export.ollama_template import (
@@ -105,9 +106,10 @@ def go_string(text: str) -> str:
     return '"' + "".join(escapes.get(c) or (c if c.isprintable() else f"\\U{ord(c):08x}") for c in text) + '"'
 
 
-Options = Sequence[tuple[Place, str]]
+Options = tuple[tuple[Place, str], ...]
 
 
+@lru_cache(maxsize=4096)  # cuts and orders of conditions that are tried lead to the same options again and again
 def _choose(options: Options, left: tuple[str, ...]) -> list[Any]:
     """Texts and branches ("if", [(condition, inner), …], otherwise) that write each option's literal in its place.
 
@@ -119,7 +121,7 @@ def _choose(options: Options, left: tuple[str, ...]) -> list[Any]:
         return [literals[0]] if literals[0] else []
     head = shared_head(literals)
     tail = shared_tail([literal[len(head) :] for literal in literals])
-    inner = [(place, literal[len(head) : len(literal) - len(tail)]) for place, literal in options]
+    inner = tuple((place, literal[len(head) : len(literal) - len(tail)]) for place, literal in options)
     best: list[Any] | None = None
     for name in left:
         groups: dict[Any, list[tuple[Place, str]]] = {}
@@ -129,7 +131,7 @@ def _choose(options: Options, left: tuple[str, ...]) -> list[Any]:
             continue
         rest = tuple(other for other in left if other != name)
         try:
-            branch = _branch(name, {value: _choose(items, rest) for value, items in groups.items()})
+            branch = _branch(name, {value: _choose(tuple(items), rest) for value, items in groups.items()})
         except NotExpressed:
             continue
         if best is None or _size(branch) < _size(best):
@@ -185,7 +187,7 @@ def _choices(cells: Cells, suffixes: Mapping[str, str]) -> dict[str, list[Any]]:
     """What stands before a message of each role, less what was written behind the one before it."""
     return {
         role: _choose(
-            [(place, literal.removeprefix(suffixes.get(place.before, ""))) for place, literal in places.items()],
+            tuple((place, literal.removeprefix(suffixes.get(place.before, ""))) for place, literal in places.items()),
             ("quiet", "tools", "system", "call", "bare", "last", "before"),
         )
         for role, places in cells.items()
