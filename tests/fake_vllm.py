@@ -157,7 +157,8 @@ def main() -> None:
     from tokenizers import Tokenizer
 
     def given(option: str) -> list[str]:
-        after = sys.argv[sys.argv.index(option) + 1 :] if option in sys.argv else []
+        places = [place for place, text in enumerate(sys.argv) if text == option]
+        after = sys.argv[places[-1] + 1 :] if places else []  # the last one counts
         return after[: next((place for place, text in enumerate(after) if text.startswith("--")), len(after))]
 
     tokenizer = Tokenizer.from_file(os.path.join(given("--model")[0], "tokenizer.json"))

@@ -33,6 +33,7 @@ from firefly.generation.vllm import (
     EngineChoice,
     VllmProcess,
     free_port,
+    lora_room,
     open_vllm,
     refuse_unserved,
     start_vllm,
@@ -109,7 +110,9 @@ def test_the_command_line_of_a_base_alone() -> None:
     ]
 
 
-def test_the_command_line_of_adapters_with_all_options() -> None:
+def test_the_command_line_of_adapters_with_all_options(tmp_path: Path) -> None:
+    first = open_adapter(str(save_adapter(tmp_path / "first", r=17)))
+    second = open_adapter(str(save_adapter(tmp_path / "second", r=4, target_modules=["k_proj"])))
     command = vllm_command(
         "python",
         "org/name",
@@ -117,8 +120,7 @@ def test_the_command_line_of_adapters_with_all_options() -> None:
         {"a": Path("/runs/a"), "b=c": Path("/runs/b"), "d": Path("/runs/x,y")},
         port=1,
         dtype="bfloat16",
-        max_rank=17,
-        targets=["k_proj", "q_proj"],
+        room=lora_room([first, second, second]),
         context_length=4096,
         revision="main",
         trust_remote_code=True,
@@ -129,7 +131,7 @@ def test_the_command_line_of_adapters_with_all_options() -> None:
     assert command[len(plain) :] == [
         *("--max-model-len", "4096", "--revision", "main", "--trust-remote-code"),
         *("--enable-lora", "--max-lora-rank", "32", "--max-loras", "4"),
-        *("--lora-target-modules", "k_proj", "q_proj"),
+        *("--lora-target-modules", "k_proj", "q_proj", "v_proj"),
         *("--lora-modules", "a=/runs/a", '{"name": "b=c", "path": "/runs/b"}', '{"name": "d", "path": "/runs/x,y"}'),
         *("--dtype", "auto"),
     ]

@@ -18,7 +18,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,15 +170,7 @@ def open_vllm(
             "trains on. Leave it out, or take --engine transformers.",
         )
     saved = {name: open_adapter(path) for name, path in adapters.items()}
-    for name, adapter in saved.items():
-        refuse_unserved(adapter)
-        if trained_in_4_bits(adapters[name]):
-            notice(
-                "vllm.trained_in_4_bits",
-                "the adapter {path} was trained on 4-bit weights; vLLM serves it on the base's own weights, as "
-                "`firefly merge` joins it with them.",
-                path=adapter.given,
-            )
+    check_adapters(saved.values())
     if choice.url:
         return connect(
             Server(choice.url, choice.api_key or os.environ.get(KEY_VARIABLE, "")), tokenizers, adapters, None, limits
@@ -193,8 +185,7 @@ def open_vllm(
         {name: adapter.folder for name, adapter in saved.items()},
         port=port,
         dtype=named_precision(dtype, pick_device()).name,
-        max_rank=max((adapter.settings.r for adapter in saved.values()), default=0),
-        targets=sorted({layer_of(name) for adapter in saved.values() for name in adapter.tensors}),
+        room=lora_room(list(saved.values())),
         context_length=context_length,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
@@ -208,6 +199,23 @@ def open_vllm(
     except BaseException:
         process.stop()
         raise
+
+
+def check_adapters(adapters: Iterable[SavedAdapter]) -> None:
+    """See that vLLM serves adapters as they were trained, and say where that is on other weights.
+
+    Raises:
+        UsageError: one that it does not.
+    """
+    for adapter in adapters:
+        refuse_unserved(adapter)
+        if trained_in_4_bits(str(adapter.given)):
+            notice(
+                "vllm.trained_in_4_bits",
+                "the adapter {path} was trained on 4-bit weights; vLLM serves it on the base's own weights, as "
+                "`firefly merge` joins it with them.",
+                path=adapter.given,
+            )
 
 
 def refuse_unserved(adapter: SavedAdapter) -> None:
@@ -256,8 +264,7 @@ def vllm_command(
     *,
     port: int,
     dtype: str,
-    max_rank: int = 0,
-    targets: Sequence[str] = (),
+    room: Sequence[str] = (),
     context_length: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -268,7 +275,7 @@ def vllm_command(
     Args:
         model: its folder, or its id on the hub.
         name: that it is served under.
-        max_rank, targets: the largest rank of the adapters, and the names of the layers that they change.
+        room: the options that make room for the adapters (`lora_room`).
         more: arguments that win over those before them.
     """
     # `vllm serve` looks for a distribution named vllm, which builds for other hardware are not.
@@ -285,15 +292,23 @@ def vllm_command(
     if trust_remote_code:
         command += ["--trust-remote-code"]
     if adapters:
-        command += ["--enable-lora", "--max-lora-rank", str(next(rank for rank in RANKS if rank >= max_rank))]
+        command += [*room, "--lora-modules", *(_lora_module(name, str(path)) for name, path in adapters.items())]
+    return [*command, *more]
+
+
+def lora_room(adapters: Sequence[SavedAdapter]) -> list[str]:
+    """The options by which vLLM makes room for adapters."""
+    largest = max(adapter.settings.r for adapter in adapters) if adapters else 0
+    targets = sorted({layer_of(name) for adapter in adapters for name in adapter.tensors})
+    return [
+        *("--enable-lora", "--max-lora-rank", str(next(rank for rank in RANKS if rank >= largest))),
         # One place stays empty: in a batch with an adapter, the CPU build (0.32) takes the base for place
         # -1, so the adapter in the last one would answer for the base.
-        command += ["--max-loras", str(len(adapters) + 1)]
+        *("--max-loras", str(len(adapters) + 1)),
         # Other layers need no room for an adapter; and with room for one on the head, the CPU build ends where it is
         # asked for log-probabilities of a prompt.
-        command += ["--lora-target-modules", *targets]
-        command += ["--lora-modules", *(_lora_module(name, str(path)) for name, path in adapters.items())]
-    return [*command, *more]
+        *("--lora-target-modules", *targets),
+    ]
 
 
 def _lora_module(name: str, path: str) -> str:
