@@ -133,12 +133,38 @@ def test_without_the_converter_the_remedy_is_said(monkeypatch: pytest.MonkeyPatc
         run_converter([Job(tmp_path, tmp_path / "a.gguf", "f16")])
 
 
-def test_a_converter_that_is_killed_is_said_to_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The file of a script that runs in the converter's place."""
     monkeypatch.setattr(exporting, "llama_cpp_folder", lambda: tmp_path)
-    done = SimpleNamespace(returncode=-9, stdout="", stderr="Loading\n")
-    monkeypatch.setattr(exporting.subprocess, "run", lambda *args, **options: done)
+    monkeypatch.setattr(exporting, "official_converter", SimpleNamespace(__file__=str(tmp_path / "script.py")))
+    return tmp_path / "script.py"
+
+
+PARTIAL_FILE = "import json, os, sys, time; name = json.loads(sys.argv[2])[0]['arguments'][1]; "
+
+
+def test_a_converter_that_is_killed_is_said_to_be_and_leaves_nothing(stand_in: Path, tmp_path: Path) -> None:
+    stand_in.write_text(PARTIAL_FILE + "open(name, 'w').write('half'); os.kill(os.getpid(), 9)")
     with pytest.raises(UsageError, match="ended by signal 9"):
         run_converter([Job(tmp_path, tmp_path / "a.gguf", "f16")])
+    assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
+
+
+def test_a_full_disk_is_no_fault_of_the_model(stand_in: Path, tmp_path: Path) -> None:
+    stand_in.write_text('print(\'{"failed": 0, "problem": "[Errno 28] No space", "disk": true}\'); raise SystemExit(1)')
+    with pytest.raises(UsageError, match="could not be written: .Errno 28. No space; .* are free"):
+        run_converter([Job(tmp_path, tmp_path / "a.gguf", "f16")])
+
+
+def test_a_long_conversion_says_how_much_it_has_written(
+    stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(exporting, "SECONDS_OF_SILENCE", 0.2)
+    stand_in.write_text(PARTIAL_FILE + "open(name, 'wb').write(bytes(30_000_000)); time.sleep(0.6)")
+    run_converter([Job(tmp_path, tmp_path / "a.gguf", "f16")])
+    assert "0.03 GB written" in capsys.readouterr().err
+    assert (tmp_path / "a.gguf").stat().st_size == 30_000_000
 
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -305,6 +305,20 @@ def test_memory_is_bounded_by_a_part_of_a_tensor(
     assert (tmp_path / "parts.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
 
+def test_a_file_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "f32.gguf")
+    with pytest.raises(UsageError, match=r"q\.gguf could not be written.* are free"):
+        quantize(source, tmp_path / "nowhere" / "q.gguf", "f16")
+
+
+def test_a_long_quantisation_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quantisation, "SECONDS_OF_SILENCE", 0.0)
+    quantize(write_gguf(tmp_path / "f32.gguf"), tmp_path / "q.gguf", "f16")
+    assert "100% quantised" in capsys.readouterr().err
+
+
 def test_new_metadata_leaves_the_tensors_as_they_are(tmp_path: Path) -> None:
     source = write_gguf(tmp_path / "f32.gguf")
     before = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(source).tensors}

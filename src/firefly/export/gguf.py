@@ -23,9 +23,9 @@ from firefly.console import notice
 from firefly.errors import UsageError
 from firefly.export import official_converter
 from firefly.export.ggml import missing
-from firefly.export.gguf_file import read_head, set_metadata
+from firefly.export.gguf_file import read_head, set_metadata, write_failed
 from firefly.export.official_converter import EOS, OWN_SLOTS, stop_slots
-from firefly.export.quantisation import Figures, QuantizedTypes, check_numbers, quantize
+from firefly.export.quantisation import SECONDS_OF_SILENCE, Figures, QuantizedTypes, check_numbers, quantize
 from firefly.models.saved_adapter import SETTINGS, SavedAdapter, open_adapter
 
 __all__ = ["Figures", "QuantizedTypes", "check_numbers", "convert", "convert_adapter", "quantize", "set_stops"]
@@ -113,23 +113,17 @@ def run_converter(jobs: Sequence[Job]) -> None:
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
     }
+    # -P: our own folder, with modules called gguf and ggml, is not on the converter's path.
+    orders = json.dumps([job.order() for job in jobs])
+    command = [sys.executable, "-P", official_converter.__file__, str(place), orders]
     try:
-        # -P: our own folder, with modules called gguf and ggml, is not on the converter's path.
-        done = subprocess.run(
-            [sys.executable, "-P", official_converter.__file__, str(place), json.dumps([job.order() for job in jobs])],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            check=False,
-        )
-        told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        status, output, errors = watched(command, environment, jobs)
+        told = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
         for one in told:
             if "says" in one:
                 notice("export.converter_says", "llama.cpp's converter: {text}.", text=one["says"])
-        if done.returncode:
-            raise failure(jobs, told, done)
+        if status:
+            raise failure(jobs, told, status, errors)
         for job in jobs:
             job.partial.replace(job.target)
     finally:
@@ -137,15 +131,41 @@ def run_converter(jobs: Sequence[Job]) -> None:
             job.partial.unlink(missing_ok=True)
 
 
-def failure(jobs: Sequence[Job], told: Sequence[dict[str, Any]], done: subprocess.CompletedProcess[str]) -> UsageError:
+def watched(command: Sequence[str], environment: dict[str, str], jobs: Sequence[Job]) -> tuple[int, str, str]:
+    """Run the converter, and say from time to time how much it has written; (exit status, stdout, stderr)."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=pipe,
+        stderr=pipe,
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
+        while True:
+            try:
+                output, errors = process.communicate(timeout=SECONDS_OF_SILENCE)
+                return process.returncode, output, errors
+            except subprocess.TimeoutExpired:
+                if written := sum(job.partial.stat().st_size for job in jobs if job.partial.is_file()):
+                    notice("export.written", "{size:.2f} GB written …", size=written / 1e9)
+            except BaseException:
+                process.kill()
+                raise
+
+
+def failure(jobs: Sequence[Job], told: Sequence[dict[str, Any]], status: int, errors: str) -> UsageError:
     """What to say of a converter that did not do it."""
     end = next((one for one in told if "failed" in one), None)
     job = jobs[end["failed"]] if end else jobs[0]
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    if done.returncode < 0:
-        problem = f"it was ended by signal {-done.returncode}"
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    if status < 0:
+        problem = f"it was ended by signal {-status}"
     else:
-        problem = end["problem"] if end else next(reversed(lines), f"exit code {done.returncode}")
+        problem = end["problem"] if end else next(reversed(lines), f"exit code {status}")
+    if end and end.get("disk"):
+        return write_failed(job.target, problem)
     return UsageError(
         "export.converter",
         "llama.cpp's converter cannot write {path} ({architecture}) as GGUF: {problem}. Export it for vLLM instead, or "

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +22,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from firefly.errors import UsageError
-from firefly.files import atomic_file
+from firefly.files import atomic_file, free_space
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 ALIGNMENT = "general.alignment"
@@ -270,12 +271,37 @@ def set_metadata(path: Path, changes: Mapping[str, bool | int | float | str | No
             metadata[key] = Value.of(value)
     if metadata == head.metadata:
         return
-    with atomic_file(path) as partial, open(partial, "wb") as out:
+    with new_file(path) as out:
         write_head(out, metadata, head.tensors, head.alignment)
         for piece in _pieces(path, head.data_start):
             out.write(piece)
-        out.flush()
-        os.fsync(out.fileno())
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which takes the place of `path` when it is whole and on the disk.
+
+    Raises:
+        UsageError: the disk did not take it.
+    """
+    try:
+        with atomic_file(path) as partial, open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise write_failed(path, error) from error
+
+
+def write_failed(path: Path, problem: object) -> UsageError:
+    folder = next((place for place in path.parents if place.is_dir()), Path("/"))
+    return UsageError(
+        "export.write_failed",
+        "{path} could not be written: {problem}; {free} are free. Free some space, or choose another folder.",
+        path=path,
+        problem=problem,
+        free=free_space(folder),
+    )
 
 
 def _pieces(path: Path, start: int) -> Iterator[bytes]:

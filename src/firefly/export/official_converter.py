@@ -379,7 +379,8 @@ def main() -> None:
                 tell(failed=number, problem=errors.text or f"exit code {end.code}")
                 raise
         except BaseException as error:
-            tell(failed=number, problem=f"{type(error).__name__}: {error}")
+            disk = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+            tell(failed=number, problem=f"{type(error).__name__}: {error}", disk=disk)
             raise
 
 

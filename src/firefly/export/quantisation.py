@@ -7,6 +7,7 @@ what its name says everywhere; the numbers are written by ggml's own quantiser.
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,10 +19,10 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from gguf.quants import dequantize
 from gguf.quants import quantize as quantise_by_numpy
 
+from firefly.console import notice
 from firefly.errors import UsageError, VerificationError
 from firefly.export.ggml import Ggml
-from firefly.export.gguf_file import Head, TensorInfo, Value, lay_out, padded, read_head, write_head
-from firefly.files import atomic_file
+from firefly.export.gguf_file import Head, TensorInfo, Value, lay_out, new_file, padded, read_head, write_head
 
 F32, F16, BF16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16
 Q8_0, Q5_0, Q5_1 = GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q5_0, GGMLQuantizationType.Q5_1
@@ -30,6 +31,8 @@ FLOATS = (F32, F16, BF16)
 
 NUMBERS_AT_ONCE = 1 << 21
 """So many numbers of a tensor are held in fp32 at a time."""
+
+SECONDS_OF_SILENCE = 15.0
 
 FILE_TYPE, QUANTISED_BY = "general.file_type", "general.quantization_version"
 QUANTISER = 2
@@ -206,12 +209,22 @@ def quantize(source: Path, target: Path, type: str) -> QuantizedTypes:
         QUANTISED_BY: Value.of(QUANTISER),
     }
     placed = lay_out(head.tensors, types, head.alignment)
-    with atomic_file(target) as partial, open(partial, "wb") as file:
+    sizes = [sum(tensor.size for tensor in tensors) / 1e9 for tensors in (head.tensors, placed)]
+    notice(
+        "export.quantising",
+        "quantising {path} to {type}: {before:.2f} GB become {after:.2f} GB …",
+        path=source.name,
+        type=type,
+        before=sizes[0],
+        after=sizes[1],
+    )
+    told, done = time.monotonic(), 0
+    with new_file(target) as file:
         write_head(file, metadata, placed, head.alignment)
         for tensor, written in zip(head.tensors, placed, strict=True):
             for first, data in chunks(head, tensor):
                 try:
-                    data = encoded(tensor, written.type, data, ggml)
+                    written_data = encoded(tensor, written.type, data, ggml)
                 except ValueError as error:
                     raise UsageError(
                         "export.unquantisable",
@@ -222,7 +235,11 @@ def quantize(source: Path, target: Path, type: str) -> QuantizedTypes:
                         row=first,
                         problem=error,
                     ) from error
-                data.tofile(file)
+                file.write(written_data.data)
+                done += data.nbytes
+                if time.monotonic() - told > SECONDS_OF_SILENCE:
+                    told = time.monotonic()
+                    notice("export.quantised", "{share:.0%} quantised …", share=done / sizes[0] / 1e9)
             file.write(bytes(padded(written.size, head.alignment) - written.size))
     return QuantizedTypes({tensor.name: tensor.type.name for tensor in placed}, fallbacks)
 
