@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from firefly.errors import UsageError, VerificationError
-from firefly.export.verification import SampledUpdate, sample_update
+from firefly.export.verification import SAMPLES, SampledUpdate, sampled
 from firefly.models.kernels.expert_linear import expert_factors
 from firefly.models.saved_adapter import OUR_PREFIX
 from firefly.models.streaming import Change, change_weight, held, separate_copy
@@ -108,8 +108,10 @@ def sample_updates(model: Any) -> list[SampledUpdate]:
     variants that peft merges itself, which the logits alone judge."""
     from peft.tuners.lora.layer import ParamWrapper
 
-    updates = []
-    for name, layer in lora_layers(model):
+    updates, layers = list[SampledUpdate](), lora_layers(model)
+    # One block for all: a small one after each large tensor that is let go keeps the allocator from using its place.
+    room = torch.empty(len(layers), 2, SAMPLES)
+    for (name, layer), (before, update) in zip(layers, room, strict=True):
         (adapter,) = layer.active_adapters
         variant = type(layer.lora_variant.get(adapter)).__name__
         if isinstance(layer, ParamWrapper) or variant not in ("NoneType", "DoraLinearVariant"):
@@ -120,7 +122,9 @@ def sample_updates(model: Any) -> list[SampledUpdate]:
             if variant == "DoraLinearVariant":
                 length = layer.lora_magnitude_vector[adapter].weight.float()
                 target = with_magnitude(target, length, layer.fan_in_fan_out)
-            updates.append(sample_update(f"{name.removeprefix(OUR_PREFIX)}.weight", weight, target))
+            values = sampled(weight)
+            before, update = before[: len(values)].copy_(values), update[: len(values)].copy_(sampled(target) - values)
+        updates.append(SampledUpdate(f"{name.removeprefix(OUR_PREFIX)}.weight", before, update))
     return updates
 
 

@@ -380,24 +380,20 @@ class SampledUpdate:
 
     Attributes:
         name: the parameter's path in the model.
-        positions: (n,) places in the flattened tensor.
         before: (n,) values of the base.
         update: (n,) what the trained model has beside them, in fp32.
     """
 
     name: str
-    positions: Tensor
     before: Tensor
     update: Tensor
 
 
-def sample_update(name: str, before: Tensor, target: Tensor) -> SampledUpdate:
-    """Evenly spaced values of a tensor and of what it should become."""
-    count = before.numel()
-    positions = torch.linspace(0, count - 1, min(count, SAMPLES), dtype=torch.float64).round().long().unique()
-    one = before.detach().reshape(-1)[positions.to(before.device)].float().cpu()
-    other = target.detach().reshape(-1)[positions.to(target.device)].float().cpu()
-    return SampledUpdate(name, positions, one, other - one)
+def sampled(tensor: Tensor) -> Tensor:
+    """Evenly spaced values of a tensor, on the CPU in fp32; of tensors of one shape those in the same places."""
+    count = tensor.numel()
+    places = torch.linspace(0, count - 1, min(count, SAMPLES), dtype=torch.float64).round().long().unique()
+    return tensor.detach().reshape(-1)[places.to(tensor.device)].float().cpu()
 
 
 def wrong_updates(merged: nn.Module, updates: Sequence[SampledUpdate]) -> dict[str, float]:
@@ -408,11 +404,11 @@ def wrong_updates(merged: nn.Module, updates: Sequence[SampledUpdate]) -> dict[s
     """
     parameters, wrong = dict(merged.named_parameters(remove_duplicate=False)), {}
     products = squares = variance = 0.0
-    for sampled in updates:
-        with held(parameters[sampled.name]):
-            weight = parameters[sampled.name].detach()
-            after = weight.reshape(-1)[sampled.positions.to(weight.device)].float().cpu().double()
-        before, update = sampled.before.double(), sampled.update.double()
+    for expected in updates:
+        weight = parameters[expected.name]
+        with held(weight):
+            after = sampled(weight).double()
+        before, update = expected.before.double(), expected.update.double()
         spacing = _spacing(before + update, weight.dtype)
         own = update.square().sum().item()
         if own == 0:
@@ -421,7 +417,7 @@ def wrong_updates(merged: nn.Module, updates: Sequence[SampledUpdate]) -> dict[s
         noise = ((spacing / 2).square() * update.square()).sum().item()
         share = product / own
         if abs(share - 1) > UPDATE_ERROR + DEVIATIONS * noise**0.5 / own:
-            wrong[sampled.name] = share
+            wrong[expected.name] = share
         products, squares, variance = products + product, squares + own, variance + noise
     if squares and abs(products / squares - 1) > UPDATE_ERROR + DEVIATIONS * variance**0.5 / squares:
         wrong["all"] = products / squares
