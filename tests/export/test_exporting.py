@@ -1,4 +1,4 @@
-"""`firefly export` from end to end: what is written is read back, and what is damaged on the way is kept as a failure."""
+"""`firefly export` from end to end: what is written is read back, and what is damaged is kept as a failure."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf_models import save_model
 
 from firefly.cli import main
 from firefly.config import ModelConfig
@@ -18,7 +19,6 @@ from firefly.export.gguf_file import read_head, set_metadata
 from firefly.export.proof import ExportFailed, Stages
 from firefly.export.source import Source, open_source
 from firefly.models.loading import embedded_model, load_tokenizer
-from gguf_models import save_model
 
 pytest.importorskip("xllamacpp", reason="firefly-llm[export] is not installed")
 pytest.importorskip("libggml", reason="firefly-llm[export] is not installed")
