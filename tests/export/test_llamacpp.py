@@ -361,7 +361,7 @@ def test_smollm2_in_16_bits_has_the_log_probabilities_of_the_model(tmp_path: Pat
     )
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     model = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32)
-    with LlamaCpp.open(file, None, 256, 2) as engine:
+    with LlamaCpp.open(file, None, 256, 1) as engine:
         for messages in CONVERSATIONS.values():  # among them some without the default system prompt
             asked = row(messages, tokenizer)
             assert engine.prompt_ids(asked) == list(asked.prompt)
