@@ -249,6 +249,23 @@ def test_a_damaged_file_is_told_in_llamacpps_words(file: Path, tmp_path: Path, d
     assert str(damaged) in str(raised.value)
 
 
+def test_a_template_that_llamacpp_cannot_run_is_told_with_the_reason(tmp_path: Path) -> None:
+    template = CHATML + "{{ '' if messages[0].role.isascii() else '' }}"
+    file = write_tiny_gguf(tmp_path / "f.gguf", tiny_model("llama"), template=template)
+    with pytest.raises(VerificationError, match="isascii"), LlamaCpp.open(file, None, 64, 1):
+        pass
+
+
+def test_a_conversation_that_llamacpp_refuses_is_told_with_the_reason(tmp_path: Path) -> None:
+    template = CHATML + "{% if messages[0].content == 'hi' %}{{ raise_exception('not this one') }}{% endif %}"
+    file = write_tiny_gguf(tmp_path / "f.gguf", tiny_model("llama"), template=template)
+    with LlamaCpp.open(file, None, 64, 1) as engine:
+        asked = row(CONVERSATIONS["one question"], merging_tokenizer())
+        with pytest.raises(VerificationError, match="not this one") as raised:
+            engine.prompt_ids(asked)
+    assert raised.value.code == "llamacpp.refused"
+
+
 def test_weights_that_are_no_numbers_are_told(tmp_path: Path) -> None:
     model = tiny_model("llama")
     with torch.no_grad():
@@ -344,7 +361,7 @@ def test_smollm2_in_16_bits_has_the_log_probabilities_of_the_model(tmp_path: Pat
     )
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     model = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32)
-    with LlamaCpp.open(file, None, 256, 2) as engine:
+    with LlamaCpp.open(file, None, 256, 1) as engine:
         for messages in CONVERSATIONS.values():  # among them some without the default system prompt
             asked = row(messages, tokenizer)
             assert engine.prompt_ids(asked) == list(asked.prompt)

@@ -332,10 +332,11 @@ class _Child:
         )
 
     def last_words(self) -> str:
-        """The errors in its log, without its clock; where it names none, its last lines."""
-        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
-        errors = [found[1] for line in lines if (found := re.match(r"[\d.]+ E (.*)", line))]
-        return "\n".join(errors[:6] or lines[-6:])[:2000]
+        """Its log from the first error on, without its clock; where it names none, its last lines."""
+        log = self._log.read_text(encoding="utf-8", errors="replace").partition("Traceback (most recent call last)")
+        found = re.search(r"^[\d.]+ E ", log[0], re.MULTILINE)
+        lines = log[0][found.start() :].splitlines()[:12] if found else "".join(log).splitlines()[-6:]
+        return "\n".join(re.sub(r"^[\d.]+ [EW] ", "", line) for line in lines)[:2000]
 
     def stop(self) -> None:
         """End it, which has nothing to save."""
