@@ -25,7 +25,8 @@ from firefly.export import gguf as exporting
 from firefly.export.gguf import Job, as_scaled, convert, convert_adapter, run_converter, set_stops, trained_stops
 from firefly.export.gguf_file import Head, read_head
 from firefly.export.official_converter import DEFINITIONS, EOM, EOS, EOT, cuts, fitting_name, space_prefix, stop_slots
-from firefly.export.quantisation import check_numbers, decoded, quantize
+from firefly.export.quantisation import TYPES, check_numbers, decoded, quantize
+from firefly.models.loading import embedded_model
 from firefly.models.saved_adapter import open_adapter
 from tiny import save_tiny_model, tiny_model
 
@@ -153,7 +154,7 @@ def test_a_converter_that_is_killed_is_said_to_be_and_leaves_nothing(stand_in: P
 
 def test_a_full_disk_is_no_fault_of_the_model(stand_in: Path, tmp_path: Path) -> None:
     stand_in.write_text('print(\'{"failed": 0, "problem": "[Errno 28] No space", "disk": true}\'); raise SystemExit(1)')
-    with pytest.raises(UsageError, match="could not be written: .Errno 28. No space; .* are free"):
+    with pytest.raises(UsageError, match=r"could not be written: \[Errno 28\] No space; .* are free"):
         run_converter([Job(tmp_path, tmp_path / "a.gguf", "f16")])
 
 
@@ -301,6 +302,20 @@ def test_a_converted_model_quantises_and_its_numbers_are_checked(exported: Path,
         written = quantize(exported / f"{name}.gguf", tmp_path / "q.gguf", "q4_k_m")
         check_numbers(exported / f"{name}.gguf", tmp_path / "q.gguf")
         assert written.fallbacks["blk.0.ffn_down_exps.weight" if name == "mixtral" else "blk.0.ffn_down.weight"]
+
+
+@pytest.mark.slow
+def test_smollm2_in_every_type_has_the_numbers_of_its_weights(tmp_path: Path) -> None:
+    need_converter()
+    pytest.importorskip("libggml", reason="ggml is not installed: pip install -e '.[export]'")
+    convert(embedded_model(), tmp_path / "bf16.gguf", "bf16", name="SmolLM2")
+    assert read_head(tmp_path / "bf16.gguf").get("general.name") == "SmolLM2"
+    for kind in TYPES:
+        written = quantize(tmp_path / "bf16.gguf", tmp_path / "q.gguf", kind)
+        figures = check_numbers(tmp_path / "bf16.gguf", tmp_path / "q.gguf")
+        assert sum(one.tensors for one in figures.values()) == 272
+        assert bool(written.fallbacks) is kind.endswith(("k_m", "6_k"))  # its rows are of 576
+        assert written.types["blk.5.ffn_down.weight"] in (TYPES[kind][0].name, "Q6_K")  # and these of 1536
 
 
 @pytest.mark.slow

@@ -295,12 +295,14 @@ def as_scaled(saved: SavedAdapter) -> tuple[float, dict[str, Tensor]]:
     """(alpha, tensors), so that alpha / rank of a tensor is the scale that the adapter was trained with."""
     from peft.utils.other import get_pattern_key
 
-    settings, patterns = saved.settings, saved.settings.alpha_pattern or {}
+    settings = saved.settings
+    patterns: dict[str, float] = settings.alpha_pattern or {}
     tensors, factors = dict(saved.tensors), dict[str, float]()
     for name, tensor in tensors.items():
         if "lora_B" in name or "lora_embedding_B" in name:
             rank = tensor.shape[1]
-            alpha = patterns.get(get_pattern_key(patterns.keys(), name.partition(".lora_")[0]), settings.lora_alpha)
+            key = get_pattern_key(list(patterns), name.partition(".lora_")[0])
+            alpha = patterns[key] if key in patterns else settings.lora_alpha
             factors[name] = alpha * (math.sqrt(rank) if settings.use_rslora else 1.0)
     common = min(factors.values())
     for name, factor in factors.items():

@@ -17,6 +17,7 @@ What it adds to the converter (each seen with the version named in `gguf.py`):
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import re
@@ -349,8 +350,8 @@ def main() -> None:
     folder, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
     sys.path[:0] = [str(folder), str(folder / "gguf-py")]
     import gguf
-    from conversion import TextModel
 
+    TextModel = importlib.import_module("conversion").TextModel
     current: dict[str, Any] = {}
     known, prepare = TextModel.get_vocab_base_pre, TextModel.prepare_metadata
 
