@@ -119,6 +119,6 @@ def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
         file.write(len(described).to_bytes(8, "little") + described)
         for _, tensor in ordered:
             values = (tensor.read() if isinstance(tensor, Unread) else tensor).detach().cpu().contiguous()
-            file.write(memoryview(values.reshape(-1).view(torch.uint8).numpy()))
+            file.write(values.reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

@@ -301,7 +301,7 @@ def fp32_products(model: nn.Module) -> Iterator[None]:
             del module.forward
 
 
-def _forward_in_fp32(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _forward_in_fp32(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The module's own forward with its own weights widened; modules inside it see to theirs.
 
     A copy of a large head or embedding in fp32 would be the largest thing in memory: of a head some rows are widened at
