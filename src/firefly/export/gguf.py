@@ -297,12 +297,13 @@ def as_scaled(saved: SavedAdapter) -> tuple[float, dict[str, Tensor]]:
 
     settings = saved.settings
     patterns: dict[str, float] = settings.alpha_pattern or {}
+    usual: float = settings.lora_alpha
     tensors, factors = dict(saved.tensors), dict[str, float]()
     for name, tensor in tensors.items():
         if "lora_B" in name or "lora_embedding_B" in name:
             rank = tensor.shape[1]
             key = get_pattern_key(list(patterns), name.partition(".lora_")[0])
-            alpha = patterns[key] if key in patterns else settings.lora_alpha
+            alpha = patterns.get(key, usual)
             factors[name] = alpha * (math.sqrt(rank) if settings.use_rslora else 1.0)
     common = min(factors.values())
     for name, factor in factors.items():
