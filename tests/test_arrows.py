@@ -22,8 +22,7 @@ ROOMS = (
     ("loop",),
     ("training", "export", "server"),
     ("commands",),
-    ("cli",),
-    ("__main__",),
+    ("cli", "__main__"),
 )
 """From the lowest to the highest: a room imports from lower ones and from its own row. "" is the package itself."""
 

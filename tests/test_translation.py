@@ -20,7 +20,7 @@ from firefly.translation import CHINESE, Phrase, chinese, language, translate
 
 SOURCE = Path(firefly.__file__).parent
 TEXT_AT = {"translate": 0, "Phrase": 0, "MalformedRecord": 0, "TemplateFailure": 0, "say": 1} | dict.fromkeys(
-    ("UsageError", "VerificationError", "Interrupted", "notice", "notify", "refused"), 1
+    ("UsageError", "VerificationError", "ExportFailed", "Interrupted", "notice", "notify", "refused"), 1
 )
 """Which argument of a call is the template."""
 

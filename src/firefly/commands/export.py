@@ -114,7 +114,7 @@ def show(export: Callable[[], dict[str, Any]], as_json: bool) -> None:
         report = export()
     except ExportFailed as error:
         if as_json:
-            print_json(json.dumps(error.report, ensure_ascii=False))
+            print_json(json.dumps(error.found, ensure_ascii=False))
         raise
     if as_json:
         print_json(json.dumps(report, ensure_ascii=False))

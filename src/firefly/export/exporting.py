@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,19 @@ from transformers import GenerationConfig
 
 from firefly.config import ModelConfig
 from firefly.console import notice
-from firefly.errors import UsageError
+from firefly.data.encoding import Encoder
+from firefly.errors import UsageError, VerificationError
 from firefly.export.agreement import Agreement, Limits, read_back
+from firefly.export.battery import Battery
 from firefly.export.gguf import check_numbers, convert, convert_adapter, quantize
-from firefly.export.gguf_file import read_head
+from firefly.export.gguf_file import read_head, set_metadata
 from firefly.export.llamacpp import LlamaCpp, is_installed
 from firefly.export.merge import base_type, merge
 from firefly.export.ollama import write_modelfile
 from firefly.export.proof import LIMITS, Stages, check_type, named_if_it_fails, settle
 from firefly.export.source import Source, open_source
 from firefly.export.vllm import Base, open_read_back, write_vllm
+from firefly.export.vllm_parsers import begins_with_thought
 from firefly.generation.loading import base_name
 from firefly.generation.settings import GenerationSettings
 from firefly.generation.vllm import EngineChoice
@@ -167,11 +171,18 @@ def export_vllm(
         source.encoder,
         base=base,
         adapters=adapters,
+        thinks=begins_with_thought(source.encoder.template, source.tokenizer, source.first_tokens)
+        if source.encoder
+        else None,
         trust_remote_code=source.model.trust_remote_code,
     )
     limits, found = LIMITS[UNQUANTISED[base_type(source.model)]], None
     if engine.is_vllm:
-        with stages.stage("read back"), open_read_back(written, engine) as reader:
+        with (
+            named_if_it_fails(written.script, written.script),
+            stages.stage("read back"),
+            open_read_back(written, engine) as reader,
+        ):
             found = read_back(reader, source.battery, source.expected, limits)
     report = {
         "format": "vllm",
@@ -193,35 +204,41 @@ def make_gguf(source: Source, target: Path, number_type: str, adapter_alone: boo
     scratch.mkdir(exist_ok=True)
     written = scratch / target.name
     report: dict[str, Any] = {"format": "gguf", "type": number_type}
-    with named_if_it_fails(written, target):
-        if adapter_alone:
-            limits, base = LIMITS["f16"], scratch / "base.gguf"
-            report["type"] = ADAPTER_TYPE
-            with stages.stage("convert"):
-                place = Path(resolve_model(source.model))
-                convert(place, base, "f16")
-                convert_adapter(Path(source.adapter or ""), place, written)
-            found = _read_gguf(source, base, written, limits, stages, report)
-        else:
-            report |= _write_gguf(source, written, number_type, scratch, stages)
-            found = _read_gguf(source, written, None, limits, stages, report)
-    settled = settle(target, written, target.with_name(target.name + ".json"), report, found, limits, stages)
+    try:
+        with named_if_it_fails(written, target):
+            if adapter_alone:
+                limits, base = LIMITS["f16"], scratch / "base.gguf"
+                report["type"] = ADAPTER_TYPE
+                with stages.stage("convert"):
+                    place = Path(resolve_model(source.model))
+                    convert(place, base, "f16")
+                    convert_adapter(Path(source.adapter or ""), place, written)
+                found = _read_gguf(source, base, written, limits, stages, report)
+            else:
+                report |= _write_gguf(source, written, number_type, scratch, stages)
+                found = _read_gguf(source, written, None, limits, stages, report)
+        report = settle(target, written, target.with_name(target.name + ".json"), report, found, limits, stages)
+    except VerificationError:
+        shutil.rmtree(scratch)
+        raise
     shutil.rmtree(scratch)
-    return settled
+    return report
 
 
 def _write_gguf(source: Source, written: Path, number_type: str, scratch: Path, stages: Stages) -> dict[str, Any]:
-    """Merge, convert, quantise; every number that was quantised is read back from the disk."""
+    """Merge, convert, quantise; every number that another type was made of is read back from the disk."""
     with stages.stage("merge"):
         folder = source.folder(scratch)
-    if number_type in UNQUANTISED.values():
+    stored, name = UNQUANTISED[base_type(ModelConfig(name_or_path=str(folder)))], written.stem
+    if number_type in (stored, "f32"):
         with stages.stage("convert"):
-            convert(folder, written, number_type)
+            convert(folder, written, number_type, name)
+        settle_template(written, source)
         return {}
-    stored = base_type(ModelConfig(name_or_path=str(folder)))
     whole = scratch / "whole.gguf"
     with stages.stage("convert"):
-        convert(folder, whole, UNQUANTISED[stored])
+        convert(folder, whole, stored, name)
+    settle_template(whole, source)
     with stages.stage("quantise"):
         types = quantize(whole, written, number_type)
     with stages.stage("numbers"):
@@ -237,6 +254,36 @@ def _write_gguf(source: Source, written: Path, number_type: str, scratch: Path, 
             types=", ".join(sorted({f"{wanted} → {got}" for wanted, got in types.fallbacks.values()})),
         )
     return {"tensor_types": types.counts, "fallbacks": len(types.fallbacks)}
+
+
+def settle_template(file: Path, source: Source) -> None:
+    """Let the file's template write what it wrote in training whatever llama.cpp tells it.
+
+    llama.cpp gives every template today's `date_string`, which one that asks for none to be there would print, and
+    says true or false of `enable_thinking`, where a template may have a third answer for a request that says nothing.
+    """
+    key = Keys.Tokenizer.CHAT_TEMPLATE
+    written = read_head(file).get(key)
+    if source.encoder is None or not written:
+        return
+    template, names = source.encoder.template, []
+    if "date_string" in template.text and "strftime_now" not in template.text:
+        names.append("date_string")
+    if "enable_thinking" in template.text and not any(
+        same_prompts(source.battery, replace(source.encoder, template=with_thinking))
+        for with_thinking in (
+            replace(template, variables=template.variables | {"enable_thinking": value}) for value in (False, True)
+        )
+    ):
+        names.append("enable_thinking")
+    opening = "".join(f"{{%- set {name} = nothing_was_said -%}}" for name in names)
+    if opening:
+        set_metadata(file, {key: opening + written})
+
+
+def same_prompts(battery: Battery, encoder: Encoder) -> bool:
+    """Whether another template gives the battery's prompts."""
+    return all(encoder.encode_prompt(row.messages[:-1], row.tools) == list(row.prompt) for row in battery.rows)
 
 
 def _read_gguf(

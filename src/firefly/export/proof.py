@@ -3,7 +3,6 @@ back."""
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,11 +30,11 @@ FAILED = ".failed"
 
 
 class ExportFailed(VerificationError):
-    """An engine read the export back and it is not the trained model; `report` is what was found."""
+    """An engine read the export back and it is not the trained model; `found` is the report."""
 
-    def __init__(self, report: dict[str, Any], code: str, text: str, /, **values: object) -> None:
+    def __init__(self, code: str, text: str, /, *, found: dict[str, Any], **values: object) -> None:
         super().__init__(code, text, **values)
-        self.report = report
+        self.found = found
 
 
 @dataclass
@@ -64,14 +63,13 @@ def check_type(number_type: str) -> None:
 
 @contextmanager
 def named_if_it_fails(written: Path, target: Path) -> Iterator[None]:
-    """Where a number is wrong or the engine does not even read the file, what was written is kept as the failure that
-    it is. What was made on the way goes in any case but an interruption."""
+    """Where a number is wrong, or the engine does not even read what was written, it is kept as the failure that it
+    is."""
     try:
         yield
     except VerificationError:
         if written.exists():
             written.replace(failed_name(target))
-        shutil.rmtree(written.parent)
         raise
 
 
@@ -125,7 +123,6 @@ def settle(
         return report
     if problems:
         raise ExportFailed(
-            report,
             "export.failed",
             "{path}: {engine} does not answer as the trained model does: {problems}. It was renamed to {failed}; the "
             "figures are in {report}.",
@@ -134,6 +131,7 @@ def settle(
             problems="; ".join(map(str, problems)),
             failed=failed,
             report=report_file,
+            found=report,
         )
     notice(
         "export.done",

@@ -45,6 +45,11 @@ class Source:
     battery: Battery
     expected: list[Expected]
 
+    @property
+    def first_tokens(self) -> list[int]:
+        """The likeliest first token of each reply."""
+        return [int(known.tokens[0, 0]) for known in self.expected]
+
     def folder(self, scratch: Path) -> Path:
         """The model as transformers and converters read it: its own folder, or the adapter merged into one below
         `scratch`."""
