@@ -85,17 +85,21 @@ def change_template(change: Callable[[str], str]) -> Callable[[Path], None]:
     return damage
 
 
-def flip_numbers(file: Path) -> None:
-    """One block of weights with the other sign."""
+def change_bytes(file: Path, tensor_name: str, where: slice) -> None:
+    """Flip the highest bit of these bytes of a tensor: the sign, where each is the last of a number."""
     head = read_head(file)
-    tensor = next(tensor for tensor in head.tensors if tensor.name == "blk.1.ffn_down.weight")
+    tensor = next(tensor for tensor in head.tensors if tensor.name == tensor_name)
     with file.open("r+b") as data:
-        data.seek(head.start + tensor.offset)
+        data.seek(head.data_start + tensor.offset)
         numbers = bytearray(data.read(tensor.size))
-        for last in range(3, len(numbers), 4):
-            numbers[last] ^= 0x80
-        data.seek(head.start + tensor.offset)
+        for place in range(*where.indices(len(numbers))):
+            numbers[place] ^= 0x80
+        data.seek(head.data_start + tensor.offset)
         data.write(bytes(numbers))
+
+
+def flip_numbers(file: Path) -> None:
+    change_bytes(file, "blk.1.ffn_down.weight", slice(3, None, 4))
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -150,13 +154,7 @@ def test_a_wrong_number_of_a_quantised_file_is_a_failure_before_the_engine_reads
 
     def flipped(whole: Path, written: Path, name: str) -> Any:
         types = quantize(whole, written, name)
-        head = read_head(written)
-        tensor = next(tensor for tensor in head.tensors if tensor.name == "blk.0.attn_q.weight")
-        with written.open("r+b") as data:
-            data.seek(head.start + tensor.offset + 1)
-            last = data.read(1)[0]  # of the first block's scale, in half precision
-            data.seek(head.start + tensor.offset + 1)
-            data.write(bytes([last ^ 0x80]))
+        change_bytes(written, "blk.0.attn_q.weight", slice(1, 2))  # of the first block's scale, in half precision
         return types
 
     monkeypatch.setattr(exporting, "quantize", flipped)
