@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from firefly.config import ModelConfig
 from firefly.console import notice
 from firefly.data.encoding import Encoder
-from firefly.errors import UsageError, VerificationError
+from firefly.errors import UsageError
 from firefly.export.agreement import Agreement, Limits, read_back
 from firefly.export.battery import Battery
 from firefly.export.gguf import check_numbers, convert, convert_adapter, quantize
@@ -23,15 +23,17 @@ from firefly.export.llamacpp import LlamaCpp, is_installed
 from firefly.export.merge import base_type, merge
 from firefly.export.ollama import write_modelfile
 from firefly.export.proof import LIMITS, Stages, check_type, named_if_it_fails, settle
-from firefly.export.source import Source, open_source
+from firefly.export.source import MERGED, Source, open_source
 from firefly.export.vllm import Base, open_read_back, write_vllm
 from firefly.export.vllm_parsers import begins_with_thought
+from firefly.files import unfinished
 from firefly.generation.loading import base_name
 from firefly.generation.settings import GenerationSettings
 from firefly.generation.vllm import EngineChoice
 from firefly.models.loading import pretrained, read_config, resolve_model
 from firefly.models.saved_adapter import open_adapter
 from firefly.models.serving_memory import context_of
+from firefly.runs.folders import RESULT
 from firefly.runs.manifest import write_json
 from firefly.runs.records import read_object
 
@@ -197,8 +199,8 @@ def export_vllm(
 def make_gguf(source: Source, target: Path, number_type: str, adapter_alone: bool, stages: Stages) -> dict[str, Any]:
     """Write and prove a GGUF file.
 
-    What was converted lies in a folder beside the file until the file is done, so that an export that was interrupted
-    goes on with the merge that it has. An earlier file stays until a good one replaces it.
+    What is made on the way lies in a folder beside the file, and of that an unfinished merge stays for the next try. An
+    earlier file stays until a good one replaces it.
     """
     limits, scratch = LIMITS[number_type], target.with_name(f".{target.name}.export")
     scratch.mkdir(exist_ok=True)
@@ -218,10 +220,9 @@ def make_gguf(source: Source, target: Path, number_type: str, adapter_alone: boo
                 report |= _write_gguf(source, written, number_type, scratch, stages)
                 found = _read_gguf(source, written, None, limits, stages, report)
         report = settle(target, written, target.with_name(target.name + ".json"), report, found, limits, stages)
-    except VerificationError:
-        shutil.rmtree(scratch)
-        raise
-    shutil.rmtree(scratch)
+    finally:
+        if not unfinished(scratch / MERGED / RESULT).exists():
+            shutil.rmtree(scratch)
     return report
 
 

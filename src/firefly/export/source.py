@@ -27,6 +27,8 @@ from firefly.models.saved_adapter import (
 from firefly.models.scores import ADAPTER_TASK
 from firefly.models.streaming import load_streamed
 
+MERGED = "merged"
+
 
 @dataclass(frozen=True)
 class Source:
@@ -36,6 +38,7 @@ class Source:
         model: the base, or the model itself.
         adapter: the adapter over it, if any.
         encoder: None for a model without a chat template.
+        force: merge although template or base are not those of the adapter's training.
     """
 
     model: ModelConfig
@@ -44,6 +47,7 @@ class Source:
     encoder: Encoder | None
     battery: Battery
     expected: list[Expected]
+    force: bool = False
 
     @property
     def first_tokens(self) -> list[int]:
@@ -55,7 +59,7 @@ class Source:
         `scratch`."""
         if self.adapter is None:
             return Path(resolve_model(self.model))
-        return merge(self.model, self.adapter, scratch / "merged")
+        return merge(self.model, self.adapter, scratch / MERGED, force=self.force)
 
 
 def open_source(model: ModelConfig, adapter: str | None, force: bool = False) -> Source:
@@ -95,7 +99,7 @@ def open_source(model: ModelConfig, adapter: str | None, force: bool = False) ->
     expected = expect(loaded.eval(), battery)
     del loaded
     gc.collect()
-    return Source(model, adapter, tokenizer, encoder, battery, expected)
+    return Source(model, adapter, tokenizer, encoder, battery, expected, force)
 
 
 def trained_encoder(tokenizer: Any, trained: Path, ends: tuple[int, ...], force: bool) -> Encoder | None:
