@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from firefly.data.encoding import Encoder
-from firefly.data.schema import Conversation, Message
+from firefly.data.schema import Conversation, Message, Role
 from firefly.data.templates import TemplateFailure
 
 WEATHER: Mapping[str, Any] = {
@@ -35,7 +35,7 @@ CALL: Mapping[str, Any] = {
     "function": {"name": "get_weather", "arguments": {"city": "Paris", "hour": 9}},
 }
 
-TURNS: Mapping[str, Sequence[tuple[str, str]]] = {
+TURNS: Mapping[str, Sequence[tuple[Role, str]]] = {
     "question": [
         ("user", "What is the capital of France?"),
         ("assistant", "The capital of France is Paris, a city on the river Seine."),

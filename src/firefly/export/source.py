@@ -71,7 +71,7 @@ def open_source(model: ModelConfig, adapter: str | None, force: bool = False) ->
     """
     saved = open_adapter(adapter) if adapter else None
     if saved is not None:
-        model = base_of_adapter(saved.given, model)
+        model = base_of_adapter(str(saved.given), model)
     if saved is not None and saved.settings.task_type == ADAPTER_TASK:
         raise UsageError(
             "export.scores",
@@ -94,7 +94,7 @@ def open_source(model: ModelConfig, adapter: str | None, force: bool = False) ->
         )
     loaded = load_streamed(model, base_type(model))
     if saved is not None:
-        check_base(saved.given, model, force)
+        check_base(str(saved.given), model, force)
         loaded = load_adapter(loaded, saved)
     expected = expect(loaded.eval(), battery)
     del loaded

@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -321,7 +320,7 @@ class VllmReadBack:
     def model(self) -> str:
         return self.export.adapters[0] if len(self.export.adapters) == 1 else self.export.name
 
-    @cached_property
+    @property
     def name(self) -> str:
         return f"vLLM {self._ask('/version')['version']}"
 
