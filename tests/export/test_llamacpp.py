@@ -19,6 +19,7 @@ from firefly.console import take_notices
 from firefly.data.schema import Message
 from firefly.errors import UsageError, VerificationError
 from firefly.export import llamacpp
+from firefly.export.agreement import Refused
 from firefly.export.battery import BatteryRow
 from firefly.export.llamacpp import LlamaCpp, openai_message
 from tiny import tiny_model
@@ -261,9 +262,8 @@ def test_a_conversation_that_llamacpp_refuses_is_told_with_the_reason(tmp_path: 
     file = write_tiny_gguf(tmp_path / "f.gguf", tiny_model("llama"), template=template)
     with LlamaCpp.open(file, None, 64, 1) as engine:
         asked = row(CONVERSATIONS["one question"], merging_tokenizer())
-        with pytest.raises(VerificationError, match="not this one") as raised:
+        with pytest.raises(Refused, match="not this one"):
             engine.prompt_ids(asked)
-    assert raised.value.code == "llamacpp.refused"
 
 
 def test_weights_that_are_no_numbers_are_told(tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ class Generator:
         try:
             while True:
                 # Those that are answered and wait for one before them leave their places in the batch to others.
-                while not exhausted and sum(not each.is_answered for group in waiting for each in group) < room:
+                while not exhausted and sum(map(_places, waiting)) < room:
                     ids: Any = next(source, end)
                     if ids is end:
                         exhausted = True
@@ -304,6 +304,11 @@ class Generator:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _places(group: list[_Pending]) -> int:
+    """How much of the window a prompt takes: its open answers, and for one that gets none its place in the order."""
+    return sum(not pending.is_answered for pending in group) if group else 1
 
 
 class _Pending:
