@@ -155,3 +155,10 @@ def test_first_choices_within_the_tie_are_left_out(model: Any) -> None:
     assert found.ties == found.positions
     assert found.agreement == 1
     assert read_back(engine, battery, shifted, STRICT).agreement < 1
+
+
+def test_conversations_longer_than_the_context_are_left_out() -> None:
+    battery = make_battery(encoder_of())
+    lengths = sorted(len(row.ids) for row in battery.rows)
+    assert len(battery.within(lengths[2]).rows) == 3
+    assert battery.within(lengths[0] - 1).rows == ()

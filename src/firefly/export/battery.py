@@ -113,6 +113,10 @@ class Battery:
     rows: tuple[BatteryRow, ...]
     stop_ids: tuple[int, ...]
 
+    def within(self, context: int) -> Battery:
+        """Without the rows that are longer than so many tokens."""
+        return replace(self, rows=tuple(row for row in self.rows if len(row.ids) <= context))
+
 
 def make_battery(encoder: Encoder) -> Battery:
     """All conversations that the template takes: without a system prompt where it has no place for one, and with tools

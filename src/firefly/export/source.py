@@ -16,7 +16,7 @@ from firefly.export.agreement import Expected, expect
 from firefly.export.battery import Battery, make_battery, text_battery
 from firefly.export.merge import base_type, merge
 from firefly.models.adapter_loading import load_adapter
-from firefly.models.loading import load_tokenizer, resolve_model, stop_ids_of
+from firefly.models.loading import load_tokenizer, read_config, resolve_model, stop_ids_of
 from firefly.models.saved_adapter import (
     adapter_folder,
     base_of_adapter,
@@ -25,6 +25,7 @@ from firefly.models.saved_adapter import (
     tokenizer_source,
 )
 from firefly.models.scores import ADAPTER_TASK
+from firefly.models.serving_memory import UNKNOWN_CONTEXT, context_of
 from firefly.models.streaming import load_streamed
 
 MERGED = "merged"
@@ -86,6 +87,16 @@ def open_source(model: ModelConfig, adapter: str | None, force: bool = False) ->
     else:
         ends = stop_ids_of(model) or [tokenizer.eos_token_id]
         battery = text_battery(tokenizer.encode, [token for token in ends if token is not None])
+    context = context_of(read_config(model)) or UNKNOWN_CONTEXT
+    if battery.rows and not battery.within(context).rows:
+        raise UsageError(
+            "export.short_context",
+            "{path}: the model has positions for {context} tokens, fewer than any conversation has that an export is "
+            "judged on.",
+            path=trained,
+            context=context,
+        )
+    battery = battery.within(context)
     if not battery.rows:
         raise UsageError(
             "export.template_refuses",
