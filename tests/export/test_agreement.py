@@ -16,7 +16,7 @@ from firefly.export.agreement import Agreement, Candidates, Limits, Refused, div
 from firefly.export.battery import Battery, BatteryRow, make_battery, text_battery
 from tiny import tiny_model, tiny_tokenizer
 
-STRICT = Limits(kl=1e-6, usual=(0, 1e-6), tie=1e-3, agreement=1, gap=1e-3)
+STRICT = Limits(kl=1e-6, usual=(0, 1e-6), tie=1e-4, agreement=1, gap=1e-3)
 
 
 def encoder_of(template: str = "qwen2.5") -> Encoder:

@@ -37,7 +37,8 @@ class Limits:
         kl: the mean over positions, nats.
         usual: what this type is usually measured at, nats: the 10th to 90th percentile of models from 0.1 to 14 billion
             parameters.
-        tie: two tokens whose log-probabilities are closer than this in the trained model may change places, nats.
+        tie: two tokens whose probabilities are closer than this in the trained model may change places. (Not their
+            logarithms: a model without an opinion has hundreds of tokens that lie nats apart at a probability of 1e-4.)
         agreement: least share of positions with the same first choice, ties left out.
         gap: largest difference of a log-probability among the likeliest tokens, nats; None: not judged.
     """
@@ -229,10 +230,9 @@ def read_back(engine: ReadBack, battery: Battery, expected: Sequence[Expected], 
             divergences.append(divergence(log_probs, found))
             gaps.append(float(np.abs(log_probs[:CLOSE] - found[:CLOSE]).max()))
             first = max(answer.log_probs, key=answer.log_probs.__getitem__)
-            behind = log_probs[0] - log_probs[tokens == first]
             if first == tokens[0]:
                 same += 1
-            elif len(behind) and behind[0] <= limits.tie:
+            elif math.exp(log_probs[0]) - float(np.exp(log_probs[tokens == first]).sum()) <= limits.tie:
                 ties += 1
     counted = len(gaps) - ties
     return Agreement(

@@ -16,13 +16,13 @@ from firefly.export.agreement import Agreement, Limits
 from firefly.runs.manifest import write_json
 
 LIMITS = {
-    "f32": Limits(kl=1e-4, usual=(0, 1e-6), tie=0.02, agreement=1, gap=0.05),
-    "f16": Limits(kl=1e-3, usual=(1e-7, 1e-5), tie=0.05, agreement=1, gap=0.05),
-    "bf16": Limits(kl=1e-2, usual=(1e-6, 1e-3), tie=0.1, agreement=0.97),
-    "q8_0": Limits(kl=1e-2, usual=(1e-4, 5e-3), tie=0.1, agreement=0.95),
-    "q6_k": Limits(kl=5e-2, usual=(1e-3, 2e-2), tie=0.2, agreement=0.9),
-    "q5_k_m": Limits(kl=2e-1, usual=(3e-3, 1e-1), tie=0.3, agreement=0.8),
-    "q4_k_m": Limits(kl=3e-1, usual=(1e-2, 1e-1), tie=0.5, agreement=0.75),
+    "f32": Limits(kl=1e-4, usual=(0, 1e-6), tie=0.01, agreement=1, gap=0.05),
+    "f16": Limits(kl=1e-3, usual=(1e-7, 1e-5), tie=0.02, agreement=1, gap=0.05),
+    "bf16": Limits(kl=1e-2, usual=(1e-6, 1e-3), tie=0.05, agreement=0.97),
+    "q8_0": Limits(kl=1e-2, usual=(1e-4, 5e-3), tie=0.05, agreement=0.95),
+    "q6_k": Limits(kl=5e-2, usual=(1e-3, 2e-2), tie=0.05, agreement=0.9),
+    "q5_k_m": Limits(kl=2e-1, usual=(3e-3, 1e-1), tie=0.1, agreement=0.8),
+    "q4_k_m": Limits(kl=3e-1, usual=(1e-2, 1e-1), tie=0.1, agreement=0.75),
 }
 """By number type. A file beyond them is not what its type says it is."""
 
