@@ -20,8 +20,8 @@ from firefly.data.schema import Message
 from firefly.errors import UsageError, VerificationError
 from firefly.export import llamacpp
 from firefly.export.agreement import Refused
-from firefly.export.battery import BatteryRow
-from firefly.export.llamacpp import LlamaCpp, openai_message
+from firefly.export.battery import BatteryRow, openai_message
+from firefly.export.llamacpp import LlamaCpp
 from tiny import tiny_model
 from tiny_gguf import CHATML, merging_tokenizer, write_tiny_gguf, write_tiny_lora
 

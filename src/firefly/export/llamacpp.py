@@ -25,10 +25,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from firefly.console import notice
-from firefly.data.schema import Message
 from firefly.errors import UsageError, VerificationError
 from firefly.export.agreement import Candidates, Refused
-from firefly.export.battery import BatteryRow
+from firefly.export.battery import BatteryRow, openai_message
 from firefly.export.llamacpp_worker import UNUSABLE
 from firefly.translation import translate
 
@@ -342,21 +341,3 @@ class _Child:
         """End it, which has nothing to save."""
         self._process.kill()
         self._process.communicate()
-
-
-def openai_message(message: Message) -> dict[str, Any]:
-    """A message as programs send it to a chat endpoint: the arguments of calls are JSON text there."""
-    sent = message.as_dict()
-    sent.pop("thinking", None)  # the same text under the name of one template
-    if "tool_calls" in sent:
-        sent["tool_calls"] = [
-            dict(call) | {"function": _with_text_arguments(call["function"])} for call in sent["tool_calls"]
-        ]
-    return sent
-
-
-def _with_text_arguments(function: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = function["arguments"]
-    return dict(function) | {
-        "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    }

@@ -29,7 +29,7 @@ from firefly.data.schema import Message
 from firefly.data.templates import ChatTemplate
 from firefly.errors import VerificationError
 from firefly.export.agreement import Candidates
-from firefly.export.battery import BatteryRow
+from firefly.export.battery import BatteryRow, openai_message
 from firefly.export.vllm_parsers import find_parsers
 from firefly.files import atomic_file, first_line
 from firefly.generation.remote import LONGEST, Server, ServerError
@@ -388,14 +388,6 @@ ONE_TOKEN = {"max_tokens": 1, "temperature": 0, "return_token_ids": True}
 
 
 def api_message(message: Message) -> dict[str, Any]:
-    """A message as OpenAI's clients send it: arguments of calls are JSON text."""
-    sent = message.as_dict()
-    sent.pop("thinking", None)
-    if message.reasoning is not None:
-        sent["reasoning"] = message.reasoning
-    if message.tool_calls:
-        sent["tool_calls"] = [
-            call | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"])}}
-            for call in sent["tool_calls"]
-        ]
-    return sent
+    """A message as OpenAI's clients send it, its thought under vLLM's name, too."""
+    thought = {} if message.reasoning is None else {"reasoning": message.reasoning}
+    return openai_message(message) | thought
