@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from gguf import Keys
-from transformers import GenerationConfig
 
 from firefly.config import ModelConfig
 from firefly.console import notice
@@ -30,7 +29,7 @@ from firefly.files import unfinished
 from firefly.generation.loading import base_name
 from firefly.generation.settings import GenerationSettings
 from firefly.generation.vllm import EngineChoice
-from firefly.models.loading import pretrained, read_config, resolve_model
+from firefly.models.loading import generation_config, read_config, resolve_model
 from firefly.models.saved_adapter import open_adapter
 from firefly.models.serving_memory import context_of
 from firefly.runs.folders import RESULT
@@ -113,7 +112,6 @@ def export_ollama(
             stops,
             chat_settings(source.model),
             None if context is None else min(context, LARGEST_CONTEXT),
-            adds_bos=adds_bos(target),
         )
     report |= {"format": "ollama", "modelfile": proved.as_json(), "seconds": stages.seconds}
     write_json(folder / "model.gguf.json", report)
@@ -122,10 +120,8 @@ def export_ollama(
 
 def chat_settings(model: ModelConfig) -> dict[str, float | None]:
     """How answers are drawn: as the model's generation_config.json says, or as `firefly chat` does by itself."""
-    try:
-        said = pretrained(GenerationConfig, model).to_diff_dict()
-    except UsageError:  # it has none
-        said = {}
+    found = generation_config(model)
+    said = {} if found is None else found.to_diff_dict()
     if not said.get("do_sample"):
         default = GenerationSettings()
         return {"temperature": default.temperature, "top_p": default.top_p}
@@ -338,8 +334,3 @@ def folder_to_fill(path: Path) -> Path:
         )
     path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def adds_bos(file: Path) -> bool:
-    """Whether llama.cpp puts a BOS token in front of every prompt."""
-    return bool(read_head(file).get(Keys.Tokenizer.ADD_BOS, False))

@@ -9,18 +9,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gguf import Keys
+
 from firefly.console import notice
 from firefly.data.encoding import Encoder
 from firefly.data.schema import Message
 from firefly.data.templates import TemplateFailure
 from firefly.errors import VerificationError
+from firefly.export.gguf_file import read_head
 from firefly.export.go_template import GoTemplate, GoTemplateError
 from firefly.export.modelfile import Modelfile, Tools, read_modelfile, render
 from firefly.export.ollama_template import Feature, Learner, NotExpressed, learn
 from firefly.export.ollama_writing import write_template
+from firefly.export.proof import failed_name
 from firefly.files import atomic_file
 
-FAILED = ".failed"
 PARAMETERS = {
     "temperature": "temperature",
     "top_p": "top_p",
@@ -307,7 +310,7 @@ def verify_modelfile(
 
 
 def _fail(path: Path, problem: str) -> NoReturn:
-    failed = path.with_name(path.name + FAILED)
+    failed = failed_name(path)
     path.replace(failed)
     raise VerificationError(
         "ollama.differs",
@@ -328,14 +331,9 @@ def engine_bos(encoder: Encoder, gguf: Path, adds_bos: bool | None = None) -> st
     if not bos:
         return ""
     if adds_bos is None and gguf.is_file():
-        from gguf import GGUFReader
-
-        file = GGUFReader(gguf)
-        model, key = (file.get_field(f"tokenizer.ggml.{name}") for name in ("model", "add_bos_token"))
-        if key is not None:
-            adds_bos = bool(key.contents())
-        elif model is not None and model.contents() == "llama":  # SentencePiece: llama.cpp adds it unless told not to
-            adds_bos = True
+        head = read_head(gguf)
+        # SentencePiece: llama.cpp adds it unless told not to.
+        adds_bos = head.get(Keys.Tokenizer.ADD_BOS, True if head.get(Keys.Tokenizer.MODEL) == "llama" else None)
     if adds_bos is None:
         ids = list(tokenizer.encode("a"))
         adds_bos = bool(ids) and ids[0] == tokenizer.bos_token_id

@@ -199,16 +199,21 @@ def load_tokenizer(config: ModelConfig, source: str | None = None) -> Any:
 
 
 def stop_ids_of(config: ModelConfig) -> list[int] | None:
-    """`eos_token_id` of the model's generation_config; None where it has none (a tokenizer alone, an old model)."""
+    """`eos_token_id` of the model's generation_config; None where it has none."""
+    found = generation_config(config)
+    return None if found is None else list(eos_ids(found)) or None
+
+
+def generation_config(config: ModelConfig) -> Any:
+    """The model's GenerationConfig; None where it has none (a tokenizer alone, an old model)."""
     from transformers import GenerationConfig
 
     try:
-        found = pretrained(GenerationConfig, config)
+        return pretrained(GenerationConfig, config)
     except UsageError as error:
         if isinstance(error.__cause__, OSError):
             return None
         raise
-    return list(eos_ids(found)) or None
 
 
 def eos_ids(generation: Any) -> tuple[int, ...]:
