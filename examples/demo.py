@@ -10,8 +10,6 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from firefly.config import ModelConfig, load_config
 from firefly.data.schema import Message
 from firefly.errors import FireflyError
 from firefly.export.merge import merge
+from firefly.export.proof import Stages
 from firefly.generation import GenerationSettings, Generator
 from firefly.training import train
 
@@ -46,31 +45,24 @@ def main() -> int:
         "".join((ROOT / "data" / name).read_text("utf-8") for name in ("identity.jsonl", "general.jsonl")), "utf-8"
     )
     config = load_config(CONFIG, {"train_file": str(rows), "output_dir": str(OUTPUT / "adapter")})
-    seconds: dict[str, float] = {}
-    with stage("ask the base model", seconds):
+    stages = Stages()
+    with stages.stage("ask the base model"):
         base = answers(config.model)
-    with stage("train", seconds):
+    with stages.stage("train"):
         adapter = train(config)
-    with stage("merge and compare", seconds):
+    with stages.stage("merge and compare"):
         merged = merge(ModelConfig(), str(adapter), str(OUTPUT / "merged"))
-    with stage("ask the trained model", seconds):
+    with stages.stage("ask the trained model"):
         tuned = answers(ModelConfig(name_or_path=str(merged)))
-    with stage("export to GGUF and read back", seconds):
+    with stages.stage("export to GGUF and read back"):
         exported = export_where_installed(str(merged))
     show(base, tuned)
-    print("\n".join(f"{took:7.1f} s  {name}" for name, took in seconds.items()))
+    print("\n".join(f"{took:7.1f} s  {name}" for name, took in stages.seconds.items()))
     print(exported)
     print(
         f"{time.time() - began:.0f} seconds. Talk to it: .venv/bin/firefly chat --model_name_or_path output/demo/merged"
     )
     return 0
-
-
-@contextmanager
-def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    began = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - began
 
 
 def export_where_installed(merged: str) -> str:
