@@ -13,7 +13,7 @@ from torch import Tensor
 from firefly.config import Config, PreferenceConfig, load_config
 from firefly.data.batching import Step, StepLoader, StepSettings
 from firefly.distributed.model import TrainableModel
-from firefly.evaluation import evaluate
+from firefly.evaluation.held_out import evaluate
 from firefly.loop import with_less_memory
 from firefly.models.checkpointing import RandomState
 from firefly.models.precision import Precision

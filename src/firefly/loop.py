@@ -23,7 +23,7 @@ from firefly.console import notice
 from firefly.data.batching import ExampleList, Step, StepSource
 from firefly.distributed.model import TrainableModel
 from firefly.errors import UsageError
-from firefly.evaluation import evaluate
+from firefly.evaluation.held_out import evaluate
 from firefly.models.adapters import transformers_model
 from firefly.models.checkpointing import RandomState, decoder_layers, install_checkpointing
 from firefly.run import Run

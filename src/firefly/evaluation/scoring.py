@@ -1,0 +1,106 @@
+"""How likely texts are to a model that is not trained: log-probabilities of their target tokens, example by example."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from firefly.data.batching import PackedBatch, pack, plan_microbatches
+from firefly.data.schema import Tokens
+from firefly.models.adapters import transformers_model
+from firefly.models.attention import choose_layout, segmented
+from firefly.models.probing import evaluating
+
+PLANNED_TOGETHER = 256
+"""Examples that are laid into passes at a time: enough to fill them well."""
+PASS_TOKENS = 2048
+PASS_LOGITS = 1 << 27
+"""Logits of a pass, which an example alone may exceed: half a GB of fp32."""
+ROWS_AT_A_TIME = 256
+"""Positions whose logits are held in fp32 at a time."""
+
+
+@dataclass(frozen=True)
+class TargetScores:
+    """Of the targets of one example, in their order.
+
+    Attributes:
+        logps: natural logarithms of their probabilities, fp64 (targets,).
+        likeliest: whether each is the model's first choice, bool (targets,).
+    """
+
+    logps: np.ndarray
+    likeliest: np.ndarray
+
+    @property
+    def total(self) -> float:
+        """Their summed negative log-likelihood, nats."""
+        return -float(self.logps.sum())
+
+
+def score_targets(model: Any, examples: Iterable[Tokens], pass_tokens: int = PASS_TOKENS) -> Iterator[TargetScores]:
+    """Scores of each example, in their order; examples are read as they are needed.
+
+    Short examples share a pass, as in training, where the model can attend to segments. Logits are computed at targets
+    only, where its architecture can leave the others out. The model's adapters count as they are selected.
+
+    Args:
+        model: of `load_for_generation`, or peft's around one. Nothing else may be computing with it meanwhile.
+        pass_tokens: tokens of a pass, which a single longer example exceeds.
+    """
+    inner: Any = transformers_model(model)
+    if segmented(inner) is None:
+        choose_layout(inner)
+    solo = segmented(inner) is None
+    keeps = "logits_to_keep" in inspect.signature(type(inner).forward).parameters
+    vocabulary = inner.config.get_text_config().vocab_size
+    source = iter(examples)
+    while window := list(islice(source, PLANNED_TOGETHER)):
+        costs = [_cost(example, pass_tokens, vocabulary, keeps) for example in window]
+        found: list[TargetScores] = [TargetScores(np.zeros(0), np.zeros(0, dtype=bool))] * len(window)
+        for group in plan_microbatches(costs, pass_tokens):
+            packed = pack([window[number] for number in group])
+            logps, likeliest = _score(inner, packed, solo, keeps)
+            borders = np.cumsum([window[number].num_targets for number in group])[:-1]
+            parts = zip(group, np.split(logps, borders), np.split(likeliest, borders), strict=True)
+            for number, of_logps, of_likeliest in parts:
+                found[number] = TargetScores(of_logps, of_likeliest)
+        yield from found
+
+
+def _cost(example: Tokens, pass_tokens: int, vocabulary: int, keeps: bool) -> int:
+    """What an example takes of a pass: its tokens, or as many as its logits weigh."""
+    logits = example.num_targets if keeps else len(example.input_ids)
+    return max(len(example.input_ids), round(logits * vocabulary / PASS_LOGITS * pass_tokens))
+
+
+@torch.no_grad()
+def _score(model: Any, packed: PackedBatch, solo: bool, keeps: bool) -> tuple[np.ndarray, np.ndarray]:
+    packed = packed.to(model.device)
+    logps, likeliest = [], []
+    with evaluating(model):
+        for row in packed.apart() if solo else packed.rows:
+            given = row.model_inputs(solo)
+            index, targets = given.pop("target_index"), given.pop("targets")
+            asked = {"logits_to_keep": index} if keeps else {}
+            logits = model(**given, **asked, use_cache=False).logits[0]
+            for part in range(0, len(targets), ROWS_AT_A_TIME):
+                at = slice(part, part + ROWS_AT_A_TIME)
+                scored = logits[at] if keeps else logits[index[at]]
+                _take(scored.float(), targets[at], logps, likeliest)
+    if not logps:  # no example has a target
+        return np.zeros(0), np.zeros(0, dtype=bool)
+    return torch.cat(logps).cpu().numpy(), torch.cat(likeliest).cpu().numpy()
+
+
+def _take(logits: Tensor, targets: Tensor, logps: list[Tensor], likeliest: list[Tensor]) -> None:
+    chosen = logits.gather(1, targets[:, None])[:, 0]
+    logps.append((chosen - logits.logsumexp(1)).double())
+    likeliest.append(logits.argmax(1) == targets)
