@@ -267,8 +267,8 @@ def find_forgetting(material: Material, base: Measurement, tuned: Measurement) -
 
 
 def judge_retention(change: Estimate | None, texts: int, correct: Measure | None, threshold: float) -> Retention:
-    """ "forgot" where texts are surely worse by more than the threshold, or surely fewer questions are answered rightly;
-    "kept" where the texts are surely not; "unclear" where the interval holds the threshold."""
+    """Forgotten where texts are surely worse by more than the threshold, or where surely fewer questions are answered
+    rightly; kept where texts are surely not; unclear where the interval holds the threshold."""
     if correct is not None and correct.verdict == "worse":
         return "forgot"
     if change is None:
