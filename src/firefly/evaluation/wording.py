@@ -51,7 +51,7 @@ MEASURES: dict[MeasureName, tuple[Phrase, Phrase]] = {
     ),
     "exact_match": (
         Phrase("Same as the reference"),
-        Phrase("Share of answers that are the reference, apart from white space around them and the like."),
+        Phrase("Share of answers that are the reference, apart from case, white space and punctuation around them."),
     ),
     "chrf": (
         Phrase("chrF: characters in common"),
