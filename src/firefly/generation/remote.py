@@ -12,10 +12,11 @@ import json
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -51,7 +52,16 @@ class RemoteLimits:
 
 
 class ServerError(Exception):
-    """The server did not do what was asked of it, in its own words."""
+    """The server did not do what was asked of it, in its own words.
+
+    Attributes:
+        status: HTTP's; None where it answered, but otherwise than it should.
+        retry_after: seconds after which it wants to be asked again, where it says so.
+    """
+
+    def __init__(self, text: str, status: int | None = None, retry_after: float | None = None) -> None:
+        super().__init__(text)
+        self.status, self.retry_after = status, retry_after
 
 
 class Process(Protocol):
@@ -73,7 +83,7 @@ class Server:
     """
 
     url: str
-    api_key: str = ""
+    api_key: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         with suppress(ValueError):
@@ -109,12 +119,25 @@ class Server:
             ServerError: an answer that says so.
             OSError, http.client.HTTPException: none.
         """
-        with closing(self.connect(seconds)) as connection:
+        deadline = time.monotonic() + seconds
+        with closing(self.connect(min(seconds, PATIENCE))) as connection:
+            connection.connect()
+            connection.sock.settimeout(seconds)
             self.send(connection, path, body)
             response = connection.getresponse()
-            answer = response.read()
+            answer = b""
+            # Blank lines that keep a connection open would put off the end of a single read again and again.
+            while part := response.read1(1 << 16):
+                answer += part
+                if time.monotonic() > deadline:
+                    raise TimeoutError(translate("no whole answer in {seconds:.0f} seconds", seconds=seconds))
+        if response.length:
+            raise http.client.IncompleteRead(answer, response.length)
         if response.status != http.client.OK:
-            raise ServerError(_complaint(answer, response.status))
+            wait = response.headers.get("Retry-After", "")
+            raise ServerError(
+                _complaint(answer, response.status), response.status, float(wait) if wait.isdecimal() else None
+            )
         return json.loads(answer) if answer else None
 
 
