@@ -433,6 +433,26 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
     assert error.value.code == "remote.bad_url"
 
 
+@pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("http://host:1", "/v1/models"),
+        ("http://host:1/v1/", "/v1/models"),
+        ("http://host:1/llm/v1", "/llm/v1/models"),
+        ("http://host:1/llm", "/llm/v1/models"),
+        ("http://host:1/api/paas/v4", "/api/paas/v4/models"),
+        ("http://host:1/v1beta/openai/", "/v1beta/openai/models"),
+    ],
+)
+def test_an_address_keeps_the_version_that_it_names(url: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[str] = []
+    connection = Server(url).connect(1)
+    monkeypatch.setattr(connection, "request", lambda method, path, **rest: sent.append(path))
+    Server(url).send(connection, "/v1/models", None)
+    Server(url.replace("/v1beta/openai/", "").replace("/api/paas/v4", "")).send(connection, "/health", None)
+    assert sent == [path, path.partition("/v1")[0].partition("/api")[0] + "/health"]
+
+
 @contextmanager
 def listening(say: Callable[[socket.socket], None]) -> Iterator[Server]:
     """A server of one connection, on which `say` writes."""

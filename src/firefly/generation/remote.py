@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 import ssl
 import threading
@@ -36,6 +37,8 @@ WATCHED_EVERY = 5.0
 FAILURES = 3
 """So often in a row a server's /health has to fail before it is given up: one that compiles is silent for a while."""
 SCORED_AT_ONCE = 16
+OTHER_VERSION = re.compile(r"/v\d+(alpha|beta)?\d*(/openai)?$")
+"""The end of an address that names the API's version itself, in place of /v1."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Server:
     """Where a server listens.
 
     Attributes:
-        url: with or without the closing /v1.
+        url: with or without the closing /v1. Some have another version there (/api/paas/v4), or a name behind it.
     """
 
     url: str
@@ -105,6 +108,8 @@ class Server:
 
     def send(self, connection: http.client.HTTPConnection, path: str, body: Mapping[str, Any] | None) -> None:
         base = urlsplit(self.url).path.rstrip("/").removesuffix("/v1")
+        if OTHER_VERSION.search(base):
+            path = path.removeprefix("/v1")
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         if body is None:
             connection.request("GET", base + path, headers=headers)
