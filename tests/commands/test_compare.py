@@ -36,8 +36,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def request(place: Path, base: str, tuned: str, **changes: Any) -> ComparisonRequest:
-    own: dict[str, Any] = {"questions": 3, "max_new_tokens": 4, "probes": False, "loading": OPTIONS} | changes
-    return ComparisonRequest(str(place / base), str(place / tuned), str(place / "rows.jsonl"), **own)
+    own: dict[str, Any] = {"eval_file": str(place / "rows.jsonl"), "questions": 3, "max_new_tokens": 4}
+    own |= {"probes": False, "loading": OPTIONS} | changes
+    return ComparisonRequest(str(place / base), str(place / tuned), **own)
 
 
 def plain_loss(model: Any, row: dict[str, Any]) -> tuple[float, int]:
