@@ -310,6 +310,16 @@ def test_an_axis_holds_its_values_and_round_numbers_between(low: float, high: fl
     assert Axis.over(1.0, math.nan) is None
 
 
+def test_places_lose_the_folders_that_they_share() -> None:
+    shared = ["/data/a/x.jsonl:1", "/data/b/y.jsonl:2"]
+    assert wording.without_folder(shared) == ["a/x.jsonl:1", "b/y.jsonl:2"]
+    assert wording.without_folder(["/data/x.jsonl:12#2"]) == ["x.jsonl:12#2"]
+    assert wording.without_folder(["/data/x1.jsonl:1", "/data/x2.jsonl:1"]) == ["x1.jsonl:1", "x2.jsonl:1"]
+    assert wording.without_folder(["/x.jsonl:1", "y.jsonl:1"]) == ["/x.jsonl:1", "y.jsonl:1"]
+    assert wording.without_folder(["x.jsonl:1", "x.jsonl:12"]) == ["x.jsonl:1", "x.jsonl:12"]
+    assert wording.without_folder([]) == []
+
+
 def test_every_figure_has_a_name_and_an_explanation() -> None:
     from typing import get_args
 

@@ -44,13 +44,14 @@ def _view(report: Report) -> dict[str, Any]:
     """What the template knows: the report, and what is looked up or counted for it."""
     places = {row.key: f"q{number}" for number, row in enumerate(report.side_by_side, 1)}
     described = [report.base.described, report.tuned.described]
+    changed = list(dict.fromkeys((*report.worst, *report.best)))
     return {
         "report": report,
         "lang": "zh-Hans" if language() == "zh" else "en",
         "loss_axis": Axis.over(0, *(end for row in report.losses for end in _ends(row.difference))),
         "rows": report.won + report.lost + report.tied,
-        "changed": list(dict.fromkeys((*report.worst, *report.best))),
-        "row_axis": Axis.over(*(loss for row in (*report.worst, *report.best) for loss in (row.base, row.tuned))),
+        "changed": list(zip(changed, wording.without_folder([row.key for row in changed]), strict=True)),
+        "row_axis": Axis.over(*(loss for row in changed for loss in (row.base, row.tuned))),
         "gauge": _gauge(report),
         "asked": {row.key: row.question for row in report.side_by_side},
         "places": places,

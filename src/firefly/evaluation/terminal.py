@@ -113,7 +113,7 @@ def _show_rows(title: str, rows: Sequence[tuple[str, float, float, str]], consol
         return
     console.print()
     console.print(Text(title, style="bold"))
-    places = [wording.visible(key) for key, _, _, _ in rows]
+    places = [wording.visible(place) for place in wording.without_folder([key for key, _, _, _ in rows])]
     width = min(max(map(cell_len, places)), console.width // 2)
     for place, (_, base, tuned, said) in zip(places, rows, strict=True):
         place += " " * (width - cell_len(place))
