@@ -178,6 +178,7 @@ def test_the_table_of_losses_says_what_the_report_holds(tmp_path: Path) -> None:
     text = re.sub(r"\s+", " ", page_of(RICH, tmp_path).text)
     assert "96 2.913 1.104 18.41 → 3.02−1.809−1.930 … −1.688 better" in text
     assert "-0" not in text.partition("Answers side by side")[2].partition("What was compared")[0]
+    assert "60.0 %3 / 5" in text  # right answers to general questions, counted
     by_bytes = page_of(replace(RICH, unit="byte"), tmp_path).text
     assert "nats per byte" in by_bytes
     assert "erplexity" not in by_bytes
