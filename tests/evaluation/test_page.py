@@ -178,6 +178,7 @@ def test_the_table_of_losses_says_what_the_report_holds(tmp_path: Path) -> None:
     text = re.sub(r"\s+", " ", page_of(RICH, tmp_path).text)
     assert "96 2.913 1.104 18.41 → 3.02−1.809−1.930 … −1.688 better" in text
     assert "-0" not in text.partition("Answers side by side")[2].partition("What was compared")[0]
+    assert "60.0 %3 / 5" in text  # right answers to general questions, counted
     by_bytes = page_of(replace(RICH, unit="byte"), tmp_path).text
     assert "nats per byte" in by_bytes
     assert "erplexity" not in by_bytes
@@ -308,6 +309,16 @@ def test_an_axis_holds_its_values_and_round_numbers_between(low: float, high: fl
     labels = [wording.number(tick, axis.digits) for tick in axis.ticks]
     assert len(set(labels)) == len(labels)
     assert Axis.over(1.0, math.nan) is None
+
+
+def test_places_lose_the_folders_that_they_share() -> None:
+    shared = ["/data/a/x.jsonl:1", "/data/b/y.jsonl:2"]
+    assert wording.without_folder(shared) == ["a/x.jsonl:1", "b/y.jsonl:2"]
+    assert wording.without_folder(["/data/x.jsonl:12#2"]) == ["x.jsonl:12#2"]
+    assert wording.without_folder(["/data/x1.jsonl:1", "/data/x2.jsonl:1"]) == ["x1.jsonl:1", "x2.jsonl:1"]
+    assert wording.without_folder(["/x.jsonl:1", "y.jsonl:1"]) == ["/x.jsonl:1", "y.jsonl:1"]
+    assert wording.without_folder(["x.jsonl:1", "x.jsonl:12"]) == ["x.jsonl:1", "x.jsonl:12"]
+    assert wording.without_folder([]) == []
 
 
 def test_every_figure_has_a_name_and_an_explanation() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 
 from firefly.evaluation import wording
+from firefly.evaluation.intervals import Estimate
 from firefly.evaluation.measurement import QuestionKind
 from firefly.evaluation.report import Measure, Report, SideBySide
 from firefly.files import atomic_file
@@ -43,16 +44,14 @@ def _view(report: Report) -> dict[str, Any]:
     """What the template knows: the report, and what is looked up or counted for it."""
     places = {row.key: f"q{number}" for number, row in enumerate(report.side_by_side, 1)}
     described = [report.base.described, report.tuned.described]
-    overall, *by_source = report.losses or (None,)
+    changed = list(dict.fromkeys((*report.worst, *report.best)))
     return {
         "report": report,
         "lang": "zh-Hans" if language() == "zh" else "en",
-        "overall": overall,
         "loss_axis": Axis.over(0, *(end for row in report.losses for end in _ends(row.difference))),
-        "by_source": by_source,
         "rows": report.won + report.lost + report.tied,
-        "changed": list(dict.fromkeys((*report.worst, *report.best))),
-        "row_axis": Axis.over(*(loss for row in (*report.worst, *report.best) for loss in (row.base, row.tuned))),
+        "changed": list(zip(changed, wording.without_folder([row.key for row in changed]), strict=True)),
+        "row_axis": Axis.over(*(loss for row in changed for loss in (row.base, row.tuned))),
         "gauge": _gauge(report),
         "asked": {row.key: row.question for row in report.side_by_side},
         "places": places,
@@ -64,12 +63,13 @@ def _view(report: Report) -> dict[str, Any]:
 
 
 def _by_kind(rows: Sequence[SideBySide]) -> dict[QuestionKind, list[SideBySide]]:
-    kinds: tuple[QuestionKind, ...] = ("held_out", "probe")
-    found = {kind: [row for row in rows if row.kind == kind] for kind in kinds}
+    found: dict[QuestionKind, list[SideBySide]] = {"held_out": [], "probe": []}
+    for row in rows:
+        found[row.kind].append(row)
     return {kind: of_kind for kind, of_kind in found.items() if of_kind}
 
 
-def _ends(change: Any) -> tuple[float, float, float]:
+def _ends(change: Estimate) -> tuple[float, float, float]:
     return change.low, change.value, change.high
 
 

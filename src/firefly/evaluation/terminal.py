@@ -95,10 +95,11 @@ def _show_measures(measures: Sequence[Measure], console: Console) -> None:
 def _show_forgetting(found: Forgetting, console: Console) -> None:
     console.print()
     console.print(Text.assemble(translate("forgetting:"), " ", _signed(wording.RETENTIONS[found.verdict])))
-    for sign, title, keys in (
+    flips: tuple[tuple[wording.Sign, str, tuple[str, ...]], ...] = (
         ("bad", translate("right before, wrong now:"), found.lost),
         ("good", translate("wrong before, right now:"), found.gained),
-    ):
+    )
+    for sign, title, keys in flips:
         if keys:
             named = [wording.visible(key) for key in keys[:SHOWN_KEYS]]
             if len(keys) > SHOWN_KEYS:
@@ -112,7 +113,7 @@ def _show_rows(title: str, rows: Sequence[tuple[str, float, float, str]], consol
         return
     console.print()
     console.print(Text(title, style="bold"))
-    places = [wording.visible(key) for key, _, _, _ in rows]
+    places = [wording.visible(place) for place in wording.without_folder([key for key, _, _, _ in rows])]
     width = min(max(map(cell_len, places)), console.width // 2)
     for place, (_, base, tuned, said) in zip(places, rows, strict=True):
         place += " " * (width - cell_len(place))

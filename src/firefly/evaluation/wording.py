@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import Literal, get_args
 
 from firefly.evaluation.intervals import Estimate, Verdict
@@ -47,7 +49,7 @@ MEASURES: dict[MeasureName, tuple[Phrase, Phrase]] = {
     ),
     "language": (
         Phrase("Right language"),
-        Phrase("Share of answers in the language that is asked for."),
+        Phrase("Share of answers in the language that is asked for, as their letters tell it."),
     ),
     "exact_match": (
         Phrase("Same as the reference"),
@@ -141,6 +143,14 @@ def measured_change(name: MeasureName, change: Estimate) -> tuple[str, str]:
 def measure_verdict(name: MeasureName, verdict: Verdict) -> tuple[Sign, Phrase] | None:
     """Sign and word; None of a figure that has no better and worse."""
     return None if name in NEUTRAL else VERDICTS[verdict]
+
+
+def without_folder(places: Sequence[str]) -> list[str]:
+    """Places of rows without the folders that all of them share: what tells them apart, in a narrow column."""
+    parts = [place.split("/") for place in places]
+    levels = zip(*(part[:-1] for part in parts), strict=False)
+    shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
+    return ["/".join(part[shared:]) for part in parts]
 
 
 _STEERING = (*(code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"), 0x202D, 0x202E)
