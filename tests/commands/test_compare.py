@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fake_openai import FakeOpenAI
 from transformers import AutoModelForCausalLM
 
 from firefly.cli import main
 from firefly.data.encoding import Encoder
 from firefly.data.schema import Conversation, Message
 from firefly.data.templates import bind_template
+from firefly.errors import UsageError
 from firefly.evaluation.comparison import ComparisonRequest, compare_models
+from firefly.evaluation.endpoints import Endpoint
 from firefly.evaluation.subjects import LoadingOptions
 from tiny import save_tiny_model, tiny_model, tiny_tokenizer, with_plain_lora, write_rows
 
@@ -136,6 +140,36 @@ def test_rows_that_were_trained_on_are_looked_at(place: Path, tmp_path: Path) ->
     report = compare_models(request(place, "base", "adapter", eval_file="", train_file=str(rows)))
     assert {int(each.key.rpartition(":")[2]) for each in report.suspects} >= {1, 13}
     assert report.losses == ()
+
+
+# ---- servers
+
+
+def echo(body: dict[str, Any]) -> str:
+    return "VERDICT: A" if "VERDICT" in str(body) else "red blue"
+
+
+def test_a_model_here_is_compared_with_one_at_a_server_by_its_answers(place: Path) -> None:
+    with FakeOpenAI(echo, ("there",)) as server:
+        report = compare_models(replace(request(place, "base", "base"), tuned=server.url))
+    assert report.losses == ()
+    assert report.tuned.name == "there"
+    assert {row.answers[1] for row in report.side_by_side} == {"red blue"}
+    assert report.tuned.described["endpoint"] == server.url
+
+
+def test_a_judge_that_goes_by_the_order_decides_nothing(place: Path) -> None:
+    with FakeOpenAI(echo, ("a judge",)) as server:
+        asked = request(place, "base", "other", judge=Endpoint(server.url))
+        report = compare_models(asked)
+    assert report.judge is not None
+    assert len(report.judge.votes) == 3
+    assert {vote.winner for vote in report.judge.votes} <= {"order", "tie"}
+
+
+def test_training_rows_of_a_model_at_a_server_are_refused(place: Path) -> None:
+    with pytest.raises(UsageError, match="--train_file"):
+        compare_models(replace(request(place, "base", "base", train_file="rows"), tuned="http://127.0.0.1:9/v1"))
 
 
 # ---- the command

@@ -13,6 +13,7 @@ from firefly.evaluation.asking import find_questions
 from firefly.evaluation.comparing import Material, compare_measurements, pair_losses
 from firefly.evaluation.endpoints import Endpoint
 from firefly.evaluation.judge import judge_answers
+from firefly.evaluation.measurement import GivenAnswer, Measurement, Question
 from firefly.evaluation.page import write_page
 from firefly.evaluation.probes import probe_questions, probe_texts
 from firefly.evaluation.report import Report, SuspectRow
@@ -97,12 +98,18 @@ def compare_models(request: ComparisonRequest) -> Report:
     ours, theirs = base.measurement, tuned.measurement
     judge = None
     if request.judge is not None:
-        judge = judge_answers(request.judge, held_out or asked.questions, ours.answers, theirs.answers)
+        judged = held_out or asked.questions
+        judge = judge_answers(request.judge, judged, answers_to(judged, ours), answers_to(judged, theirs))
     suspects: tuple[SuspectRow, ...] = ()
     if request.train_file:
         paired = pair_losses(base.trained, tuned.trained, "token").finite
         suspects = find_suspects(paired, read_texts(files_of(request.train_file, request), request.data_format))
     return compare_measurements(Material(asked.questions, request.threshold), ours, theirs, judge, suspects)
+
+
+def answers_to(questions: Sequence[Question], measured: Measurement) -> list[GivenAnswer]:
+    by_key = {answer.key: answer for answer in measured.answers}
+    return [by_key[question.key] for question in questions]
 
 
 def files_of(given: str, request: ComparisonRequest) -> list[Path]:

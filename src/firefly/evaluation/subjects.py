@@ -225,7 +225,7 @@ def measure_loaded(loaded: Loaded, models: Sequence[LocalModel], asked: Asked) -
         loaded.select(model.role)
         found = Measurement(
             name=model.name,
-            described=describe(loaded, model),
+            described=describe(loaded, model) | {"max_new_tokens": asked.max_new_tokens},
             losses=losses_of(loaded.model, served, model, asked.rows),
             probe_losses=text_losses(loaded.model, served.text_encoder, asked.texts),
         )
@@ -295,11 +295,11 @@ def measure_endpoint(endpoint: Endpoint, asked: Asked) -> Measured:
     Raises:
         UsageError: it answers nothing.
     """
-    began = time.monotonic()
+    began, endpoint = time.monotonic(), endpoint.named()
     answers: dict[str, GivenAnswer] = {}
     for questions, longest in asked.by_length():
         answers |= {answer.key: answer for answer in endpoint.answer(questions, longest)}
     given = tuple(answers[question.key] for question in asked.questions)
-    described = {"endpoint": endpoint.url, "model": endpoint.model}
-    name, seconds = endpoint.model or endpoint.url, time.monotonic() - began
-    return Measured(Measurement(name, described, answers=given, seconds=seconds))
+    described = {"endpoint": endpoint.shown_url, "model": endpoint.model, "max_new_tokens": asked.max_new_tokens}
+    seconds = time.monotonic() - began
+    return Measured(Measurement(endpoint.model, described, answers=given, seconds=seconds))
