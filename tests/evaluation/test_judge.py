@@ -13,7 +13,8 @@ from firefly.data.schema import Message
 from firefly.errors import UsageError
 from firefly.evaluation import endpoints
 from firefly.evaluation.endpoints import Endpoint
-from firefly.evaluation.judge import FEWEST_VOTES, judge_answers, judge_prompt, read_verdict
+from firefly.evaluation.intervals import LEAST_ROWS
+from firefly.evaluation.judge import judge_answers, judge_prompt, read_verdict
 from firefly.evaluation.measurement import GivenAnswer, Question
 from firefly.evaluation.report import JudgeResult
 
@@ -150,9 +151,23 @@ def test_a_question_without_an_answer_is_not_judged(server: FakeOpenAI) -> None:
     assert (found.votes[0].winner, found.votes[0].reasons, server.bodies) == ("unread", ("it was down", ""), [])
 
 
+def test_answers_are_found_by_their_keys(server: FakeOpenAI) -> None:
+    """Those to the probes are there as well, and are not judged."""
+    server.script = prefers(len)
+    asked_of = [Question(key, "held_out", (Message.of("user", "task"),)) for key in ("one", "two")]
+    base = [GivenAnswer("two", "b"), GivenAnswer("probe", "x"), GivenAnswer("one", "a")]
+    tuned = [GivenAnswer("one", "aa"), GivenAnswer("two", "bb"), GivenAnswer("probe", "y")]
+    found = judge_answers(Endpoint(server.url), asked_of, base, tuned)
+    assert [(vote.key, vote.winner) for vote in found.votes] == [("one", "tuned"), ("two", "tuned")]
+    assert len(server.bodies) == 4
+
+
 def test_few_votes_decide_nothing(server: FakeOpenAI) -> None:
-    few = judged(server, prefers(len), ["a"] * (FEWEST_VOTES - 1), ["bb"] * (FEWEST_VOTES - 1))
-    assert few.verdict == "too_few"
+    assert judged(server, prefers(len), ["a"] * (LEAST_ROWS - 1), ["bb"] * (LEAST_ROWS - 1)).verdict == "too_few"
+    assert judged(server, prefers(len), ["a"] * 20, ["bb"] * 20).verdict == "better"
+    split = judged(server, prefers(len), ["a", "aaa"] * 10, ["aaa", "a"] * 10)
+    assert split.share is not None
+    assert (split.share.value, split.verdict) == (0.5, "no_difference")
 
 
 def test_progress_is_told_of_every_judgement(server: FakeOpenAI) -> None:

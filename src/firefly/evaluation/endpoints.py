@@ -283,6 +283,8 @@ class _Asking:
                     raise
             if self._stop.wait(pause):
                 break
+            if self._given_up is not None:  # by another thread
+                raise self._given_up
         raise ConnectionAbortedError  # nobody waits any more
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
@@ -12,7 +11,7 @@ from typing import Literal
 from firefly.data.schema import Message
 from firefly.errors import UsageError
 from firefly.evaluation.endpoints import Endpoint
-from firefly.evaluation.intervals import Estimate, Verdict
+from firefly.evaluation.intervals import Estimate, decide, share
 from firefly.evaluation.measurement import GivenAnswer, Question
 from firefly.evaluation.report import JudgeResult, Vote
 
@@ -20,8 +19,6 @@ JUDGE_TOKENS = 2048
 """The longest judgement: a judge may think first."""
 REASON_CHARACTERS = 2000
 """What is kept of one: its end, where the reasons stand."""
-FEWEST_VOTES = 5
-"""Of fewer, even if all go one way, chance is not ruled out."""
 POINTS = {"base": 0.0, "tuned": 1.0, "tie": 0.5, "order": 0.5}
 """What a vote counts for the tuned model; one that cannot be read does not count."""
 
@@ -110,7 +107,7 @@ def judge_answers(
     Equal answers are a tie of which nobody is asked, and of a question without an answer there is nothing to judge.
 
     Args:
-        base, tuned: answers to all questions, in their order.
+        base, tuned: answers to these questions, and to others that are not judged.
         tick: called after each judgement, of which a question takes two.
 
     Raises:
@@ -118,7 +115,9 @@ def judge_answers(
     """
     votes: dict[str, Vote] = {}
     asked: list[Question] = []
-    for question, of_base, of_tuned in zip(questions, base, tuned, strict=True):
+    of_bases, of_tuneds = ({answer.key: answer for answer in answers} for answers in (base, tuned))
+    for question in questions:
+        of_base, of_tuned = of_bases[question.key], of_tuneds[question.key]
         if of_base.error or of_tuned.error:
             votes[question.key] = Vote(question.key, "unread", (of_base.error or "", of_tuned.error or ""))
         elif of_base.text.strip() == of_tuned.text.strip():
@@ -144,8 +143,13 @@ def judge_answers(
         winner = "unread" if "unread" in (one, other) else one if one == other else "order"
         votes[base_first.key] = Vote(base_first.key, winner, (_reason(base_first), _reason(tuned_first)))
     in_order = tuple(votes[question.key] for question in questions)
-    share, verdict = _share([POINTS[vote.winner] for vote in in_order if vote.winner in POINTS])
-    return JudgeResult(judge.model, judge.shown_url, in_order, share, verdict)
+    points = [POINTS[vote.winner] for vote in in_order if vote.winner in POINTS]
+    if not points:
+        return JudgeResult(judge.model, judge.shown_url, in_order, None, "too_few")
+    won = share(points)
+    lead = Estimate(won.value - 0.5, won.low - 0.5, won.high - 0.5)
+    verdict = decide(lead, len(points), lower_is_better=False)
+    return JudgeResult(judge.model, judge.shown_url, in_order, won, verdict)
 
 
 def _reason(judgement: GivenAnswer) -> str:
@@ -203,20 +207,3 @@ def read_verdict(judgement: str) -> Choice:
     found = [VERDICT.fullmatch(line) for line in plain if line][-3:]
     choices = {match["choice"] for match in (found[-1:] if found and found[-1] else found) if match}
     return CHOICES[choices.pop()] if len(choices) == 1 else None
-
-
-def _share(points: Sequence[float]) -> tuple[Estimate | None, Verdict]:
-    """The mean of points between 0 and 1, with Wilson's interval, which holds for few votes and unanimous ones.
-
-    It is exact for wins alone; ties spread less, so that with them it is wider than it need be.
-    """
-    count = len(points)
-    if not count:
-        return None, "too_few"
-    share, z = sum(points) / count, 1.959964
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    estimate = Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
-    if count < FEWEST_VOTES:
-        return estimate, "too_few"
-    return estimate, "better" if estimate.low > 0.5 else "worse" if estimate.high < 0.5 else "no_difference"
