@@ -42,9 +42,9 @@ def as_guest() -> Iterator[None]:
 
     FIREFLY_DEBUG=1 lets it speak, on stderr. Afterwards seeds, environment, loggers and streams are as before.
     """
-    import datasets
     import numpy as np
     import torch
+    from datasets import config as datasets_config
 
     try:
         from evaluate import config as evaluate_config
@@ -58,7 +58,7 @@ def as_guest() -> Iterator[None]:
         stack.enter_context(_environment())
         os.environ["DISABLE_MULTIPROC"] = "1"  # its bootstrap would fork a process that has threads
         stack.enter_context(offline())
-        stack.enter_context(_set(datasets.config, "HF_HUB_OFFLINE", True))
+        stack.enter_context(_set(datasets_config, "HF_HUB_OFFLINE", True))
         if evaluate_config is not None:
             stack.enter_context(_set(evaluate_config, "HF_EVALUATE_OFFLINE", True))
         stack.enter_context(torch.random.fork_rng())

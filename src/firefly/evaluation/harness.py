@@ -223,7 +223,8 @@ class HarnessModel(TemplateLM):
         """Answers. One that is asked for several times is drawn as often, but where the likeliest is taken."""
         asked: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
         for number, request in enumerate(requests):
-            context, settings = request.args[:2]
+            arguments: tuple[Any, ...] = request.args
+            context, settings = arguments[:2]
             asked[json.dumps(settings, sort_keys=True, default=str)][context].append(number)
         texts: dict[int, str] = {}
         only = replace(self.loaded, served={self.name: self.served}, unserved={})
@@ -233,8 +234,8 @@ class HarnessModel(TemplateLM):
             Generator(make_engine(only, BatchLimits()), only.served) as generator,
         ):
             for contexts in asked.values():
-                given = requests[next(iter(contexts.values()))[0]].args[1]
-                for numbers, answers in self._answered(generator, contexts, given):
+                first: tuple[Any, ...] = requests[next(iter(contexts.values()))[0]].args
+                for numbers, answers in self._answered(generator, contexts, first[1]):
                     texts.update(zip(numbers, answers, strict=True))
                     tick(len(numbers))
         return [texts[number] for number in range(len(requests))]
