@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from pathlib import Path
@@ -203,3 +204,61 @@ def test_lm_eval_leaves_the_process_as_it_was(
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == state[:3]
     assert dict(os.environ) == state[3]
     assert flags == (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_template", [True, False])
+def test_a_real_adapter_scores_as_hf_scores_the_merged_model(tmp_path: Path, with_template: bool) -> None:
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from firefly.evaluation.benchmarks import OwnSettings, find_tasks, measure
+    from firefly.export.merge import merge
+    from firefly.models.loading import embedded_model
+
+    base = ModelConfig(name_or_path="smollm2-135m-instruct")
+    wrapped = with_plain_lora(AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_A" in name:
+            parameter.data *= 0.1
+    wrapped.save_pretrained(tmp_path / "adapter")
+    merged = merge(base, tmp_path / "adapter", tmp_path / "merged", dtype="float32")
+
+    letters = tmp_path / "letters.csv"
+    lines = [f"{a} + {b} = ?,{a + b},{a + b + 1},{a * b + 7},A" for a in range(2, 8) for b in range(3, 6)]
+    letters.write_text("\n".join(["question,A,B,C,answer", *lines, "中国的首都是哪里？,上海,北京,广州,B", ""]), "utf-8")
+    texts = tmp_path / "texts.jsonl"
+    capitals = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "中国": "北京", "Spain": "Madrid"}
+    rows = [
+        {"question": f"The capital of {land}?", "choices": list(capitals.values()), "answer": city}
+        for land, city in capitals.items()
+    ]
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    written = tmp_path / "written.jsonl"
+    rows = [{"question": f"What is the capital of {land}?", "answer": city} for land, city in capitals.items()]
+    written.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    settings = OwnSettings(metrics=("contains", "chrf"), max_new_tokens=24)
+    found = find_tasks([str(letters), str(texts), str(written)], settings, num_fewshot=2)
+
+    loaded = load_for_generation(base, {"tuned": str(tmp_path / "adapter")}, dtype="float32")
+    own = measure(ours(loaded, "tuned", with_template=with_template), found)
+    with as_guest():
+        for task in found.tasks.values():
+            task.set_fewshot_seed(1234)
+        plain = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+        theirs: Any = evaluate(
+            lm=HFLM(pretrained=plain, tokenizer=AutoTokenizer.from_pretrained(merged), batch_size=4),
+            task_dict={"tasks": found.tasks, "groups": {}, "group_map": {}},
+            bootstrap_iters=100,
+            apply_chat_template=with_template,
+            fewshot_as_multiturn=True,
+        )
+    for task in ("letters", "texts"):
+        for one, other in zip(own["samples"][task], theirs["samples"][task], strict=True):
+            assert one["arguments"] == other["arguments"]
+            found_logps, expected = ([logp for logp, _ in each["filtered_resps"]] for each in (one, other))
+            assert found_logps == pytest.approx(expected, abs=1e-3)
+        assert own["results"][task]["acc,none"] == theirs["results"][task]["acc,none"]
+    answers = [[sample["filtered_resps"] for sample in each["samples"]["written"]] for each in (own, theirs)]
+    assert sum(one == other for one, other in zip(*answers, strict=True)) >= 4
