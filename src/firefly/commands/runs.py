@@ -23,6 +23,7 @@ from firefly.runs.records import (
     FINISHED,
     INTERRUPTED,
     RUNNING,
+    VERDICTS,
     RunRecord,
     find_runs,
     finite,
@@ -109,6 +110,7 @@ def describe_run(record: RunRecord) -> dict[str, Any]:
             for name in ("loss", "eval_loss")
         },
         "checkpoints": [{"step": step, "complete": complete} for step, complete in record.checkpoints],
+        "evaluations": record.evaluations,
     }
 
 
@@ -154,6 +156,7 @@ def show_run(record: RunRecord, console: Console) -> None:
     curves = {name: series(record.metrics, name) for name in ("loss", "eval_loss", "rewards/margins")}
     show_section(console, translate("loss"), {name: describe_curve(curve) for name, curve in curves.items() if curve})
     show_section(console, translate("results"), {name: readable(name, value) for name, value in record.results.items()})
+    show_section(console, translate("evaluations"), scored(record))
     steps = [
         str(step) if complete else translate("{step} (incomplete)", step=step) for step, complete in record.checkpoints
     ]
@@ -177,6 +180,21 @@ def show_section(console: Console, title: str, values: Mapping[str, Any]) -> Non
     for name, value in values.items():
         table.add_row(Text(f"  {name}", style="dim"), Text(readable(name, value)))
     console.print(table)
+
+
+def scored(record: RunRecord) -> dict[str, str]:
+    """The newest figures of each task that `firefly eval` asked: base → tuned, and what that means."""
+    lines = {}
+    for evaluation in record.evaluations:
+        for figure in filter(None, map(mapping, evaluation.get("figures") or [])):
+            values = [mapping(figure.get(side)).get("value") for side in ("base", "tuned")]
+            known = [number(value) for value in values if isinstance(value, (int, float))]
+            verdict = str(VERDICTS.get(str(figure.get("verdict")), ""))
+            name = f"{figure.get('task')} {figure.get('metric')}"
+            if figure.get("filter") not in (None, "none"):
+                name += f" ({figure['filter']})"
+            lines[name] = "  ".join(filter(None, (" → ".join(known), verdict)))
+    return lines
 
 
 def describe_curve(curve: Mapping[int, float]) -> str:

@@ -166,7 +166,14 @@ class Encoder:
 
     def encode_prompt(self, messages: Iterable[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Ids of the messages up to and with the generation prompt: what chat and server feed the model."""
-        text = self.template.render_prompt(self._protect(Conversation(tuple(messages), tuple(tools))))
+        return self.encode_protected(self.render_prompt(messages, tools))
+
+    def render_prompt(self, messages: Iterable[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The text of that prompt, typed special-looking text broken, for `encode_protected`."""
+        return self.template.render_prompt(self._protect(Conversation(tuple(messages), tuple(tools))))
+
+    def encode_protected(self, text: str) -> list[int]:
+        """Ids of a text whose special tokens are the template's own; nothing is added at its borders."""
         return self.encode_rendered([Rendered(text, ())])[0].input_ids.tolist()
 
     def encode_documents(self, texts: Sequence[str]) -> list[Tokens]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -44,6 +44,12 @@ class TargetScores:
         """Their summed negative log-likelihood, nats."""
         return -float(self.logps.sum())
 
+    def split(self, counts: Sequence[int]) -> list[TargetScores]:
+        """Those of several examples apart, of so many targets each."""
+        borders = np.cumsum(counts)[:-1]
+        parts = zip(np.split(self.logps, borders), np.split(self.likeliest, borders), strict=True)
+        return [TargetScores(logps, likeliest) for logps, likeliest in parts]
+
 
 def score_targets(model: Any, examples: Iterable[Tokens], pass_tokens: int = PASS_TOKENS) -> Iterator[TargetScores]:
     """Scores of each example, in their order; examples are read as they are needed.
@@ -55,49 +61,67 @@ def score_targets(model: Any, examples: Iterable[Tokens], pass_tokens: int = PAS
         model: of `load_for_generation`, or peft's around one. Nothing else may be computing with it meanwhile.
         pass_tokens: tokens of a pass, which a single longer example exceeds.
     """
-    inner: Any = transformers_model(model)
-    if segmented(inner) is None:
-        choose_layout(inner)
-    solo = segmented(inner) is None
-    keeps = "logits_to_keep" in inspect.signature(type(inner).forward).parameters
-    vocabulary = inner.config.get_text_config().vocab_size
+    scorer = Scorer.of(model)
     source = iter(examples)
     while window := list(islice(source, PLANNED_TOGETHER)):
-        costs = [_cost(example, pass_tokens, vocabulary, keeps) for example in window]
+        costs = [scorer.cost(len(example.input_ids), example.num_targets, pass_tokens) for example in window]
         found: list[TargetScores] = [TargetScores(np.zeros(0), np.zeros(0, dtype=bool))] * len(window)
         for group in plan_microbatches(costs, pass_tokens):
-            packed = pack([window[number] for number in group])
-            logps, likeliest = _score(inner, packed, solo, keeps)
-            borders = np.cumsum([window[number].num_targets for number in group])[:-1]
-            parts = zip(group, np.split(logps, borders), np.split(likeliest, borders), strict=True)
-            for number, of_logps, of_likeliest in parts:
-                found[number] = TargetScores(of_logps, of_likeliest)
+            scores = scorer.score(pack([window[number] for number in group]))
+            for number, of_one in zip(group, scores.split([window[n].num_targets for n in group]), strict=True):
+                found[number] = of_one
         yield from found
 
 
-def _cost(example: Tokens, pass_tokens: int, vocabulary: int, keeps: bool) -> int:
-    """What an example takes of a pass: its tokens, or as many as its logits weigh."""
-    logits = example.num_targets if keeps else len(example.input_ids)
-    return max(len(example.input_ids), round(logits * vocabulary / PASS_LOGITS * pass_tokens))
+@dataclass(frozen=True)
+class Scorer:
+    """A model that scores packed rows.
 
+    Attributes:
+        model: transformers' model itself, set to attend to segments where it can.
+        solo: whether it cannot, so that each segment is a row of its own.
+        keeps: whether its architecture can leave out the logits of positions that nobody asks for.
+    """
 
-@torch.no_grad()
-def _score(model: Any, packed: PackedBatch, solo: bool, keeps: bool) -> tuple[np.ndarray, np.ndarray]:
-    packed = packed.to(model.device)
-    logps, likeliest = [], []
-    with evaluating(model):
-        for row in packed.apart() if solo else packed.rows:
-            given = row.model_inputs(solo)
-            index, targets = given.pop("target_index"), given.pop("targets")
-            asked = {"logits_to_keep": index} if keeps else {}
-            logits = model(**given, **asked, use_cache=False).logits[0]
-            for part in range(0, len(targets), ROWS_AT_A_TIME):
-                at = slice(part, part + ROWS_AT_A_TIME)
-                scored = logits[at] if keeps else logits[index[at]]
-                _take(scored.float(), targets[at], logps, likeliest)
-    if not logps:  # no example has a target
-        return np.zeros(0), np.zeros(0, dtype=bool)
-    return torch.cat(logps).cpu().numpy(), torch.cat(likeliest).cpu().numpy()
+    model: Any
+    solo: bool
+    keeps: bool
+
+    @classmethod
+    def of(cls, model: Any) -> Scorer:
+        inner: Any = transformers_model(model)
+        if segmented(inner) is None:
+            choose_layout(inner)
+        return cls(
+            inner,
+            solo=segmented(inner) is None,
+            keeps="logits_to_keep" in inspect.signature(type(inner).forward).parameters,
+        )
+
+    def cost(self, tokens: int, targets: int, pass_tokens: int) -> int:
+        """What so many tokens take of a pass: as many, or as many as their logits weigh."""
+        logits = targets if self.keeps else tokens
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return max(tokens, round(logits * vocabulary / PASS_LOGITS * pass_tokens))
+
+    @torch.no_grad()
+    def score(self, packed: PackedBatch) -> TargetScores:
+        """Scores of the targets of a pass, in their order."""
+        packed = packed.to(self.model.device)
+        logps, likeliest = [], []
+        with evaluating(self.model):
+            for row in packed.apart() if self.solo else packed.rows:
+                given = row.model_inputs(self.solo)
+                index, targets = given.pop("target_index"), given.pop("targets")
+                asked = {"logits_to_keep": index} if self.keeps else {}
+                logits = self.model(**given, **asked, use_cache=False).logits[0]
+                for part in range(0, len(targets), ROWS_AT_A_TIME):
+                    at = slice(part, part + ROWS_AT_A_TIME)
+                    scored = logits[at] if self.keeps else logits[index[at]]
+                    _take(scored.float(), targets[at], logps, likeliest)
+        if not logps:  # no example has a target
+            return TargetScores(np.zeros(0), np.zeros(0, dtype=bool))
+        return TargetScores(torch.cat(logps).cpu().numpy(), torch.cat(likeliest).cpu().numpy())
 
 
 def _take(logits: Tensor, targets: Tensor, logps: list[Tensor], likeliest: list[Tensor]) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 from firefly.errors import UsageError
 from firefly.runs.folders import numbered_checkpoints
+from firefly.translation import Phrase
 
 RUNNING, FINISHED, INTERRUPTED, FAILED = "running", "finished", "interrupted", "failed"
 """run.json says "running" until the process that trains writes how it ended. One that was killed writes nothing: then
@@ -33,6 +34,15 @@ longer than a heartbeat."""
 
 DEPTH = 3
 """Folders below the one that is searched in which a run may lie."""
+EVALUATIONS = "evaluations"
+"""The folder of a run in which `firefly eval` keeps what the result scored."""
+VERDICTS = {
+    "better": Phrase("better"),
+    "worse": Phrase("worse"),
+    "no_difference": Phrase("no difference"),
+    "too_few": Phrase("too few questions"),
+}
+"""What they say of it beside its base."""
 SKIPPED = re.compile(r"\..*|checkpoint-\d+|earlier-.*|runs|node_modules|__pycache__|site-packages")
 """Folders that hold no run of their own; `runs` is where TensorBoard's events lie."""
 
@@ -129,6 +139,18 @@ class RunRecord:
     def checkpoints(self) -> list[tuple[int, bool]]:
         """(step, complete) of each checkpoint, by step; plan.json is what is written last."""
         return [(step, (path / "plan.json").is_file()) for step, path in numbered_checkpoints(self.folder)]
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The newest file of each task in `evaluations/`, without its samples, by task."""
+        found: dict[str, dict[str, Any]] = {}
+        for path in sorted((self.folder / EVALUATIONS).glob("*.json")):
+            value = read_object(path)
+            value.pop("samples", None)
+            task, created = value.get("task"), str(value.get("created", ""))
+            if isinstance(task, str) and created >= str(found.get(task, {}).get("created", "")):
+                found[task] = value
+        return [found[task] for task in sorted(found)]
 
     def as_dict(self) -> dict[str, Any]:
         """One element of what `firefly runs list --json` prints."""

@@ -1,0 +1,235 @@
+"""`firefly eval`: figures of a base and what was tuned of it, shown, printed and kept beside the run."""
+
+from __future__ import annotations
+
+import json
+import sys
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+
+from firefly.cli import main
+from firefly.files import cache_folder
+from run_folders import write_run
+from tiny import save_tiny_model, with_plain_lora
+
+ROWS = [{"question": f"{word} or blue?", "choices": [word, "blue"], "answer": 0} for word in ("red", "one", "天", "地")]
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("eval") / "model", "llama")
+
+
+@pytest.fixture(scope="module")
+def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with an adapter."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    write_run(folder, {1: 2.0})
+    manifest = json.loads((folder / "run.json").read_text("utf-8"))
+    manifest["config"]["model_name_or_path"] = str(model)
+    (folder / "run.json").write_text(json.dumps(manifest), "utf-8")
+    adapted = with_plain_lora(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32))
+    adapted.peft_config["default"].base_model_name_or_path = str(model)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS * 3), "utf-8")
+    return path
+
+
+def evaluate(*options: object) -> int:
+    return main(["eval", *map(str, options), "--template_name", "default", "--dtype", "float32"])
+
+
+def columns(text: str) -> int:
+    return max(sum(1 + (unicodedata.east_asian_width(sign) in "WF") for sign in line) for line in text.splitlines())
+
+
+def test_an_adapter_is_measured_beside_its_base_and_the_run_shows_it(
+    run: Path, model: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate("--adapter_name_or_path", run, "--tasks", rows, "--json") == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert "mine.jsonl: 12 rows, read as multiple choice among texts" in printed.err
+    assert "Custom kwargs" not in printed.err
+    acc, norm = found["figures"]
+    assert (acc["task"], acc["metric"], norm["metric"], acc["count"]) == ("mine", "acc", "acc_norm", 12)
+    assert acc["difference"]["value"] == pytest.approx(acc["tuned"]["value"] - acc["base"]["value"])
+    assert acc["verdict"] in ("better", "worse", "no_difference")
+    assert (found["base"]["model"], found["tuned"]["adapter"]) == (str(model), str(run))
+    (file,) = found["files"]
+    assert Path(file).parent == run / "evaluations"
+    kept = json.loads(Path(file).read_text("utf-8"))
+    assert kept["figures"] == found["figures"]
+    first = kept["samples"]["mine"][0]
+    assert first["place"].endswith("mine.jsonl:1")
+    assert first["base"]["answers"] != first["tuned"]["answers"]
+
+    assert main(["runs", "show", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert f"mine acc       {acc['base']['value']:.4f} → {acc['tuned']['value']:.4f}  " in shown
+    assert main(["runs", "show", str(run), "--json"]) == 0
+    (listed,) = json.loads(capsys.readouterr().out)["evaluations"]
+    assert listed["task"] == "mine"
+    assert "samples" not in listed
+
+    alone = ["--model_name_or_path", model, "--tasks", rows]
+    assert evaluate(*alone, "--json") == 0
+    single = json.loads(capsys.readouterr().out)
+    assert single["base"] is None
+    assert single["figures"][0]["tuned"] == acc["base"]
+    assert single["files"] == []
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_table_fits_a_terminal_and_two_equal_models_show_no_difference(
+    model: Path,
+    rows: Path,
+    tmp_path: Path,
+    language: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FIREFLY_LANG", language)
+    questions = tmp_path / "written.jsonl"
+    questions.write_text(json.dumps({"question": "red", "answer": "blue"}) + "\n", "utf-8")
+    given = ("--model_name_or_path", model, "--base", model, "--save_path", tmp_path / "kept")
+    given = (*given, "--tasks", f"{rows},{questions}")
+    assert evaluate(*given, "--metric", "exact_match,contains", "--max_new_tokens", 4, "--no_chat_template") == 0
+    printed = capsys.readouterr()
+    words = {"en": ("no difference", "too few questions", "plain text"), "zh": ("没有差别", "题目太少", "纯文本")}
+    for word in words[language]:
+        assert word in " ".join(printed.out.split())
+    assert "contains" in printed.out
+    assert columns(printed.out) <= 80
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def described(folder: Path, name: str, **changes: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "rows.jsonl").write_text('{"q": "red", "a": "blue"}\n' * 3, "utf-8")
+    config = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": " {{a}}",
+        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+        **changes,
+    }
+    (folder / f"{name}.yaml").write_text(json.dumps(config), "utf-8")
+    return folder
+
+
+def test_a_task_of_ones_own_is_found_by_its_name_and_prepared_in_our_cache(
+    model: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = tmp_path / "theirs"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", theirs)
+    folder = described(tmp_path / "tasks", "blues")
+    given = ("--adapter_name_or_path", run, "--include_path", folder, "--tasks", "blues")
+    given = (*given, "--save_path", tmp_path / "kept")
+    assert evaluate(*given, "--limit", 2, "--json") == 0
+    captured = capsys.readouterr()
+    figures = {figure["metric"]: figure for figure in json.loads(captured.out)["figures"]}
+    assert figures["perplexity"]["count"] == 2
+    assert not figures["perplexity"]["higher_is_better"]
+    assert figures["acc"]["verdict"] == "too_few"
+    assert not theirs.exists()
+    assert (cache_folder() / "datasets").is_dir()
+    assert theirs == datasets.config.HF_DATASETS_CACHE
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"dataset_path": "nobody/nothing", "dataset_name": "part", "dataset_kwargs": {}},
+            "load_dataset('nobody/nothing', 'part')",
+        ),
+        ({"metric_list": [{"metric": "unheard_of", "aggregation": "mean", "higher_is_better": True}]}, "unheard_of"),
+        ({"unsafe_code": True}, "runs code that the model writes"),
+    ],
+)
+def test_what_keeps_a_task_from_being_asked_is_said_without_a_traceback(
+    model: Path, tmp_path: Path, changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = described(tmp_path / "tasks", "broken", **changes)
+    assert evaluate("--model_name_or_path", model, "--include_path", folder, "--tasks", "broken") == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--tasks", "missing.jsonl"), "missing.jsonl"),
+        (("--tasks", " , "), "--tasks names none"),
+        (("--tasks", "{rows},{rows}"), "names mine twice"),
+        (("--tasks", "{rows}", "--metric", "bertscore"), '--metric = "bertscore" is not valid'),
+        (("--tasks", "{rows}", "--limit", "0"), "--limit = 0 is not valid"),
+        (("--tasks", "{rows}", "--num_fewshot", "12"), "(11)"),
+        (("--tasks", "x", "--include_path", "nowhere"), "is no folder"),
+    ],
+)
+def test_a_wrong_option_ends_with_a_message(
+    model: Path, rows: Path, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [option.replace("{rows}", str(rows)) for option in options]
+    assert evaluate("--model_name_or_path", model, *given) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_lm_eval_the_message_says_how_to_install_it(
+    model: Path, rows: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert evaluate("--model_name_or_path", model, "--tasks", rows) == 2
+    assert "pip install -e '.[eval]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_misspelt_name_is_answered_with_names_of_lm_evals_tasks(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate("--model_name_or_path", model, "--tasks", "arc_eazy") == 2
+    printed = capsys.readouterr().err
+    assert "takes some ten seconds" in printed
+    assert "arc_easy" in printed
+
+
+@pytest.mark.slow
+def test_a_folder_of_files_has_their_mean(model: Path, rows: Path, tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "val"
+    folder.mkdir()
+    (folder / "one.jsonl").write_bytes(rows.read_bytes())
+    (folder / "two.csv").write_text("question,A,B,answer\n1+1,2,3,A\n2+2,3,4,B\n", "utf-8")
+    assert evaluate("--model_name_or_path", model, "--base", model, "--tasks", folder, "--json") == 0
+    figures = {(each["task"], each["metric"]): each for each in json.loads(capsys.readouterr().out)["figures"]}
+    mean, one, two = (figures[name, "acc"] for name in ("val", "one", "two"))
+    assert mean["is_group"]
+    assert mean["count"] == 14
+    expected = (12 * one["tuned"]["value"] + 2 * two["tuned"]["value"]) / 14
+    assert mean["tuned"]["value"] == pytest.approx(expected)
+    assert mean["verdict"] == "no_difference"
