@@ -388,7 +388,7 @@ def evaluate_now(training: Training) -> dict[str, float]:
     assert held_out is not None
     metrics = evaluate(
         training.run.task, training.model, held_out, lambda: training.observers.tell("on_prediction_step")
-    )
+    ).metrics
     write_log(training, metrics)
     training.observers.tell("on_evaluate", metrics=metrics)
     return metrics
