@@ -27,6 +27,7 @@ VERBS = {
     "chat": Phrase("Talk with a model in the terminal."),
     "generate": Phrase("Answer a file of prompts: JSON lines in its order. Exit 3 if rows have no answer."),
     "serve": Phrase("An OpenAI-compatible server for a model and adapters over it."),
+    "compare": Phrase("Did it help, and what was forgotten: two models side by side, in one report."),
     "templates": Phrase("Chat templates: list, show, render, verify."),
     "runs": Phrase("Runs and what they left: list, show, diff."),
     "schema": Phrase("The JSON schema of a configuration, by which editors complete and check its keys."),

@@ -12,7 +12,7 @@ from firefly.translation import Phrase
 
 Retention = Literal["kept", "forgot", "unclear"]
 MeasureName = Literal[
-    "stop_rate", "tokens", "repetition", "language", "exact_match", "chrf", "bleu", "rouge_l", "correct"
+    "stop_rate", "tokens", "repetition", "language", "exact_match", "chrf", "bleu", "rouge_l", "correct", "prefers"
 ]
 
 
@@ -61,8 +61,8 @@ class Measure:
 
     Attributes:
         count: questions that it was taken over.
-        base, tuned: shares of 1 (stop_rate, repetition, language, exact_match, correct), tokens, or points of 100
-            (chrf, bleu, rouge_l).
+        base, tuned: shares of 1 (stop_rate, repetition, language, exact_match, correct, and prefers: of the pairs
+            whose better answer the model finds likelier), tokens, or points of 100 (chrf, bleu, rouge_l).
         difference: tuned less base.
         verdict: "no_difference" for figures of which neither more nor less is better (tokens).
     """

@@ -19,7 +19,6 @@ from firefly.config import ModelConfig
 from firefly.console import notice
 from firefly.data.encoding import Encoder
 from firefly.data.schema import Message
-from firefly.data.templates import plain_template
 from firefly.errors import UsageError
 from firefly.generation.batched import BatchedEngine, BatchLimits, Unbatchable
 from firefly.generation.engine import Delta, Engine, EngineFull, FinishReason, Request, Ticket, Token
@@ -177,9 +176,8 @@ class Generator:
         return tuple(self.encoder_of(model or self.name).encode_prompt(messages, tools))
 
     def text_encoder(self, model: str | None = None) -> Encoder:
-        """Texts that are to go on to ids (`Encoder.encode_text`), which needs no template."""
-        served = self.served[model or self.name]
-        return served.encoder or Encoder(served.tokenizer, plain_template())
+        """As `ServedModel.text_encoder`."""
+        return self.served[model or self.name].text_encoder
 
     def prompt_end(self, prompt_ids: Sequence[int], model: str | None = None) -> str:
         """The end of a prompt as text: it may have opened a thought (see `ReplyFormat.parse`)."""
