@@ -99,6 +99,9 @@ def compare_command(
         loading=LoadingOptions(hub, trust_remote_code, template_name, load_in_4bit, dtype, force),
     )
     folder = Path(save_path).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UsageError("compare.no_folder", "--save_path {path} is a file; name a folder.", path=folder)
+    folder.mkdir(parents=True, exist_ok=True)  # better refused now than after minutes
     report = compare_models(request)
     page = write_report(report, folder)
     show_report(report, stderr_console())
