@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
@@ -204,13 +205,15 @@ class Report:
     created: str = field(default="")
 
     def as_dict(self) -> dict[str, Any]:
-        """What report.json holds; sentences stand there in the user's language."""
+        """What report.json holds: sentences in the user's language, null for what is infinite or not a number."""
         return _plain(self)
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Phrase):
         return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no such number
     if is_dataclass(value):
         return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, (list, tuple)):
