@@ -25,11 +25,13 @@ class Evaluation:
         losses: of each example, summed over its targets, fp64 (examples,): nats, or what the loss of a pair or of a
             labelled answer is.
         targets: of each example, int64 (examples,): its tokens; 1 for a pair or a labelled answer.
+        prefers: of each pair: whether its better answer is preferred, bool (examples,); None where there are no pairs.
     """
 
     metrics: dict[str, float]
     losses: np.ndarray
     targets: np.ndarray
+    prefers: np.ndarray | None = None
 
 
 def evaluate(
@@ -73,4 +75,4 @@ def evaluate(
     batches = math.ceil(len(examples) / (model.args.eval_batch_size * model.ranks))
     speed = speed_metrics("eval", started, num_samples=len(examples), num_steps=batches)
     targets = examples.counts.targets if task.UNIT == "token" else np.ones(len(examples), dtype=np.int64)
-    return Evaluation(named | speed, task.example_losses(values, of_all), targets)
+    return Evaluation(named | speed, task.example_losses(values, of_all), targets, task.prefers(values))

@@ -213,6 +213,10 @@ class Task(ABC):
         """
         return values[:, 0]
 
+    def prefers(self, values: np.ndarray) -> np.ndarray | None:
+        """Of each pair whether the model prefers the better answer, bool (pairs,); None where there are no pairs."""
+        return None
+
     def training_metrics(self, sums: list[float], examples: int) -> dict[str, float]:
         """Metrics of the steps since the last log, from their `ComputedStep.sums` of all ranks."""
         return {}

@@ -129,11 +129,14 @@ class PreferenceTask(PairReferenceTask):
         return {name: value / examples for name, value in zip(SUMMED, sums[2:], strict=True)}
 
     def evaluation_values(self, forward: Forward, batch: PairBatch, examples: int, of_step: Any) -> Tensor:
+        """As `_measure`, and whether the chosen answer is the likelier one for each token, (pairs, 9)."""
         pair, nll = self.pair_logps(forward, batch)
-        return self._measure(pair, self.objective.loss(pair, self.settings), nll)
+        measured = self._measure(pair, self.objective.loss(pair, self.settings), nll)
+        likelier = pair.chosen / pair.chosen_tokens > pair.rejected / pair.rejected_tokens
+        return torch.cat([measured, likelier[:, None].double()], dim=1)
 
     def evaluation_metrics(self, sums: list[float], totals: StepTotals) -> dict[str, float]:
-        loss, nll, *others = sums
+        loss, nll, *others, _ = sums
         pairs = max(totals.examples, 1)
         loss = loss / pairs
         if self.nll_weight:
@@ -143,3 +146,6 @@ class PreferenceTask(PairReferenceTask):
     def example_losses(self, values: np.ndarray, totals: StepTotals) -> np.ndarray:
         """With each pair's part of the NLL term, so that their mean is the loss of them all."""
         return values[:, 0] + self.nll_weight * values[:, 1] * totals.examples / max(totals.nll_targets, 1)
+
+    def prefers(self, values: np.ndarray) -> np.ndarray:
+        return values[:, -1] > 0

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -102,6 +103,9 @@ class RewardTask(Task):
 
     def evaluation_values(self, forward: Forward, batch: ScoredPairs, examples: int, of_step: Any) -> Tensor:
         return self.losses(forward, batch)[1]
+
+    def prefers(self, values: np.ndarray) -> np.ndarray:
+        return values[:, 1 + SUMMED.index("accuracy")] > 0
 
     def evaluation_metrics(self, sums: list[float], totals: StepTotals) -> dict[str, float]:
         pairs = max(totals.examples, 1)
