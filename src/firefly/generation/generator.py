@@ -351,8 +351,12 @@ class _Pending:
         return Answer("".join(delta.text for delta in arrived), tokens, reason)
 
 
-def make_engine(loaded: Loaded, limits: BatchLimits) -> Engine:
-    """The engine for a model: batched where its architecture allows, which is tried; else one request at a time."""
+def make_engine(loaded: Loaded, limits: BatchLimits, quiet: bool = False) -> Engine:
+    """The engine for a model: batched where its architecture allows, which is tried; else one request at a time.
+
+    Args:
+        quiet: do not say that it is one at a time.
+    """
     tokenizers = {name: each.tokenizer for name, each in loaded.served.items()}
     context = context_of(loaded.model.config) or UNKNOWN_CONTEXT
     if limits.cache_tokens is None:
@@ -363,9 +367,10 @@ def make_engine(loaded: Loaded, limits: BatchLimits) -> Engine:
     try:
         return BatchedEngine(loaded.model, tokenizers, loaded.select, context, limits)
     except Unbatchable as error:
-        notice(
-            "generation.one_by_one",
-            "requests are answered one after another: {problem}.",
-            problem=error,
-        )
+        if not quiet:
+            notice(
+                "generation.one_by_one",
+                "requests are answered one after another: {problem}.",
+                problem=error,
+            )
         return PlainEngine(loaded.model, tokenizers, loaded.select, context, limits.max_waiting)
