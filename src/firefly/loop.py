@@ -490,8 +490,9 @@ def finish(training: Training) -> Outcome:
             step=best,
             used=kept or Phrase("what the last step left"),
         )
-    loaded = args.load_best_model_at_end and kept is not None
-    step = int(kept.rpartition("-")[2]) if loaded else state.global_step
+    step = state.global_step
+    if args.load_best_model_at_end and kept is not None:
+        step = int(kept.rpartition("-")[2])
     return Outcome(
         results=training.recorder.results(metrics, progress.skipped, model.device),
         best=None if kept is None else Path(kept),

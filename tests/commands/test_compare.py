@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from fake_openai import FakeOpenAI
 from transformers import AutoModelForCausalLM
 
+from fake_openai import FakeOpenAI
 from firefly.cli import main
 from firefly.data.encoding import Encoder
 from firefly.data.schema import Conversation, Message

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from fake_openai import FakeOpenAI, Refusal, asked
 
+from fake_openai import FakeOpenAI, Refusal, asked
 from firefly.data.schema import Message
 from firefly.errors import UsageError
 from firefly.evaluation import endpoints

@@ -292,7 +292,7 @@ def judge_learning(report: Report, broken: tuple[int, int]) -> Verdict | None:
         return report.losses[0].verdict
     if report.judge is not None and report.judge.verdict != "too_few":
         return report.judge.verdict
-    by_name = {measure.name: measure.verdict for measure in report.answers}
+    by_name: dict[str, Verdict] = {measure.name: measure.verdict for measure in report.answers}
     return by_name.get("chrf", by_name.get("exact_match"))
 
 
