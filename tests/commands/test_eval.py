@@ -283,3 +283,25 @@ def test_each_command_of_the_page_runs(
     assert main([*arguments, "--limit", "2"]) == 0
     assert "identity" in capsys.readouterr().out
     assert list((adapter / "evaluations").glob("identity-*.json"))
+
+
+@pytest.mark.slow
+def test_a_data_set_that_was_downloaded_elsewhere_is_found_in_the_cache_of_datasets(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = described(
+        tmp_path / "tasks", "far", dataset_path="someone/prepared", dataset_name="part", dataset_kwargs={}
+    )
+    datasets.load_dataset("json", data_files={"test": str(folder / "rows.jsonl")}, cache_dir=str(tmp_path / "prepared"))
+    (made,) = (tmp_path / "prepared" / "json").glob("default-*/0.0.0/*/")
+    place = tmp_path / "cache" / "someone___prepared" / "part" / "0.0.0" / ("0" * 40)
+    place.parent.mkdir(parents=True)
+    made.rename(place)
+    (place / "json-test.arrow").rename(place / "prepared-test.arrow")
+    info = json.loads((place / "dataset_info.json").read_text("utf-8"))
+    info |= {"builder_name": "parquet", "dataset_name": "prepared", "config_name": "part"}
+    info["splits"]["test"]["dataset_name"] = "prepared"
+    (place / "dataset_info.json").write_text(json.dumps(info), "utf-8")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    assert evaluate("--model_name_or_path", model, "--include_path", folder, "--tasks", "far", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["figures"][0]["count"] == 3

@@ -97,16 +97,15 @@ def find_tasks(
     found = FoundTasks()
     registry: list[str] = []
     for name in names:
-        path = Path(name).expanduser()
-        files = _files_of(path)
+        path = Path(name).expanduser().resolve()
+        files = _files_of(name)
         if files is None:
             registry.append(name)
             continue
         shots = num_fewshot or 0
         with as_guest():
             opened = [
-                open_task(each.name.split(".")[0], each, own.examples, own.metrics, own.max_new_tokens, shots)
-                for each in files
+                open_task(_stem(each), each, own.examples, own.metrics, own.max_new_tokens, shots) for each in files
             ]
         for task in opened:
             found.own[task.name] = task
@@ -130,8 +129,9 @@ def find_tasks(
     return found
 
 
-def _files_of(path: Path) -> list[Path] | None:
+def _files_of(name: str) -> list[Path] | None:
     """Files of rows that a name means; None: it is the name of a task, or lm-eval's own description of one."""
+    path = Path(name).expanduser()
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and known_suffix(file.name))
         if not files:
@@ -139,9 +139,13 @@ def _files_of(path: Path) -> list[Path] | None:
                 "eval.no_files", "{path} holds no files of questions. Give a folder of .jsonl or .csv files.", path=path
             )
         return files
-    if path.is_file() and path.suffix in YAML:
+    if _is_described(name):
         return None
     return [path] if path.exists() or known_suffix(path.name) else None
+
+
+def _stem(file: Path) -> str:
+    return file.name.removesuffix(known_suffix(file.name) or "")
 
 
 def _average(name: str, tasks: Sequence[OwnTask]) -> Group:
@@ -173,14 +177,19 @@ def _find_by_name(found: FoundTasks, names: Sequence[str], include_path: Path | 
                 name=name,
                 near=f" ({', '.join(near)}?)" if near else "",
             )
-        matches = [name] if Path(name).suffix in YAML else manager.match_tasks([name])
+        matches = [name] if _is_described(name) else manager.match_tasks([name])
         with as_guest(), _explained(name):
             loaded = _load(manager, matches)
-        found.add(Path(name).stem, loaded["tasks"], loaded.get("groups", {}))
+        found.add(Path(name).stem if _is_described(name) else name, loaded["tasks"], loaded.get("groups", {}))
+
+
+def _is_described(name: str) -> bool:
+    """Whether it is the file of lm-eval's own description of a task."""
+    return Path(name).suffix in YAML and Path(name).expanduser().is_file()
 
 
 def _is_known(manager: TaskManager, name: str) -> bool:
-    return (Path(name).suffix in YAML and Path(name).is_file()) or bool(manager.match_tasks([name]))
+    return _is_described(name) or bool(manager.match_tasks([name]))
 
 
 def _load(manager: TaskManager, names: list[str]) -> Any:
