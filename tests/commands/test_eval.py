@@ -305,3 +305,12 @@ def test_a_data_set_that_was_downloaded_elsewhere_is_found_in_the_cache_of_datas
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     assert evaluate("--model_name_or_path", model, "--include_path", folder, "--tasks", "far", "--json") == 0
     assert json.loads(capsys.readouterr().out)["figures"][0]["count"] == 3
+
+
+def test_a_base_model_without_a_template_is_asked_in_plain_text(
+    model: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "--model_name_or_path", str(model), "--tasks", str(rows), "--limit", "2"]) == 0
+    printed = capsys.readouterr()
+    assert "asked in plain text" in printed.out
+    assert "--save_path names a folder" in printed.err

@@ -19,7 +19,7 @@ import numpy as np
 from lm_eval.api.group import Group
 from lm_eval.api.metrics import mean, nanmean
 from lm_eval.api.registry import get_metric
-from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.api.task import Task
 from lm_eval.config.group import AggMetricConfig
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
@@ -33,8 +33,9 @@ from firefly.evaluation.intervals import Estimate, Verdict, decide, mean_change
 from firefly.evaluation.own_tasks import KINDS, OwnTask, open_task
 from firefly.files import cache_folder, first_line, make_cache
 
-RESAMPLES = 1000
-"""Of lm-eval's bootstrap and ours, where a metric is no mean."""
+RESAMPLES, FEW_RESAMPLES = 1000, 100
+"""Of lm-eval's bootstrap and ours, where a metric is no mean; few of one that reads all answers anew each time."""
+CORPUS = ("bleu", "chrf", "ter")
 NORMAL = 1.96
 YAML = (".yaml", ".yml")
 
@@ -377,7 +378,8 @@ def figures_of(
     for name in [name for names in found.asked.values() for name in names]:
         for key in some["results"].get(name, {}):
             metric, comma, filter_name = key.partition(",")
-            if not comma or metric.endswith("_stderr"):
+            value = some["results"][name][key]
+            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float, np.number)):
                 continue
             group = found.groups.get(name)
             leaves = [task.task_name for task in group.get_all_tasks()] if group else [name]
@@ -396,7 +398,8 @@ def figures_of(
             figures.append(figure)
             if base is not None and tuned is not None:
                 pairs = {leaf: _pairs(base, tuned, leaf, metric, filter_name) for leaf in leaves}
-                figures[-1] = _compared(figure, found, group, pairs)
+                pairs = {leaf: of for leaf, of in pairs.items() if of[0]}
+                figures[-1] = _compared(figure, found, group, pairs) if pairs else figure
     return tuple(figures)
 
 
@@ -433,13 +436,17 @@ def _compared(figure: Figure, found: FoundTasks, group: Group | None, pairs: Map
     weighted = group is None or all(
         each.weight_by_size for each in group.aggregate_metric_list or () if each.metric == figure.metric
     )
+    means = {leaf: _is_mean(found.tasks[leaf], figure.metric, *of) for leaf, of in pairs.items()}
     estimate: Estimate | None
-    if weighted and all(_is_mean(found.tasks[leaf], figure.metric, *of) for leaf, of in pairs.items()):
+    if weighted and all(means.values()):
         base, tuned = ([value for of in pairs.values() for value in of[side]] for side in (0, 1))
-        estimate, error = mean_change(base, tuned), _standard_error(np.subtract(tuned, base, dtype=float))
+        estimate, error = mean_change(base, tuned), _standard_error(base, tuned)
     else:
         # Of a group's mean: as wide as its tasks' differences make it, which were drawn apart.
-        errors = [_resampled(found.tasks[leaf], figure.metric, *of) for leaf, of in pairs.items()]
+        errors = [
+            _standard_error(*of) if means[leaf] else _resampled(found.tasks[leaf], figure.metric, *of)
+            for leaf, of in pairs.items()
+        ]
         shares = _sizes(pairs) if weighted else np.full(len(errors), 1 / len(errors))
         known = [each for each in errors if each is not None]
         error = float(np.linalg.norm(shares * known)) if len(known) == len(errors) else None
@@ -457,7 +464,7 @@ def _sizes(pairs: Mapping[str, Pairs]) -> np.ndarray:
 
 def _is_mean(task: Task, metric: str, base: Sequence[Any], tuned: Sequence[Any]) -> bool:
     """Whether a metric is the mean of what it made of each question: a finite number."""
-    if not base or _aggregation(task, metric) not in (mean, nanmean):
+    if _aggregation(task, metric) not in (mean, nanmean):
         return False
     numbers = (*base, *tuned)
     return all(isinstance(value, (int, float, np.number)) and math.isfinite(float(value)) for value in numbers)
@@ -469,7 +476,9 @@ def _aggregation(task: Task, metric: str) -> Callable[[Sequence[Any]], float]:
     return known.get(metric, mean)
 
 
-def _standard_error(differences: np.ndarray) -> float | None:
+def _standard_error(base: Sequence[Any], tuned: Sequence[Any]) -> float | None:
+    """Of the mean of the questions' own differences."""
+    differences = np.subtract(tuned, base, dtype=float)
     return float(differences.std(ddof=1) / math.sqrt(len(differences))) if len(differences) > 1 else None
 
 
@@ -480,11 +489,9 @@ def _resampled(task: Task, metric: str, base: Sequence[Any], tuned: Sequence[Any
     count = len(base)
     if count < 2:
         return None
-    # Corpus metrics take as long as all of the answers each time.
-    rounds = RESAMPLES if isinstance(task, ConfigurableTask) and metric not in ("bleu", "chrf", "ter") else 100
     found = []
     try:
-        for _ in range(rounds):
+        for _ in range(FEW_RESAMPLES if metric in CORPUS else RESAMPLES):
             rows = generator.choices(range(count), k=count)
             found.append(combine([tuned[row] for row in rows]) - combine([base[row] for row in rows]))
         return float(np.std(np.array(found, dtype=float), ddof=1))
