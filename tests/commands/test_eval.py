@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
+import shlex
 import sys
+import tempfile
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -13,10 +17,14 @@ import pytest
 import torch
 
 from firefly.cli import main
+from firefly.commands.eval import eval_command
+from firefly.config import load_config
 from firefly.files import cache_folder
+from firefly.training import train
 from run_folders import write_run
 from tiny import save_tiny_model, with_plain_lora
 
+ROOT = Path(__file__).resolve().parents[2]
 ROWS = [{"question": f"{word} or blue?", "choices": [word, "blue"], "answer": 0} for word in ("red", "one", "天", "地")]
 
 
@@ -233,3 +241,76 @@ def test_a_folder_of_files_has_their_mean(model: Path, rows: Path, tmp_path: Pat
     expected = (12 * one["tuned"]["value"] + 2 * two["tuned"]["value"]) / 14
     assert mean["tuned"]["value"] == pytest.approx(expected)
     assert mean["verdict"] == "no_difference"
+
+
+def test_the_rows_of_the_page_are_read_as_it_says_and_its_commands_are_real() -> None:
+    from firefly.evaluation.own_tasks import read_questions
+
+    texts = [(ROOT / page).read_text("utf-8") for page in ("docs/eval.md", "docs/zh/eval.md")]
+    blocks, chinese = (re.findall(r"```json\n(.*?)```", text, re.DOTALL) for text in texts)
+    assert blocks == chinese
+    kinds = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, block in enumerate(blocks):
+            path = Path(folder, f"{number}.jsonl")
+            path.write_text(block, "utf-8")
+            kind, rows = read_questions(path)
+            kinds.append(kind)
+            assert len(rows) == 2
+    assert kinds == ["answers", "letters", "choices"]
+    known = {parameter.name for parameter in inspect.signature(eval_command).parameters.values()}
+    for text in texts:
+        named = set(re.findall(r"--([a-z_]+)", text)) - {"json"}
+        assert named <= known
+        assert {"base", "no_base", "metric", "fewshot_file", "include_path", "save_path"} <= named
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["docs/eval.md", "docs/zh/eval.md"])
+def test_each_command_of_the_page_runs(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / page).read_text("utf-8")
+    text = re.sub(r"<!-- not executed: .*? -->\n```bash\n.*?```", "", text, flags=re.DOTALL)
+    (command,) = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).splitlines()
+    adapter = tmp_path / "output/smollm2-135m-sft-lora"
+    changes = {"train_file": str(ROOT / "data/dummy_data.jsonl"), "output_dir": str(adapter), "max_steps": 1}
+    train(load_config(ROOT / "train_args/sft/lora/smollm2-135m-sft-lora.json", changes))
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    monkeypatch.chdir(tmp_path)
+    program, *arguments = shlex.split(command)
+    assert program == "firefly"
+    assert main([*arguments, "--limit", "2"]) == 0
+    assert "identity" in capsys.readouterr().out
+    assert list((adapter / "evaluations").glob("identity-*.json"))
+
+
+@pytest.mark.slow
+def test_a_data_set_that_was_downloaded_elsewhere_is_found_in_the_cache_of_datasets(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = described(
+        tmp_path / "tasks", "far", dataset_path="someone/prepared", dataset_name="part", dataset_kwargs={}
+    )
+    datasets.load_dataset("json", data_files={"test": str(folder / "rows.jsonl")}, cache_dir=str(tmp_path / "prepared"))
+    (made,) = (tmp_path / "prepared" / "json").glob("default-*/0.0.0/*/")
+    place = tmp_path / "cache" / "someone___prepared" / "part" / "0.0.0" / ("0" * 40)
+    place.parent.mkdir(parents=True)
+    made.rename(place)
+    (place / "json-test.arrow").rename(place / "prepared-test.arrow")
+    info = json.loads((place / "dataset_info.json").read_text("utf-8"))
+    info |= {"builder_name": "parquet", "dataset_name": "prepared", "config_name": "part"}
+    info["splits"]["test"]["dataset_name"] = "prepared"
+    (place / "dataset_info.json").write_text(json.dumps(info), "utf-8")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    assert evaluate("--model_name_or_path", model, "--include_path", folder, "--tasks", "far", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["figures"][0]["count"] == 3
+
+
+def test_a_base_model_without_a_template_is_asked_in_plain_text(
+    model: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "--model_name_or_path", str(model), "--tasks", str(rows), "--limit", "2"]) == 0
+    printed = capsys.readouterr()
+    assert "asked in plain text" in printed.out
+    assert "--save_path names a folder" in printed.err

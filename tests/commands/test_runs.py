@@ -293,3 +293,30 @@ def test_the_results_stand_side_by_side(capsys):
 )
 def test_hashes_are_shown_as_far_as_they_tell(value, text):
     assert shown("", value) == text
+
+
+# ---- evaluations ----
+
+
+def test_show_lists_the_newest_evaluation_of_each_task_and_passes_over_damaged_files(capsys):
+    write_run(Path("output/good"), LOSSES)
+    folder = Path("output/good/evaluations")
+    folder.mkdir()
+    figure = {"task": "arc", "metric": "acc", "filter": "none", "base": {"value": 0.25}, "tuned": {"value": 0.5}}
+    for created, verdict in (("2026-11-25T10:00:00+00:00", "better"), ("2026-11-26T10:00:00+00:00", "no_difference")):
+        value = {"task": "arc", "created": created, "figures": [figure | {"verdict": verdict}], "samples": {"arc": []}}
+        (folder / f"arc-{created[:10]}.json").write_text(json.dumps(value))
+    single = [{"task": "mine", "metric": "chrf", "filter": "strict", "base": None, "tuned": {"value": 50.0}}]
+    (folder / "mine-1.json").write_text(json.dumps({"task": "mine", "created": "1", "figures": single}))
+    for name, text in (("cut", '{"task": "arc", "crea'), ("list", "[]"), ("odd", '{"task": "odd", "figures": 3}')):
+        (folder / f"{name}.json").write_text(text)
+    code, out, err = run(capsys, "show", "output/good")
+    assert (code, err) == (0, "")
+    lines = [" ".join(line.split()) for line in out.partition("\nevaluations\n")[2].splitlines()]
+    assert lines[:2] == ["arc acc 0.2500 → 0.5000 no difference", "mine chrf (strict) 50.0000"]
+    code, out, _ = run(capsys, "show", "output/good", "--json")
+    assert [(each["task"], "samples" in each) for each in json.loads(out)["evaluations"]] == [
+        ("arc", False),
+        ("mine", False),
+        ("odd", False),
+    ]

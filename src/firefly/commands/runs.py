@@ -189,7 +189,8 @@ def scored(record: RunRecord) -> dict[str, str]:
     """The newest figures of each task that `firefly eval` asked: base → tuned, and what that means."""
     lines = {}
     for evaluation in record.evaluations:
-        for figure in filter(None, map(mapping, evaluation.get("figures") or [])):
+        figures = evaluation.get("figures")
+        for figure in filter(None, map(mapping, figures if isinstance(figures, list) else ())):
             values = [mapping(figure.get(side)).get("value") for side in ("base", "tuned")]
             known = [number(value) for value in values if isinstance(value, (int, float))]
             verdict = str(VERDICTS.get(str(figure.get("verdict")), ""))

@@ -19,7 +19,7 @@ import numpy as np
 from lm_eval.api.group import Group
 from lm_eval.api.metrics import mean, nanmean
 from lm_eval.api.registry import get_metric
-from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.api.task import Task
 from lm_eval.config.group import AggMetricConfig
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
@@ -33,8 +33,9 @@ from firefly.evaluation.intervals import Estimate, Verdict, decide, mean_change
 from firefly.evaluation.own_tasks import KINDS, OwnTask, open_task
 from firefly.files import cache_folder, first_line, make_cache
 
-RESAMPLES = 1000
-"""Of lm-eval's bootstrap and ours, where a metric is no mean."""
+RESAMPLES, FEW_RESAMPLES = 1000, 100
+"""Of lm-eval's bootstrap and ours, where a metric is no mean; few of one that reads all answers anew each time."""
+CORPUS = ("bleu", "chrf", "ter")
 NORMAL = 1.96
 YAML = (".yaml", ".yml")
 
@@ -97,16 +98,15 @@ def find_tasks(
     found = FoundTasks()
     registry: list[str] = []
     for name in names:
-        path = Path(name).expanduser()
-        files = _files_of(path)
+        path = Path(name).expanduser().resolve()
+        files = _files_of(name)
         if files is None:
             registry.append(name)
             continue
         shots = num_fewshot or 0
         with as_guest():
             opened = [
-                open_task(each.name.split(".")[0], each, own.examples, own.metrics, own.max_new_tokens, shots)
-                for each in files
+                open_task(_stem(each), each, own.examples, own.metrics, own.max_new_tokens, shots) for each in files
             ]
         for task in opened:
             found.own[task.name] = task
@@ -130,8 +130,9 @@ def find_tasks(
     return found
 
 
-def _files_of(path: Path) -> list[Path] | None:
+def _files_of(name: str) -> list[Path] | None:
     """Files of rows that a name means; None: it is the name of a task, or lm-eval's own description of one."""
+    path = Path(name).expanduser()
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and known_suffix(file.name))
         if not files:
@@ -139,9 +140,13 @@ def _files_of(path: Path) -> list[Path] | None:
                 "eval.no_files", "{path} holds no files of questions. Give a folder of .jsonl or .csv files.", path=path
             )
         return files
-    if path.is_file() and path.suffix in YAML:
+    if _is_described(name):
         return None
     return [path] if path.exists() or known_suffix(path.name) else None
+
+
+def _stem(file: Path) -> str:
+    return file.name.removesuffix(known_suffix(file.name) or "")
 
 
 def _average(name: str, tasks: Sequence[OwnTask]) -> Group:
@@ -173,14 +178,19 @@ def _find_by_name(found: FoundTasks, names: Sequence[str], include_path: Path | 
                 name=name,
                 near=f" ({', '.join(near)}?)" if near else "",
             )
-        matches = [name] if Path(name).suffix in YAML else manager.match_tasks([name])
+        matches = [name] if _is_described(name) else manager.match_tasks([name])
         with as_guest(), _explained(name):
             loaded = _load(manager, matches)
-        found.add(Path(name).stem, loaded["tasks"], loaded.get("groups", {}))
+        found.add(Path(name).stem if _is_described(name) else name, loaded["tasks"], loaded.get("groups", {}))
+
+
+def _is_described(name: str) -> bool:
+    """Whether it is the file of lm-eval's own description of a task."""
+    return Path(name).suffix in YAML and Path(name).expanduser().is_file()
 
 
 def _is_known(manager: TaskManager, name: str) -> bool:
-    return (Path(name).suffix in YAML and Path(name).is_file()) or bool(manager.match_tasks([name]))
+    return _is_described(name) or bool(manager.match_tasks([name]))
 
 
 def _load(manager: TaskManager, names: list[str]) -> Any:
@@ -368,7 +378,8 @@ def figures_of(
     for name in [name for names in found.asked.values() for name in names]:
         for key in some["results"].get(name, {}):
             metric, comma, filter_name = key.partition(",")
-            if not comma or metric.endswith("_stderr"):
+            value = some["results"][name][key]
+            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float, np.number)):
                 continue
             group = found.groups.get(name)
             leaves = [task.task_name for task in group.get_all_tasks()] if group else [name]
@@ -387,7 +398,8 @@ def figures_of(
             figures.append(figure)
             if base is not None and tuned is not None:
                 pairs = {leaf: _pairs(base, tuned, leaf, metric, filter_name) for leaf in leaves}
-                figures[-1] = _compared(figure, found, group, pairs)
+                pairs = {leaf: of for leaf, of in pairs.items() if of[0]}
+                figures[-1] = _compared(figure, found, group, pairs) if pairs else figure
     return tuple(figures)
 
 
@@ -424,13 +436,17 @@ def _compared(figure: Figure, found: FoundTasks, group: Group | None, pairs: Map
     weighted = group is None or all(
         each.weight_by_size for each in group.aggregate_metric_list or () if each.metric == figure.metric
     )
+    means = {leaf: _is_mean(found.tasks[leaf], figure.metric, *of) for leaf, of in pairs.items()}
     estimate: Estimate | None
-    if weighted and all(_is_mean(found.tasks[leaf], figure.metric, *of) for leaf, of in pairs.items()):
+    if weighted and all(means.values()):
         base, tuned = ([value for of in pairs.values() for value in of[side]] for side in (0, 1))
-        estimate, error = mean_change(base, tuned), _standard_error(np.subtract(tuned, base, dtype=float))
+        estimate, error = mean_change(base, tuned), _standard_error(base, tuned)
     else:
         # Of a group's mean: as wide as its tasks' differences make it, which were drawn apart.
-        errors = [_resampled(found.tasks[leaf], figure.metric, *of) for leaf, of in pairs.items()]
+        errors = [
+            _standard_error(*of) if means[leaf] else _resampled(found.tasks[leaf], figure.metric, *of)
+            for leaf, of in pairs.items()
+        ]
         shares = _sizes(pairs) if weighted else np.full(len(errors), 1 / len(errors))
         known = [each for each in errors if each is not None]
         error = float(np.linalg.norm(shares * known)) if len(known) == len(errors) else None
@@ -448,7 +464,7 @@ def _sizes(pairs: Mapping[str, Pairs]) -> np.ndarray:
 
 def _is_mean(task: Task, metric: str, base: Sequence[Any], tuned: Sequence[Any]) -> bool:
     """Whether a metric is the mean of what it made of each question: a finite number."""
-    if not base or _aggregation(task, metric) not in (mean, nanmean):
+    if _aggregation(task, metric) not in (mean, nanmean):
         return False
     numbers = (*base, *tuned)
     return all(isinstance(value, (int, float, np.number)) and math.isfinite(float(value)) for value in numbers)
@@ -460,7 +476,9 @@ def _aggregation(task: Task, metric: str) -> Callable[[Sequence[Any]], float]:
     return known.get(metric, mean)
 
 
-def _standard_error(differences: np.ndarray) -> float | None:
+def _standard_error(base: Sequence[Any], tuned: Sequence[Any]) -> float | None:
+    """Of the mean of the questions' own differences."""
+    differences = np.subtract(tuned, base, dtype=float)
     return float(differences.std(ddof=1) / math.sqrt(len(differences))) if len(differences) > 1 else None
 
 
@@ -471,11 +489,9 @@ def _resampled(task: Task, metric: str, base: Sequence[Any], tuned: Sequence[Any
     count = len(base)
     if count < 2:
         return None
-    # Corpus metrics take as long as all of the answers each time.
-    rounds = RESAMPLES if isinstance(task, ConfigurableTask) and metric not in ("bleu", "chrf", "ter") else 100
     found = []
     try:
-        for _ in range(rounds):
+        for _ in range(FEW_RESAMPLES if metric in CORPUS else RESAMPLES):
             rows = generator.choices(range(count), k=count)
             found.append(combine([tuned[row] for row in rows]) - combine([base[row] for row in rows]))
         return float(np.std(np.array(found, dtype=float), ddof=1))

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -33,7 +34,7 @@ from firefly.files import atomic_file
 from firefly.generation.loading import Loaded, load_for_generation, name_models, named_adapters
 from firefly.models.memory import PRIMITIVES
 from firefly.runs.memory import cap_onednn_cache
-from firefly.runs.records import EVALUATIONS, VERDICTS, record_in
+from firefly.runs.records import EVALUATIONS, VERDICTS, finite, record_in
 from firefly.translation import translate
 
 UNSAFE = re.compile(r"[^\w.-]+")
@@ -213,7 +214,7 @@ class Progress:
 def describe(evaluation: Evaluation, found: FoundTasks, tasks: Sequence[str] | None = None) -> dict[str, Any]:
     """What `firefly eval --json` prints; of some tasks, what their file holds before its samples."""
     own = {name: {"read_as": task.kind, "path": str(task.path), "rows": task.rows} for name, task in found.own.items()}
-    return {
+    value = {
         "created": evaluation.created,
         "firefly": firefly.__version__,
         "lm_eval": version("lm_eval"),
@@ -223,6 +224,7 @@ def describe(evaluation: Evaluation, found: FoundTasks, tasks: Sequence[str] | N
         "figures": [asdict(each) for each in evaluation.figures if tasks is None or each.task in tasks],
         "files_read": {name: of for name, of in own.items() if tasks is None or name in tasks},
     }
+    return _plain(value)
 
 
 def write(evaluation: Evaluation, subject: Subject, found: FoundTasks, folder: Path | None) -> list[Path]:
@@ -247,7 +249,7 @@ def write(evaluation: Evaluation, subject: Subject, found: FoundTasks, folder: P
         samples = {task: _samples(evaluation, task) for task in tasks if task in found.tasks}
         value = {"task": asked, **describe(evaluation, found, tasks), "samples": samples}
         with atomic_file(path) as scratch:
-            scratch.write_text(json.dumps(value, ensure_ascii=False, indent=1, default=_plain) + "\n", encoding="utf-8")
+            scratch.write_text(json.dumps(_plain(value), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         written.append(path)
     return written
 
@@ -259,8 +261,16 @@ def _folder_of_run(evaluation: Evaluation) -> Path | None:
 
 
 def _plain(value: Any) -> Any:
-    """numpy's numbers; what JSON does not know at all, as text."""
-    return value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else str(value)
+    """What JSON knows: numpy's numbers as Python's, infinity and NaN as None, anything else as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return finite(value)
+    return value if value is None or isinstance(value, (str, int)) else str(value)
 
 
 def _samples(evaluation: Evaluation, task: str) -> list[dict[str, Any]]:

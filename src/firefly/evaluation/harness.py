@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import replace
@@ -79,7 +79,7 @@ class HarnessModel(TemplateLM):
         self.progress = progress
         self._errors = errors or sys.stderr
         self._rendered: set[str] = set()
-        self.truncated: Counter[str] = Counter()
+        self._truncated = 0
 
     # ---- what lm-eval asks of the tokenizer
 
@@ -186,11 +186,12 @@ class HarnessModel(TemplateLM):
         over = len(context) + len(continuation) - (self.max_length + 1)
         if over <= 0:
             return context, continuation
-        self.truncated["prompts"] += 1
+        self._truncated += 1
         return context[min(over, len(context) - 1) :], continuation[-self.max_length :]
 
     def _note_truncated(self, total: int) -> None:
-        if count := self.truncated.pop("prompts", 0):
+        count, self._truncated = self._truncated, 0
+        if count:
             notice(
                 "eval.truncated",
                 "{count} of {total} prompts are longer than the {limit} tokens that {name} has room for: their "
@@ -250,7 +251,7 @@ class HarnessModel(TemplateLM):
             by_count[1 if settings.is_greedy else len(numbers)].append(context)
         for count, asked in by_count.items():
             prompts = [self.tok_encode(context) or [self.prefix_token_id] for context in asked]
-            self.truncated["prompts"] += sum(len(prompt) > room for prompt in prompts)
+            self._truncated += sum(len(prompt) > room for prompt in prompts)
             found = generator.generate((prompt[-room:] for prompt in prompts), settings, count, self.name)
             for context, prompt, answers in zip(asked, prompts, found, strict=True):
                 numbers = contexts[context]
