@@ -303,15 +303,14 @@ def test_a_pretrained_model_goes_on_from_documents_and_plain_questions(run: Run)
 
 def test_time_bounds_what_is_asked_and_the_end_asks_the_same(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(in_run, "CPU_SECONDS", 0.0)
-    monkeypatch.setattr(in_run, "AT_A_TIME", {"texts": 1, "held_out": 2, "probes": 3})
     out = run()
     before, report = before_of(out), report_of(out)
     assert before.probe_losses is not None
-    assert [len(before.probe_losses), len(before.answers)] == [1, 2 + 3]  # some of each in any case
+    assert [len(before.probe_losses), len(before.answers)] == [2, 2 + 2]  # some of each in any case
     assert [row["key"] for row in report["side_by_side"]] == [answer.key for answer in before.answers]
-    assert report["forgetting"]["losses"][0]["rows"] == 1
+    assert report["forgetting"]["losses"][0]["rows"] == 2
     (note,) = [note for note in report["notes"] if "firefly compare" in note]
-    assert note.startswith("5 of 9 questions and 1 of 4 texts were put to both models")
+    assert note.startswith("4 of 9 questions and 2 of 4 texts were put to both models")
 
 
 def test_the_clock_stops_before_a_part_that_would_not_be_done_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,6 +321,7 @@ def test_the_clock_stops_before_a_part_that_would_not_be_done_in_time(monkeypatc
         taken.append(list(part))
         now[0] += 3
     assert taken == [[0, 1], [2, 3], [4, 5]]
+    assert list(in_run._until(101.0, list(range(20)), 8)) == [[0, 1]]  # type: ignore[type-var]
     assert len(list(in_run._until(None, list(range(20)), 2))) == 10  # type: ignore[type-var]
 
 
