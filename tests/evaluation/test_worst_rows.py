@@ -38,7 +38,7 @@ def test_contradictions_repetitions_and_unlearnt_rows_are_named_worst_first(rows
     suspects = find_suspects(paired(rows, high=(51, 53)), read_texts([rows]))
     lines = [int(each.key.rpartition(":")[2]) for each in suspects]
     assert lines[0] == 51  # contradicts, and was not learnt
-    assert set(lines) == {51, 53, 1, 52}
+    assert set(lines[:4]) == {51, 53, 1, 52}
     by_line = dict(zip(lines, suspects, strict=True))
     assert f"{rows}:1" in str(by_line[51].reasons[0])
     assert "far above" in str(by_line[53].reasons[0])
@@ -47,10 +47,13 @@ def test_contradictions_repetitions_and_unlearnt_rows_are_named_worst_first(rows
     assert by_line[53].answer == "an answer that fits nothing"
 
 
-def test_sound_rows_are_not_named(tmp_path: Path) -> None:
+def test_nothing_is_said_of_sound_rows_but_that_their_losses_are_the_highest(tmp_path: Path) -> None:
     path = tmp_path / "sound.jsonl"
     path.write_text("".join(json.dumps({"instruction": f"q{n}", "output": f"a{n}"}) + "\n" for n in range(53)))
-    assert find_suspects(paired(path), read_texts([path])) == ()
+    rows = paired(path)
+    suspects = find_suspects(rows, read_texts([path]))
+    assert {str(reason) for each in suspects for reason in each.reasons} == {"its loss is among the highest"}
+    assert [each.key for each in suspects] == [row.key for row in sorted(rows, key=lambda row: -row.tuned)[:20]]
 
 
 def test_documents_that_repeat_are_named(tmp_path: Path) -> None:
@@ -58,5 +61,7 @@ def test_documents_that_repeat_are_named(tmp_path: Path) -> None:
     texts = ["one text", "another text", "One  text"]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     rows = [PairedRow(f"{path}:{n + 1}", "texts", 3.0, 2.0, 1) for n in range(3)]
-    (suspect,) = find_suspects(rows, read_texts([path]))
-    assert suspect.key == f"{path}:3"
+    first, *others = find_suspects(rows, read_texts([path]))
+    assert first.key == f"{path}:3"
+    assert str(first.reasons[0]) == f"the same as {path}:1"
+    assert len(others) == 2

@@ -81,7 +81,7 @@ def _normal(text: str) -> str:
 def find_suspects(rows: Sequence[PairedRow], texts: RowTexts) -> tuple[SuspectRow, ...]:
     """The rows that a person should look at, likely mislabelled ones first: those that answer a question otherwise than
     other rows do, and those that the tuned model, which was trained on them, still finds far less likely than others of
-    their source. Then rows that repeat others."""
+    their source. Then rows that repeat others, and behind them those of which it has learnt least."""
     far = {row.key: score for source in _by_source(rows).values() for row, score in _outliers(source)}
     reasons: dict[str, list[Phrase]] = defaultdict(list)
     rank: Counter[str] = Counter()
@@ -101,6 +101,11 @@ def find_suspects(rows: Sequence[PairedRow], texts: RowTexts) -> tuple[SuspectRo
     known = {row.key: row for row in rows}
     chosen = [key for key in rank if key in known and rank[key] > 0]
     chosen.sort(key=lambda key: (-rank[key], -known[key].tuned / known[key].weight))
+    by_loss = sorted(rows, key=lambda row: -row.tuned / row.weight)
+    least_learnt = [row.key for row in by_loss[:MOST] if row.key not in chosen]
+    for key in least_learnt:
+        reasons[key].insert(0, Phrase("its loss is among the highest"))
+    chosen += least_learnt
     return tuple(_suspect(known[key], texts.by_key.get(key), reasons[key]) for key in chosen[:MOST])
 
 
