@@ -1,12 +1,13 @@
-"""`make demo`: fine-tune the embedded model on our own rows, merge it, ask both models the same three questions, and
-export the trained one as a GGUF file that llama.cpp reads back.
+"""`make demo`: fine-tune the embedded model on our own rows, merge it, ask both models the same three questions, export
+the trained one as a GGUF file that llama.cpp reads back, and say whether it helped and what was forgotten.
 
 It calls what `firefly train`, `firefly merge` and `firefly export gguf` call, with the configuration that users start
-from.
+from; the report is the one that every run writes.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import time
@@ -28,6 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "output" / "demo"
 CONFIG = ROOT / "train_args" / "sft" / "lora" / "smollm2-135m-sft-lora.json"
 
+HELD_OUT = 0.15
+"""Share of the rows that nobody is trained on."""
+
 # None of these stands in a training row.
 QUESTIONS = (
     "Who are you, and who made you?",
@@ -44,21 +48,21 @@ def main() -> int:
     rows.write_text(
         "".join((ROOT / "data" / name).read_text("utf-8") for name in ("identity.jsonl", "general.jsonl")), "utf-8"
     )
-    config = load_config(CONFIG, {"train_file": str(rows), "output_dir": str(OUTPUT / "adapter")})
+    given = {"train_file": str(rows), "eval_ratio": HELD_OUT, "output_dir": str(OUTPUT / "adapter")}
+    config = load_config(CONFIG, given)
     stages = Stages()
-    with stages.stage("ask the base model"):
-        base = answers(config.model)
-    with stages.stage("train"):
+    with stages.stage("train, and compare with the base"):
         adapter = train(config)
-    with stages.stage("merge and compare"):
+    with stages.stage("merge and verify"):
         merged = merge(ModelConfig(), str(adapter), str(OUTPUT / "merged"))
-    with stages.stage("ask the trained model"):
-        tuned = answers(ModelConfig(name_or_path=str(merged)))
+    with stages.stage("ask both models"):
+        base, tuned = answers(config.model), answers(ModelConfig(name_or_path=str(merged)))
     with stages.stage("export to GGUF and read back"):
         exported = export_where_installed(str(merged))
     show(base, tuned)
     print("\n".join(f"{took:7.1f} s  {name}" for name, took in stages.seconds.items()))
     print(exported)
+    print(verdict(adapter))
     print(
         f"{time.time() - began:.0f} seconds. Talk to it: .venv/bin/firefly chat --model_name_or_path output/demo/merged"
     )
@@ -76,6 +80,13 @@ def export_where_installed(merged: str) -> str:
         f"{report['file']}: verified by {report['engine']}, mean KL {report['mean_kl']:.1e} nats, "
         f"{report['tokens_per_second']:.0f} tokens/s"
     )
+
+
+def verdict(adapter: Path) -> str:
+    """What the run found of itself: whether it helped, and what was forgotten."""
+    folder = adapter / "comparison"
+    found = json.loads((folder / "report.json").read_text("utf-8"))
+    return "\n".join([*found["verdicts"], f"report: {folder / 'report.html'}"])
 
 
 def answers(model: ModelConfig) -> list[str]:

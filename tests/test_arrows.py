@@ -20,7 +20,7 @@ ROOMS = (
     ("tasks", "evaluation"),
     ("setup", "run", "saving"),
     ("loop",),
-    ("training", "export", "server"),
+    ("training", "before_after", "export", "server"),
     ("commands",),
     ("cli", "__main__"),
 )

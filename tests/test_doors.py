@@ -30,6 +30,7 @@ def config(tmp_path: Path) -> Path:
         "max_steps": 2,
         "dataloader_num_workers": 0,
         "report_to": "none",
+        "compare": False,
     }
     file = tmp_path / "config.json"
     file.write_text(json.dumps(settings))

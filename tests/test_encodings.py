@@ -122,6 +122,7 @@ def test_training_says_what_it_says_in_any_encoding(call: Run, rows: str, model:
         json.dumps(
             {"model_name_or_path": model, "train_file": rows, "output_dir": str(tmp_path / "出力")}
             | {"template_name": "qwen", "max_steps": 1, "report_to": "none", "max_malformed_rows": 1}
+            | {"compare": False}
         ),
         encoding="utf-8",
     )

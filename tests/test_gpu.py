@@ -192,6 +192,7 @@ def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
             "logging_steps": 1,
             "save_strategy": "no",
             "report_to": "none",
+            "compare": False,
             "seed": 1,
         }
         settings |= {"template_name": "chatml"} if task != "pretrain" else {}

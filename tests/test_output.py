@@ -31,6 +31,7 @@ def strangers(tmp_path: Path, launcher: list[str], **changes: Any) -> list[str]:
     """The lines of a run on stderr that are not ours; its stdout must be the result's folder."""
     settings = {"train_file": str(write_rows(tmp_path / "rows.jsonl", 8)), "output_dir": str(tmp_path / "out")}
     settings |= {"template_name": "qwen", "max_steps": 2, "logging_steps": 1, "report_to": "tensorboard"}
+    settings |= {"compare": False}
     settings |= {"per_device_train_batch_size": 2, "max_seq_length": 512, "eval_ratio": 0.25, "save_steps": 1} | changes
     config = tmp_path / "config.json"
     config.write_text(json.dumps(settings), encoding="utf-8")

@@ -34,6 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "max_steps": 3,
         "logging_steps": 1,
         "dataloader_num_workers": 0,
+        "compare": False,
     }
     return train(load_config(ROOT / "train_args/sft/qlora/qwen1.5-14b-sft-qlora.json", changes))
 

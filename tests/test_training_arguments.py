@@ -1113,6 +1113,7 @@ def test_ranks_exchange_gradients_with_the_settings_of_ddp(place: Path, tmp_path
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
+        "compare": False,
         "use_cpu": True,
         "bf16": False,
         "ddp_backend": "gloo",

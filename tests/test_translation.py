@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jinja2 import Environment
+from jinja2.ext import extract_from_ast
 
 import firefly
 from firefly.config.json_schema import descriptions
@@ -64,6 +66,12 @@ def templates_of(tree: ast.Module) -> Iterator[tuple[int, str | None]]:
                 yield node.lineno, None
 
 
+def templates_of_page(source: str) -> Iterator[tuple[int, str | None]]:
+    """The same of a page that is made from a template of Jinja, where `translate` is called as in a module."""
+    for line, _, texts in extract_from_ast(Environment().parse(source), ["translate"]):
+        yield line, texts[0] if isinstance(texts, tuple) else texts
+
+
 def helps_of(tree: ast.Module) -> Iterator[str]:
     """What `--help` shows: the help of options, arguments and groups, and the docstrings of commands in groups."""
     for node in ast.walk(tree):
@@ -81,8 +89,9 @@ def fields(template: str) -> set[str]:
 def raised() -> dict[str, str]:
     """Every template of the program → where it stands."""
     found = {}
-    for path in sorted(SOURCE.rglob("*.py")):
-        for line, text in templates_of(ast.parse(path.read_text(encoding="utf-8"))):
+    for path in sorted([*SOURCE.rglob("*.py"), *SOURCE.glob("evaluation/*.jinja")]):
+        source = path.read_text(encoding="utf-8")
+        for line, text in templates_of(ast.parse(source)) if path.suffix == ".py" else templates_of_page(source):
             place = f"{path.relative_to(SOURCE)}:{line}"
             assert text is not None, f"{place}: the template of a message is to be written out where it is raised"
             found[text] = place
@@ -147,6 +156,11 @@ def f(found, text):
     assert [text for _, text in sorted(templates_of(ast.parse(source)), key=lambda item: item[0])] == [
         "literal {x}", "one", "other", "first", "second", None, None, None
     ]  # fmt: skip
+
+
+def test_a_page_with_an_untranslatable_message_is_found() -> None:
+    source = '{{ translate("one") }}{% for x in (translate("two {a}", a=3), translate(name)) %}{{ x }}{% endfor %}'
+    assert [text for _, text in templates_of_page(source)] == ["one", "two {a}", None]
 
 
 def test_the_values_of_a_message_are_text_and_never_a_format() -> None:

@@ -338,7 +338,8 @@ def save_tiny_model(folder: Path, name: str = "llama", **changes: Any) -> Path:
 
 
 def run_settings(model: Path, rows: Path | str, output: Path, **own: Any) -> dict[str, Any]:
-    """A run in fp32 on the CPU that logs every step, saves nothing but its result, and has no trackers."""
+    """A run in fp32 on the CPU that logs every step, saves nothing but its result, and has no trackers and no
+    comparison."""
     chat = {} if own.get("task_type") == "pretrain" else {"template_name": "default"}
     return {
         "model_name_or_path": str(model),
@@ -349,6 +350,7 @@ def run_settings(model: Path, rows: Path | str, output: Path, **own: Any) -> dic
         "report_to": "none",
         "use_cpu": True,
         "bf16": False,
+        "compare": False,  # it would take the longest of a tiny run
         **chat,
         **own,
     }

@@ -65,7 +65,7 @@ class Trial:
 
     def evaluate(self) -> dict[str, float]:
         assert self.held_out is not None
-        return evaluate(self.task, self.model, self.held_out)
+        return evaluate(self.task, self.model, self.held_out).metrics
 
 
 def make_trial(

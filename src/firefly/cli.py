@@ -28,6 +28,7 @@ VERBS = {
     "generate": Phrase("Answer a file of prompts: JSON lines in its order. Exit 3 if rows have no answer."),
     "eval": Phrase("Benchmarks by lm-eval, and files of questions: a base against what was tuned of it."),
     "serve": Phrase("An OpenAI-compatible server for a model and adapters over it."),
+    "compare": Phrase("Did it help, and what was forgotten: two models side by side, in one report."),
     "templates": Phrase("Chat templates: list, show, render, verify."),
     "runs": Phrase("Runs and what they left: list, show, diff."),
     "schema": Phrase("The JSON schema of a configuration, by which editors complete and check its keys."),

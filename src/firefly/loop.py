@@ -7,8 +7,7 @@ once for finite values, and applied; then the observers of the run decide whethe
 from __future__ import annotations
 
 import math
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from firefly.console import notice
 from firefly.data.batching import ExampleList, Step, StepSource
 from firefly.distributed.model import TrainableModel
 from firefly.errors import UsageError
-from firefly.evaluation.held_out import evaluate
+from firefly.evaluation.held_out import Evaluation, evaluate
 from firefly.models.adapters import transformers_model
 from firefly.models.checkpointing import RandomState, decoder_layers, install_checkpointing
 from firefly.run import Run
@@ -56,31 +55,40 @@ class Training:
     progress: Progress
     recorder: RunRecorder
     observers: Observers
-    began: float
+    evaluations: dict[int, Evaluation] = field(default_factory=dict)
+    """By the step: the last one, and the best."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run: the numbers of train_results.json, and its best checkpoint, if evaluations chose one."""
+    """What became of a run.
+
+    Attributes:
+        results: the numbers of train_results.json.
+        best: the best checkpoint, if evaluations chose one.
+        step: after which the weights were what the result is; the last, unless the best were loaded.
+        evaluation: of the held-out examples at that step; None where there was none.
+    """
 
     results: dict[str, Any]
     best: Path | None
+    step: int
+    evaluation: Evaluation | None
 
 
-def fit(run: Run, model: TrainableModel) -> Outcome:
+def fit(training: Training) -> Outcome:
     """Train from where the checkpoint stood to the last step.
 
     Raises:
         UsageError: a loss or a gradient was not finite. No weight was updated by it, and a checkpoint is saved.
         Interrupted: a signal stopped the run between two steps, and left a checkpoint.
     """
-    training = begin(run, model)
-    steps, progress, tell = training.source, training.progress, training.observers.tell
+    run, model, steps = training.run, training.model, training.source
+    progress, tell = training.progress, training.observers.tell
     state = progress.state
     interruption = Interruption(model.ranks)
     with interruption.watched():
-        tell("on_train_begin")
-        if run.args.eval_on_start:
+        if run.args.eval_on_start and state.global_step not in training.evaluations:
             evaluate_now(training)
         first_epoch, done = divmod(state.global_step, len(steps))
         for epoch in range(first_epoch, state.num_train_epochs):
@@ -168,7 +176,8 @@ def begin(run: Run, model: TrainableModel) -> Training:
         observers.take_up_states()
     if DebugOption.UNDERFLOW_OVERFLOW in run.args.debug:
         DebugUnderflowOverflow(model.module)
-    return Training(run, model, steps, progress, recorder, observers, time.time())
+    observers.tell("on_train_begin")
+    return Training(run, model, steps, progress, recorder, observers)
 
 
 # ---- a step that does not go as planned ----
@@ -386,12 +395,25 @@ def evaluate_now(training: Training) -> dict[str, float]:
     """Evaluate the held-out examples, and notify the observers."""
     held_out = training.run.data.held_out
     assert held_out is not None
-    metrics = evaluate(
-        training.run.task, training.model, held_out, lambda: training.observers.tell("on_prediction_step")
+    tell, state, kept = training.observers.tell, training.progress.state, training.evaluations
+    found = evaluate(training.run.task, training.model, held_out, lambda: tell("on_prediction_step"))
+    best = {step: kept[step] for step in kept if step == state.best_global_step}
+    kept.clear()
+    kept.update(best | {state.global_step: found})
+    write_log(training, found.metrics)
+    tell("on_evaluate", metrics=found.metrics)
+    return found.metrics
+
+
+def evaluate_result(training: Training) -> Evaluation:
+    """Evaluate the held-out examples when training is over and the trackers are done: it stands in metrics.jsonl."""
+    held_out, progress = training.run.data.held_out, training.progress
+    assert held_out is not None
+    found = evaluate(training.run.task, training.model, held_out)
+    training.recorder.on_log(
+        training.run.args, progress.state, progress.control, logs=found.metrics | {"epoch": progress.state.epoch}
     )
-    write_log(training, metrics)
-    training.observers.tell("on_evaluate", metrics=metrics)
-    return metrics
+    return found
 
 
 def write_log(training: Training, logs: dict[str, float], of_steps: bool = False) -> None:
@@ -402,7 +424,7 @@ def write_log(training: Training, logs: dict[str, float], of_steps: bool = False
     if args.include_num_input_tokens_seen != "no":
         logs["num_input_tokens_seen"] = state.num_input_tokens_seen
         if of_steps:
-            logs |= speed_metrics("train", training.began, num_tokens=training.progress.counts.tokens)
+            logs |= speed_metrics("train", training.recorder.training_began, num_tokens=training.progress.counts.tokens)
     state.log_history.append({**logs, "step": state.global_step})
     training.observers.tell("on_log", logs=logs)
 
@@ -440,7 +462,10 @@ def finish(training: Training) -> Outcome:
     whole = state.max_steps * run.step_settings.examples_per_step
     examples = whole if args.max_steps > 0 else len(run.data.train) * args.num_train_epochs
     metrics = speed_metrics(
-        "train", training.began, num_samples=examples * trained / max(state.max_steps, 1), num_steps=trained
+        "train",
+        training.recorder.training_began,
+        num_samples=examples * trained / max(state.max_steps, 1),
+        num_steps=trained,
     )
     count_flops(progress, model)
     metrics |= {"total_flos": state.total_flos, "train_loss": total / max(trained, 0.001)}
@@ -465,6 +490,12 @@ def finish(training: Training) -> Outcome:
             step=best,
             used=kept or Phrase("what the last step left"),
         )
+    step = state.global_step
+    if args.load_best_model_at_end and kept is not None:
+        step = int(kept.rpartition("-")[2])
     return Outcome(
-        training.recorder.results(metrics, progress.skipped, model.device), None if kept is None else Path(kept)
+        results=training.recorder.results(metrics, progress.skipped, model.device),
+        best=None if kept is None else Path(kept),
+        step=step,
+        evaluation=training.evaluations.get(step),
     )

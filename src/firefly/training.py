@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from firefly.before_after import compare_with_before, measure_before
 from firefly.config import Config
 from firefly.console import stderr_console
-from firefly.loop import fit
+from firefly.loop import begin, fit
 from firefly.run import open_run
 from firefly.runs.manifest import recorded_end
 from firefly.runs.memory import keep_freed_memory
@@ -32,8 +33,11 @@ def train(config: Config) -> Path:
         write_records(run, model, facts)
         keep_freed_memory(run.device)
         with recorded_end(run.folder), drawn_at_end(run.folder):
-            outcome = fit(run, model)
+            training = begin(run, model)
+            measure_before(training)
+            outcome = fit(training)
             save_result(run.folder, model, run.tokenizer, outcome.best)
             write_results(run, facts, outcome.results)
+            compare_with_before(training, outcome)
         stderr_console().print(translate("done: the result is in {path}", path=run.folder), soft_wrap=True)
         return run.folder

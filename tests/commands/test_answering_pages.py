@@ -40,7 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the commands run: with the repository's rows, and an adapter of one step."""
     folder = tmp_path_factory.mktemp("pages")
     (folder / "data").symlink_to(ROOT / "data")
-    changes = {"train_file": str(ROOT / "data/dummy_data.jsonl"), "output_dir": str(folder / ADAPTER), "max_steps": 1}
+    rows = str(ROOT / "data/dummy_data.jsonl")
+    changes = {"train_file": rows, "output_dir": str(folder / ADAPTER), "max_steps": 1, "compare": False}
     train(load_config(ROOT / "train_args/sft/lora/smollm2-135m-sft-lora.json", changes))
     return folder
 

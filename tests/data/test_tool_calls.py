@@ -13,7 +13,7 @@ from firefly.data.families import TEMPLATES, find_family
 from firefly.data.formats import parse_record
 from firefly.data.schema import Conversation, Message
 from firefly.data.templates import ChatTemplate, TemplateFailure, read_template
-from firefly.data.tool_calls import match_results
+from firefly.data.tool_calls import match_results, openai_message
 
 
 @cache
@@ -438,3 +438,12 @@ def test_a_template_needs_the_name_of_a_result_if_it_writes_nothing_in_its_place
     style = written(CHATML.replace("BODY", body)).call_style
     assert style is not None
     assert style.names_results == needed
+
+
+def test_calls_of_functions_are_sent_as_programs_send_them() -> None:
+    call = {"id": "x", "type": "function", "function": {"name": "f", "arguments": {"city": "北京"}}}
+    sent = openai_message(Message.of("assistant", "", tool_calls=(call,), reasoning="hm"))
+    assert sent["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"city": "北京"}'}
+    assert sent["reasoning_content"] == "hm"
+    assert "thinking" not in sent
+    assert call["function"]["arguments"] == {"city": "北京"}

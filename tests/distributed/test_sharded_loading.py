@@ -47,6 +47,7 @@ def settings_of(place: Path, output: Path, changes: dict[str, Any], engine: dict
         "max_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
+        "compare": False,
         "use_cpu": True,
         "bf16": False,
         "seed": 3,

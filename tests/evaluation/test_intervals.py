@@ -114,6 +114,21 @@ def test_intervals_of_a_relative_change_cover_the_truth() -> None:
     assert all(0.93 - 0.014 <= part <= 0.97 + 0.014 for part in found), found
 
 
+@pytest.mark.slow
+def test_rows_that_were_not_drawn_are_not_covered() -> None:
+    # The limit that the module names: a tenth of all rows becomes much worse, the others a little better.
+    def rare_harm(random: np.random.Generator, rows: int) -> tuple[np.ndarray, ...]:
+        units = lengths(random, rows)
+        harmed = random.random(rows) < 0.1
+        change = np.where(harmed, random.exponential(1.0, rows), random.normal(-0.15, 0.1, rows))
+        return 3 * units, units * (3 + change), units
+
+    truth = true_change(rare_harm, loss_change)
+    found = [covered(rare_harm, loss_change, truth, rows, 500, rows) for rows in (12, 150)]
+    print([f"{part:.1%}" for part in found])
+    assert 0.7 < found[0] < 0.85 < found[1] < 0.95
+
+
 def test_intervals_of_20_rows_cover_the_truth() -> None:
     truth = true_change(even_gain, loss_change)
     assert covered(even_gain, loss_change, truth, 20, 300, 5) == pytest.approx(0.95, abs=0.02 + 0.013)

@@ -20,7 +20,7 @@ from firefly.data.schema import Message
 from firefly.errors import UsageError, VerificationError
 from firefly.export import llamacpp
 from firefly.export.agreement import Refused
-from firefly.export.battery import BatteryRow, openai_message
+from firefly.export.battery import BatteryRow
 from firefly.export.llamacpp import LlamaCpp
 from tiny import tiny_model
 from tiny_gguf import CHATML, merging_tokenizer, write_tiny_gguf, write_tiny_lora
@@ -196,15 +196,6 @@ def test_values_for_the_template_are_given_to_it(tmp_path: Path) -> None:
         assert engine.options == ("--chat-template-kwargs", '{"date_string": "26 Jul"}')
     with LlamaCpp.open(file, None, 128, 1) as engine:  # which gives today's date by itself
         assert engine.prompt_ids(asked) != list(asked.prompt)
-
-
-def test_calls_of_functions_are_sent_as_programs_send_them() -> None:
-    call = {"id": "x", "type": "function", "function": {"name": "f", "arguments": {"city": "北京"}}}
-    sent = openai_message(Message.of("assistant", "", tool_calls=(call,), reasoning="hm"))
-    assert sent["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"city": "北京"}'}
-    assert sent["reasoning_content"] == "hm"
-    assert "thinking" not in sent
-    assert call["function"]["arguments"] == {"city": "北京"}
 
 
 def test_two_ways_to_one_prompt_that_differ_are_told(engine: LlamaCpp, monkeypatch: pytest.MonkeyPatch) -> None:

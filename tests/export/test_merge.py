@@ -45,6 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "max_steps": 4,
             "save_strategy": "no",
             "report_to": "none",
+            "compare": False,
             "use_cpu": True,
             "bf16": False,
         }
@@ -264,6 +265,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "max_steps": 3,
             "save_strategy": "no",
             "report_to": "none",
+            "compare": False,
             "use_cpu": True,
             "bf16": False,
         }
@@ -346,6 +348,7 @@ def trained(folder: Path, kind: str, name: str, **changes: Any) -> Path:
         "max_steps": 3,
         "save_strategy": "no",
         "report_to": "none",
+        "compare": False,
         "use_cpu": True,
         "bf16": False,
     }

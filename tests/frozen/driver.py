@@ -100,10 +100,12 @@ def fork(job: Job, rank: int, port: str) -> int:
             os.environ |= {name: str(number) for name, number in (here | sizes).items()}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         from firefly.cli import main
+        from firefly.config import own_fields
 
         if job.killed_after:
             sys.addaudithook(Killer(Path(job.killed_after)))
-        code = main(["train", job.config])
+        without = ["--compare", "false"] if "compare" in own_fields() else []  # the other side may be older
+        code = main(["train", job.config, *without])
         if rank == 0:
             job.imported.write_text("\n".join(sorted(set(sys.modules) - before)), encoding="utf-8")
     except BaseException:

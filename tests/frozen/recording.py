@@ -47,7 +47,7 @@ def train(cell: Cell, inputs: Path, folder: Path, **changes: Any) -> Left:
     from firefly.cli import main
 
     config = inputs / f"{folder.name}.json"
-    config.write_text(json.dumps(cell.settings(inputs, str(folder)) | changes), encoding="utf-8")
+    config.write_text(json.dumps(cell.settings(inputs, str(folder)) | {"compare": False} | changes), encoding="utf-8")
     assert main(["train", str(config)]) == 0
     return read(folder)
 

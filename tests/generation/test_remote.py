@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +18,7 @@ from firefly.errors import UsageError
 from firefly.generation import remote
 from firefly.generation.connecting import connect
 from firefly.generation.engine import Delta, EngineFull, Request
-from firefly.generation.remote import RemoteEngine, RemoteLimits, Server, completion_body
+from firefly.generation.remote import RemoteEngine, RemoteLimits, Server, ServerError, completion_body
 from firefly.generation.settings import GenerationSettings
 from tiny import tiny_tokenizer
 
@@ -428,3 +431,68 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(UsageError) as error:
         Server(url)
     assert error.value.code == "remote.bad_url"
+
+
+@pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("http://host:1", "/v1/models"),
+        ("http://host:1/v1/", "/v1/models"),
+        ("http://host:1/llm/v1", "/llm/v1/models"),
+        ("http://host:1/llm", "/llm/v1/models"),
+        ("http://host:1/api/paas/v4", "/api/paas/v4/models"),
+        ("http://host:1/v1beta/openai/", "/v1beta/openai/models"),
+    ],
+)
+def test_an_address_keeps_the_version_that_it_names(url: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[str] = []
+    connection = Server(url).connect(1)
+    monkeypatch.setattr(connection, "request", lambda method, path, **rest: sent.append(path))
+    Server(url).send(connection, "/v1/models", None)
+    Server(url.replace("/v1beta/openai/", "").replace("/api/paas/v4", "")).send(connection, "/health", None)
+    assert sent == [path, path.partition("/v1")[0].partition("/api")[0] + "/health"]
+
+
+@contextmanager
+def listening(say: Callable[[socket.socket], None]) -> Iterator[Server]:
+    """A server of one connection, on which `say` writes."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with listener.accept()[0] as client:
+                client.recv(1 << 16)
+                with suppress(OSError):
+                    say(client)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        thread.join(10)
+
+
+def test_a_server_that_keeps_a_connection_open_with_blanks_does_not_hold_us_for_ever() -> None:
+    def trickle(client: socket.socket) -> None:
+        client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        for _ in range(100):
+            client.sendall(b"\n")
+            time.sleep(0.05)
+
+    with listening(trickle) as server, pytest.raises(TimeoutError, match="no whole answer"):
+        server.ask("/v1/models", seconds=0.3)
+
+
+def test_an_answer_that_breaks_off_is_none() -> None:
+    short = b'HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"data": []}'
+    with listening(lambda client: client.sendall(short)) as server, pytest.raises(http.client.IncompleteRead):
+        server.ask("/v1/models")
+
+
+def test_an_error_says_its_status_and_when_to_ask_again() -> None:
+    busy = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 7\r\nContent-Length: 0\r\n\r\n"
+    with listening(lambda client: client.sendall(busy)) as server, pytest.raises(ServerError) as error:
+        server.ask("/v1/models")
+    assert (error.value.status, error.value.retry_after) == (429, 7.0)
+
+
+def test_a_key_is_not_shown() -> None:
+    assert "secret" not in repr(Server("http://host", "secret"))

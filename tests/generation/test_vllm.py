@@ -436,6 +436,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
         "max_steps": 8,
         "learning_rate": 1e-3,
         "bf16": False,
+        "compare": False,
     }
     run = train(load_config(root / "train_args/sft/lora/smollm2-135m-sft-lora.json", changes))
     config = ModelConfig(name_or_path=EMBEDDED)

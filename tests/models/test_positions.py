@@ -136,6 +136,7 @@ def files(tmp_path: Path) -> dict[str, Any]:
         "template_name": "default",
         "train_mode": "lora",
         "max_seq_length": 256,
+        "compare": False,
         "use_cpu": True,
         "report_to": "none",
     }

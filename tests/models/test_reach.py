@@ -254,6 +254,7 @@ def test_a_full_run_writes_the_whole_model_with_its_towers_untouched(name: str, 
                 "learning_rate": 0.01,
                 "save_strategy": "no",
                 "report_to": "none",
+                "compare": False,
                 "use_cpu": True,
             }
         )

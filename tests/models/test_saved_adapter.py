@@ -138,6 +138,7 @@ def run_settings(folder: Path, **changes: Any) -> dict[str, Any]:
         "max_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
+        "compare": False,
         "use_cpu": True,
         "bf16": False,
     } | changes

@@ -19,6 +19,7 @@ from torch import Tensor
 from firefly.data.schema import IGNORE, Tokens
 from firefly.distributed.backends import BACKENDS
 from firefly.errors import UsageError
+from firefly.evaluation.held_out import evaluate
 from firefly.tasks.kto import KTO, LabelledPacking
 from firefly.tasks.reference import AdapterOff, FrozenModel
 from tiny import ListedExamples, gradients, random_pair, tiny_model, tiny_tokenizer
@@ -176,7 +177,12 @@ def test_metrics_of_a_step_and_of_an_evaluation_are_means_over_each_kind_of_answ
         "logps/chosen": logps[good].mean(),
         "logps/rejected": logps[~good].mean(),
     }
-    evaluated = trial.evaluate()
+    found = evaluate(trial.task, trial.model, ListedExamples(EXAMPLES))
+    signs = torch.where(good, 1.0, -1.0)
+    losses = torch.where(good, GOOD, BAD) * (1 - torch.sigmoid(signs * BETA * (gained - kl)))
+    torch.testing.assert_close(torch.from_numpy(found.losses), losses.double(), rtol=1e-4, atol=0)
+    assert found.targets.tolist() == [1] * len(EXAMPLES)
+    evaluated = found.metrics
     for name, value in expected.items():
         assert logs[name] == pytest.approx(value.item(), rel=1e-4)
         assert evaluated[f"eval_{name}"] == pytest.approx(value.item(), rel=1e-4)

@@ -22,6 +22,7 @@ from firefly.config import ModelConfig, load_config
 from firefly.console import take_notices
 from firefly.data.schema import TokenPair
 from firefly.errors import UsageError
+from firefly.evaluation.held_out import evaluate
 from firefly.export.merge import merge
 from firefly.generation import Generator
 from firefly.models.attention import use_segments
@@ -31,7 +32,7 @@ from firefly.setup.plan import make_plan
 from firefly.tasks.base import Forward
 from firefly.tasks.reward import RewardTask, ScorePacking
 from firefly.training import train
-from tiny import gradients, random_pairs, run_settings, save_tiny_model, tiny_model, tiny_tokenizer
+from tiny import ListedExamples, gradients, random_pairs, run_settings, save_tiny_model, tiny_model, tiny_tokenizer
 from trials import Trial, configuration, make_trial
 
 SHAPES = ((7, 5, 9), (40, 30, 3), (1, 12, 12), (20, 1, 1), (3, 2, 60), (11, 70, 20))
@@ -134,7 +135,11 @@ def test_metrics_of_a_step_and_of_an_evaluation_are_means_over_pairs(tmp_path: P
         "reward/chosen": chosen.mean(),
         "reward/rejected": rejected.mean(),
     }
-    evaluated = trial.evaluate()
+    found = evaluate(trial.task, trial.model, ListedExamples(PAIRS))
+    torch.testing.assert_close(
+        torch.from_numpy(found.losses), -F.logsigmoid(chosen - rejected).double(), rtol=1e-4, atol=0
+    )
+    evaluated = found.metrics
     assert evaluated["eval_loss"] == pytest.approx(-F.logsigmoid(chosen - rejected).mean().item(), rel=1e-4)
     for name, value in expected.items():
         assert logs[name] == pytest.approx(value.item(), rel=1e-4)

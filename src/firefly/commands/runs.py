@@ -155,7 +155,10 @@ def show_run(record: RunRecord, console: Console) -> None:
     show_section(console, translate("data"), counted)
     curves = {name: series(record.metrics, name) for name in ("loss", "eval_loss", "rewards/margins")}
     show_section(console, translate("loss"), {name: describe_curve(curve) for name, curve in curves.items() if curve})
-    show_section(console, translate("results"), {name: readable(name, value) for name, value in record.results.items()})
+    results = {name: readable(name, value) for name, value in record.results.items() if name != "comparison"}
+    show_section(console, translate("results"), results)
+    verdicts = [message_of(mapping(item)) for item in mapping(manifest.get("comparison")).get("verdicts") or []]
+    show_section(console, translate("comparison"), {str(number): message for number, message in enumerate(verdicts, 1)})
     show_section(console, translate("evaluations"), scored(record))
     steps = [
         str(step) if complete else translate("{step} (incomplete)", step=step) for step, complete in record.checkpoints

@@ -226,8 +226,11 @@ class PreferenceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """When a run stops because its evaluation no longer gets better; null: never."""
+    """What a run compares its result with, and when it stops because its evaluation no longer gets better."""
 
+    compare: bool = key(True)
+    """Compare the result with the model before the first step: held-out losses, answers, what was forgotten; false
+    switches it off. See docs/compare.md."""
     patience: int | None = key(None, name="early_stopping_patience", ge=1)
     """Stop after so many evaluations in a row without an improvement; keeps the best checkpoint."""
     threshold: float = key(0.0, name="early_stopping_threshold", ge=0)

@@ -209,6 +209,12 @@ def pack(examples: Sequence[Tokens]) -> PackedBatch:
     )
 
 
+def pack_owned(examples: Sequence[Tokens]) -> PackedBatch:
+    """`pack`, with the number of its example beside each target, as the channel `owner`."""
+    owner = np.repeat(np.arange(len(examples)), np.array([tokens.num_targets for tokens in examples], dtype=np.int64))
+    return dataclasses.replace(pack(examples), channels={"owner": torch.from_numpy(owner)})
+
+
 def plan_microbatches(lengths: Sequence[int], budget: int, multiple: int = 1) -> list[list[int]]:
     """Assign examples to as few microbatches as fit under `budget` tokens, of sizes as even as possible.
 
@@ -375,6 +381,11 @@ class Packer(Protocol):
 def pack_rows(examples: ExampleList, rows: Sequence[int], step: Sequence[int]) -> PackedBatch:
     """`pack`, as a `Packer`."""
     return pack([examples[row] for row in rows])
+
+
+def pack_owned_rows(examples: ExampleList, rows: Sequence[int], step: Sequence[int]) -> PackedBatch:
+    """`pack_owned`, as a `Packer`."""
+    return pack_owned([examples[row] for row in rows])
 
 
 class StepSource(Protocol):

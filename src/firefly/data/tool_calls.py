@@ -267,3 +267,21 @@ def _left_blank(written: str, words: Sequence[str], plain: str | None) -> bool:
         if text == plain and plain != written:
             return True
     return False
+
+
+def openai_message(message: Message) -> dict[str, Any]:
+    """A message as programs send it to a chat endpoint: the arguments of calls are JSON text there."""
+    sent = message.as_dict()
+    sent.pop("thinking", None)  # the same text under the name of one template
+    if "tool_calls" in sent:
+        sent["tool_calls"] = [
+            dict(call) | {"function": _with_text_arguments(call["function"])} for call in sent["tool_calls"]
+        ]
+    return sent
+
+
+def _with_text_arguments(function: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = function["arguments"]
+    return dict(function) | {
+        "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    }

@@ -6,15 +6,17 @@ Rows are what was drawn from the world, so rows are what intervals speak of: eac
 - Sums and means that change in every row: the symmetric studentized bootstrap, whose error in coverage falls with the
   square of the rows (P. Hall, "On symmetric bootstrap confidence intervals", J. R. Statist. Soc. B 50, 1988). Of 12
   rows whose lengths and losses are lognormal, the percentile bootstrap covers the truth 88 times of 100, Student's
-  interval 92, this one 95. It is studentized by the jackknife, which knows that one long row weighs much, and is never
+  interval 91, this one 95. It is studentized by the jackknife, which knows that one long row weighs much, and is never
   narrower than Student's.
 - Outcomes of which most do not change (right or wrong answers, above all): the adjusted Wald interval of D. G. Bonett
   and R. M. Price (J. Educ. Behav. Stat. 37, 2012), which counts one more change in each direction than was seen. So no
-  change in 10 answers means "at most 25 of 100", not "none", and four answers lost with none gained prove nothing.
+  change in 10 answers means "at most 26 of 100", not "none", and four answers lost with none gained prove nothing.
+
+Scores that change in some rows only take the wider of both.
 
 What neither can know are rows that were not drawn: where one row of ten becomes far worse and the others a little
-better, or losses spread over orders of magnitude, 12 rows cover the truth 75 to 87 times of 100, 150 rows 90 to 94
-times. No method without assumptions does better (R. R. Bahadur and L. J. Savage, Ann. Math. Statist. 27, 1956).
+better, or losses spread over orders of magnitude, 12 rows cover the truth 76 to 89 times of 100, 150 rows 91 or 92
+times. No method without assumptions can promise more (R. R. Bahadur and L. J. Savage, Ann. Math. Statist. 27, 1956).
 """
 
 from __future__ import annotations

@@ -76,6 +76,7 @@ class RowLoss:
         total: its summed loss: nats over its targets, or the loss of a pair or a labelled answer.
         targets: how many tokens that was summed over; 1 for a pair or a labelled answer.
         size: UTF-8 bytes of the targets' text, by which models with unlike tokenizers are compared; 0: not known.
+        prefers: of a pair: whether its better answer is the likelier one for each token; None otherwise.
     """
 
     key: str
@@ -83,6 +84,7 @@ class RowLoss:
     total: float
     targets: int
     size: int = 0
+    prefers: bool | None = None
 
 
 @dataclass(frozen=True)

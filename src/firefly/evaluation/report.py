@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from firefly.translation import Phrase
 
 Retention = Literal["kept", "forgot", "unclear"]
 MeasureName = Literal[
-    "stop_rate", "tokens", "repetition", "language", "exact_match", "chrf", "bleu", "rouge_l", "correct"
+    "stop_rate", "tokens", "repetition", "language", "exact_match", "chrf", "bleu", "rouge_l", "correct", "prefers"
 ]
 
 
@@ -61,8 +62,8 @@ class Measure:
 
     Attributes:
         count: questions that it was taken over.
-        base, tuned: shares of 1 (stop_rate, repetition, language, exact_match, correct), tokens, or points of 100
-            (chrf, bleu, rouge_l).
+        base, tuned: shares of 1 (stop_rate, repetition, language, exact_match, correct, and prefers: of the pairs
+            whose better answer the model finds likelier), tokens, or points of 100 (chrf, bleu, rouge_l).
         difference: tuned less base.
         verdict: "no_difference" for figures of which neither more nor less is better (tokens).
     """
@@ -204,13 +205,15 @@ class Report:
     created: str = field(default="")
 
     def as_dict(self) -> dict[str, Any]:
-        """What report.json holds; sentences stand there in the user's language."""
+        """What report.json holds: sentences in the user's language, null for what is infinite or not a number."""
         return _plain(self)
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Phrase):
         return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no such number
     if is_dataclass(value):
         return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, (list, tuple)):

@@ -125,10 +125,13 @@ def rouge_l(answer: str, reference: str) -> float:
     return 100.0 * 2 * common / (len(given) + len(expected))
 
 
-def words(text: str) -> list[str]:
-    """Words in lower case, without punctuation and symbols; each character of a script without spaces is one.
+def words(text: str, symbols: bool = False) -> list[str]:
+    """Words in lower case; each character of a script without spaces is one.
 
     Of ASCII text they are rouge-score's. Accents and vowel signs stay with the letter that they stand on.
+
+    Args:
+        symbols: whether each character of punctuation and each symbol is a word, too; else they only part words.
     """
     found: list[str] = []
     open_word = marked = False  # whether a letter joins the last word, and whether a mark does
@@ -146,6 +149,8 @@ def words(text: str) -> list[str]:
                 found[-1] += character
         elif category != "Cf":  # joiners and direction marks stand within words
             open_word = marked = False
+            if symbols and not character.isspace():
+                found.append(character)
     return found
 
 

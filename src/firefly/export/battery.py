@@ -6,7 +6,6 @@ Each ends in a reply, so that one pass of the trained model gives its distributi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -171,21 +170,3 @@ def _row(encoder: Encoder, name: str, conversation: Conversation) -> BatteryRow 
     if ids[: len(prompt)] != prompt or len(ids) <= len(prompt):
         return None
     return BatteryRow(name, adapted.messages, adapted.tools, tuple(prompt), tuple(ids))
-
-
-def openai_message(message: Message) -> dict[str, Any]:
-    """A message as programs send it to a chat endpoint: the arguments of calls are JSON text there."""
-    sent = message.as_dict()
-    sent.pop("thinking", None)  # the same text under the name of one template
-    if "tool_calls" in sent:
-        sent["tool_calls"] = [
-            dict(call) | {"function": _with_text_arguments(call["function"])} for call in sent["tool_calls"]
-        ]
-    return sent
-
-
-def _with_text_arguments(function: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = function["arguments"]
-    return dict(function) | {
-        "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    }

@@ -25,9 +25,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from firefly.console import notice
+from firefly.data.tool_calls import openai_message
 from firefly.errors import UsageError, VerificationError
 from firefly.export.agreement import Candidates, Refused
-from firefly.export.battery import BatteryRow, openai_message
+from firefly.export.battery import BatteryRow
 from firefly.export.llamacpp_worker import UNUSABLE
 from firefly.translation import translate
 

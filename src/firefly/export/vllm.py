@@ -27,9 +27,10 @@ from firefly.console import notice
 from firefly.data.encoding import Encoder
 from firefly.data.schema import Message
 from firefly.data.templates import ChatTemplate
+from firefly.data.tool_calls import openai_message
 from firefly.errors import VerificationError
 from firefly.export.agreement import Candidates
-from firefly.export.battery import BatteryRow, openai_message
+from firefly.export.battery import BatteryRow
 from firefly.export.vllm_parsers import find_parsers
 from firefly.files import atomic_file, first_line
 from firefly.generation.remote import LONGEST, Server, ServerError

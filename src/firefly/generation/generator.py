@@ -19,7 +19,6 @@ from firefly.config import ModelConfig
 from firefly.console import notice
 from firefly.data.encoding import Encoder
 from firefly.data.schema import Message
-from firefly.data.templates import plain_template
 from firefly.errors import UsageError
 from firefly.generation.batched import BatchedEngine, BatchLimits, Unbatchable
 from firefly.generation.engine import Delta, Engine, EngineFull, FinishReason, Request, Ticket, Token
@@ -177,9 +176,8 @@ class Generator:
         return tuple(self.encoder_of(model or self.name).encode_prompt(messages, tools))
 
     def text_encoder(self, model: str | None = None) -> Encoder:
-        """Texts that are to go on to ids (`Encoder.encode_text`), which needs no template."""
-        served = self.served[model or self.name]
-        return served.encoder or Encoder(served.tokenizer, plain_template())
+        """As `ServedModel.text_encoder`."""
+        return self.served[model or self.name].text_encoder
 
     def prompt_end(self, prompt_ids: Sequence[int], model: str | None = None) -> str:
         """The end of a prompt as text: it may have opened a thought (see `ReplyFormat.parse`)."""
@@ -353,8 +351,12 @@ class _Pending:
         return Answer("".join(delta.text for delta in arrived), tokens, reason)
 
 
-def make_engine(loaded: Loaded, limits: BatchLimits) -> Engine:
-    """The engine for a model: batched where its architecture allows, which is tried; else one request at a time."""
+def make_engine(loaded: Loaded, limits: BatchLimits, quiet: bool = False) -> Engine:
+    """The engine for a model: batched where its architecture allows, which is tried; else one request at a time.
+
+    Args:
+        quiet: do not say that it is one at a time.
+    """
     tokenizers = {name: each.tokenizer for name, each in loaded.served.items()}
     context = context_of(loaded.model.config) or UNKNOWN_CONTEXT
     if limits.cache_tokens is None:
@@ -365,9 +367,10 @@ def make_engine(loaded: Loaded, limits: BatchLimits) -> Engine:
     try:
         return BatchedEngine(loaded.model, tokenizers, loaded.select, context, limits)
     except Unbatchable as error:
-        notice(
-            "generation.one_by_one",
-            "requests are answered one after another: {problem}.",
-            problem=error,
-        )
+        if not quiet:
+            notice(
+                "generation.one_by_one",
+                "requests are answered one after another: {problem}.",
+                problem=error,
+            )
         return PlainEngine(loaded.model, tokenizers, loaded.select, context, limits.max_waiting)

@@ -15,7 +15,7 @@ from firefly.config import ModelConfig
 from firefly.console import notice
 from firefly.data.certificate import allows_special, recheck, trained_template_options
 from firefly.data.encoding import Encoder
-from firefly.data.templates import bind_template
+from firefly.data.templates import bind_template, plain_template
 from firefly.errors import UsageError
 from firefly.models.adapter_loading import has_base, load_adapters, use_adapter
 from firefly.models.base_weights import identify_weights
@@ -59,6 +59,11 @@ class ServedModel:
     adapter: str | None
     folder: Path
     no_template: UsageError | None = None
+
+    @property
+    def text_encoder(self) -> Encoder:
+        """Texts that are to go on to ids (`Encoder.encode_text`), which needs no template."""
+        return self.encoder or Encoder(self.tokenizer, plain_template())
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -35,6 +37,8 @@ WATCHED_EVERY = 5.0
 FAILURES = 3
 """So often in a row a server's /health has to fail before it is given up: one that compiles is silent for a while."""
 SCORED_AT_ONCE = 16
+OTHER_VERSION = re.compile(r"/v\d+(alpha|beta)?\d*(/openai)?$")
+"""The end of an address that names the API's version itself, in place of /v1."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,16 @@ class RemoteLimits:
 
 
 class ServerError(Exception):
-    """The server did not do what was asked of it, in its own words."""
+    """The server did not do what was asked of it, in its own words.
+
+    Attributes:
+        status: HTTP's; None where it answered, but otherwise than it should.
+        retry_after: seconds after which it wants to be asked again, where it says so.
+    """
+
+    def __init__(self, text: str, status: int | None = None, retry_after: float | None = None) -> None:
+        super().__init__(text)
+        self.status, self.retry_after = status, retry_after
 
 
 class Process(Protocol):
@@ -69,11 +82,11 @@ class Server:
     """Where a server listens.
 
     Attributes:
-        url: with or without the closing /v1.
+        url: with or without the closing /v1. Some have another version there (/api/paas/v4), or a name behind it.
     """
 
     url: str
-    api_key: str = ""
+    api_key: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         with suppress(ValueError):
@@ -95,6 +108,8 @@ class Server:
 
     def send(self, connection: http.client.HTTPConnection, path: str, body: Mapping[str, Any] | None) -> None:
         base = urlsplit(self.url).path.rstrip("/").removesuffix("/v1")
+        if OTHER_VERSION.search(base):
+            path = path.removeprefix("/v1")
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         if body is None:
             connection.request("GET", base + path, headers=headers)
@@ -109,12 +124,25 @@ class Server:
             ServerError: an answer that says so.
             OSError, http.client.HTTPException: none.
         """
-        with closing(self.connect(seconds)) as connection:
+        deadline = time.monotonic() + seconds
+        with closing(self.connect(min(seconds, PATIENCE))) as connection:
+            connection.connect()
+            connection.sock.settimeout(seconds)
             self.send(connection, path, body)
             response = connection.getresponse()
-            answer = response.read()
+            answer = b""
+            # Blank lines that keep a connection open would put off the end of a single read again and again.
+            while part := response.read1(1 << 16):
+                answer += part
+                if time.monotonic() > deadline:
+                    raise TimeoutError(translate("no whole answer in {seconds:.0f} seconds", seconds=seconds))
+        if response.length:
+            raise http.client.IncompleteRead(answer, response.length)
         if response.status != http.client.OK:
-            raise ServerError(_complaint(answer, response.status))
+            wait = response.headers.get("Retry-After", "")
+            raise ServerError(
+                _complaint(answer, response.status), response.status, float(wait) if wait.isdecimal() else None
+            )
         return json.loads(answer) if answer else None
 
 

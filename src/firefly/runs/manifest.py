@@ -101,6 +101,15 @@ def record_memory(output_dir: Path, found: dict[str, int]) -> None:
     write_json(path, manifest | {"memory": manifest.get("memory", {}) | found})
 
 
+def record_comparison(output_dir: Path, found: dict[str, Any]) -> None:
+    """Write into run.json and train_results.json what the comparison with the model before the run found. The first
+    rank writes."""
+    if not is_first():
+        return
+    for name in ("run.json", "train_results.json"):
+        write_json(output_dir / name, read_object(output_dir / name) | {"comparison": found})
+
+
 def package_versions() -> dict[str, str | None]:
     def installed(name: str) -> str | None:
         try:

@@ -92,9 +92,13 @@ class RunRecorder(TrainerCallback):
         self.beat = 0.0
         self.failed: set[str] = set()
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def begin(self, step: int) -> None:
+        """Training begins now, behind `step`; what was done before is none of its time."""
         self.training_began = self.beat = time.time()
-        self.pace.begin(state.global_step)
+        self.pace.begin(step)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.begin(state.global_step)
         if state.global_step >= state.max_steps or not state.is_world_process_zero:
             return  # nothing is left to train, and what was written stays
         lines = read_metrics(self.path) if state.global_step else []

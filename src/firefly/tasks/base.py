@@ -97,9 +97,9 @@ class Forward:
             self.recorded.append((recorded_logits(result, self.model.router), row.weights()))
         return result
 
-    def summed_logps(self, rows: Sequence[PackedBatch], owners: int) -> Tensor:
-        """Log-probabilities of the rows' targets, summed by their channel `owner`, fp32 (owners,)."""
-        logps = torch.cat([self(row, per_token=True)["logps"] for row in rows]).float()
+    def summed_logps(self, rows: Sequence[PackedBatch], owners: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Log-probabilities of the rows' targets, summed in `dtype` by their channel `owner`, (owners,)."""
+        logps = torch.cat([self(row, per_token=True)["logps"] for row in rows]).to(dtype)
         owner = torch.cat([row.channels["owner"] for row in rows])
         return logps.new_zeros(owners).index_add(0, owner, logps)
 
@@ -128,6 +128,8 @@ class Task(ABC):
     """Names of what `evaluation_metrics` gives."""
     HEAD: ClassVar[Literal["nll", "logps", "score"]]
     """What the model's head makes of targets: the sum of their NLL, the log-probability of each, or a text's score."""
+    UNIT: ClassVar[Literal["token", "example"]] = "example"
+    """What the loss is a mean over."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -189,12 +191,31 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def evaluation_sums(self, forward: Forward, batch: Any, of_step: Any) -> Tensor:
-        """The sums of one microbatch that an evaluation accumulates, (any,) fp32 on the device."""
+    def evaluation_values(self, forward: Forward, batch: Any, examples: int, of_step: Any) -> Tensor:
+        """What an evaluation sums up, of each example of one microbatch: first its loss, then whatever metrics need.
+
+        Args:
+            examples: how many it holds; 0 of padding (see `empty_row`), which is computed all the same.
+
+        Returns:
+            (examples, any) fp64 on the device.
+        """
 
     @abstractmethod
     def evaluation_metrics(self, sums: list[float], totals: StepTotals) -> dict[str, float]:
-        """Metrics of the examples that `sums` and `totals` were taken over."""
+        """Metrics of the examples that `sums` of their values and `totals` were taken over."""
+
+    def example_losses(self, values: np.ndarray, totals: StepTotals) -> np.ndarray:
+        """What each example adds to the loss, which is their sum over `UNIT`s, (examples,) fp64.
+
+        Args:
+            values: of `evaluation_values`, of all examples.
+        """
+        return values[:, 0]
+
+    def prefers(self, values: np.ndarray) -> np.ndarray | None:
+        """Of each pair whether the model prefers the better answer, bool (pairs,); None where there are no pairs."""
+        return None
 
     def training_metrics(self, sums: list[float], examples: int) -> dict[str, float]:
         """Metrics of the steps since the last log, from their `ComputedStep.sums` of all ranks."""

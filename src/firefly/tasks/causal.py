@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firefly.data.batching import PackedBatch, Packer, StepTotals, pack_rows
+from firefly.data.batching import PackedBatch, Packer, StepTotals, pack_owned_rows, pack_rows
 from firefly.tasks.base import Forward, Task
 
 
@@ -18,9 +18,10 @@ class TokenTask(Task):
 
     METRICS = ("loss", "perplexity", "target_tokens")
     HEAD = "nll"
+    UNIT = "token"
 
     def packing(self, held_out: bool, solo: bool) -> Packer:
-        return pack_rows
+        return pack_owned_rows if held_out else pack_rows
 
     def rows_of(self, batch: PackedBatch, solo: bool) -> tuple[PackedBatch, ...]:
         return batch.apart() if solo else batch.rows
@@ -35,8 +36,8 @@ class TokenTask(Task):
     ) -> tuple[Tensor, None]:
         return self.summed_nll(forward, batch) / max(totals.targets, 1), None
 
-    def evaluation_sums(self, forward: Forward, batch: PackedBatch, of_step: Any) -> Tensor:
-        return self.summed_nll(forward, batch)[None]
+    def evaluation_values(self, forward: Forward, batch: PackedBatch, examples: int, of_step: Any) -> Tensor:
+        return -forward.summed_logps(self.rows_of(batch, forward.solo), examples, torch.float64)[:, None]
 
     def evaluation_metrics(self, sums: list[float], totals: StepTotals) -> dict[str, float]:
         loss = sums[0] / max(totals.targets, 1)

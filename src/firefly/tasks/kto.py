@@ -7,7 +7,7 @@ prompt with the answer of the example before it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from firefly import ranks
 from firefly.config import Config
-from firefly.data.batching import ExampleList, PackedBatch, StepTotals, moved, pack
+from firefly.data.batching import ExampleList, PackedBatch, StepTotals, moved, pack_owned
 from firefly.data.schema import IGNORE, Tokens
 from firefly.distributed.backends import Backend
 from firefly.errors import UsageError
@@ -65,12 +65,6 @@ class LabelledPacking:
         ids = np.concatenate([asked.input_ids[:prompt], other.input_ids[answer:]])
         labels = np.concatenate([asked.labels[:prompt], other.labels[answer:]])
         return Tokens(ids[: self.limit], labels[: self.limit])
-
-
-def pack_owned(examples: Sequence[Tokens]) -> PackedBatch:
-    """`pack`, with the number of its example beside each target."""
-    owner = np.repeat(np.arange(len(examples)), [tokens.num_targets for tokens in examples])
-    return replace(pack(examples), channels={"owner": torch.from_numpy(owner)})
 
 
 class KTO(ReferenceTask):
@@ -122,24 +116,24 @@ class KTO(ReferenceTask):
         return (forward.model.summed(gained) / totals.examples).clamp_min(0)
 
     def losses(self, forward: Forward, batch: LabelledBatch, kl: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of each example, (examples,), and what is measured of them: sums of the losses and of the KL term;
-        of desirable and of other answers: how many, their rewards, their log-probabilities; (8,) fp64."""
+        """The loss of each example, (examples,), and what is measured of it, (examples, 8) fp64: its loss and the KL
+        term; then as a desirable answer, and as another one: 1, its reward, its log-probability."""
         settings, good = self.config.preference, batch.desirable
         gained, logps = self.log_ratios(forward, batch.rows, len(good))
         sign = torch.where(good, 1.0, -1.0)
         weight = torch.where(good, settings.desirable_weight, settings.undesirable_weight)
         losses = weight * (1 - torch.sigmoid(sign * settings.beta * (gained - kl)))
         with torch.no_grad():
-            sides = torch.stack([good, ~good]).double()
-            values = torch.stack([torch.ones_like(gained), settings.beta * gained, logps]).double()
-            measured = torch.cat([torch.stack([losses.sum(), kl * len(good)]), (sides @ values.T).flatten()])
-        return losses, measured.double()
+            values = torch.stack([torch.ones_like(gained), settings.beta * gained, logps], dim=1).double()
+            sides = [side[:, None] * values for side in (good, ~good)]
+            measured = torch.cat([torch.stack([losses, kl.expand(len(good))], dim=1).double(), *sides], dim=1)
+        return losses, measured
 
     def microbatch_loss(
         self, forward: Forward, batch: LabelledBatch, totals: StepTotals, of_step: Tensor
     ) -> tuple[Tensor, Tensor]:
         losses, measured = self.losses(forward, batch, of_step)
-        return losses.sum() / totals.examples, measured
+        return losses.sum() / totals.examples, measured.sum(0)
 
     def training_metrics(self, sums: list[float], examples: int) -> dict[str, float]:
         found = {"kl": sums[1] / examples}
@@ -150,7 +144,7 @@ class KTO(ReferenceTask):
             found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
         return found
 
-    def evaluation_sums(self, forward: Forward, batch: LabelledBatch, of_step: Tensor) -> Tensor:
+    def evaluation_values(self, forward: Forward, batch: LabelledBatch, examples: int, of_step: Tensor) -> Tensor:
         return self.losses(forward, batch, of_step)[1]
 
     def evaluation_metrics(self, sums: list[float], totals: StepTotals) -> dict[str, float]:

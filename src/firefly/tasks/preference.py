@@ -99,11 +99,11 @@ class PreferenceTask(PairReferenceTask):
             return self.answer_logps(asked, batch)[:2]
 
     def pair_logps(self, forward: Forward, batch: PairBatch) -> tuple[PairLogps, Tensor]:
-        """The pairs' log-probabilities, and Σ NLL of what the NLL term runs over."""
+        """The pairs' log-probabilities, and of each the NLL that the NLL term runs over, (pairs,)."""
         expected = self.reference_logps(forward, batch)
         found = self.answer_logps(forward, batch)
         pair = PairLogps(found[0], found[1], expected[0], expected[1], batch.counts[0], batch.counts[1])
-        return pair, -(found[0].sum() + found[2].sum())
+        return pair, -(found[0] + found[2])
 
     # ---- loss and metrics ----
 
@@ -114,26 +114,38 @@ class PreferenceTask(PairReferenceTask):
         losses = self.objective.loss(pair, self.settings)
         loss = losses.sum() / totals.examples
         if self.nll_weight:
-            loss = loss + self.nll_weight * nll / max(totals.nll_targets, 1)
-        return loss, self._measure(pair, losses, nll)
+            loss = loss + self.nll_weight * nll.sum() / max(totals.nll_targets, 1)
+        return loss, self._measure(pair, losses, nll).sum(0)
 
     @torch.no_grad()
     def _measure(self, pair: PairLogps, losses: Tensor, nll: Tensor) -> Tensor:
+        """Of each pair its loss without the NLL term, its NLL, and SUMMED, (pairs, 8) fp64."""
         chosen, rejected = rewards(pair, self.settings)
-        values = (losses, chosen, rejected, chosen - rejected, (chosen > rejected).float(), pair.chosen, pair.rejected)
-        return torch.stack([nll, *(value.sum() for value in values)]).double()
+        better = (chosen > rejected).float()
+        values = (losses, nll, chosen, rejected, chosen - rejected, better, pair.chosen, pair.rejected)
+        return torch.stack(values, dim=1).double()
 
     def training_metrics(self, sums: list[float], examples: int) -> dict[str, float]:
         return {name: value / examples for name, value in zip(SUMMED, sums[2:], strict=True)}
 
-    def evaluation_sums(self, forward: Forward, batch: PairBatch, of_step: Any) -> Tensor:
+    def evaluation_values(self, forward: Forward, batch: PairBatch, examples: int, of_step: Any) -> Tensor:
+        """As `_measure`, and whether the chosen answer is the likelier one for each token, (pairs, 9)."""
         pair, nll = self.pair_logps(forward, batch)
-        return self._measure(pair, self.objective.loss(pair, self.settings), nll)
+        measured = self._measure(pair, self.objective.loss(pair, self.settings), nll)
+        likelier = pair.chosen / pair.chosen_tokens > pair.rejected / pair.rejected_tokens
+        return torch.cat([measured, likelier[:, None].double()], dim=1)
 
     def evaluation_metrics(self, sums: list[float], totals: StepTotals) -> dict[str, float]:
-        nll, loss, *others = sums
+        loss, nll, *others, _ = sums
         pairs = max(totals.examples, 1)
         loss = loss / pairs
         if self.nll_weight:
             loss += self.nll_weight * nll / max(totals.nll_targets, 1)
         return {"loss": loss, **{name: value / pairs for name, value in zip(SUMMED, others, strict=True)}}
+
+    def example_losses(self, values: np.ndarray, totals: StepTotals) -> np.ndarray:
+        """With each pair's part of the NLL term, so that their mean is the loss of them all."""
+        return values[:, 0] + self.nll_weight * values[:, 1] * totals.examples / max(totals.nll_targets, 1)
+
+    def prefers(self, values: np.ndarray) -> np.ndarray:
+        return values[:, -1] > 0

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -81,7 +82,7 @@ class RewardTask(Task):
         return ScorePacking(not solo)
 
     def losses(self, forward: Forward, batch: ScoredPairs) -> tuple[Tensor, Tensor]:
-        """The loss of each pair, (pairs,), and the sums of what is measured of them, (5,) fp64."""
+        """The loss of each pair, (pairs,), and what is measured of it, (pairs, 5) fp64."""
         scores = torch.cat([forward(row)["scores"] for row in batch.rows]).view(-1, 2)
         chosen, rejected = scores.unbind(1)
         losses = -F.logsigmoid(chosen - rejected - batch.margins)
@@ -89,19 +90,22 @@ class RewardTask(Task):
             losses = losses + coefficient * (chosen + rejected) ** 2
         with torch.no_grad():
             values = (losses, (chosen > rejected).float(), chosen - rejected, chosen, rejected)
-            return losses, torch.stack([value.sum() for value in values]).double()
+            return losses, torch.stack(values, dim=1).double()
 
     def microbatch_loss(
         self, forward: Forward, batch: ScoredPairs, totals: StepTotals, of_step: Any
     ) -> tuple[Tensor, Tensor]:
         losses, measured = self.losses(forward, batch)
-        return losses.sum() / totals.examples, measured
+        return losses.sum() / totals.examples, measured.sum(0)
 
     def training_metrics(self, sums: list[float], examples: int) -> dict[str, float]:
         return {name: value / examples for name, value in zip(SUMMED, sums[1:], strict=True)}
 
-    def evaluation_sums(self, forward: Forward, batch: ScoredPairs, of_step: Any) -> Tensor:
+    def evaluation_values(self, forward: Forward, batch: ScoredPairs, examples: int, of_step: Any) -> Tensor:
         return self.losses(forward, batch)[1]
+
+    def prefers(self, values: np.ndarray) -> np.ndarray:
+        return values[:, 1 + SUMMED.index("accuracy")] > 0
 
     def evaluation_metrics(self, sums: list[float], totals: StepTotals) -> dict[str, float]:
         pairs = max(totals.examples, 1)

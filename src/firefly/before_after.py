@@ -1,0 +1,308 @@
+"""The comparison that every run makes by itself: of its model before the first step with the one that it leaves.
+
+Held-out rows are evaluated and a few questions asked before the first step; what the model says is kept in a file, so
+that a resumed run finds it. At the end the trained model is asked the same. None of it may cost a run its result: what
+fails is a notice that names the command by which the comparison can be made later.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from firefly import ranks
+from firefly.console import notice, stderr_console
+from firefly.data.blocks import Blocks
+from firefly.data.examples import Examples
+from firefly.evaluation.comparing import Material, compare_measurements
+from firefly.evaluation.comparison import write_report
+from firefly.evaluation.held_out import Evaluation
+from firefly.evaluation.in_run import (
+    Asked,
+    ask_model,
+    asked_again,
+    held_out_losses,
+    held_out_questions,
+    seconds_for_asking,
+    serve,
+)
+from firefly.evaluation.measurement import Measurement, Question
+from firefly.evaluation.probes import ProbeText, probe_questions, probe_texts
+from firefly.evaluation.report import Report
+from firefly.evaluation.subjects import shown_name
+from firefly.evaluation.terminal import show_report
+from firefly.files import first_line
+from firefly.loop import Outcome, Training, evaluate_now, evaluate_result
+from firefly.models.adapters import transformers_model
+from firefly.models.loading import eos_ids
+from firefly.run import Run
+from firefly.runs.manifest import record_comparison, write_json
+from firefly.runs.records import read_object
+from firefly.translation import Phrase, translate
+
+FOLDER = "comparison"
+BEFORE, PAGE, FACTS = "before.json", "report.html", "report.json"
+
+
+def measure_before(training: Training) -> None:
+    """Evaluate held-out rows and ask the model before its first step, and keep what it says for the end.
+
+    A resumed run was measured when it began.
+    """
+    run, folder = training.run, training.run.folder / FOLDER
+    if run.checkpoint is not None:
+        return
+    if ranks.is_first():
+        for name in (BEFORE, PAGE, FACTS):  # of an earlier run in this folder
+            with suppress(OSError):
+                (folder / name).unlink()
+    if not run.config.evaluation.compare:
+        return
+    began = time.monotonic()
+    if run.data.held_out is not None:
+        evaluate_now(training)
+    if ranks.is_first():
+        try:
+            asked = _ask_first(training)
+        except Exception as error:  # an engine, or a model's own code, may fail in any way: the run does not need it
+            asked = Asked()
+            notice(
+                "compare.not_asked",
+                "the model could not be asked before its first step ({problem}), so at the end held-out losses alone "
+                "are compared. Training is not affected.",
+                problem=first_line(error),
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            described = _describe(run, run.config.adapter.name_or_path, 0)
+            found = _measurement(training, _base_of(run), described, training.evaluations.get(0), asked, began)
+            write_json(folder / BEFORE, found.as_dict())
+        except OSError as error:
+            notice(
+                "compare.not_kept",
+                "{path} could not be written ({problem}): at the end there will be nothing to compare with. Training "
+                "is not affected.",
+                path=folder / BEFORE,
+                problem=first_line(error),
+            )
+    training.recorder.begin(training.progress.state.global_step)  # none of it is time of training
+
+
+def _ask_first(training: Training) -> Asked:
+    """What the model says before its first step, as far as time allows."""
+    run, model = training.run, training.model
+    material = _material_of(training)
+    if not material.questions and not material.texts:
+        return Asked()
+    seconds = seconds_for_asking(run.device)
+    if model.ranks > 1:
+        seconds = min(seconds, run.args.ddp_timeout / 3)  # the other ranks wait
+    tqdm.write(
+        translate(
+            "asking the model before its first step, to compare the result with ({seconds} s at most; compare: false "
+            "leaves it out)",
+            seconds=round(seconds),
+        ),
+        file=sys.stderr,
+    )
+    return ask_model(model, _served(training), material.questions, material.texts, seconds)
+
+
+def compare_with_before(training: Training, outcome: Outcome) -> None:
+    """Ask the trained model the same, and say what differs: on the terminal, in comparison/ and in run.json.
+
+    The result is saved: what fails here, or is stopped by Ctrl-C, is a notice.
+    """
+    run, folder = training.run, training.run.folder / FOLDER
+    nothing_trained = not training.progress.counts.steps and (folder / PAGE).is_file()
+    if not run.config.evaluation.compare or ranks.from_first(nothing_trained):
+        return
+    try:
+        before = _read_before(run) if ranks.is_first() else None
+        if not ranks.from_first(before is not None):
+            notice(
+                "compare.no_before",
+                "what the model said before its first step is not in {path}, so there is nothing to compare the result "
+                "with. To compare it with its base: {command}",
+                path=folder / BEFORE,
+                command=compare_command(run),
+            )
+            return
+        evaluation = outcome.evaluation
+        if run.data.held_out is not None and evaluation is None:
+            evaluation = evaluate_result(training)
+        if before is not None:  # the first rank, which writes files
+            report = _compare(training, outcome, before, evaluation)
+            path = write_report(report, folder)
+            record_comparison(run.folder, in_short(report))
+            show_report(report, stderr_console())
+            stderr_console().print(translate("comparison: {path}", path=path), soft_wrap=True)
+    except (Exception, KeyboardInterrupt) as error:
+        notice(
+            "compare.failed",
+            "the result is saved, but it could not be compared with the model before the run ({problem}). To compare "
+            "it with its base: {command}",
+            problem=first_line(error) or type(error).__name__,
+            command=compare_command(run),
+        )
+
+
+def _compare(training: Training, outcome: Outcome, before: Measurement, evaluation: Evaluation | None) -> Report:
+    began = time.monotonic()
+    run, model = training.run, training.model
+    material = _material_of(training)
+    questions = asked_again(material.questions, [answer.key for answer in before.answers])
+    texts = asked_again(material.texts, [row.key for row in before.probe_losses or ()])
+    asked = Asked()
+    if questions or texts:
+        asked = ask_model(model, _served(training), questions, texts)
+    adapter = None if model.full else str(run.folder)
+    described = _describe(run, adapter, outcome.step)
+    after = _measurement(training, str(run.folder), described, evaluation, asked, began)
+    notes = []
+    if outcome.step != training.progress.state.global_step:
+        notes.append(
+            Phrase("the tuned model is that of step {step}, the best evaluation of the run.", step=outcome.step)
+        )
+    if model.backend.shards_weights:
+        command = compare_command(run)
+        notice(
+            "compare.sharded",
+            "{engine} shards the weights, so held-out losses alone are compared. For answers, and for what was "
+            "forgotten: {command}",
+            engine=model.backend.name,
+            command=command,
+        )
+        notes.append(
+            Phrase("no questions were asked, since the weights are sharded over processes: {command}", command=command)
+        )
+    elif len(questions) + len(texts) < len(material.questions) + len(material.texts):
+        notes.append(
+            Phrase(
+                "{questions} of {all_questions} questions and {texts} of {all_texts} texts were put to both models, as "
+                "many as the time for it within a run allows; all of them, and longer answers: {command}",
+                questions=len(questions),
+                all_questions=len(material.questions),
+                texts=len(texts),
+                all_texts=len(material.texts),
+                command=compare_command(run),
+            )
+        )
+    return compare_measurements(Material(questions), before, after, notes=notes)
+
+
+# ---- what is asked, of whom
+
+
+@dataclass(frozen=True)
+class _Questions:
+    """All that may be asked, in the order in which it is."""
+
+    questions: tuple[Question, ...] = ()
+    texts: tuple[ProbeText, ...] = ()
+
+
+def _material_of(training: Training) -> _Questions:
+    """Nothing of a reward model, which writes no answers, and of one whose weights no rank has whole."""
+    run = training.run
+    if run.task.HEAD == "score" or training.model.backend.shards_weights:
+        return _Questions()
+    held_out: tuple[Question, ...] = ()
+    if run.data.held_out is not None:
+        held_out = held_out_questions(run.data.held_out, run.config.data, run.encoder)
+    return _Questions((*held_out, *probe_questions()), probe_texts())
+
+
+def _served(training: Training) -> Any:
+    run, settings = training.run, transformers_model(training.model.module).generation_config
+    stops = run.encoder.template.stop_ids if run.chats else (run.tokenizer.eos_token_id,)
+    return serve(run.encoder, list(dict.fromkeys((*stops, *eos_ids(settings)))), run.chats, run.folder)
+
+
+def _measurement(
+    training: Training,
+    given: str,
+    described: Mapping[str, Any],
+    evaluation: Evaluation | None,
+    asked: Asked,
+    began: float,
+) -> Measurement:
+    run = training.run
+    held_out: Examples | Blocks | None = run.data.held_out
+    losses = None if held_out is None or evaluation is None else held_out_losses(held_out, evaluation)
+    return Measurement(
+        name=shown_name(given),
+        described=described,
+        unit=run.task.UNIT,
+        losses=losses,
+        probe_losses=asked.text_losses,
+        answers=asked.answers,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _base_of(run: Run) -> str:
+    """What a run starts from: a model, or an adapter that is trained on."""
+    return run.config.adapter.name_or_path or run.config.model.name_or_path
+
+
+def _describe(run: Run, adapter: str | None, step: int) -> dict[str, Any]:
+    """What tells a model from others, for the report."""
+    template = run.encoder.template if run.chats else None
+    model = run.config.model.name_or_path
+    return {
+        "given": str(run.folder) if step else _base_of(run),
+        "model": str(run.folder) if step and adapter is None else model,
+        "adapter": adapter,
+        "dtype": run.precision.name,
+        "template": None if template is None else template.name,
+        "template_hash": None if template is None else template.hash,
+        "tokenizer_hash": run.encoder.tokenizer_hash,
+        "step": step,
+    }
+
+
+def _read_before(run: Run) -> Measurement | None:
+    """What was measured when the run began; None where that is not there."""
+    folders = [run.folder, *([] if run.checkpoint is None else [run.checkpoint.parent])]
+    for folder in folders:
+        try:
+            return Measurement.from_dict(read_object(folder / FOLDER / BEFORE))
+        except (TypeError, KeyError):
+            continue
+    return None
+
+
+def compare_command(run: Run) -> str:
+    """The command that compares the result of a run with what it started from."""
+    parts = ["firefly", "compare", "--base", _base_of(run), "--tuned", str(run.folder)]
+    if isinstance(run.config.data.eval_file, str):
+        parts += ["--eval_file", run.config.data.eval_file]
+    return shlex.join([*parts, "--save_path", str(run.folder / FOLDER)])
+
+
+def in_short(report: Report) -> dict[str, Any]:
+    """What run.json and train_results.json say of a comparison; sentences as run.json keeps notices."""
+    overall = report.losses[0] if report.losses else None
+    found: dict[str, Any] = {
+        "learnt": report.learnt,
+        "forgetting": None if report.forgetting is None else report.forgetting.verdict,
+        "verdicts": [{"message": str(phrase), **phrase.as_json()} for phrase in report.verdicts],
+        "report": f"{FOLDER}/{PAGE}",
+    }
+    if overall is not None:
+        found |= {
+            "loss_before": overall.base,
+            "loss_after": overall.tuned,
+            "loss_change": [overall.difference.value, overall.difference.low, overall.difference.high],
+            "unit": report.unit,
+            "rows": overall.rows,
+        }
+    return found

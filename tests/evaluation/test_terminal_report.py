@@ -1,0 +1,109 @@
+"""A comparison on the terminal: a handful of lines that fit, in both languages, with and without colours."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+from made_reports import ALL, EMPTY, ENDPOINTS, HOSTILE, LONG, NASTY, RICH, WORSE, measure
+from rich.cells import cell_len
+from rich.console import Console
+
+from firefly.evaluation import wording
+from firefly.evaluation.report import Report, RowChange
+from firefly.evaluation.terminal import show_report
+
+
+def shown(report: Report, width: int = 80, **options: object) -> str:
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, highlight=False, markup=False, **options)  # type: ignore[arg-type]
+    show_report(report, console)
+    return stream.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def english(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIREFLY_LANG", "en")
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("lang", ["en", "zh"])
+@pytest.mark.parametrize("name", ALL)
+def test_every_line_fits_in_both_languages(name: str, lang: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIREFLY_LANG", lang)
+    lines = shown(ALL[name], width).splitlines()
+    assert [line for line in lines if cell_len(line) > width] == []
+    if name not in ("long", "hostile") and width >= 80:
+        assert len(lines) < 50
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_numbers_and_verdicts_are_never_cut_at_eighty_columns(lang: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIREFLY_LANG", lang)
+    text = shown(RICH)
+    for row in RICH.losses:
+        (line,) = (line for line in text.splitlines() if wording.interval(row.difference) in line)
+        assert line.rstrip().endswith(str(wording.VERDICTS[row.verdict][1]))
+        assert {wording.number(row.base), wording.number(row.tuned), str(row.rows)} <= set(line.split())
+
+
+def test_the_verdicts_come_first_and_then_what_they_rest_on() -> None:
+    text = shown(RICH)
+    parts = (
+        "It helped",
+        "What it knew is kept",
+        "loss on held-out rows",
+        "rows: 71 won, 19 lost, 6 tied",
+        "figures of the answers that changed",
+        "forgetting: ✓ kept",
+        "right before, wrong now: en-water",
+        "wrong before, right now: zh-capital",
+        "rows that became worse",
+        "suspect rows",
+        "note:",
+    )
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places)
+    assert shown(EMPTY) == ""
+
+
+def test_only_figures_that_surely_changed_are_named() -> None:
+    text = shown(RICH)
+    assert "Repetition" in text
+    assert "Tokens per answer" in text
+    assert "Right language" not in text
+    assert "NaN" not in shown(WORSE).partition("figures of the answers")[2]
+    unchanged = replace(RICH, answers=(measure("chrf", 10.0, 11.0, 5.0, "no_difference"),))
+    assert "none of them surely changed" in shown(unchanged)
+
+
+def test_at_most_eight_sources_and_three_rows_are_listed() -> None:
+    lines = shown(LONG, 120).splitlines()
+    assert len([line for line in lines if line.startswith("source-number-")]) == 8
+    assert "and 5 more" in lines
+    assert sum(line.startswith("noise.jsonl:") for line in shown(WORSE).splitlines()) == 3
+    text = shown(ENDPOINTS)
+    assert "loss on held-out rows," not in text
+    assert "rows that became worse" not in text
+    forgotten = replace(RICH.forgetting, lost=tuple(f"question-{number}" for number in range(9)))
+    assert "question-5, and 3 more" in shown(replace(RICH, forgetting=forgotten))
+
+
+def test_what_texts_hold_steers_no_terminal_and_is_no_markup() -> None:
+    row = RowChange("a.jsonl:1", "a.jsonl", 1.0, 2.0, NASTY[80:], "")
+    for report in (HOSTILE, replace(RICH, worst=(row,))):
+        text = shown(report, 300)
+        assert "\x1b" not in text
+        assert "\u202e" not in text
+        assert "[U+001B][31m" in text
+        assert "[bold]red[/bold]" in text
+    (line,) = (line for line in shown(replace(RICH, worst=(row,))).splitlines() if line.startswith("a.jsonl:1 "))
+    assert line.endswith("…")
+
+
+def test_colours_are_an_addition() -> None:
+    coloured = shown(RICH, force_terminal=True, color_system="standard")
+    assert "\x1b[32m✓ better" in coloured
+    assert "✓ better" in shown(RICH)
+    assert "\x1b" not in shown(RICH)
