@@ -308,15 +308,23 @@ def test_show_lists_the_newest_evaluation_of_each_task_and_passes_over_damaged_f
         (folder / f"arc-{created[:10]}.json").write_text(json.dumps(value))
     single = [{"task": "mine", "metric": "chrf", "filter": "strict", "base": None, "tuned": {"value": 50.0}}]
     (folder / "mine-1.json").write_text(json.dumps({"task": "mine", "created": "1", "figures": single}))
+    group = [{**each, "tuned": {"value": 0.5}} for each in (figure | {"is_group": True, "task": "both"}, figure)]
+    (folder / "both.json").write_text(json.dumps({"task": "both", "created": "1", "figures": group}))
     for name, text in (("cut", '{"task": "arc", "crea'), ("list", "[]"), ("odd", '{"task": "odd", "figures": 3}')):
         (folder / f"{name}.json").write_text(text)
     code, out, err = run(capsys, "show", "output/good")
     assert (code, err) == (0, "")
     lines = [" ".join(line.split()) for line in out.partition("\nevaluations\n")[2].splitlines()]
-    assert lines[:2] == ["arc acc 0.2500 → 0.5000 no difference", "mine chrf (strict) 50.0000"]
+    assert lines[:3] == [
+        "arc acc 0.2500 → 0.5000 no difference",
+        "both acc 0.2500 → 0.5000",
+        "mine chrf (strict) 50.0000",
+    ]
+    assert not lines[3]
     code, out, _ = run(capsys, "show", "output/good", "--json")
     assert [(each["task"], "samples" in each) for each in json.loads(out)["evaluations"]] == [
         ("arc", False),
+        ("both", False),
         ("mine", False),
         ("odd", False),
     ]

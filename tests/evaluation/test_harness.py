@@ -189,6 +189,7 @@ def test_lm_eval_leaves_the_process_as_it_was(
     import datasets
     from huggingface_hub import constants
 
+    monkeypatch.setenv("DISABLE_MULTIPROC", "0")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), dict(os.environ)
     flags = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE

@@ -190,7 +190,9 @@ def scored(record: RunRecord) -> dict[str, str]:
     lines = {}
     for evaluation in record.evaluations:
         figures = evaluation.get("figures")
-        for figure in filter(None, map(mapping, figures if isinstance(figures, list) else ())):
+        listed = [mapping(figure) for figure in figures] if isinstance(figures, list) else []
+        means = [figure for figure in listed if figure.get("is_group")]  # of a group its tasks would be many lines
+        for figure in filter(None, means or listed):
             values = [mapping(figure.get(side)).get("value") for side in ("base", "tuned")]
             known = [number(value) for value in values if isinstance(value, (int, float))]
             verdict = str(VERDICTS.get(str(figure.get("verdict")), ""))

@@ -108,14 +108,15 @@ def find_tasks(
             opened = [
                 open_task(_stem(each), each, own.examples, own.metrics, own.max_new_tokens, shots) for each in files
             ]
-        for task in opened:
-            found.own[task.name] = task
+        found.own |= {task.name: task for task in opened}
+        for kind in {task.kind: None for task in opened}:
+            files_of_kind = [task for task in opened if task.kind == kind]
             notice(
                 "eval.read_as",
                 "{path}: {rows} rows, read as {kind}.",
-                path=task.path,
-                rows=task.rows,
-                kind=KINDS[task.kind],
+                path=name if len(opened) > 1 else opened[0].path,
+                rows=sum(task.rows for task in files_of_kind),
+                kind=KINDS[kind],
             )
         groups = {path.name: _average(path.name, opened)} if path.is_dir() else {}
         found.add(path.name if path.is_dir() else opened[0].name, {task.name: task.task for task in opened}, groups)
