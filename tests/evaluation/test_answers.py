@@ -263,7 +263,7 @@ def test_answers_that_loop_to_their_limit_are_measured_in_seconds() -> None:
 
 
 def test_an_interval_ends_where_the_figure_does() -> None:
-    asked = [question(f"q{n}", reference="one two three four five six") for n in range(4)]
+    asked = [question(f"q{n}", "?", reference="one two three four five six") for n in range(4)]
     base = [GivenAnswer(each.key, "one two three four five six", 6, "stop") for each in asked]
     told = zip(asked, ("one", "", "six", "one two"), strict=True)
     tuned = [GivenAnswer(each.key, text, 2, "stop") for each, text in told]
