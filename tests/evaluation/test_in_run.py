@@ -285,7 +285,7 @@ def test_a_reward_model_is_asked_nothing(run: Run) -> None:
     assert before.probe_losses is None
     assert report["forgetting"] is None
     assert report["losses"][0]["rows"] == 5
-    assert codes(out) == [] or "compare.failed" not in codes(out)
+    assert not [code for code in codes(out) if code.startswith("compare.")]
 
 
 def test_a_pretrained_model_goes_on_from_documents_and_plain_questions(run: Run) -> None:
