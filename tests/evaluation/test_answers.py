@@ -260,3 +260,14 @@ def test_answers_that_loop_to_their_limit_are_measured_in_seconds() -> None:
     found = measure_answers(questions, base, tuned)
     assert time.perf_counter() - started < 8
     assert all(math.isfinite(measure.difference.value) for measure in found)
+
+
+def test_an_interval_ends_where_the_figure_does() -> None:
+    asked = [question(f"q{n}", "?", reference="one two three four five six") for n in range(4)]
+    base = [GivenAnswer(each.key, "one two three four five six", 6, "stop") for each in asked]
+    told = zip(asked, ("one", "", "six", "one two"), strict=True)
+    tuned = [GivenAnswer(each.key, text, 2, "stop") for each, text in told]
+    for measure in measure_answers(asked, base, tuned):
+        if measure.name != "tokens":
+            most = 100 if measure.name in ("chrf", "bleu", "rouge_l") else 1
+            assert -most <= measure.difference.low <= measure.difference.high <= most

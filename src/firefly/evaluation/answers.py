@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from firefly.evaluation.intervals import decide, mean_change
 from firefly.evaluation.measurement import GivenAnswer, Question
@@ -71,6 +72,10 @@ def repetition(text: str) -> float:
     return 1 - len(set(grams)) / len(grams)
 
 
+POINTS = ("chrf", "bleu", "rouge_l")
+"""Figures of 0 to 100; others are shares of 1."""
+
+
 def measure_answers(
     questions: Sequence[Question], base: Sequence[GivenAnswer], tuned: Sequence[GivenAnswer]
 ) -> tuple[Measure, ...]:
@@ -128,6 +133,9 @@ def measure_correct(base: Sequence[bool], tuned: Sequence[bool]) -> Measure:
 
 def _measure(name: MeasureName, base: Sequence[float], tuned: Sequence[float], lower_is_better: bool) -> Measure:
     change = mean_change(base, tuned)
+    if name != "tokens":  # the rest have a largest figure, beyond which an interval of few answers says nothing
+        most = 100.0 if name in POINTS else 1.0
+        change = replace(change, low=max(change.low, -most), high=min(change.high, most))
     return Measure(
         name=name,
         count=len(base),

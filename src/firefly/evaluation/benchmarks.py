@@ -109,15 +109,11 @@ def find_tasks(
                 open_task(_stem(each), each, own.examples, own.metrics, own.max_new_tokens, shots) for each in files
             ]
         found.own |= {task.name: task for task in opened}
-        for kind in {task.kind: None for task in opened}:
-            files_of_kind = [task for task in opened if task.kind == kind]
-            notice(
-                "eval.read_as",
-                "{path}: {rows} rows, read as {kind}.",
-                path=name if len(opened) > 1 else opened[0].path,
-                rows=sum(task.rows for task in files_of_kind),
-                kind=KINDS[kind],
-            )
+        for kind, described in KINDS.items():
+            rows = sum(task.rows for task in opened if task.kind == kind)
+            if rows:
+                place = name if len(opened) > 1 else opened[0].path
+                notice("eval.read_as", "{path}: {rows} rows, read as {kind}.", path=place, rows=rows, kind=described)
         groups = {path.name: _average(path.name, opened)} if path.is_dir() else {}
         found.add(path.name if path.is_dir() else opened[0].name, {task.name: task.task for task in opened}, groups)
     if registry:
