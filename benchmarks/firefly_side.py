@@ -89,6 +89,7 @@ def run_configuration(job: Job, num_rows: int, output_dir: Path) -> dict[str, An
         "seed": job.seed,
         "logging_steps": 1,
         "save_strategy": "no",
+        "compare": False,
         "report_to": "none",
         "use_cpu": job.device == "cpu",
         **job.training,

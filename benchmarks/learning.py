@@ -209,6 +209,7 @@ def firefly_train(arguments: argparse.Namespace, folder: Path, keys: dict[str, A
         "seed": arguments.seed,
         "logging_steps": 1,
         "save_strategy": "no",
+        "compare": False,
         "report_to": "none",
     } | keys
     path = folder / "train_args.json"

@@ -117,6 +117,7 @@ def on_longest_rows(keys: dict[str, Any], steps: int, place: Path) -> dict[str, 
         "output_dir": str(place / "run"),
         "max_steps": steps,
         "save_strategy": "no",
+        "compare": False,
         "report_to": "none",
         "shuffle": False,
     }

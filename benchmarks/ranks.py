@@ -71,6 +71,7 @@ def examples_per_second(arguments: argparse.Namespace, ranks: int) -> float:
             "max_steps": arguments.steps,
             "logging_steps": 1,
             "save_strategy": "no",
+            "compare": False,
             "report_to": "none",
             "use_cpu": True,
         }

@@ -103,6 +103,7 @@ def measure(tree: Path, scratch: Path, backend: str, mode: str, ranks: int) -> d
         "per_device_train_batch_size": 2,
         "max_steps": 1,
         "save_strategy": "no",
+        "compare": False,
         "report_to": "none",
         "use_cpu": True,
     } | BACKENDS[backend]

@@ -80,6 +80,7 @@ def until_first_step(arguments: argparse.Namespace) -> float:
             "max_steps": 1,
             "logging_steps": 1,
             "save_strategy": "no",
+            "compare": False,
         }
         Path(folder, "run.json").write_text(json.dumps(configuration), encoding="utf-8")
         started = time.time()

@@ -89,6 +89,7 @@ def measure(folder: Path, mode: str) -> dict[str, float]:
         "max_steps": STEPS,
         "logging_steps": STEPS,
         "save_strategy": "no",
+        "compare": False,
         "report_to": "none",
         "use_cpu": True,
         "bf16": False,

@@ -103,6 +103,7 @@ def configuration(mode: str, data: Path, output_dir: Path) -> dict[str, Any]:
         "shuffle": False,
         "nf4_cache": False,
         "save_strategy": "no",
+        "compare": False,
         "report_to": "none",
     }
 
