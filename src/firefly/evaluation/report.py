@@ -206,18 +206,19 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """What report.json holds: sentences in the user's language, null for what is infinite or not a number."""
-        return _plain(self)
+        return plain(self)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as JSON has it: dataclasses as objects, phrases as text, null for what is infinite or not a number."""
     if isinstance(value, Phrase):
         return str(value)
     if isinstance(value, float) and not math.isfinite(value):
         return None  # JSON has no such number
     if is_dataclass(value):
-        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: plain(item) for name, item in value.items()}
     return value
