@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from firefly.evaluation.measurement import Unit
 from firefly.evaluation.report import Forgetting, JudgeResult, Measure, Report
 from firefly.translation import Phrase
 
 
 def sentences(report: Report) -> list[Phrase]:
     """What a reader should take away, in the order of its weight."""
-    found = []
-    if report.losses:
+    found: list[Phrase] = []
+    prefers = next((measure for measure in report.answers if measure.name == "prefers"), None)
+    if report.broken[1] > report.broken[0]:
+        found.append(
+            Phrase(
+                "It did harm: its loss on {count} held-out row(s) is infinite or not a number.", count=report.broken[1]
+            )
+        )
+    elif prefers is not None and tells_preferences(report.unit, report.answers):
+        found.append(say_preferences(prefers))
+    elif report.losses:
         found.append(say_loss(report))
     elif report.learnt is not None:
         found.append(
@@ -24,10 +36,41 @@ def sentences(report: Report) -> list[Phrase]:
         )
     if report.forgetting is not None:
         found.append(say_forgetting(report.forgetting))
-    found += [say_measure(measure) for measure in report.answers if measure.verdict in ("better", "worse")]
+    told = ("prefers",) if tells_preferences(report.unit, report.answers) else ()
+    changed = [measure for measure in report.answers if measure.verdict in ("better", "worse")]
+    found += [say_measure(measure) for measure in changed if measure.name not in told]
     if report.judge is not None:
         found.append(say_judge(report.judge))
     return found
+
+
+def tells_preferences(unit: Unit, answers: Sequence[Measure]) -> bool:
+    """Whether held-out rows are pairs of which each side's log-probabilities are known, and no loss of pairs."""
+    return unit != "example" and any(measure.name == "prefers" for measure in answers)
+
+
+def say_preferences(prefers: Measure) -> Phrase:
+    said = {"base": f"{prefers.base:.0%}", "tuned": f"{prefers.tuned:.0%}", "count": prefers.count}
+    return {
+        "better": Phrase(
+            "It helped: it finds the better answer likelier in {tuned} of {count} held-out pairs, {base} before.",
+            **said,
+        ),
+        "worse": Phrase(
+            "It did harm: it finds the better answer likelier in {tuned} of {count} held-out pairs, {base} before.",
+            **said,
+        ),
+        "no_difference": Phrase(
+            "No difference can be told: it finds the better answer likelier in {tuned} of {count} held-out pairs, "
+            "{base} before.",
+            **said,
+        ),
+        "too_few": Phrase(
+            "Whether it helped cannot be told: {count} held-out pairs are too few (the better answer is likelier in "
+            "{tuned} of them, {base} before).",
+            **said,
+        ),
+    }[prefers.verdict]
 
 
 def say_loss(report: Report) -> Phrase:
