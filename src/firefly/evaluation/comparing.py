@@ -349,4 +349,4 @@ def judge_learning(report: Report) -> Verdict | None:
         return None
     if report.judge is not None and report.judge.verdict != "too_few":
         return report.judge.verdict
-    return by_name.get("chrf", by_name.get("exact_match"))
+    return by_name.get("chrf") or by_name.get("exact_match")
