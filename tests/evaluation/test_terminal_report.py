@@ -13,6 +13,7 @@ from rich.console import Console
 from firefly.evaluation import wording
 from firefly.evaluation.report import Report, RowChange
 from firefly.evaluation.terminal import show_report
+from firefly.translation import Phrase
 
 
 def shown(report: Report, width: int = 80, **options: object) -> str:
@@ -30,10 +31,14 @@ def english(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("width", [60, 80, 120])
 @pytest.mark.parametrize("lang", ["en", "zh"])
 @pytest.mark.parametrize("name", ALL)
-def test_every_line_fits_in_both_languages(name: str, lang: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_line_but_sentences_fits_in_both_languages(
+    name: str, lang: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FIREFLY_LANG", lang)
-    lines = shown(ALL[name], width).splitlines()
+    report = replace(ALL[name], verdicts=(), notes=())
+    lines = shown(report, width).splitlines()
     assert [line for line in lines if cell_len(line) > width] == []
+    lines = shown(ALL[name], width).splitlines()
     if name not in ("long", "hostile") and width >= 80:
         assert len(lines) < 50
 
@@ -107,3 +112,11 @@ def test_colours_are_an_addition() -> None:
     assert "\x1b[32m✓ better" in coloured
     assert "✓ better" in shown(RICH)
     assert "\x1b" not in shown(RICH)
+
+
+def test_a_command_in_a_note_or_a_sentence_is_one_line_that_can_be_pasted() -> None:
+    command = "firefly compare --base smollm2-135m-instruct --tuned /home/somebody/output --eval_file /data/held.jsonl"
+    said = Phrase("no questions were asked, since the weights are sharded over processes: {command}", command=command)
+    lines = shown(replace(RICH, verdicts=(said,), notes=(said,)), 60).splitlines()
+    assert lines[0] == str(said)
+    assert lines[-1] == f"note: {said}"

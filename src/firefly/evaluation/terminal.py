@@ -25,7 +25,7 @@ def show_report(report: Report, console: Console) -> None:
     Figures of answers are left out where they did not change; the page has all of them.
     """
     for number, sentence in enumerate(report.verdicts):
-        console.print(Text(wording.visible(str(sentence)), style="bold" if number == 0 else ""))
+        _say(console, Text(wording.visible(str(sentence)), style="bold" if number == 0 else ""))
     if report.losses:
         _show_losses(report, console)
     if report.answers:
@@ -40,7 +40,12 @@ def show_report(report: Report, console: Console) -> None:
     ]
     _show_rows(translate("suspect rows of the training data (loss before and after)"), suspects, console)
     for note in report.notes:
-        console.print(Text(f"{translate('note:')} {wording.visible(str(note))}", style="dim"))
+        _say(console, Text(f"{translate('note:')} {wording.visible(str(note))}", style="dim"))
+
+
+def _say(console: Console, line: Text) -> None:
+    """Print one line whole: a terminal wraps it, and in a file a command or a place can be copied out of it."""
+    console.print(line, soft_wrap=True)
 
 
 def _show_losses(report: Report, console: Console) -> None:
@@ -51,12 +56,12 @@ def _show_losses(report: Report, console: Console) -> None:
     for row in report.losses[: SHOWN_SOURCES + 1]:
         table.add_row(*_loss_cells(row))
     console.print()
-    console.print(Text(translate("loss on held-out rows, {unit}", unit=wording.UNITS[report.unit]), style="bold"))
+    _say(console, Text(translate("loss on held-out rows, {unit}", unit=wording.UNITS[report.unit]), style="bold"))
     console.print(table)
     if (left := len(report.losses) - 1 - SHOWN_SOURCES) > 0:
-        console.print(Text(translate("and {count} more", count=left), style="dim"))
+        _say(console, Text(translate("and {count} more", count=left), style="dim"))
     won, lost, tied = (wording.number(count, 0) for count in (report.won, report.lost, report.tied))
-    console.print(Text(translate("rows: {won} won, {lost} lost, {tied} tied", won=won, lost=lost, tied=tied)))
+    _say(console, Text(translate("rows: {won} won, {lost} lost, {tied} tied", won=won, lost=lost, tied=tied)))
 
 
 def _loss_cells(row: LossComparison) -> list[RenderableType]:
@@ -74,7 +79,7 @@ def _show_measures(measures: Sequence[Measure], console: Console) -> None:
     changed = [measure for measure in measures if measure.difference.low > 0 or measure.difference.high < 0]
     console.print()
     if not changed:
-        console.print(Text(translate("figures of the answers: none of them surely changed")))
+        _say(console, Text(translate("figures of the answers: none of them surely changed")))
         return
     table = _table(translate("figures of the answers that changed"))
     for title in (translate("base"), translate("tuned"), translate("95 % interval")):
@@ -94,7 +99,7 @@ def _show_measures(measures: Sequence[Measure], console: Console) -> None:
 
 def _show_forgetting(found: Forgetting, console: Console) -> None:
     console.print()
-    console.print(Text.assemble(translate("forgetting:"), " ", _signed(wording.RETENTIONS[found.verdict])))
+    _say(console, Text.assemble(translate("forgetting:"), " ", _signed(wording.RETENTIONS[found.verdict])))
     flips: tuple[tuple[wording.Sign, str, tuple[str, ...]], ...] = (
         ("bad", translate("right before, wrong now:"), found.lost),
         ("good", translate("wrong before, right now:"), found.gained),
@@ -112,7 +117,7 @@ def _show_rows(title: str, rows: Sequence[tuple[str, float, float, str]], consol
     if not rows:
         return
     console.print()
-    console.print(Text(title, style="bold"))
+    _say(console, Text(title, style="bold"))
     places = [wording.visible(place) for place in wording.without_folder([key for key, _, _, _ in rows])]
     width = min(max(map(cell_len, places)), console.width // 2)
     for place, (_, base, tuned, said) in zip(places, rows, strict=True):
