@@ -297,6 +297,15 @@ def test_shares_perplexities_and_intervals_are_written_so_too() -> None:
     assert wording.measured("tokens", 12.34) == "12.3"
 
 
+def test_an_interval_that_ends_near_zero_shows_on_which_side() -> None:
+    assert wording.measured_change("bleu", Estimate(4.2, 0.00495, 8.4))[1] == "+0.005 … +8.4"
+    assert wording.measured_change("chrf", Estimate(5.4, -0.02, 10.9))[1] == "−0.02 … +10.9"
+    assert wording.measured_change("stop_rate", Estimate(-0.2, -0.4, -0.0001))[1] == "−40.0 … −0.01"
+    assert wording.interval(Estimate(-0.1, -0.2, -0.0004)) == "−0.200 … −0.0004"
+    assert wording.interval(Estimate(-0.1, -0.2, 0.0)) == "−0.200 … 0.000"
+    assert wording.interval(Estimate(0.1, 1e-12, 0.2)) == "0.000 … +0.200"
+
+
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-0.003, 0.0001), (-1e9, 5.0), (7.0, 7.0), (-0.02, 0.08)])
 def test_an_axis_holds_its_values_and_round_numbers_between(low: float, high: float) -> None:
     axis = Axis.over(low, high, math.nan, math.inf)

@@ -124,9 +124,20 @@ def perplexity(loss: float) -> str:
     return number(value, 2 if value < 100 else 1 if value < 1000 else 0)
 
 
+MOST_DIGITS = 6
+
+
 def interval(change: Estimate, digits: int = 3, scale: float = 1.0) -> str:
-    """The ends of an interval, with words between: signs and dashes would run together."""
-    return f"{number(change.low * scale, digits, True)} … {number(change.high * scale, digits, True)}"
+    """The ends of an interval, with a sign between that no minus runs into.
+
+    Whether it holds 0 decides the verdict: an end that would be rounded to 0 gets the digits that show its sign.
+    """
+    return f"{_end(change.low * scale, digits)} … {_end(change.high * scale, digits)}"
+
+
+def _end(value: float, digits: int) -> str:
+    shown = (number(value, more, True) for more in range(digits, MOST_DIGITS + 1))
+    return next((text for text in shown if text.strip("0.")), number(value, digits, True))
 
 
 def measured(name: MeasureName, value: float) -> str:
