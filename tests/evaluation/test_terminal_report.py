@@ -83,6 +83,14 @@ def test_only_figures_that_surely_changed_are_named() -> None:
     assert "none of them surely changed" in shown(unchanged)
 
 
+def test_each_figure_says_over_how_many_answers_it_was_taken() -> None:
+    lines = shown(replace(RICH, answers=(measure("bleu", 3.1, 44.0, 12.0, "better", 1234),))).splitlines()
+    heading = lines[lines.index("figures of the answers that changed") + 1]
+    (line,) = (line for line in lines if "better" in line and "+28.9 … +52.9" in line)
+    assert heading.split() == ["figure", "answers", "base", "tuned", "95", "%", "interval", "verdict"]
+    assert line.split()[-8:] == ["1,234", "3.1", "44.0", "+28.9", "…", "+52.9", "✓", "better"]
+
+
 def test_at_most_eight_sources_and_three_rows_are_listed() -> None:
     lines = shown(LONG, 120).splitlines()
     assert len([line for line in lines if line.startswith("source-number-")]) == 8

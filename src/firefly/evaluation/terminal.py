@@ -49,7 +49,7 @@ def _say(console: Console, line: Text) -> None:
 
 
 def _show_losses(report: Report, console: Console) -> None:
-    table = _table(translate("source"), fold=True)
+    table = _table(translate("source"))
     for title in (translate("rows"), translate("base"), translate("tuned"), translate("95 % interval")):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column(translate("verdict"), no_wrap=True)
@@ -81,14 +81,16 @@ def _show_measures(measures: Sequence[Measure], console: Console) -> None:
     if not changed:
         _say(console, Text(translate("figures of the answers: none of them surely changed")))
         return
-    table = _table(translate("figures of the answers that changed"))
-    for title in (translate("base"), translate("tuned"), translate("95 % interval")):
+    _say(console, Text(translate("figures of the answers that changed"), style="bold"))
+    table = _table(translate("figure"))
+    for title in (translate("answers"), translate("base"), translate("tuned"), translate("95 % interval")):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column(translate("verdict"), no_wrap=True)
     for measure in changed:
         found = wording.measure_verdict(measure.name, measure.verdict)
         table.add_row(
             Text(str(wording.MEASURES[measure.name][0])),
+            Text(wording.number(measure.count, 0)),
             Text(wording.measured(measure.name, measure.base)),
             Text(wording.measured(measure.name, measure.tuned)),
             Text(wording.measured_change(measure.name, measure.difference)[1]),
@@ -127,9 +129,9 @@ def _show_rows(title: str, rows: Sequence[tuple[str, float, float, str]], consol
         console.print(line, no_wrap=True, overflow="ellipsis")
 
 
-def _table(first: str, fold: bool = False) -> Table:
+def _table(first: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column(first, overflow="fold" if fold else "ellipsis", min_width=8)
+    table.add_column(first, overflow="fold", min_width=8)
     return table
 
 
