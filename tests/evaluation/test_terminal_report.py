@@ -6,7 +6,7 @@ import io
 from dataclasses import replace
 
 import pytest
-from made_reports import ALL, EMPTY, ENDPOINTS, HOSTILE, LONG, NASTY, RICH, WORSE, measure
+from made_reports import ALL, EMPTY, ENDPOINTS, HOSTILE, LONG, NASTY, PROBES, RICH, WORSE, measure
 from rich.cells import cell_len
 from rich.console import Console
 
@@ -62,8 +62,8 @@ def test_the_verdicts_come_first_and_then_what_they_rest_on() -> None:
         "rows: 71 won, 19 lost, 6 tied",
         "figures of the answers that changed",
         "forgetting: ✓ kept",
-        "right before, wrong now: en-water",
-        "wrong before, right now: zh-capital",
+        "right before, wrong now:",
+        "wrong before, right now:",
         "rows that became worse",
         "suspect rows",
         "note:",
@@ -100,7 +100,19 @@ def test_at_most_eight_sources_and_three_rows_are_listed() -> None:
     assert "loss on held-out rows," not in text
     assert "rows that became worse" not in text
     forgotten = replace(RICH.forgetting, lost=tuple(f"question-{number}" for number in range(9)))
-    assert "question-5, and 3 more" in shown(replace(RICH, forgetting=forgotten))
+    lines = [line.strip() for line in shown(replace(RICH, forgetting=forgotten)).splitlines()]
+    assert lines[lines.index("question-5") + 1] == "and 3 more"
+    assert "question-6" not in lines
+
+
+def test_questions_that_were_lost_and_gained_are_named_by_their_texts() -> None:
+    lost = replace(PROBES[1], question="At how many degrees\nCelsius does " + "water " * 40 + "boil?")
+    report = replace(RICH, side_by_side=(lost, *PROBES[3:]))
+    lines = [line.strip() for line in shown(report).splitlines()]
+    named = lines[lines.index("✗ right before, wrong now:") + 1]
+    assert named.startswith("At how many degrees Celsius does water")
+    assert named.endswith("…")
+    assert lines[lines.index("✓ wrong before, right now:") + 1] == "中国的首都是哪里？"
 
 
 def test_what_texts_hold_steers_no_terminal_and_is_no_markup() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
@@ -31,7 +31,7 @@ def show_report(report: Report, console: Console) -> None:
     if report.answers:
         _show_measures(report.answers, console)
     if report.forgetting is not None:
-        _show_forgetting(report.forgetting, console)
+        _show_forgetting(report.forgetting, {row.key: row.question for row in report.side_by_side}, console)
     rows = [(row.key, row.base, row.tuned, row.question) for row in report.worst[:SHOWN_ROWS]]
     _show_rows(translate("rows that became worse (loss before and after)"), rows, console)
     suspects = [
@@ -99,7 +99,8 @@ def _show_measures(measures: Sequence[Measure], console: Console) -> None:
     console.print(table)
 
 
-def _show_forgetting(found: Forgetting, console: Console) -> None:
+def _show_forgetting(found: Forgetting, asked: Mapping[str, str], console: Console) -> None:
+    """The verdict, and the questions that one of the models alone answers, by their texts where these are known."""
     console.print()
     _say(console, Text.assemble(translate("forgetting:"), " ", _signed(wording.RETENTIONS[found.verdict])))
     flips: tuple[tuple[wording.Sign, str, tuple[str, ...]], ...] = (
@@ -107,11 +108,13 @@ def _show_forgetting(found: Forgetting, console: Console) -> None:
         ("good", translate("wrong before, right now:"), found.gained),
     )
     for sign, title, keys in flips:
-        if keys:
-            named = [wording.visible(key) for key in keys[:SHOWN_KEYS]]
-            if len(keys) > SHOWN_KEYS:
-                named.append(translate("and {count} more", count=len(keys) - SHOWN_KEYS))
-            console.print(Text.assemble("  ", (f"{wording.SIGNS[sign]} {title}", STYLES[sign]), f" {', '.join(named)}"))
+        if not keys:
+            continue
+        _say(console, Text.assemble("  ", (f"{wording.SIGNS[sign]} {title}", STYLES[sign])))
+        for key in keys[:SHOWN_KEYS]:
+            console.print(Text(f"    {_line(asked.get(key) or key)}"), no_wrap=True, overflow="ellipsis")
+        if len(keys) > SHOWN_KEYS:
+            _say(console, Text(f"    {translate('and {count} more', count=len(keys) - SHOWN_KEYS)}", style="dim"))
 
 
 def _show_rows(title: str, rows: Sequence[tuple[str, float, float, str]], console: Console) -> None:
@@ -125,8 +128,12 @@ def _show_rows(title: str, rows: Sequence[tuple[str, float, float, str]], consol
     for place, (_, base, tuned, said) in zip(places, rows, strict=True):
         place += " " * (width - cell_len(place))
         losses = f"{wording.number(base)} → {wording.number(tuned)}"
-        line = Text(f"{place}  {losses}  {' '.join(wording.visible(said).split())}".rstrip())
+        line = Text(f"{place}  {losses}  {_line(said)}".rstrip())
         console.print(line, no_wrap=True, overflow="ellipsis")
+
+
+def _line(text: str) -> str:
+    return " ".join(wording.visible(text).split())
 
 
 def _table(first: str) -> Table:
