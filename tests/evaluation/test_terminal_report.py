@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from firefly.evaluation import wording
-from firefly.evaluation.report import Report, RowChange
+from firefly.evaluation.report import Report, RowChange, SuspectRow
 from firefly.evaluation.terminal import show_report
 from firefly.translation import Phrase
 
@@ -31,11 +31,11 @@ def english(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("width", [60, 80, 120])
 @pytest.mark.parametrize("lang", ["en", "zh"])
 @pytest.mark.parametrize("name", ALL)
-def test_every_line_but_sentences_fits_in_both_languages(
+def test_what_is_no_sentence_and_no_place_fits_in_both_languages(
     name: str, lang: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FIREFLY_LANG", lang)
-    report = replace(ALL[name], verdicts=(), notes=())
+    report = replace(ALL[name], verdicts=(), notes=(), worst=(), suspects=())
     lines = shown(report, width).splitlines()
     assert [line for line in lines if cell_len(line) > width] == []
     lines = shown(ALL[name], width).splitlines()
@@ -125,6 +125,19 @@ def test_what_texts_hold_steers_no_terminal_and_is_no_markup() -> None:
         assert "[bold]red[/bold]" in text
     (line,) = (line for line in shown(replace(RICH, worst=(row,))).splitlines() if line.startswith("a.jsonl:1 "))
     assert line.endswith("…")
+
+
+def test_the_places_of_rows_and_of_what_contradicts_them_are_never_cut() -> None:
+    folder = "/home/somebody/" + "a-long-folder/" * 6
+    reason = Phrase("the same question has another answer in {places}", places=f"{folder}train_zh.jsonl:12")
+    rows = tuple(
+        SuspectRow(f"{folder}{name}/train.jsonl:8", "", 3.8, 5.1, "Who made you, " * 20, "Nobody.", (reason,) * found)
+        for name, found in (("a", 1), ("b" * 90, 0))
+    )
+    lines = shown(replace(RICH, suspects=rows, notes=())).splitlines()[-2:]
+    assert lines[0].startswith("a/train.jsonl:8 ")
+    assert lines[0].endswith(f"  3.800 → 5.100  {reason}")
+    assert lines[1] == f"{'b' * 90}/train.jsonl:8  3.800 → 5.100  Who made you, Who m…"
 
 
 def test_colours_are_an_addition() -> None:

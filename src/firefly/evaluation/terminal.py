@@ -10,12 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from firefly.evaluation import wording
-from firefly.evaluation.report import Forgetting, LossComparison, Measure, Report
+from firefly.evaluation.report import Forgetting, LossComparison, Measure, Report, RowChange, SuspectRow
 from firefly.translation import translate
 
 SHOWN_SOURCES = 8
 SHOWN_ROWS = 3
 SHOWN_KEYS = 6
+LEAST_CELLS = 20
+"""Of a question behind a place that leaves no room for it."""
 STYLES: dict[wording.Sign, str] = {"good": "green", "bad": "red", "same": "dim", "unknown": "yellow"}
 
 
@@ -32,12 +34,8 @@ def show_report(report: Report, console: Console) -> None:
         _show_measures(report.answers, console)
     if report.forgetting is not None:
         _show_forgetting(report.forgetting, {row.key: row.question for row in report.side_by_side}, console)
-    rows = [(row.key, row.base, row.tuned, row.question) for row in report.worst[:SHOWN_ROWS]]
-    _show_rows(translate("rows that became worse (loss before and after)"), rows, console)
-    suspects = [
-        (row.key, row.base, row.tuned, str(row.reasons[0]) if row.reasons else row.question)
-        for row in report.suspects[:SHOWN_ROWS]
-    ]
+    worst, suspects = report.worst[:SHOWN_ROWS], report.suspects[:SHOWN_ROWS]
+    _show_rows(translate("rows that became worse (loss before and after)"), worst, console)
     _show_rows(translate("suspect rows of the training data (loss before and after)"), suspects, console)
     for note in report.notes:
         _say(console, Text(f"{translate('note:')} {wording.visible(str(note))}", style="dim"))
@@ -117,19 +115,26 @@ def _show_forgetting(found: Forgetting, asked: Mapping[str, str], console: Conso
             _say(console, Text(f"    {translate('and {count} more', count=len(keys) - SHOWN_KEYS)}", style="dim"))
 
 
-def _show_rows(title: str, rows: Sequence[tuple[str, float, float, str]], console: Console) -> None:
-    """One line for each row: its place, its losses, and as much of what there is to say as fits."""
+def _show_rows(title: str, rows: Sequence[RowChange] | Sequence[SuspectRow], console: Console) -> None:
+    """One line for each row: its place, its losses, and why it is named, all of it, or as much of its question as fits.
+
+    A reason holds places of other rows, which are to be found: they are not cut.
+    """
     if not rows:
         return
     console.print()
     _say(console, Text(title, style="bold"))
-    places = [wording.visible(place) for place in wording.without_folder([key for key, _, _, _ in rows])]
+    places = [wording.visible(place) for place in wording.without_folder([row.key for row in rows])]
     width = min(max(map(cell_len, places)), console.width // 2)
-    for place, (_, base, tuned, said) in zip(places, rows, strict=True):
+    for place, row in zip(places, rows, strict=True):
         place += " " * (width - cell_len(place))
-        losses = f"{wording.number(base)} → {wording.number(tuned)}"
-        line = Text(f"{place}  {losses}  {_line(said)}".rstrip())
-        console.print(line, no_wrap=True, overflow="ellipsis")
+        begun = f"{place}  {wording.number(row.base)} → {wording.number(row.tuned)}  "
+        if isinstance(row, SuspectRow) and row.reasons:
+            said = Text(_line(str(row.reasons[0])))
+        else:
+            said = Text(_line(row.question))
+            said.truncate(max(console.width - cell_len(begun), LEAST_CELLS), overflow="ellipsis")
+        _say(console, Text(f"{begun}{said}".rstrip()))
 
 
 def _line(text: str) -> str:
