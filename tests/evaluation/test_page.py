@@ -184,6 +184,28 @@ def test_the_table_of_losses_says_what_the_report_holds(tmp_path: Path) -> None:
     assert "erplexity" not in by_bytes
 
 
+@pytest.mark.parametrize(
+    ("lang", "named"), [("en", {"named as", "hash of the template", "time taken, in seconds"}), ("zh", {"指定为"})]
+)
+def test_what_was_compared_is_said_in_words_with_hashes_shortened(
+    lang: str, named: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FIREFLY_LANG", lang)
+    digest = hashlib.sha256(b"").hexdigest()
+    described = dict.fromkeys(wording.PROPERTIES) | {"template_hash": digest, "something_new": "deadbeef"}
+    page = page_of(replace(RICH, tuned=replace(RICH.tuned, described=described)), tmp_path)
+    (at,) = (number for number, (_, attributes) in enumerate(page.tags) if attributes.get("id") == "compared")
+    hashes = [attributes["title"] for _, attributes in page.tags[at:] if "title" in attributes]
+    assert hashes == [digest]
+    compared = page.source.partition('id="compared"')[2]
+    assert re.findall(rf">({digest[:8]}\w*…?)<", compared) == [f"{digest[:12]}…"]
+    rows = set(re.findall(r'<th scope="row">(?:<bdi>)?([^<]+)<', compared))
+    assert named <= rows
+    assert not rows & (wording.PROPERTIES.keys() - {"model", "adapter"} | {"seconds"})
+    assert "something_new" in rows
+    assert "deadbeef" in compared
+
+
 def test_what_is_no_number_is_said_and_not_drawn(tmp_path: Path) -> None:
     page = page_of(WORSE, tmp_path)
     assert "cannot be drawn: ∞" in page.text

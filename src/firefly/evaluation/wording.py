@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Literal, get_args
@@ -82,6 +83,20 @@ SHARES: frozenset[MeasureName] = frozenset(get_args(MeasureName)) - {"tokens", "
 NEUTRAL: frozenset[MeasureName] = frozenset({"tokens"})
 """Figures of which neither more nor less is better."""
 
+PROPERTIES: dict[str, Phrase] = {
+    "given": Phrase("named as"),
+    "endpoint": Phrase("server's address"),
+    "model": Phrase("model"),
+    "adapter": Phrase("adapter"),
+    "dtype": Phrase("number type"),
+    "template": Phrase("chat template"),
+    "template_hash": Phrase("hash of the template"),
+    "tokenizer_hash": Phrase("hash of the tokenizer"),
+    "step": Phrase("training step"),
+    "max_new_tokens": Phrase("longest answer, in tokens"),
+}
+"""What a side is said to be; others are shown by the name that report.json has."""
+
 WINNERS: dict[Winner, Phrase] = {
     "tuned": Phrase("tuned wins"),
     "base": Phrase("base wins"),
@@ -89,6 +104,9 @@ WINNERS: dict[Winner, Phrase] = {
     "order": Phrase("went by the order"),
     "unread": Phrase("could not be read"),
 }
+
+HASH = re.compile(r"[0-9a-f]{32,}")
+SHOWN_OF_HASH = 12
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -154,6 +172,11 @@ def measured_change(name: MeasureName, change: Estimate) -> tuple[str, str]:
 def measure_verdict(name: MeasureName, verdict: Verdict) -> tuple[Sign, Phrase] | None:
     """Sign and word; None of a figure that has no better and worse."""
     return None if name in NEUTRAL else VERDICTS[verdict]
+
+
+def without_rest(value: str) -> str:
+    """The beginning of a hash, which tells it from others; any other value is whole."""
+    return value[:SHOWN_OF_HASH] + "…" if HASH.fullmatch(value) else value
 
 
 def without_folder(places: Sequence[str]) -> list[str]:
