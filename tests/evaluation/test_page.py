@@ -206,6 +206,18 @@ def test_what_was_compared_is_said_in_words_with_hashes_shortened(
     assert "deadbeef" in compared
 
 
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_every_percentage_of_the_page_is_written_alike(
+    lang: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FIREFLY_LANG", lang)
+    page = page_of(replace(RICH, verdicts=(), notes=()), tmp_path)
+    spoken = [attributes["aria-label"] or "" for _, attributes in page.tags if "aria-label" in attributes]
+    found = re.findall(r".{2}%", " ".join([page.text, *spoken]))
+    assert len(found) > 30
+    assert [text for text in found if text[1] != "\N{NO-BREAK SPACE}" or not text[0].isdigit()] == []
+
+
 def test_what_is_no_number_is_said_and_not_drawn(tmp_path: Path) -> None:
     page = page_of(WORSE, tmp_path)
     assert "cannot be drawn: ∞" in page.text
