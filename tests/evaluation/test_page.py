@@ -13,13 +13,13 @@ from pathlib import Path
 
 import made_reports
 import pytest
-from made_reports import ALL, EMPTY, HOSTILE, LONG, NASTY, RICH, WORSE
+from made_reports import ALL, EMPTY, HOSTILE, LONG, NASTY, RICH, WORSE, held_out
 
 import firefly
 from firefly.evaluation import wording
 from firefly.evaluation.intervals import Estimate
 from firefly.evaluation.page import Axis, excerpt, write_page
-from firefly.evaluation.report import Report
+from firefly.evaluation.report import Report, RowChange, SuspectRow
 
 SECTIONS = ("loss", "rows", "figures", "forgetting", "answers", "judge", "suspects", "notes", "compared")
 VOID = {"meta", "input", "br", "hr", "img", "link", "source", "embed"}
@@ -354,14 +354,43 @@ def test_an_axis_holds_its_values_and_round_numbers_between(low: float, high: fl
     assert Axis.over(1.0, math.nan) is None
 
 
-def test_places_lose_the_folders_that_they_share() -> None:
-    shared = ["/data/a/x.jsonl:1", "/data/b/y.jsonl:2"]
-    assert wording.without_folder(shared) == ["a/x.jsonl:1", "b/y.jsonl:2"]
-    assert wording.without_folder(["/data/x.jsonl:12#2"]) == ["x.jsonl:12#2"]
-    assert wording.without_folder(["/data/x1.jsonl:1", "/data/x2.jsonl:1"]) == ["x1.jsonl:1", "x2.jsonl:1"]
-    assert wording.without_folder(["/x.jsonl:1", "y.jsonl:1"]) == ["/x.jsonl:1", "y.jsonl:1"]
-    assert wording.without_folder(["x.jsonl:1", "x.jsonl:12"]) == ["x.jsonl:1", "x.jsonl:12"]
-    assert wording.without_folder([]) == []
+def test_places_have_the_folders_that_tell_files_apart() -> None:
+    def short(*places: str) -> list[str]:
+        return list(wording.short_places(places).values())
+
+    assert short("/data/a/x.jsonl:1", "/data/b/y.jsonl:2") == ["x.jsonl:1", "y.jsonl:2"]
+    assert short("/data/a/x.jsonl:1", "/data/b/x.jsonl:2") == ["a/x.jsonl:1", "b/x.jsonl:2"]
+    assert short("/data/x.jsonl:12#2", "/data/x.jsonl:1", "x.jsonl:1") == [
+        "data/x.jsonl:12#2",
+        "data/x.jsonl:1",
+        "x.jsonl:1",
+    ]
+    assert short("/x.jsonl:1", "x.jsonl:1", "b/x.jsonl:1") == ["/x.jsonl:1", "x.jsonl:1", "b/x.jsonl:1"]
+    assert short("probe/en/formula-of-water", "http://a/b:8000/v1", "") == [
+        "probe/en/formula-of-water",
+        "http://a/b:8000/v1",
+        "",
+    ]
+    assert short() == []
+
+
+def test_a_row_has_one_short_place_wherever_it_stands_and_the_whole_one_as_title(tmp_path: Path) -> None:
+    ours, theirs = "/home/somebody/project/held.jsonl", "/home/somebody/project/train.jsonl"
+    report = replace(
+        RICH,
+        worst=(RowChange(f"{ours}:3", ours, 1.0, 2.0, "Why?", "So."),),
+        best=(),
+        suspects=(SuspectRow(f"{theirs}:8", theirs, 3.0, 4.0, "Who?", "I.", ()),),
+        side_by_side=(held_out(3, "Why?", "So.", "Yes.", "No."),),
+        forgetting=None,
+        judge=None,
+    )
+    report = replace(report, side_by_side=(replace(report.side_by_side[0], key=f"{ours}:3"),))
+    page = page_of(report, tmp_path)
+    assert "/home" not in page.text
+    titles = [attributes["title"] for tag, attributes in page.tags if tag == "bdi" and "title" in attributes]
+    assert titles == [f"{ours}:3"] * 3 + [f"{theirs}:8"]
+    assert [text for text in page.within("bdi") if "jsonl:" in text] == ["held.jsonl:3"] * 3 + ["train.jsonl:8"]
 
 
 def test_every_figure_has_a_name_and_an_explanation() -> None:

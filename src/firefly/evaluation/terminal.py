@@ -35,8 +35,9 @@ def show_report(report: Report, console: Console) -> None:
     if report.forgetting is not None:
         _show_forgetting(report.forgetting, {row.key: row.question for row in report.side_by_side}, console)
     worst, suspects = report.worst[:SHOWN_ROWS], report.suspects[:SHOWN_ROWS]
-    _show_rows(translate("rows that became worse (loss before and after)"), worst, console)
-    _show_rows(translate("suspect rows of the training data (loss before and after)"), suspects, console)
+    places = wording.short_places(row.key for row in (*worst, *suspects))
+    _show_rows(translate("rows that became worse (loss before and after)"), worst, places, console)
+    _show_rows(translate("suspect rows of the training data (loss before and after)"), suspects, places, console)
     for note in report.notes:
         _say(console, Text(f"{translate('note:')} {wording.visible(str(note))}", style="dim"))
 
@@ -115,7 +116,9 @@ def _show_forgetting(found: Forgetting, asked: Mapping[str, str], console: Conso
             _say(console, Text(f"    {translate('and {count} more', count=len(keys) - SHOWN_KEYS)}", style="dim"))
 
 
-def _show_rows(title: str, rows: Sequence[RowChange] | Sequence[SuspectRow], console: Console) -> None:
+def _show_rows(
+    title: str, rows: Sequence[RowChange] | Sequence[SuspectRow], short: Mapping[str, str], console: Console
+) -> None:
     """One line for each row: its place, its losses, and why it is named, all of it, or as much of its question as fits.
 
     A reason holds places of other rows, which are to be found: they are not cut.
@@ -124,7 +127,7 @@ def _show_rows(title: str, rows: Sequence[RowChange] | Sequence[SuspectRow], con
         return
     console.print()
     _say(console, Text(title, style="bold"))
-    places = [wording.visible(place) for place in wording.without_folder([row.key for row in rows])]
+    places = [wording.visible(short[row.key]) for row in rows]
     width = min(max(map(cell_len, places)), console.width // 2)
     for place, row in zip(places, rows, strict=True):
         place += " " * (width - cell_len(place))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from itertools import takewhile
+from collections import Counter
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 from firefly.evaluation.intervals import Estimate, Verdict
@@ -179,12 +179,22 @@ def without_rest(value: str) -> str:
     return value[:SHOWN_OF_HASH] + "…" if HASH.fullmatch(value) else value
 
 
-def without_folder(places: Sequence[str]) -> list[str]:
-    """Places of rows without the folders that all of them share: what tells them apart, in a narrow column."""
-    parts = [place.split("/") for place in places]
-    levels = zip(*(part[:-1] for part in parts), strict=False)
-    shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
-    return ["/".join(part[shared:]) for part in parts]
+PLACE = re.compile(r"(?s:(?P<file>.+)):(?P<line>\d+(?:#\d+)?)")
+
+
+def short_places(places: Iterable[str]) -> dict[str, str]:
+    """Places of rows by the names of their files, with as many of the folders before them as tell two files apart.
+
+    What is no place of a row stays whole.
+    """
+    found = {place: PLACE.fullmatch(place) for place in places}
+    files = {match["file"]: match["file"].split("/") for match in found.values() if match}
+    ends = Counter("/".join(parts[at:]) for parts in files.values() for at in range(len(parts)))
+    names = {}
+    for file, parts in files.items():
+        shorter = ("/".join(parts[at:]) for at in range(len(parts) - 1, 0, -1))
+        names[file] = next((name for name in shorter if name and ends[name] == 1), file)
+    return {place: f"{names[match['file']]}:{match['line']}" if match else place for place, match in found.items()}
 
 
 _STEERING = (*(code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"), 0x202D, 0x202E)
