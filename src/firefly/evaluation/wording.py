@@ -150,10 +150,10 @@ def interval(change: Estimate, digits: int = 3, scale: float = 1.0) -> str:
 
     Whether it holds 0 decides the verdict: an end that would be rounded to 0 gets the digits that show its sign.
     """
-    return f"{_end(change.low * scale, digits)} … {_end(change.high * scale, digits)}"
+    return f"{end_of_interval(change.low * scale, digits)} … {end_of_interval(change.high * scale, digits)}"
 
 
-def _end(value: float, digits: int) -> str:
+def end_of_interval(value: float, digits: int) -> str:
     shown = (number(value, more, True) for more in range(digits, MOST_DIGITS + 1))
     return next((text for text in shown if text.strip("0.")), number(value, digits, True))
 
