@@ -100,10 +100,10 @@ def row_losses(
     Args:
         model: see `score_targets`.
         tokenizer: that made the examples; it tells how many bytes of text the targets are.
-        tick: called with each number of examples that are done.
+        tick: called with each number of texts that are done, of which a pair has two.
     """
     sides = (side for number in range(len(rows)) for side in _sides(rows[number]))
-    scores = score_targets(model, sides)
+    scores = score_targets(model, sides, tick=tick)
     found = []
     for number in range(len(rows)):
         example = rows[number]
@@ -119,7 +119,6 @@ def row_losses(
                 prefers=_prefers(scored) if isinstance(example, TokenPair) else None,
             )
         )
-        tick(1)
     return tuple(found)
 
 

@@ -291,7 +291,8 @@ def losses_of(
         raise served.no_template
     encoder = encoder or served.text_encoder
     examples = load_rows(rows, encoder, kind, named.model.hub, asked.whole_documents)
-    with Progress(named.name, sys.stderr).count(translate("losses"), len(examples)) as tick:
+    texts = len(examples) * (2 if kind == "pair" else 1)
+    with Progress(named.name, sys.stderr).count(translate("losses"), texts) as tick:
         return row_losses(model, examples, served.tokenizer, tick)
 
 
