@@ -235,7 +235,7 @@ def test_a_folder_of_files_has_their_mean(model: Path, rows: Path, tmp_path: Pat
     (folder / "two.csv").write_text("question,A,B,answer\n1+1,2,3,A\n2+2,3,4,B\n", "utf-8")
     assert evaluate("--model_name_or_path", model, "--base", model, "--tasks", folder, "--json") == 0
     figures = {(each["task"], each["metric"]): each for each in json.loads(capsys.readouterr().out)["figures"]}
-    mean, one, two = (figures[name, "acc"] for name in ("val", "one", "two"))
+    mean, one, two = (figures[name, "acc"] for name in ("val/", "one", "two"))
     assert mean["is_group"]
     assert mean["count"] == 14
     expected = (12 * one["tuned"]["value"] + 2 * two["tuned"]["value"]) / 14

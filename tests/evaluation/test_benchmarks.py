@@ -13,22 +13,27 @@ from lm_eval.api.metrics import weighted_perplexity
 from lm_eval.config.group import AggMetricConfig
 from scipy import stats
 
-from firefly.evaluation.benchmarks import FoundTasks, figures_of
+from firefly.errors import UsageError
+from firefly.evaluation.benchmarks import FoundTasks, OwnSettings, figures_of, find_tasks
 from firefly.evaluation.guest import as_guest
 from firefly.evaluation.own_tasks import open_task
 
 COUNT = 60
 
 
+def write_rows(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"question": "q", "choices": ["a", "b"], "answer": 0}] * 3
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
 @pytest.fixture
 def found(tmp_path: Path) -> FoundTasks:
     tasks = {}
     for name in ("one", "two"):
-        path = tmp_path / f"{name}.jsonl"
-        rows = [{"question": "q", "choices": ["a", "b"], "answer": 0}] * 3
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         with as_guest():
-            tasks[name] = open_task(name, path).task
+            tasks[name] = open_task(name, write_rows(tmp_path / f"{name}.jsonl")).task
     group = Group("both", aggregate_metric_list=[AggMetricConfig("acc")])
     for task in tasks.values():
         group.add(task)
@@ -106,3 +111,27 @@ def test_a_metric_that_is_no_mean_is_resampled_by_question(found: FoundTasks) ->
 def test_one_model_alone_has_no_verdict(found: FoundTasks) -> None:
     figures = figures_of(found, None, results("acc", one=outcomes(1, 0.5), two=outcomes(2, 0.5)))
     assert all(figure.base is None and figure.difference is None and figure.verdict is None for figure in figures)
+
+
+def test_files_of_a_folder_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    for name in ("en/math", "zh/math", "ev"):
+        write_rows(tmp_path / "ev" / f"{name}.jsonl")
+    found = find_tasks([str(tmp_path / "ev")], OwnSettings())
+    assert list(found.tasks) == list(found.own) == ["en/math", "ev", "zh/math"]
+    assert found.asked == {"ev/": ["ev/", "en/math", "ev", "zh/math"]}
+    assert found.groups["ev/"].child_names == ["en/math", "ev", "zh/math"]
+
+
+@pytest.mark.parametrize(
+    ("files", "asked", "name"),
+    [
+        (["ev/math.jsonl", "ev/math.json"], ["ev"], "math"),
+        (["ev/math.jsonl", "math.jsonl"], ["ev", "math.jsonl"], "math"),
+        (["one/ev/math.jsonl", "two/ev/physics.jsonl"], ["one/ev", "two/ev"], "ev/"),
+    ],
+)
+def test_two_tasks_of_one_name_are_refused(tmp_path: Path, files: list[str], asked: list[str], name: str) -> None:
+    for file in files:
+        write_rows(tmp_path / file)
+    with pytest.raises(UsageError, match=f"names {name} twice"):
+        find_tasks([str(tmp_path / each) for each in asked], OwnSettings())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -72,17 +73,22 @@ class FoundTasks:
     asked: dict[str, list[str]] = field(default_factory=dict)
     own: dict[str, OwnTask] = field(default_factory=dict)
 
-    def add(self, name: str, tasks: Mapping[str, Task], groups: Mapping[str, Group]) -> None:
-        for task in tasks:
-            if task in self.tasks:
-                raise UsageError(
-                    "eval.same_task",
-                    "--tasks names {task} twice. Name it once, or give one of the files another name.",
-                    task=task,
-                )
-        self.tasks |= tasks
+    def add(self, name: str, tasks: Sequence[tuple[str, Task]], groups: Mapping[str, Group]) -> None:
+        """
+        Raises:
+            UsageError: there is one of that name: lm-eval keeps results by name.
+        """
+        counts = Counter((*self.groups, *self.tasks, *groups, *(task for task, _ in tasks)))
+        twice = [each for each, count in counts.items() if count > 1]
+        if twice or name in self.asked:
+            raise UsageError(
+                "eval.same_task",
+                "--tasks names {task} twice. Name it once, or give one of the files another name.",
+                task=twice[0] if twice else name,
+            )
+        self.tasks |= dict(tasks)
         self.groups |= groups
-        self.asked[name] = [*groups, *tasks]
+        self.asked[name] = [*groups, *dict(tasks)]
 
 
 def find_tasks(
@@ -98,15 +104,17 @@ def find_tasks(
     found = FoundTasks()
     registry: list[str] = []
     for name in names:
-        path = Path(name).expanduser().resolve()
+        path = Path(name).expanduser()
         files = _files_of(name)
         if files is None:
             registry.append(name)
             continue
         shots = num_fewshot or 0
+        root = path if path.is_dir() else path.parent
         with as_guest():
             opened = [
-                open_task(_stem(each), each, own.examples, own.metrics, own.max_new_tokens, shots) for each in files
+                open_task(_task_name(each, root), each, own.examples, own.metrics, own.max_new_tokens, shots)
+                for each in files
             ]
         found.own |= {task.name: task for task in opened}
         for kind, described in KINDS.items():
@@ -114,8 +122,10 @@ def find_tasks(
             if rows:
                 place = name if len(opened) > 1 else opened[0].path
                 notice("eval.read_as", "{path}: {rows} rows, read as {kind}.", path=place, rows=rows, kind=described)
-        groups = {path.name: _average(path.name, opened)} if path.is_dir() else {}
-        found.add(path.name if path.is_dir() else opened[0].name, {task.name: task.task for task in opened}, groups)
+        folder = f"{path.resolve().name}/"  # as no task is called: a file in it may have its name
+        groups = {folder: _average(folder, opened)} if path.is_dir() else {}
+        asked = folder if path.is_dir() else opened[0].name
+        found.add(asked, [(task.name, task.task) for task in opened], groups)
     if registry:
         _find_by_name(found, registry, include_path)
     for name, task in found.tasks.items():
@@ -142,8 +152,9 @@ def _files_of(name: str) -> list[Path] | None:
     return [path] if path.exists() or known_suffix(path.name) else None
 
 
-def _stem(file: Path) -> str:
-    return file.name.removesuffix(known_suffix(file.name) or "")
+def _task_name(file: Path, root: Path) -> str:
+    """Its path below the folder that was asked for: folders of one data set often hold files of the same names."""
+    return file.relative_to(root).as_posix().removesuffix(known_suffix(file.name) or "")
 
 
 def _average(name: str, tasks: Sequence[OwnTask]) -> Group:
@@ -178,7 +189,9 @@ def _find_by_name(found: FoundTasks, names: Sequence[str], include_path: Path | 
         matches = [name] if _is_described(name) else manager.match_tasks([name])
         with as_guest(), _explained(name):
             loaded = _load(manager, matches)
-        found.add(Path(name).stem if _is_described(name) else name, loaded["tasks"], loaded.get("groups", {}))
+        found.add(
+            Path(name).stem if _is_described(name) else name, [*loaded["tasks"].items()], loaded.get("groups", {})
+        )
 
 
 def _is_described(name: str) -> bool:
