@@ -108,6 +108,34 @@ def test_a_metric_that_is_no_mean_is_resampled_by_question(found: FoundTasks) ->
     assert one.verdict == "better"  # a lower perplexity
 
 
+@pytest.mark.parametrize(
+    ("directions", "verdict", "of_tasks"),
+    [
+        ((None, False), "worse", [None, "worse"]),  # the first task has no such metric
+        ((True, False), None, ["better", "worse"]),
+        ((False, False), "worse", ["worse", "worse"]),
+    ],
+)
+def test_a_group_has_the_direction_of_its_tasks_and_none_where_they_disagree(
+    found: FoundTasks, directions: tuple[bool | None, ...], verdict: str | None, of_tasks: list[str | None]
+) -> None:
+    base, tuned = [0.0] * 40 + [1.0] * 20, [0.0] * 10 + [1.0] * 50
+    reports = [results("score", one=each, two=each) for each in (base, tuned)]
+    for (name, task), direction in zip(found.tasks.items(), directions, strict=True):
+        if direction is not None:
+            task._higher_is_better["score"] = direction
+            continue
+        for report in reports:
+            del report["results"][name]["score,none"]
+            report["samples"][name] = []
+    found.groups["both"].aggregate_metric_list = [AggMetricConfig("score")]
+    figures = {figure.task: figure for figure in figures_of(found, *reports)}
+    assert figures["both"].verdict == verdict
+    assert figures["both"].difference is not None
+    assert (figures["both"].higher_is_better is None) == (verdict is None)
+    assert [figures[name].verdict if name in figures else None for name in found.tasks] == of_tasks
+
+
 def test_one_model_alone_has_no_verdict(found: FoundTasks) -> None:
     figures = figures_of(found, None, results("acc", one=outcomes(1, 0.5), two=outcomes(2, 0.5)))
     assert all(figure.base is None and figure.difference is None and figure.verdict is None for figure in figures)

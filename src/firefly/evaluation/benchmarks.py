@@ -360,6 +360,7 @@ class Figure:
         filter: of lm-eval, by which an answer was read; "none" where it was taken as it is.
         count: questions.
         shots: examples in front of each.
+        higher_is_better: None where a group's tasks disagree, or nothing says: then there is no verdict.
         difference: tuned less base.
         error: its standard error, of the questions' own differences where the metric is their mean.
     """
@@ -370,7 +371,7 @@ class Figure:
     count: int
     shots: int
     is_group: bool
-    higher_is_better: bool
+    higher_is_better: bool | None
     base: Score | None
     tuned: Score | None
     difference: Estimate | None = None
@@ -393,7 +394,6 @@ def figures_of(
                 continue
             group = found.groups.get(name)
             leaves = [task.task_name for task in group.get_all_tasks()] if group else [name]
-            directions: Any = found.tasks[leaves[0]].higher_is_better()
             figure = Figure(
                 task=name,
                 metric=metric,
@@ -401,7 +401,7 @@ def figures_of(
                 count=int(some["results"][name]["sample_len"]),
                 shots=int(some["n-shot"].get(name) or 0),
                 is_group=group is not None,
-                higher_is_better=bool(directions.get(metric, True)),
+                higher_is_better=_direction([found.tasks[leaf] for leaf in leaves], metric),
                 base=_score(base, name, metric, filter_name),
                 tuned=_score(tuned, name, metric, filter_name),
             )
@@ -411,6 +411,13 @@ def figures_of(
                 pairs = {leaf: of for leaf, of in pairs.items() if of[0]}
                 figures[-1] = _compared(figure, found, group, pairs) if pairs else figure
     return tuple(figures)
+
+
+def _direction(tasks: Sequence[Task], metric: str) -> bool | None:
+    """Whether more of a metric is better, by those of some tasks that have it; yes where none lists it."""
+    listed: list[Any] = [task.higher_is_better() for task in tasks]
+    found = {of[metric] for of in listed if metric in of} or {True}
+    return found.pop() if len(found) == 1 else None
 
 
 def _score(results: Mapping[str, Any] | None, task: str, metric: str, filter_name: str) -> Score | None:
@@ -463,7 +470,8 @@ def _compared(figure: Figure, found: FoundTasks, group: Group | None, pairs: Map
         estimate = None if error is None else Estimate(change, change - NORMAL * error, change + NORMAL * error)
     if estimate is None or not math.isfinite(estimate.value):
         return figure
-    verdict = decide(estimate, figure.count, not figure.higher_is_better)
+    higher = figure.higher_is_better
+    verdict = None if higher is None else decide(estimate, figure.count, lower_is_better=not higher)
     return replace(figure, difference=estimate, error=error, verdict=verdict)
 
 
