@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
+import os
 import re
 import shlex
 import sys
@@ -19,6 +21,7 @@ import torch
 from firefly.cli import main
 from firefly.commands.eval import eval_command
 from firefly.config import load_config
+from firefly.evaluation import benchmarks, evaluations
 from firefly.files import cache_folder
 from firefly.training import train
 from run_folders import write_run
@@ -207,6 +210,58 @@ def test_a_wrong_option_ends_with_a_message(
     given = [option.replace("{rows}", str(rows)) for option in options]
     assert evaluate("--model_name_or_path", model, *given) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "long" * 100, "/proc"])
+def test_a_folder_that_takes_no_results_is_refused_before_a_model_is_loaded(
+    model: Path,
+    rows: Path,
+    tmp_path: Path,
+    place: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(evaluations, "load_for_generation", pytest.fail)
+    monkeypatch.setattr(benchmarks, "open_task", pytest.fail)
+    (tmp_path / "file").touch()
+    given = ("--model_name_or_path", model, "--tasks", rows, "--save_path", tmp_path / place)
+    assert evaluate(*given) == 2
+    assert place in "".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_file_that_cannot_be_written_loses_no_figures(
+    model: Path,
+    rows: Path,
+    tmp_path: Path,
+    options: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = evaluations.atomic_file
+
+    def full(path: Path) -> Any:
+        if path.name.startswith("second"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path)
+
+    monkeypatch.setattr(evaluations, "atomic_file", full)
+    second = tmp_path / "second.jsonl"
+    second.write_bytes(rows.read_bytes())
+    kept = tmp_path / "kept"
+    given = ("--model_name_or_path", model, "--tasks", f"{rows},{second}", "--save_path", kept, "--limit", 2)
+    assert evaluate(*given, *options) == 2
+    printed = capsys.readouterr()
+    (file,) = kept.iterdir()
+    assert file.name.startswith("mine-")
+    assert re.search(r"second-[-0-9]+\.json could not be written: No space left", " ".join(printed.err.split()))
+    if options:
+        found = json.loads(printed.out)
+        assert [figure["task"] for figure in found["figures"]] == ["mine", "mine", "second", "second"]
+        assert found["files"] == [str(file)]
+    else:
+        assert printed.out.count("second") == 2
+        assert str(file) in printed.err
 
 
 def test_without_lm_eval_the_message_says_how_to_install_it(
