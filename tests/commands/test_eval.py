@@ -21,7 +21,7 @@ import torch
 from firefly.cli import main
 from firefly.commands.eval import eval_command
 from firefly.config import load_config
-from firefly.evaluation import benchmarks, evaluations
+from firefly.evaluation import benchmarks, evaluations, harness
 from firefly.files import cache_folder
 from firefly.training import train
 from run_folders import write_run
@@ -190,6 +190,50 @@ def test_what_keeps_a_task_from_being_asked_is_said_without_a_traceback(
     printed = capsys.readouterr().err
     assert message in printed
     assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"process_results": "!function metrics.judge"},
+        {"metric_list": [{"metric": "mine", "aggregation": "!function metrics.combine", "higher_is_better": True}]},
+    ],
+)
+def test_a_metric_that_fails_on_answers_is_named_and_its_place_shown_to_whoever_asks(
+    model: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    judge = {"process_results": "!function metrics.count", **changes}
+    folder = described(tmp_path / "tasks", "broken", **judge)
+    description = folder / "broken.yaml"
+    text = description.read_text("utf-8")
+    description.write_text(re.sub(r'"(!function [\w.]+)"', r"\1", text), "utf-8")
+    (folder / "metrics.py").write_text(
+        "def count(doc, results):\n    return {'mine': 1.0}\n"
+        "def judge(doc, results):\n    raise KeyError('label')\n"
+        "def combine(items):\n    raise KeyError('label')\n",
+        "utf-8",
+    )
+    given = ("--model_name_or_path", model, "--include_path", folder, "--tasks", "broken")
+    assert evaluate(*given) == 2
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "the task broken fails: KeyError: 'label'" in printed
+    assert "Traceback" not in printed
+    monkeypatch.setenv("FIREFLY_DEBUG", "1")
+    with pytest.raises(KeyError):
+        evaluate(*given)
+
+
+def test_a_fault_of_the_model_is_not_laid_on_the_task(model: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: Any, **more: Any) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(harness, "score_continuations", fail)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        evaluate("--model_name_or_path", model, "--tasks", rows)
 
 
 @pytest.mark.parametrize(

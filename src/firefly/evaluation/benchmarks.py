@@ -28,7 +28,7 @@ from lm_eval.tasks import TaskManager
 from firefly.console import notice
 from firefly.data.readers import known_suffix
 from firefly.errors import UsageError
-from firefly.evaluation.guest import SEEDS, as_guest
+from firefly.evaluation.guest import SEEDS, as_guest, is_debugging
 from firefly.evaluation.harness import HarnessModel
 from firefly.evaluation.intervals import Estimate, Verdict, decide, mean_change
 from firefly.evaluation.own_tasks import KINDS, OwnTask, open_task
@@ -39,6 +39,8 @@ RESAMPLES, FEW_RESAMPLES = 1000, 100
 CORPUS = ("bleu", "chrf", "ter")
 NORMAL = 1.96
 YAML = (".yaml", ".yml")
+AGGREGATE = "_compute_task_aggregations"
+"""lm-eval's function that makes one figure of all answers, with its `task`."""
 
 
 # ---- what is asked
@@ -187,7 +189,7 @@ def _find_by_name(found: FoundTasks, names: Sequence[str], include_path: Path | 
                 near=f" ({', '.join(near)}?)" if near else "",
             )
         matches = [name] if _is_described(name) else manager.match_tasks([name])
-        with as_guest(), _explained(name):
+        with as_guest(), _explained(name, making=True):
             loaded = _load(manager, matches)
         found.add(
             Path(name).stem if _is_described(name) else name, [*loaded["tasks"].items()], loaded.get("groups", {})
@@ -221,20 +223,22 @@ def _load(manager: TaskManager, names: list[str]) -> Any:
 
 
 @contextmanager
-def _explained(asked: str, kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
-    """Faults of tasks as messages. While tasks are made, their code may raise anything."""
+def _explained(asked: str, making: bool) -> Iterator[None]:
+    """Faults of tasks as messages: while they are made (`making`), any; later those of their own code, as metrics."""
     try:
         yield
     except UsageError:
         raise
-    except kinds as error:
+    except Exception as error:
         if isinstance(error, ImportError):
             raise _missing_package(asked, error) from error
         task, data = _place_of(error.__traceback__)
         if data is None:
+            if is_debugging() or not (making or task or isinstance(error, OSError)):
+                raise
             raise UsageError(
                 "eval.task_fails",
-                "the task {task} fails: {type}: {problem}",
+                "the task {task} fails: {type}: {problem}. FIREFLY_DEBUG=1 shows where.",
                 task=task or asked,
                 type=type(error).__name__,
                 problem=first_line(error),
@@ -262,10 +266,16 @@ def _missing_package(task: str, error: ImportError) -> UsageError:
 
 
 def _place_of(trace: TracebackType | None) -> tuple[str | None, tuple[str, ...] | None]:
-    """The task whose making failed, and the data set, if that is what failed to load."""
+    """The task whose code failed, and the data set, if that is what failed to load; no task where the model failed."""
     task: str | None = None
     while trace is not None:
-        maker = trace.tb_frame.f_locals.get("self")
+        local = trace.tb_frame.f_locals
+        maker = local.get("self")
+        if isinstance(maker, HarnessModel):
+            return None, None
+        aggregated = local.get("task") if trace.tb_frame.f_code.co_name == AGGREGATE else None
+        if isinstance(aggregated, Task):
+            task = aggregated.task_name
         if isinstance(maker, Task):
             task = getattr(maker.config, "task", None) or task
             if trace.tb_frame.f_code.co_name == "download":
@@ -322,7 +332,7 @@ def measure(model: HarnessModel, found: FoundTasks, limit: int | None = None) ->
     Raises:
         UsageError: a task asks for what firefly does not compute, or needs what is not there.
     """
-    with as_guest(), _explained(", ".join(found.asked), (ImportError, OSError)):
+    with as_guest(), _explained(", ".join(found.asked), making=False):
         for task in found.tasks.values():
             task.set_fewshot_seed(SEEDS[1])
         results = evaluate(
