@@ -31,11 +31,12 @@ from firefly.errors import UsageError
 from firefly.evaluation.benchmarks import Figure, FoundTasks, Score, figures_of, measure
 from firefly.evaluation.harness import HarnessModel
 from firefly.evaluation.intervals import Verdict
+from firefly.evaluation.wording import VERDICTS
 from firefly.files import atomic_file
 from firefly.generation.loading import Loaded, load_for_generation, name_models, named_adapters
 from firefly.models.memory import PRIMITIVES
 from firefly.runs.memory import cap_onednn_cache
-from firefly.runs.records import EVALUATIONS, VERDICTS, finite, record_in
+from firefly.runs.records import EVALUATIONS, finite, record_in
 from firefly.translation import translate
 
 UNSAFE = re.compile(r"[^\w.-]+")
@@ -372,4 +373,4 @@ STYLES: dict[Verdict, str] = {"better": "green", "worse": "red", "no_difference"
 
 
 def _verdict(verdict: Verdict | None) -> Text:
-    return Text("–") if verdict is None else Text(str(VERDICTS[verdict]), STYLES[verdict])
+    return Text("–") if verdict is None else Text(str(VERDICTS[verdict][1]), STYLES[verdict])
