@@ -108,6 +108,18 @@ def test_a_metric_that_is_no_mean_is_resampled_by_question(found: FoundTasks) ->
     assert one.verdict == "better"  # a lower perplexity
 
 
+def test_a_metric_that_fails_when_questions_are_drawn_again_has_no_verdict(found: FoundTasks) -> None:
+    def combine(items: list[float]) -> float:
+        raise RuntimeError("a class has no rows")
+
+    found.tasks["one"]._aggregation_list["acc"] = combine
+    both = [results("acc", one=outcomes(seed, 0.5), two=outcomes(seed, 0.5)) for seed in (1, 2)]
+    _, one, two = figures_of(found, *both)
+    assert (one.difference, one.verdict) == (None, None)
+    assert one.tuned is not None
+    assert two.verdict == "no_difference"
+
+
 @pytest.mark.parametrize(
     ("directions", "verdict", "of_tasks"),
     [
