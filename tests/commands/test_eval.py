@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
+import os
 import re
 import shlex
 import sys
@@ -19,6 +21,7 @@ import torch
 from firefly.cli import main
 from firefly.commands.eval import eval_command
 from firefly.config import load_config
+from firefly.evaluation import benchmarks, evaluations, harness
 from firefly.files import cache_folder
 from firefly.training import train
 from run_folders import write_run
@@ -123,7 +126,7 @@ def test_the_table_fits_a_terminal_and_two_equal_models_show_no_difference(
     given = (*given, "--tasks", f"{rows},{questions}")
     assert evaluate(*given, "--metric", "exact_match,contains", "--max_new_tokens", 4, "--no_chat_template") == 0
     printed = capsys.readouterr()
-    words = {"en": ("no difference", "too few questions", "plain text"), "zh": ("没有差别", "题目太少", "纯文本")}
+    words = {"en": ("no difference", "too few to tell", "plain text"), "zh": ("无差别", "太少，无法判断", "纯文本")}
     for word in words[language]:
         assert word in " ".join(printed.out.split())
     assert "contains" in printed.out
@@ -190,6 +193,50 @@ def test_what_keeps_a_task_from_being_asked_is_said_without_a_traceback(
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"process_results": "!function metrics.judge"},
+        {"metric_list": [{"metric": "mine", "aggregation": "!function metrics.combine", "higher_is_better": True}]},
+    ],
+)
+def test_a_metric_that_fails_on_answers_is_named_and_its_place_shown_to_whoever_asks(
+    model: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    judge = {"process_results": "!function metrics.count", **changes}
+    folder = described(tmp_path / "tasks", "broken", **judge)
+    description = folder / "broken.yaml"
+    text = description.read_text("utf-8")
+    description.write_text(re.sub(r'"(!function [\w.]+)"', r"\1", text), "utf-8")
+    (folder / "metrics.py").write_text(
+        "def count(doc, results):\n    return {'mine': 1.0}\n"
+        "def judge(doc, results):\n    raise KeyError('label')\n"
+        "def combine(items):\n    raise KeyError('label')\n",
+        "utf-8",
+    )
+    given = ("--model_name_or_path", model, "--include_path", folder, "--tasks", "broken")
+    assert evaluate(*given) == 2
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "the task broken fails: KeyError: 'label'" in printed
+    assert "Traceback" not in printed
+    monkeypatch.setenv("FIREFLY_DEBUG", "1")
+    with pytest.raises(KeyError):
+        evaluate(*given)
+
+
+def test_a_fault_of_the_model_is_not_laid_on_the_task(model: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: Any, **more: Any) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(harness, "score_continuations", fail)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        evaluate("--model_name_or_path", model, "--tasks", rows)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--tasks", "missing.jsonl"), "missing.jsonl"),
@@ -207,6 +254,58 @@ def test_a_wrong_option_ends_with_a_message(
     given = [option.replace("{rows}", str(rows)) for option in options]
     assert evaluate("--model_name_or_path", model, *given) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "long" * 100, "/proc"])
+def test_a_folder_that_takes_no_results_is_refused_before_a_model_is_loaded(
+    model: Path,
+    rows: Path,
+    tmp_path: Path,
+    place: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(evaluations, "load_for_generation", pytest.fail)
+    monkeypatch.setattr(benchmarks, "open_task", pytest.fail)
+    (tmp_path / "file").touch()
+    given = ("--model_name_or_path", model, "--tasks", rows, "--save_path", tmp_path / place)
+    assert evaluate(*given) == 2
+    assert place in "".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_file_that_cannot_be_written_loses_no_figures(
+    model: Path,
+    rows: Path,
+    tmp_path: Path,
+    options: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = evaluations.atomic_file
+
+    def full(path: Path) -> Any:
+        if path.name.startswith("second"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path)
+
+    monkeypatch.setattr(evaluations, "atomic_file", full)
+    second = tmp_path / "second.jsonl"
+    second.write_bytes(rows.read_bytes())
+    kept = tmp_path / "kept"
+    given = ("--model_name_or_path", model, "--tasks", f"{rows},{second}", "--save_path", kept, "--limit", 2)
+    assert evaluate(*given, *options) == 2
+    printed = capsys.readouterr()
+    (file,) = kept.iterdir()
+    assert file.name.startswith("mine-")
+    assert re.search(r"second-[-0-9]+\.json could not be written: No space left", " ".join(printed.err.split()))
+    if options:
+        found = json.loads(printed.out)
+        assert [figure["task"] for figure in found["figures"]] == ["mine", "mine", "second", "second"]
+        assert found["files"] == [str(file)]
+    else:
+        assert printed.out.count("second") == 2
+        assert str(file) in printed.err
 
 
 def test_without_lm_eval_the_message_says_how_to_install_it(
@@ -235,7 +334,7 @@ def test_a_folder_of_files_has_their_mean(model: Path, rows: Path, tmp_path: Pat
     (folder / "two.csv").write_text("question,A,B,answer\n1+1,2,3,A\n2+2,3,4,B\n", "utf-8")
     assert evaluate("--model_name_or_path", model, "--base", model, "--tasks", folder, "--json") == 0
     figures = {(each["task"], each["metric"]): each for each in json.loads(capsys.readouterr().out)["figures"]}
-    mean, one, two = (figures[name, "acc"] for name in ("val", "one", "two"))
+    mean, one, two = (figures[name, "acc"] for name in ("val/", "one", "two"))
     assert mean["is_group"]
     assert mean["count"] == 14
     expected = (12 * one["tuned"]["value"] + 2 * two["tuned"]["value"]) / 14

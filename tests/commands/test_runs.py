@@ -306,7 +306,7 @@ def test_show_lists_the_newest_evaluation_of_each_task_and_passes_over_damaged_f
     for created, verdict in (("2026-11-25T10:00:00+00:00", "better"), ("2026-11-26T10:00:00+00:00", "no_difference")):
         value = {"task": "arc", "created": created, "figures": [figure | {"verdict": verdict}], "samples": {"arc": []}}
         (folder / f"arc-{created[:10]}.json").write_text(json.dumps(value))
-    single = [{"task": "mine", "metric": "chrf", "filter": "strict", "base": None, "tuned": {"value": 50.0}}]
+    single = [{"task": "mine", "metric": "chrf", "filter": "strict", "tuned": {"value": 50.0}, "verdict": "too_few"}]
     (folder / "mine-1.json").write_text(json.dumps({"task": "mine", "created": "1", "figures": single}))
     group = [{**each, "tuned": {"value": 0.5}} for each in (figure | {"is_group": True, "task": "both"}, figure)]
     (folder / "both.json").write_text(json.dumps({"task": "both", "created": "1", "figures": group}))
@@ -318,7 +318,7 @@ def test_show_lists_the_newest_evaluation_of_each_task_and_passes_over_damaged_f
     assert lines[:3] == [
         "arc acc 0.2500 → 0.5000 no difference",
         "both acc 0.2500 → 0.5000",
-        "mine chrf (strict) 50.0000",
+        "mine chrf (strict) 50.0000 too few to tell",
     ]
     assert not lines[3]
     code, out, _ = run(capsys, "show", "output/good", "--json")

@@ -13,22 +13,27 @@ from lm_eval.api.metrics import weighted_perplexity
 from lm_eval.config.group import AggMetricConfig
 from scipy import stats
 
-from firefly.evaluation.benchmarks import FoundTasks, figures_of
+from firefly.errors import UsageError
+from firefly.evaluation.benchmarks import FoundTasks, OwnSettings, figures_of, find_tasks
 from firefly.evaluation.guest import as_guest
 from firefly.evaluation.own_tasks import open_task
 
 COUNT = 60
 
 
+def write_rows(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"question": "q", "choices": ["a", "b"], "answer": 0}] * 3
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
 @pytest.fixture
 def found(tmp_path: Path) -> FoundTasks:
     tasks = {}
     for name in ("one", "two"):
-        path = tmp_path / f"{name}.jsonl"
-        rows = [{"question": "q", "choices": ["a", "b"], "answer": 0}] * 3
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         with as_guest():
-            tasks[name] = open_task(name, path).task
+            tasks[name] = open_task(name, write_rows(tmp_path / f"{name}.jsonl")).task
     group = Group("both", aggregate_metric_list=[AggMetricConfig("acc")])
     for task in tasks.values():
         group.add(task)
@@ -103,6 +108,70 @@ def test_a_metric_that_is_no_mean_is_resampled_by_question(found: FoundTasks) ->
     assert one.verdict == "better"  # a lower perplexity
 
 
+def test_a_metric_that_fails_when_questions_are_drawn_again_has_no_verdict(found: FoundTasks) -> None:
+    def combine(items: list[float]) -> float:
+        raise RuntimeError("a class has no rows")
+
+    found.tasks["one"]._aggregation_list["acc"] = combine
+    both = [results("acc", one=outcomes(seed, 0.5), two=outcomes(seed, 0.5)) for seed in (1, 2)]
+    _, one, two = figures_of(found, *both)
+    assert (one.difference, one.verdict) == (None, None)
+    assert one.tuned is not None
+    assert two.verdict == "no_difference"
+
+
+@pytest.mark.parametrize(
+    ("directions", "verdict", "of_tasks"),
+    [
+        ((None, False), "worse", [None, "worse"]),  # the first task has no such metric
+        ((True, False), None, ["better", "worse"]),
+        ((False, False), "worse", ["worse", "worse"]),
+    ],
+)
+def test_a_group_has_the_direction_of_its_tasks_and_none_where_they_disagree(
+    found: FoundTasks, directions: tuple[bool | None, ...], verdict: str | None, of_tasks: list[str | None]
+) -> None:
+    base, tuned = [0.0] * 40 + [1.0] * 20, [0.0] * 10 + [1.0] * 50
+    reports = [results("score", one=each, two=each) for each in (base, tuned)]
+    for (name, task), direction in zip(found.tasks.items(), directions, strict=True):
+        if direction is not None:
+            task._higher_is_better["score"] = direction
+            continue
+        for report in reports:
+            del report["results"][name]["score,none"]
+            report["samples"][name] = []
+    found.groups["both"].aggregate_metric_list = [AggMetricConfig("score")]
+    figures = {figure.task: figure for figure in figures_of(found, *reports)}
+    assert figures["both"].verdict == verdict
+    assert figures["both"].difference is not None
+    assert (figures["both"].higher_is_better is None) == (verdict is None)
+    assert [figures[name].verdict if name in figures else None for name in found.tasks] == of_tasks
+
+
 def test_one_model_alone_has_no_verdict(found: FoundTasks) -> None:
     figures = figures_of(found, None, results("acc", one=outcomes(1, 0.5), two=outcomes(2, 0.5)))
     assert all(figure.base is None and figure.difference is None and figure.verdict is None for figure in figures)
+
+
+def test_files_of_a_folder_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    for name in ("en/math", "zh/math", "ev"):
+        write_rows(tmp_path / "ev" / f"{name}.jsonl")
+    found = find_tasks([str(tmp_path / "ev")], OwnSettings())
+    assert list(found.tasks) == list(found.own) == ["en/math", "ev", "zh/math"]
+    assert found.asked == {"ev/": ["ev/", "en/math", "ev", "zh/math"]}
+    assert found.groups["ev/"].child_names == ["en/math", "ev", "zh/math"]
+
+
+@pytest.mark.parametrize(
+    ("files", "asked", "name"),
+    [
+        (["ev/math.jsonl", "ev/math.json"], ["ev"], "math"),
+        (["ev/math.jsonl", "math.jsonl"], ["ev", "math.jsonl"], "math"),
+        (["one/ev/math.jsonl", "two/ev/physics.jsonl"], ["one/ev", "two/ev"], "ev/"),
+    ],
+)
+def test_two_tasks_of_one_name_are_refused(tmp_path: Path, files: list[str], asked: list[str], name: str) -> None:
+    for file in files:
+        write_rows(tmp_path / file)
+    with pytest.raises(UsageError, match=f"names {name} twice"):
+        find_tasks([str(tmp_path / each) for each in asked], OwnSettings())

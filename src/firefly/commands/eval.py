@@ -85,7 +85,7 @@ def eval_command(
 
         require_harness()
         from firefly.evaluation.benchmarks import OwnSettings, find_tasks
-        from firefly.evaluation.evaluations import Subject, describe, evaluate_models, show, write
+        from firefly.evaluation.evaluations import Subject, describe, evaluate_models, make_folder, show, write
         from firefly.evaluation.own_tasks import METRICS
     metrics = tuple(dict.fromkeys(name.strip() for name in metric.split(",")))
     for name in metrics:
@@ -111,14 +111,19 @@ def eval_command(
     own = OwnSettings(Path(fewshot_file).expanduser() if fewshot_file else None, metrics, max_new_tokens)
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     included = Path(include_path).expanduser() if include_path else None
+    folder = make_folder(subject, Path(save_path).expanduser() if save_path else None)
     found = find_tasks(names, own, num_fewshot, included)
     evaluation = evaluate_models(subject, found, limit)
-    written = write(evaluation, subject, found, Path(save_path).expanduser() if save_path else None)
-    if as_json:
-        print_json(
-            json.dumps(describe(evaluation, found) | {"files": [str(path) for path in written]}, ensure_ascii=False)
-        )
-        return
-    show(evaluation, stdout_console())
-    for path in written:
-        print(path, file=sys.stderr)
+    written: list[str] = []
+    try:  # neither a full disk nor a closed pipe takes the other's copy of what was measured
+        if not as_json:
+            show(evaluation, stdout_console())
+    finally:
+        try:
+            for path in write(evaluation, found, folder) if folder else ():
+                written.append(str(path))
+        finally:
+            if as_json:
+                print_json(json.dumps(describe(evaluation, found) | {"files": written}, ensure_ascii=False))
+            for name in () if as_json else written:
+                print(name, file=sys.stderr)

@@ -23,7 +23,6 @@ from firefly.runs.records import (
     FINISHED,
     INTERRUPTED,
     RUNNING,
-    VERDICTS,
     RunRecord,
     find_runs,
     finite,
@@ -187,6 +186,11 @@ def show_section(console: Console, title: str, values: Mapping[str, Any]) -> Non
 
 def scored(record: RunRecord) -> dict[str, str]:
     """The newest figures of each task that `firefly eval` asked: base → tuned, and what that means."""
+    if not record.evaluations:
+        return {}
+    from firefly.evaluation.wording import VERDICTS  # which brings numpy: not for runs that were not evaluated
+
+    words: dict[str, str] = {name: str(word) for name, (_, word) in VERDICTS.items()}
     lines = {}
     for evaluation in record.evaluations:
         figures = evaluation.get("figures")
@@ -195,7 +199,7 @@ def scored(record: RunRecord) -> dict[str, str]:
         for figure in filter(None, means or listed):
             values = [mapping(figure.get(side)).get("value") for side in ("base", "tuned")]
             known = [number(value) for value in values if isinstance(value, (int, float))]
-            verdict = str(VERDICTS.get(str(figure.get("verdict")), ""))
+            verdict = words.get(str(figure.get("verdict")), "")
             name = f"{figure.get('task')} {figure.get('metric')}"
             if figure.get("filter") not in (None, "none"):
                 name += f" ({figure['filter']})"

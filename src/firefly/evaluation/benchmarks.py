@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from lm_eval.tasks import TaskManager
 from firefly.console import notice
 from firefly.data.readers import known_suffix
 from firefly.errors import UsageError
-from firefly.evaluation.guest import SEEDS, as_guest
+from firefly.evaluation.guest import SEEDS, as_guest, is_debugging
 from firefly.evaluation.harness import HarnessModel
 from firefly.evaluation.intervals import Estimate, Verdict, decide, mean_change
 from firefly.evaluation.own_tasks import KINDS, OwnTask, open_task
@@ -38,6 +39,8 @@ RESAMPLES, FEW_RESAMPLES = 1000, 100
 CORPUS = ("bleu", "chrf", "ter")
 NORMAL = 1.96
 YAML = (".yaml", ".yml")
+AGGREGATE = "_compute_task_aggregations"
+"""lm-eval's function that makes one figure of all answers, with its `task`."""
 
 
 # ---- what is asked
@@ -72,17 +75,22 @@ class FoundTasks:
     asked: dict[str, list[str]] = field(default_factory=dict)
     own: dict[str, OwnTask] = field(default_factory=dict)
 
-    def add(self, name: str, tasks: Mapping[str, Task], groups: Mapping[str, Group]) -> None:
-        for task in tasks:
-            if task in self.tasks:
-                raise UsageError(
-                    "eval.same_task",
-                    "--tasks names {task} twice. Name it once, or give one of the files another name.",
-                    task=task,
-                )
-        self.tasks |= tasks
+    def add(self, name: str, tasks: Sequence[tuple[str, Task]], groups: Mapping[str, Group]) -> None:
+        """
+        Raises:
+            UsageError: there is one of that name: lm-eval keeps results by name.
+        """
+        counts = Counter((*self.groups, *self.tasks, *groups, *(task for task, _ in tasks)))
+        twice = [each for each, count in counts.items() if count > 1]
+        if twice or name in self.asked:
+            raise UsageError(
+                "eval.same_task",
+                "--tasks names {task} twice. Name it once, or give one of the files another name.",
+                task=twice[0] if twice else name,
+            )
+        self.tasks |= dict(tasks)
         self.groups |= groups
-        self.asked[name] = [*groups, *tasks]
+        self.asked[name] = [*groups, *dict(tasks)]
 
 
 def find_tasks(
@@ -98,15 +106,17 @@ def find_tasks(
     found = FoundTasks()
     registry: list[str] = []
     for name in names:
-        path = Path(name).expanduser().resolve()
+        path = Path(name).expanduser()
         files = _files_of(name)
         if files is None:
             registry.append(name)
             continue
         shots = num_fewshot or 0
+        root = path if path.is_dir() else path.parent
         with as_guest():
             opened = [
-                open_task(_stem(each), each, own.examples, own.metrics, own.max_new_tokens, shots) for each in files
+                open_task(_task_name(each, root), each, own.examples, own.metrics, own.max_new_tokens, shots)
+                for each in files
             ]
         found.own |= {task.name: task for task in opened}
         for kind, described in KINDS.items():
@@ -114,8 +124,10 @@ def find_tasks(
             if rows:
                 place = name if len(opened) > 1 else opened[0].path
                 notice("eval.read_as", "{path}: {rows} rows, read as {kind}.", path=place, rows=rows, kind=described)
-        groups = {path.name: _average(path.name, opened)} if path.is_dir() else {}
-        found.add(path.name if path.is_dir() else opened[0].name, {task.name: task.task for task in opened}, groups)
+        folder = f"{path.resolve().name}/"  # as no task is called: a file in it may have its name
+        groups = {folder: _average(folder, opened)} if path.is_dir() else {}
+        asked = folder if path.is_dir() else opened[0].name
+        found.add(asked, [(task.name, task.task) for task in opened], groups)
     if registry:
         _find_by_name(found, registry, include_path)
     for name, task in found.tasks.items():
@@ -142,8 +154,9 @@ def _files_of(name: str) -> list[Path] | None:
     return [path] if path.exists() or known_suffix(path.name) else None
 
 
-def _stem(file: Path) -> str:
-    return file.name.removesuffix(known_suffix(file.name) or "")
+def _task_name(file: Path, root: Path) -> str:
+    """Its path below the folder that was asked for: folders of one data set often hold files of the same names."""
+    return file.relative_to(root).as_posix().removesuffix(known_suffix(file.name) or "")
 
 
 def _average(name: str, tasks: Sequence[OwnTask]) -> Group:
@@ -176,9 +189,11 @@ def _find_by_name(found: FoundTasks, names: Sequence[str], include_path: Path | 
                 near=f" ({', '.join(near)}?)" if near else "",
             )
         matches = [name] if _is_described(name) else manager.match_tasks([name])
-        with as_guest(), _explained(name):
+        with as_guest(), _explained(name, making=True):
             loaded = _load(manager, matches)
-        found.add(Path(name).stem if _is_described(name) else name, loaded["tasks"], loaded.get("groups", {}))
+        found.add(
+            Path(name).stem if _is_described(name) else name, [*loaded["tasks"].items()], loaded.get("groups", {})
+        )
 
 
 def _is_described(name: str) -> bool:
@@ -208,20 +223,22 @@ def _load(manager: TaskManager, names: list[str]) -> Any:
 
 
 @contextmanager
-def _explained(asked: str, kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
-    """Faults of tasks as messages. While tasks are made, their code may raise anything."""
+def _explained(asked: str, making: bool) -> Iterator[None]:
+    """Faults of tasks as messages: while they are made (`making`), any; later those of their own code, as metrics."""
     try:
         yield
     except UsageError:
         raise
-    except kinds as error:
+    except Exception as error:
         if isinstance(error, ImportError):
             raise _missing_package(asked, error) from error
         task, data = _place_of(error.__traceback__)
         if data is None:
+            if is_debugging() or not (making or task or isinstance(error, OSError)):
+                raise
             raise UsageError(
                 "eval.task_fails",
-                "the task {task} fails: {type}: {problem}",
+                "the task {task} fails: {type}: {problem}. FIREFLY_DEBUG=1 shows where.",
                 task=task or asked,
                 type=type(error).__name__,
                 problem=first_line(error),
@@ -249,10 +266,16 @@ def _missing_package(task: str, error: ImportError) -> UsageError:
 
 
 def _place_of(trace: TracebackType | None) -> tuple[str | None, tuple[str, ...] | None]:
-    """The task whose making failed, and the data set, if that is what failed to load."""
+    """The task whose code failed, and the data set, if that is what failed to load; no task where the model failed."""
     task: str | None = None
     while trace is not None:
-        maker = trace.tb_frame.f_locals.get("self")
+        local = trace.tb_frame.f_locals
+        maker = local.get("self")
+        if isinstance(maker, HarnessModel):
+            return None, None
+        aggregated = local.get("task") if trace.tb_frame.f_code.co_name == AGGREGATE else None
+        if isinstance(aggregated, Task):
+            task = aggregated.task_name
         if isinstance(maker, Task):
             task = getattr(maker.config, "task", None) or task
             if trace.tb_frame.f_code.co_name == "download":
@@ -309,7 +332,7 @@ def measure(model: HarnessModel, found: FoundTasks, limit: int | None = None) ->
     Raises:
         UsageError: a task asks for what firefly does not compute, or needs what is not there.
     """
-    with as_guest(), _explained(", ".join(found.asked), (ImportError, OSError)):
+    with as_guest(), _explained(", ".join(found.asked), making=False):
         for task in found.tasks.values():
             task.set_fewshot_seed(SEEDS[1])
         results = evaluate(
@@ -347,6 +370,7 @@ class Figure:
         filter: of lm-eval, by which an answer was read; "none" where it was taken as it is.
         count: questions.
         shots: examples in front of each.
+        higher_is_better: None where a group's tasks disagree, or nothing says: then there is no verdict.
         difference: tuned less base.
         error: its standard error, of the questions' own differences where the metric is their mean.
     """
@@ -357,7 +381,7 @@ class Figure:
     count: int
     shots: int
     is_group: bool
-    higher_is_better: bool
+    higher_is_better: bool | None
     base: Score | None
     tuned: Score | None
     difference: Estimate | None = None
@@ -380,7 +404,6 @@ def figures_of(
                 continue
             group = found.groups.get(name)
             leaves = [task.task_name for task in group.get_all_tasks()] if group else [name]
-            directions: Any = found.tasks[leaves[0]].higher_is_better()
             figure = Figure(
                 task=name,
                 metric=metric,
@@ -388,7 +411,7 @@ def figures_of(
                 count=int(some["results"][name]["sample_len"]),
                 shots=int(some["n-shot"].get(name) or 0),
                 is_group=group is not None,
-                higher_is_better=bool(directions.get(metric, True)),
+                higher_is_better=_direction([found.tasks[leaf] for leaf in leaves], metric),
                 base=_score(base, name, metric, filter_name),
                 tuned=_score(tuned, name, metric, filter_name),
             )
@@ -398,6 +421,13 @@ def figures_of(
                 pairs = {leaf: of for leaf, of in pairs.items() if of[0]}
                 figures[-1] = _compared(figure, found, group, pairs) if pairs else figure
     return tuple(figures)
+
+
+def _direction(tasks: Sequence[Task], metric: str) -> bool | None:
+    """Whether more of a metric is better, by those of some tasks that have it; yes where none lists it."""
+    listed: list[Any] = [task.higher_is_better() for task in tasks]
+    found = {of[metric] for of in listed if metric in of} or {True}
+    return found.pop() if len(found) == 1 else None
 
 
 def _score(results: Mapping[str, Any] | None, task: str, metric: str, filter_name: str) -> Score | None:
@@ -450,7 +480,8 @@ def _compared(figure: Figure, found: FoundTasks, group: Group | None, pairs: Map
         estimate = None if error is None else Estimate(change, change - NORMAL * error, change + NORMAL * error)
     if estimate is None or not math.isfinite(estimate.value):
         return figure
-    verdict = decide(estimate, figure.count, not figure.higher_is_better)
+    higher = figure.higher_is_better
+    verdict = None if higher is None else decide(estimate, figure.count, lower_is_better=not higher)
     return replace(figure, difference=estimate, error=error, verdict=verdict)
 
 
@@ -492,5 +523,5 @@ def _resampled(task: Task, metric: str, base: Sequence[Any], tuned: Sequence[Any
             rows = generator.choices(range(count), k=count)
             found.append(combine([tuned[row] for row in rows]) - combine([base[row] for row in rows]))
         return float(np.std(np.array(found, dtype=float), ddof=1))
-    except (TypeError, ValueError, ArithmeticError, LookupError):  # a metric that some questions alone do not have
+    except Exception:  # a task's own code, or a metric that some questions alone do not have
         return None

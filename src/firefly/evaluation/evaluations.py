@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TextIO
 
 import numpy as np
@@ -30,11 +31,12 @@ from firefly.errors import UsageError
 from firefly.evaluation.benchmarks import Figure, FoundTasks, Score, figures_of, measure
 from firefly.evaluation.harness import HarnessModel
 from firefly.evaluation.intervals import Verdict
+from firefly.evaluation.wording import VERDICTS
 from firefly.files import atomic_file
 from firefly.generation.loading import Loaded, load_for_generation, name_models, named_adapters
 from firefly.models.memory import PRIMITIVES
 from firefly.runs.memory import cap_onednn_cache
-from firefly.runs.records import EVALUATIONS, VERDICTS, finite, record_in
+from firefly.runs.records import EVALUATIONS, finite, record_in
 from firefly.translation import translate
 
 UNSAFE = re.compile(r"[^\w.-]+")
@@ -227,35 +229,65 @@ def describe(evaluation: Evaluation, found: FoundTasks, tasks: Sequence[str] | N
     return _plain(value)
 
 
-def write(evaluation: Evaluation, subject: Subject, found: FoundTasks, folder: Path | None) -> list[Path]:
-    """A file for each task that was asked for, with its figures and what was answered: in `folder`, else beside the
-    run that made the adapter or the model."""
-    folder = folder or _folder_of_run(evaluation)
+def make_folder(subject: Subject, given: Path | None) -> Path | None:
+    """Where results will be kept, made, and seen to take files before a model is loaded: in `given`, else beside the
+    run that made the adapter or the model; None where there is neither.
+
+    Raises:
+        UsageError: it cannot be made or written; there is no such model.
+    """
+    named = name_models(subject.model, subject.adapters)
+    measured = next(iter(named.adapters.values()), named.model.name_or_path)
+    folder = given or _folder_of_run(Path(measured).expanduser())
     if folder is None:
         notice(
             "eval.not_kept",
             "the results are kept nowhere: {path} is no folder of a run. --save_path names a folder for them.",
-            path=evaluation.tuned.adapter or evaluation.tuned.model,
+            path=measured,
         )
-        return []
+        return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
     except (FileExistsError, NotADirectoryError):
         raise UsageError("eval.no_folder", "{path} is no folder, and cannot be made one.", path=folder) from None
-    written = []
+    except OSError as error:
+        raise UsageError(
+            "eval.closed_folder",
+            "results cannot be kept in {path}: {problem}. Name another folder with --save_path.",
+            path=folder,
+            problem=error.strerror or error,
+        ) from None
+    return folder
+
+
+def write(evaluation: Evaluation, found: FoundTasks, folder: Path) -> Iterator[Path]:
+    """A file for each task that was asked for, with its figures and what was answered.
+
+    Raises:
+        UsageError: one cannot be written.
+    """
     moment = datetime.fromisoformat(evaluation.created).strftime("%Y%m%d-%H%M%S")
     for asked, tasks in found.asked.items():
         path = folder / f"{UNSAFE.sub('-', asked)}-{moment}.json"
         samples = {task: _samples(evaluation, task) for task in tasks if task in found.tasks}
         value = {"task": asked, **describe(evaluation, found, tasks), "samples": samples}
-        with atomic_file(path) as scratch:
-            scratch.write_text(json.dumps(_plain(value), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        written.append(path)
-    return written
+        text = json.dumps(_plain(value), ensure_ascii=False, indent=1) + "\n"
+        try:
+            with atomic_file(path) as scratch:
+                scratch.write_text(text, encoding="utf-8", errors="backslashreplace")  # JSON's own for half a character
+        except OSError as error:
+            raise UsageError(
+                "eval.not_written",
+                "{path} could not be written: {problem}. The figures were printed, the answers are lost.",
+                path=path,
+                problem=error.strerror or error,
+            ) from error
+        yield path
 
 
-def _folder_of_run(evaluation: Evaluation) -> Path | None:
-    place = Path(evaluation.tuned.adapter or evaluation.tuned.model).expanduser()
+def _folder_of_run(place: Path) -> Path | None:
     candidates = [place, place.parent] if re.fullmatch(r"checkpoint-\d+", place.name) else [place]
     return next((each / EVALUATIONS for each in candidates if each.is_dir() and record_in(each)), None)
 
@@ -341,4 +373,4 @@ STYLES: dict[Verdict, str] = {"better": "green", "worse": "red", "no_difference"
 
 
 def _verdict(verdict: Verdict | None) -> Text:
-    return Text("–") if verdict is None else Text(str(VERDICTS[verdict]), STYLES[verdict])
+    return Text("–") if verdict is None else Text(str(VERDICTS[verdict][1]), STYLES[verdict])

@@ -36,6 +36,10 @@ def require_harness() -> None:
             ) from error
 
 
+def is_debugging() -> bool:
+    return os.environ.get(DEBUG, "") not in ("", "0")
+
+
 @contextmanager
 def as_guest() -> Iterator[None]:
     """Let lm-eval work: without a word, with its seeds, and with data that are on this machine alone.
@@ -53,7 +57,7 @@ def as_guest() -> Iterator[None]:
 
     loggers = {logger: logger.level for logger in map(logging.getLogger, CHATTY)}
     drawn = random.getstate(), np.random.get_state()
-    silent = os.environ.get(DEBUG, "") in ("", "0")
+    silent = not is_debugging()
     with ExitStack() as stack:
         stack.enter_context(_environment())
         os.environ["DISABLE_MULTIPROC"] = "1"  # its bootstrap would fork a process that has threads

@@ -20,7 +20,6 @@ from typing import Any
 
 from firefly.errors import UsageError
 from firefly.runs.folders import numbered_checkpoints
-from firefly.translation import Phrase
 
 RUNNING, FINISHED, INTERRUPTED, FAILED = "running", "finished", "interrupted", "failed"
 """run.json says "running" until the process that trains writes how it ended. One that was killed writes nothing: then
@@ -36,13 +35,6 @@ DEPTH = 3
 """Folders below the one that is searched in which a run may lie."""
 EVALUATIONS = "evaluations"
 """The folder of a run in which `firefly eval` keeps what the result scored."""
-VERDICTS = {
-    "better": Phrase("better"),
-    "worse": Phrase("worse"),
-    "no_difference": Phrase("no difference"),
-    "too_few": Phrase("too few questions"),
-}
-"""What they say of it beside its base."""
 SKIPPED = re.compile(r"\..*|checkpoint-\d+|earlier-.*|runs|node_modules|__pycache__|site-packages")
 """Folders that hold no run of their own; `runs` is where TensorBoard's events lie."""
 
