@@ -35,7 +35,7 @@ from firefly.evaluation.in_run import (
 )
 from firefly.evaluation.measurement import Measurement, Question
 from firefly.evaluation.probes import ProbeText, probe_questions, probe_texts
-from firefly.evaluation.report import Report
+from firefly.evaluation.report import Report, plain
 from firefly.evaluation.subjects import shown_name
 from firefly.evaluation.terminal import show_report
 from firefly.files import first_line
@@ -83,7 +83,7 @@ def measure_before(training: Training) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             described = _describe(run, run.config.adapter.name_or_path, 0)
             found = _measurement(training, _base_of(run), described, training.evaluations.get(0), asked, began)
-            write_json(folder / BEFORE, found.as_dict())
+            write_json(folder / BEFORE, plain(found.as_dict()))
         except OSError as error:
             notice(
                 "compare.not_kept",
@@ -305,4 +305,4 @@ def in_short(report: Report) -> dict[str, Any]:
             "unit": report.unit,
             "rows": overall.rows,
         }
-    return found
+    return plain(found)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,35 @@ def test_what_differs_is_said_and_kept(run: Run, capsys: pytest.CaptureFixture[s
     assert manifest(out)["state"] == "finished"
     results = json.loads((out / "train_results.json").read_text())
     assert results["train_runtime"] < results["seconds_to_first_step"] + 60
+
+
+def strict(path: Path) -> Any:
+    """JSON as its standard has it."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{path.name} holds {constant}")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def test_what_is_no_number_is_null_in_every_file(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = run(eval_ratio=0.06)  # one row, whose interval has no ends
+    for name in ("run.json", "train_results.json", "comparison/report.json"):
+        strict(out / name)
+    assert manifest(out)["comparison"]["loss_change"][1:] == [None, None]
+    real = before_after.held_out_losses
+
+    def broken(*given: Any) -> Any:
+        first, *others = real(*given)
+        return (replace(first, total=float("nan")), *others)
+
+    monkeypatch.setattr(before_after, "held_out_losses", broken)
+    out = run("broken")
+    assert strict(out / "comparison/before.json")["losses"][0]["total"] is None
+    losses = before_of(out).losses
+    assert losses is not None
+    assert np.isnan(losses[0].total)
+    assert report_of(out)["losses"][0]["rows"] == 4
 
 
 def test_without_held_out_rows_the_probes_alone_are_compared(run: Run) -> None:
