@@ -43,7 +43,9 @@ from firefly.loop import Outcome, Training, evaluate_now, evaluate_result
 from firefly.models.adapters import transformers_model
 from firefly.models.loading import eos_ids
 from firefly.run import Run
+from firefly.runs.interruption import stopped_at_once
 from firefly.runs.manifest import record_comparison, write_json
+from firefly.runs.plots import drawn_at_end
 from firefly.runs.records import read_object
 from firefly.translation import Phrase, translate
 
@@ -51,10 +53,14 @@ FOLDER = "comparison"
 BEFORE, PAGE, FACTS = "before.json", "report.html", "report.json"
 
 
+@stopped_at_once()
 def measure_before(training: Training) -> None:
     """Evaluate held-out rows and ask the model before its first step, and keep what it says for the end.
 
     A resumed run was measured when it began.
+
+    Raises:
+        Interrupted: a signal came.
     """
     run, folder = training.run, training.run.folder / FOLDER
     if run.checkpoint is not None:
@@ -118,40 +124,45 @@ def _ask_first(training: Training) -> Asked:
 def compare_with_before(training: Training, outcome: Outcome) -> None:
     """Ask the trained model the same, and say what differs: on the terminal, in comparison/ and in run.json.
 
-    The result is saved: what fails here, or is stopped by Ctrl-C, is a notice.
+    The result is saved and the run has ended: what fails here, or is stopped by a signal, is a notice.
     """
     run, folder = training.run, training.run.folder / FOLDER
     nothing_trained = not training.progress.counts.steps and (folder / PAGE).is_file()
     if not run.config.evaluation.compare or ranks.from_first(nothing_trained):
         return
+    found = None
     try:
-        before = _read_before(run) if ranks.is_first() else None
-        if not ranks.from_first(before is not None):
-            notice(
-                "compare.no_before",
-                "what the model said before its first step is not in {path}, so there is nothing to compare the result "
-                "with. To compare it with its base: {command}",
-                path=folder / BEFORE,
-                command=compare_command(run),
-            )
-            return
-        evaluation = outcome.evaluation
-        if run.data.held_out is not None and evaluation is None:
-            evaluation = evaluate_result(training)
-        if before is not None:  # the first rank, which writes files
-            report = _compare(training, outcome, before, evaluation)
-            path = write_report(report, folder)
-            record_comparison(run.folder, in_short(report))
-            show_report(report, stderr_console())
-            stderr_console().print(translate("comparison: {path}", path=path), soft_wrap=True)
+        with stopped_at_once():
+            before = _read_before(run) if ranks.is_first() else None
+            if ranks.from_first(before is not None):
+                evaluation = outcome.evaluation
+                if run.data.held_out is not None and evaluation is None:
+                    with drawn_at_end(run.folder):
+                        evaluation = evaluate_result(training)
+                if before is not None:  # the first rank, which writes files
+                    report = _compare(training, outcome, before, evaluation)
+                    path = write_report(report, folder)
+                    found = in_short(report)
+                    show_report(report, stderr_console())
+                    stderr_console().print(translate("comparison: {path}", path=path), soft_wrap=True)
+            else:
+                notice(
+                    "compare.no_before",
+                    "what the model said before its first step is not in {path}, so there is nothing to compare the "
+                    "result with. To compare it with its base: {command}",
+                    path=folder / BEFORE,
+                    command=compare_command(run),
+                )
     except (Exception, KeyboardInterrupt) as error:
         notice(
             "compare.failed",
             "the result is saved, but it could not be compared with the model before the run ({problem}). To compare "
             "it with its base: {command}",
-            problem=first_line(error) or type(error).__name__,
+            problem=first_line(error).rstrip(".。") or type(error).__name__,
             command=compare_command(run),
         )
+    with suppress(OSError):  # a full disk: the report was shown
+        record_comparison(run.folder, found)
 
 
 def _compare(training: Training, outcome: Outcome, before: Measurement, evaluation: Evaluation | None) -> Report:

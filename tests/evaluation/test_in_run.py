@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -212,8 +213,13 @@ def test_a_run_that_was_not_evaluated_at_its_end_is_when_it_is_saved(run: Run, m
         return real(training)
 
     monkeypatch.setattr(before_after, "evaluate_result", evaluated)
+    drawn: list[list[int]] = []
+    monkeypatch.setattr(
+        "firefly.runs.plots.draw_loss", lambda folder: drawn.append([step for step, _ in logged(folder, "eval_loss")])
+    )
     out = run(eval_strategy="no")
     assert saved == [True]
+    assert drawn[-1] == [0, STEPS]
     assert [step for step, _ in logged(out, "eval_loss")] == [0, STEPS]
     assert report_of(out)["losses"][0]["tuned"] == pytest.approx(logged(out, "eval_loss")[1][1])
 
@@ -446,6 +452,28 @@ def test_stopping_the_comparison_at_the_end_leaves_a_finished_run(run: Run, monk
     assert "compare.failed" in codes(out)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_the_result_is_compared_leaves_a_finished_run(
+    number: int, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = before_after._compare
+
+    def compare(*given: Any) -> Any:
+        (folder,) = [training.run.folder for training in given[:1]]
+        assert manifest(folder)["state"] == "finished"
+        monkeypatch.setattr(in_run, "ask", lambda *_: os.kill(os.getpid(), number))
+        return real(*given)
+
+    monkeypatch.setattr(before_after, "_compare", compare)
+    handler = signal.getsignal(number)
+    out = run()
+    assert signal.getsignal(number) == handler
+    assert manifest(out)["state"] == "finished"
+    (said,) = [notice for notice in manifest(out)["notices"] if notice["code"] == "compare.failed"]
+    assert f"(stopped by {signal.Signals(number).name})" in said["message"]
+    assert "comparison" not in manifest(out)
+
+
 def test_an_engine_that_fails_before_the_first_step_is_a_notice(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no engine")
@@ -472,19 +500,27 @@ def test_a_model_that_cannot_be_batched_is_asked_one_by_one_without_a_word(
     assert "one after another" not in capsys.readouterr().err
 
 
-def test_ctrl_c_while_the_model_is_asked_ends_the_run_at_once(
-    place: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGINT, 130, "interrupted."), (signal.SIGTERM, 143, "stopped by SIGTERM.")],
+)
+def test_a_signal_while_the_model_is_asked_ends_the_run_at_once(
+    number: int,
+    code: int,
+    said: str,
+    place: Path,
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def stopped(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(in_run, "ask", stopped)
+    monkeypatch.setattr(in_run, "ask", lambda *_: os.kill(os.getpid(), number))
     out = tmp_path / "stopped"
     settings = run_settings(place / "llama", place / "sft.jsonl", out, train_mode="lora", compare=True, eval_ratio=0.3)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(settings), encoding="utf-8")
-    assert main(["train", str(file)]) == 130
-    assert capsys.readouterr().err.rstrip().endswith("interrupted.")
+    assert main(["train", str(file)]) == code
+    assert capsys.readouterr().err.rstrip().endswith(said)
     assert manifest(out)["state"] == "interrupted"
     assert not (out / "comparison/before.json").exists()
 
