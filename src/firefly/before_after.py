@@ -32,6 +32,7 @@ from firefly.evaluation.in_run import (
     held_out_questions,
     seconds_for_asking,
     serve,
+    that_fit,
 )
 from firefly.evaluation.measurement import Measurement, Question
 from firefly.evaluation.probes import ProbeText, probe_questions, probe_texts
@@ -42,6 +43,7 @@ from firefly.files import first_line
 from firefly.loop import Outcome, Training, evaluate_now, evaluate_result
 from firefly.models.adapters import transformers_model
 from firefly.models.loading import eos_ids
+from firefly.models.serving_memory import context_of
 from firefly.run import Run
 from firefly.runs.interruption import stopped_at_once
 from firefly.runs.manifest import record_comparison, write_json
@@ -177,7 +179,7 @@ def _compare(training: Training, outcome: Outcome, before: Measurement, evaluati
     adapter = None if model.full else str(run.folder)
     described = _describe(run, adapter, outcome.step)
     after = _measurement(training, str(run.folder), described, evaluation, asked, began)
-    notes = []
+    notes = [*material.notes]
     if outcome.step != training.progress.state.global_step:
         notes.append(
             Phrase("the tuned model is that of step {step}, the best evaluation of the run.", step=outcome.step)
@@ -214,10 +216,15 @@ def _compare(training: Training, outcome: Outcome, before: Measurement, evaluati
 
 @dataclass(frozen=True)
 class _Questions:
-    """All that may be asked, in the order in which it is."""
+    """All that may be asked, in the order in which it is.
+
+    Attributes:
+        notes: what cannot be.
+    """
 
     questions: tuple[Question, ...] = ()
     texts: tuple[ProbeText, ...] = ()
+    notes: tuple[Phrase, ...] = ()
 
 
 def _material_of(training: Training) -> _Questions:
@@ -228,7 +235,20 @@ def _material_of(training: Training) -> _Questions:
     held_out: tuple[Question, ...] = ()
     if run.data.held_out is not None:
         held_out = held_out_questions(run.data.held_out, run.config.data, run.encoder)
-    return _Questions((*held_out, *probe_questions()), probe_texts())
+    context = context_of(transformers_model(training.model.module).config)
+    questions, texts = (*held_out, *probe_questions()), probe_texts()
+    fitting = that_fit(questions, run.encoder, run.chats, context), that_fit(texts, run.encoder, run.chats, context)
+    left_out = len(questions) - len(fitting[0]), len(texts) - len(fitting[1])
+    if not any(left_out):
+        return _Questions(*fitting)
+    note = Phrase(
+        "{questions} question(s) and {texts} text(s) are left out: they are longer than the model's context of "
+        "{context} tokens.",
+        questions=left_out[0],
+        texts=left_out[1],
+        context=context,
+    )
+    return _Questions(*fitting, (note,))
 
 
 def _served(training: Training) -> Any:

@@ -349,6 +349,19 @@ def test_time_bounds_what_is_asked_and_the_end_asks_the_same(run: Run, monkeypat
     assert note.startswith("4 of 9 questions and 2 of 4 texts were put to both models")
 
 
+@pytest.mark.parametrize("task", ["sft", "pretrain"])
+def test_what_is_longer_than_the_context_is_not_asked(task: str, run: Run, tmp_path: Path) -> None:
+    short = save_tiny_model(tmp_path / "short", "gptj", max_position_embeddings=100)
+    lengths = [len(tiny_tokenizer()(text.text).input_ids) for text in probe_texts()[:4]]
+    assert min(lengths) > 100  # its rotary positions are a table: what is longer fails
+    out = run(task=task, model=short, max_seq_length=90)
+    before, report = before_of(out), report_of(out)
+    assert not before.probe_losses
+    assert before.answers
+    assert not [code for code in codes(out) if code.startswith("compare.")]
+    assert any("4 text(s) are left out" in note and "100 tokens" in note for note in report["notes"])
+
+
 def test_the_clock_stops_before_a_part_that_would_not_be_done_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(in_run.time, "monotonic", lambda: now[0])

@@ -109,7 +109,7 @@ def held_out_questions(
     documents = examples.documents if isinstance(examples, Blocks) else examples
     places = _spread(documents, most)
     found = _read(places, data, encoder)
-    fitting = [found[place] for place in places if place in found and _fits(found[place], encoder)]
+    fitting = [found[place] for place in places if place in found and _tokens(found[place], encoder) <= PROMPT_TOKENS]
     return tuple(fitting[:most])
 
 
@@ -166,13 +166,31 @@ def _question_in(record: RawRecord, data_format: str, encoder: Encoder) -> Quest
     return question_of(Row(0, record.source, prompt, instance=0 if len(prompts) > 1 else None))
 
 
-def _fits(question: Question, encoder: Encoder) -> bool:
+def _tokens(item: Question | ProbeText, encoder: Encoder) -> float:
+    """How many tokens are given to a model; infinitely many of what cannot be asked."""
     try:
-        if question.messages:
-            return len(encoder.encode_prompt(question.messages, question.tools)) <= PROMPT_TOKENS
-        return 0 < len(encoder.encode_text(question.text or "")) <= PROMPT_TOKENS
+        if isinstance(item, Question) and item.messages:
+            return len(encoder.encode_prompt(item.messages, item.tools))
+        return len(encoder.encode_text(item.text or "")) or math.inf
     except TemplateFailure:
-        return False
+        return math.inf
+
+
+def that_fit(items: Sequence[T], encoder: Encoder, chats: bool, context: int | None) -> tuple[T, ...]:
+    """Those that the model has positions for, of questions with one for an answer: where positions are learnt, a longer
+    one fails, on CUDA with all that the process does there.
+
+    Args:
+        chats: whether questions are rendered by the chat template.
+        context: see `context_of`.
+    """
+
+    def needs(item: T) -> float:
+        if not isinstance(item, Question):
+            return _tokens(item, encoder)
+        return _tokens(item if chats else in_plain_text(item), encoder) + 1
+
+    return tuple(items) if context is None else tuple(item for item in items if needs(item) <= context)
 
 
 # ---- asking
