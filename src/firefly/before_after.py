@@ -28,6 +28,7 @@ from firefly.evaluation.in_run import (
     Asked,
     ask_model,
     asked_again,
+    free_memory,
     held_out_losses,
     held_out_questions,
     seconds_for_asking,
@@ -87,6 +88,7 @@ def measure_before(training: Training) -> None:
                 "are compared. Training is not affected.",
                 problem=first_line(error),
             )
+        free_memory()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             described = _describe(run, run.config.adapter.name_or_path, 0)
@@ -163,6 +165,7 @@ def compare_with_before(training: Training, outcome: Outcome) -> None:
             problem=first_line(error).rstrip(".。") or type(error).__name__,
             command=compare_command(run),
         )
+    free_memory()
     with suppress(OSError):  # a full disk: the report was shown
         record_comparison(run.folder, found)
 

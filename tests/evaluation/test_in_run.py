@@ -165,7 +165,10 @@ def test_a_resumed_run_without_a_measurement_says_how_to_compare(run: Run, place
     assert not (out / "comparison/report.html").exists()
 
 
-def test_an_engines_memory_is_free_before_the_first_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_engines_memory_is_free_before_the_first_step(
+    fails: bool, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lanes: list[int] = []
     gc.unfreeze()  # what is frozen is not looked at
     real = before_after.measure_before
@@ -174,8 +177,13 @@ def test_an_engines_memory_is_free_before_the_first_step(run: Run, monkeypatch: 
         real(training)
         lanes.append(sum(isinstance(thing, _Lane) for thing in gc.get_objects()))
 
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no answers")
+
     monkeypatch.setattr("firefly.training.measure_before", measured)
-    assert len(before_of(run()).answers) == 9
+    if fails:
+        monkeypatch.setattr(in_run, "ask", fail)
+    assert len(before_of(run()).answers) == (0 if fails else 9)
     assert lanes == [0]
 
 

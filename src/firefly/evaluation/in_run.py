@@ -205,7 +205,8 @@ def ask_model(
 ) -> Asked:
     """Losses of texts and answers to questions of the model in training, in the order of both.
 
-    Training goes on afterwards as if nothing had been: weights, gradients, random states and modes are as before.
+    Training goes on afterwards as if nothing had been: weights, gradients, random states and modes are as before. The
+    engine's memory is the caller's to free (`free_memory`): an error that goes on from here still holds it.
 
     Args:
         served: its tokenizer and template; without one questions are written out as plain text.
@@ -236,8 +237,6 @@ def ask_model(
                     for chunk in chunks(of_kind, name):
                         written = chunk if served.encoder else [in_plain_text(question) for question in chunk]
                         answers += ask(generator, written, tokens)
-            del engine, generator
-            free_memory()
     return Asked(tuple(answers), tuple(losses) if texts else None)
 
 
@@ -281,7 +280,7 @@ class _InTraining(Loaded):
 
 
 def free_memory() -> None:
-    """Give back what an engine's cache took: it is part of a circle."""
+    """Give back what the cache of an engine took that nobody uses any more: it is part of a circle."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
