@@ -76,6 +76,13 @@ def measure_before(training: Training) -> None:
         return
     began = time.monotonic()
     if run.data.held_out is not None:
+        stderr_console().print(
+            translate(
+                "evaluating {rows} held-out rows before the first step, which takes its time beside the questions",
+                rows=len(run.data.held_out),
+            ),
+            soft_wrap=True,
+        )
         evaluate_now(training)
     if ranks.is_first():
         try:
@@ -116,8 +123,8 @@ def _ask_first(training: Training) -> Asked:
         seconds = min(seconds, run.args.ddp_timeout / 3)  # the other ranks wait
     tqdm.write(
         translate(
-            "asking the model before its first step, to compare the result with ({seconds} s at most; compare: false "
-            "leaves it out)",
+            "asking the model before its first step, to compare the result with (about {seconds} s at most; compare: "
+            "false leaves it out)",
             seconds=round(seconds),
         ),
         file=sys.stderr,

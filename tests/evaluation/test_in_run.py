@@ -251,6 +251,7 @@ def test_the_best_weights_are_compared_where_they_are_the_result(run: Run) -> No
 def test_what_differs_is_said_and_kept(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     out = run()
     said = capsys.readouterr().err
+    assert "evaluating 5 held-out rows before the first step" in said
     assert "asking the model before its first step" in said
     assert f"comparison: {out / 'comparison/report.html'}" in said
     found = manifest(out)["comparison"]
@@ -350,11 +351,11 @@ def test_time_bounds_what_is_asked_and_the_end_asks_the_same(run: Run, monkeypat
     out = run()
     before, report = before_of(out), report_of(out)
     assert before.probe_losses is not None
-    assert [len(before.probe_losses), len(before.answers)] == [2, 2 + 2]  # some of each in any case
+    assert [len(before.probe_losses), len(before.answers)] == [1, 1 + 1]  # one of each in any case
     assert [row["key"] for row in report["side_by_side"]] == [answer.key for answer in before.answers]
-    assert report["forgetting"]["losses"][0]["rows"] == 2
+    assert report["forgetting"]["losses"][0]["rows"] == 1
     (note,) = [note for note in report["notes"] if "firefly compare" in note]
-    assert note.startswith("4 of 9 questions and 2 of 4 texts were put to both models")
+    assert note.startswith("2 of 9 questions and 1 of 4 texts were put to both models")
 
 
 @pytest.mark.parametrize("task", ["sft", "pretrain"])
@@ -370,16 +371,21 @@ def test_what_is_longer_than_the_context_is_not_asked(task: str, run: Run, tmp_p
     assert any("4 text(s) are left out" in note and "100 tokens" in note for note in report["notes"])
 
 
-def test_the_clock_stops_before_a_part_that_would_not_be_done_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_so_many_are_asked_at_a_time_as_will_be_done_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(in_run.time, "monotonic", lambda: now[0])
-    taken = []
-    for part in in_run._until(109.0, list(range(20)), 2):  # type: ignore[type-var]
-        taken.append(list(part))
-        now[0] += 3
-    assert taken == [[0, 1], [2, 3], [4, 5]]
-    assert list(in_run._until(101.0, list(range(20)), 8)) == [[0, 1]]  # type: ignore[type-var]
-    assert len(list(in_run._until(None, list(range(20)), 2))) == 10  # type: ignore[type-var]
+
+    def asked(end: float | None, most: int, seconds_each: float) -> list[int]:
+        now[0], taken = 100.0, []
+        for part in in_run._until(end, list(range(40)), most):  # type: ignore[type-var]
+            taken.append(len(part))
+            now[0] += seconds_each * len(part)
+        return taken
+
+    assert asked(None, 16, 1) == asked(1000, 16, 1) == [1, 4, 16, 16, 3]
+    assert asked(109, 16, 1) == [1, 4, 4]  # to the second
+    assert asked(109, 16, 5) == [1]
+    assert asked(100, 8, 1) == asked(90, 8, 1) == [1]  # in any case
 
 
 # ---- questions out of rows

@@ -55,9 +55,9 @@ model is asked the same. On a GPU the set takes seconds; the limit is below that
 SHARES = {"texts": 0.4, "held_out": 0.65, "probes": 1.0}
 """The part of that time until which each kind is asked, in this order."""
 AT_A_TIME = {"texts": 4, "held_out": 8, "probes": 16}
-"""The clock is looked at between so many. A CPU answers sixteen in half the time of twice eight."""
-IN_ANY_CASE = 2
-"""Of each kind, when its time is over already."""
+"""The clock is looked at between so many at most. A CPU answers sixteen in half the time of twice eight."""
+GROWTH = 4
+"""Of each kind one is asked first, whose time says how many more there is time for: up to so many times as many."""
 
 LIMITS = BatchLimits(cache_tokens=2048, max_requests=16)
 """A small cache: it exists beside all that training holds."""
@@ -240,19 +240,22 @@ def ask_model(
     return Asked(tuple(answers), tuple(losses) if texts else None)
 
 
-def _until(end: float | None, items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Some items at a time, as long as the next are likely to be done before `end`; very few in any case."""
-    if end is not None and time.monotonic() > end:
-        if items:
-            yield items[:IN_ANY_CASE]
-        return
-    took = 0.0
-    for start in range(0, len(items), size):
+def _until(end: float | None, items: Sequence[T], most: int) -> Iterator[Sequence[T]]:
+    """Some items at a time, as many as are likely to be done before `end` by the time that those before them took; one
+    in any case."""
+    start, count = 0, 1
+    while start < len(items):
+        chunk = items[start : start + count]
         began = time.monotonic()
-        if end is not None and start and began + took > end:
-            return
-        yield items[start : start + size]
-        took = time.monotonic() - began
+        yield chunk
+        now = time.monotonic()
+        start += len(chunk)
+        count = min(len(chunk) * GROWTH, most)
+        if end is not None:
+            in_time = (end - now) * len(chunk) / max(now - began, 1e-9)
+            if in_time < 1:
+                return
+            count = min(count, math.floor(in_time))
 
 
 def _text_losses(model: TrainableModel, encoder: Encoder, texts: Sequence[ProbeText]) -> list[RowLoss]:
