@@ -109,7 +109,7 @@ def measure_before(training: Training) -> None:
                 path=folder / BEFORE,
                 problem=first_line(error),
             )
-    training.recorder.begin(training.progress.state.global_step)  # none of it is time of training
+    training.recorder.begin(training.progress.state.global_step, time.monotonic() - began)
 
 
 def _ask_first(training: Training) -> Asked:
