@@ -21,6 +21,7 @@ from firefly import ranks
 from firefly.console import notice, stderr_console
 from firefly.data.blocks import Blocks
 from firefly.data.examples import Examples
+from firefly.data.schema import Message, TextPart
 from firefly.evaluation.comparing import Material, compare_measurements
 from firefly.evaluation.comparison import write_report
 from firefly.evaluation.held_out import Evaluation
@@ -85,10 +86,13 @@ def measure_before(training: Training) -> None:
         )
         evaluate_now(training)
     if ranks.is_first():
+        material, asked = _Questions(), Asked()
         try:
-            asked = _ask_first(training)
+            material = _material_of(training)
+            if material.questions or material.texts:
+                asked = _ask_first(training, material)
         except Exception as error:  # an engine, or a model's own code, may fail in any way: the run does not need it
-            asked = Asked()
+            material = _Questions()
             notice(
                 "compare.not_asked",
                 "the model could not be asked before its first step ({problem}), so at the end held-out losses alone "
@@ -100,7 +104,7 @@ def measure_before(training: Training) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             described = _describe(run, run.config.adapter.name_or_path, 0)
             found = _measurement(training, _base_of(run), described, training.evaluations.get(0), asked, began)
-            write_json(folder / BEFORE, plain(found.as_dict()))
+            write_json(folder / BEFORE, _Before.of(found, material).as_dict())
         except OSError as error:
             notice(
                 "compare.not_kept",
@@ -112,12 +116,9 @@ def measure_before(training: Training) -> None:
     training.recorder.begin(training.progress.state.global_step, time.monotonic() - began)
 
 
-def _ask_first(training: Training) -> Asked:
+def _ask_first(training: Training, material: _Questions) -> Asked:
     """What the model says before its first step, as far as time allows."""
     run, model = training.run, training.model
-    material = _material_of(training)
-    if not material.questions and not material.texts:
-        return Asked()
     seconds = seconds_for_asking(run.device)
     if model.ranks > 1:
         seconds = min(seconds, run.args.ddp_timeout / 3)  # the other ranks wait
@@ -177,19 +178,18 @@ def compare_with_before(training: Training, outcome: Outcome) -> None:
         record_comparison(run.folder, found)
 
 
-def _compare(training: Training, outcome: Outcome, before: Measurement, evaluation: Evaluation | None) -> Report:
+def _compare(training: Training, outcome: Outcome, before: _Before, evaluation: Evaluation | None) -> Report:
     began = time.monotonic()
     run, model = training.run, training.model
-    material = _material_of(training)
-    questions = asked_again(material.questions, [answer.key for answer in before.answers])
-    texts = asked_again(material.texts, [row.key for row in before.probe_losses or ()])
+    questions = before.questions
+    texts = asked_again(probe_texts(), [row.key for row in before.measurement.probe_losses or ()])
     asked = Asked()
     if questions or texts:
         asked = ask_model(model, _served(training), questions, texts)
     adapter = None if model.full else str(run.folder)
     described = _describe(run, adapter, outcome.step)
     after = _measurement(training, str(run.folder), described, evaluation, asked, began)
-    notes = [*material.notes]
+    notes = [*before.notes]
     if outcome.step != training.progress.state.global_step:
         notes.append(
             Phrase("the tuned model is that of step {step}, the best evaluation of the run.", step=outcome.step)
@@ -206,19 +206,19 @@ def _compare(training: Training, outcome: Outcome, before: Measurement, evaluati
         notes.append(
             Phrase("no questions were asked, since the weights are sharded over processes: {command}", command=command)
         )
-    elif len(questions) + len(texts) < len(material.questions) + len(material.texts):
+    elif len(questions) + len(texts) < sum(before.offered):
         notes.append(
             Phrase(
                 "{questions} of {all_questions} questions and {texts} of {all_texts} texts were put to both models, as "
                 "many as the time for it within a run allows; all of them, and longer answers: {command}",
                 questions=len(questions),
-                all_questions=len(material.questions),
+                all_questions=before.offered[0],
                 texts=len(texts),
-                all_texts=len(material.texts),
+                all_texts=before.offered[1],
                 command=compare_command(run),
             )
         )
-    return compare_measurements(Material(questions), before, after, notes=notes)
+    return compare_measurements(Material(questions), before.measurement, after, notes=notes)
 
 
 # ---- what is asked, of whom
@@ -310,13 +310,66 @@ def _describe(run: Run, adapter: str | None, step: int) -> dict[str, Any]:
     }
 
 
-def _read_before(run: Run) -> Measurement | None:
+@dataclass(frozen=True)
+class _Before:
+    """What before.json holds. The files of held-out rows may be others, or gone, when the run is at its end.
+
+    Attributes:
+        questions: that were asked.
+        offered: how many questions and texts there were, had there been time for all.
+        notes: what could not be asked.
+    """
+
+    measurement: Measurement
+    questions: tuple[Question, ...]
+    offered: tuple[int, int]
+    notes: tuple[Phrase, ...]
+
+    @classmethod
+    def of(cls, measurement: Measurement, material: _Questions) -> _Before:
+        asked = asked_again(material.questions, [answer.key for answer in measurement.answers])
+        return cls(measurement, asked, (len(material.questions), len(material.texts)), material.notes)
+
+    def as_dict(self) -> dict[str, Any]:
+        return plain(self.measurement.as_dict()) | {
+            "questions": plain(self.questions),
+            "offered": list(self.offered),
+            "notes": [note.as_json() for note in self.notes],
+        }
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> _Before:
+        questions, texts = stored["offered"]
+        return cls(
+            Measurement.from_dict(stored),
+            tuple(_question_from(row) for row in stored["questions"]),
+            (questions, texts),
+            tuple(Phrase.from_json(note) for note in stored["notes"]),
+        )
+
+
+def _question_from(row: Mapping[str, Any]) -> Question:
+    messages = [
+        Message(
+            **message
+            | {
+                "content": tuple(TextPart(**part) for part in message["content"]),
+                "tool_calls": tuple(message["tool_calls"]),
+            }
+        )
+        for message in row["messages"]
+    ]
+    lists = {"messages": tuple(messages), "tools": tuple(row["tools"]), "accepted": tuple(row["accepted"])}
+    return Question(**{**row, **lists})
+
+
+def _read_before(run: Run) -> _Before | None:
     """What was measured when the run began; None where that is not there."""
     folders = [run.folder, *([] if run.checkpoint is None else [run.checkpoint.parent])]
     for folder in folders:
         try:
-            return Measurement.from_dict(read_object(folder / FOLDER / BEFORE))
-        except (TypeError, KeyError):
+            return _Before.from_dict(read_object(folder / FOLDER / BEFORE))
+        except (TypeError, KeyError, ValueError):
             continue
     return None
 

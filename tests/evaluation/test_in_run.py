@@ -25,12 +25,14 @@ from firefly.config import DataConfig, load_config
 from firefly.console import take_notices
 from firefly.data.dataset import load_split
 from firefly.data.encoding import Encoder
+from firefly.data.schema import Message, TextPart
 from firefly.data.templates import bind_template
 from firefly.evaluation import in_run
 from firefly.evaluation.held_out import evaluate
 from firefly.evaluation.in_run import held_out_questions
-from firefly.evaluation.measurement import Measurement
+from firefly.evaluation.measurement import Measurement, Question
 from firefly.evaluation.probes import probe_questions, probe_texts
+from firefly.evaluation.report import plain
 from firefly.generation.batched import BatchedEngine, Unbatchable, _Lane
 from firefly.runs.metrics import read_metrics
 from firefly.training import train
@@ -283,6 +285,15 @@ def test_what_is_measured_before_the_first_step_is_no_time_of_the_run(
     assert results["train_runtime"] + results["seconds_to_first_step"] + before_of(out).seconds < took
 
 
+def strict(path: Path) -> Any:
+    """JSON as its standard has it."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{path.name} holds {constant}")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
 def test_what_is_no_number_is_null_in_every_file(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     out = run(eval_ratio=0.06)  # one row, whose interval has no ends
     for name in ("run.json", "train_results.json", "comparison/report.json"):
@@ -301,6 +312,40 @@ def test_what_is_no_number_is_null_in_every_file(run: Run, monkeypatch: pytest.M
     assert losses is not None
     assert np.isnan(losses[0].total)
     assert report_of(out)["losses"][0]["rows"] == 4
+
+
+def test_the_end_asks_what_was_asked_whatever_became_of_the_files(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = write_rows(tmp_path / "held_out.jsonl", 3, seed=1)
+    asked: list[Any] = []
+    real = before_after.ask_model
+
+    def watched(model: Any, served: Any, questions: Any, *rest: Any) -> Any:
+        asked.append(questions)
+        held_out.unlink(missing_ok=True)
+        return real(model, served, questions, *rest)
+
+    monkeypatch.setattr(before_after, "ask_model", watched)
+    out = run(eval_ratio=0.0, eval_file=str(held_out))
+    assert asked[0] == asked[1]
+    assert len(asked[0]) == 4 + 3
+    assert asked[0][0].messages
+    assert len([row for row in report_of(out)["side_by_side"] if row["kind"] == "held_out"]) == 3
+    assert not [code for code in codes(out) if code.startswith("compare.")]
+
+
+def test_a_stored_question_is_the_same_with_its_functions_and_calls() -> None:
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": [1, "二"]}}}
+    messages = (
+        Message.of("user", "where?"),
+        Message("assistant", (), reasoning="perhaps here", tool_calls=(call,)),
+        Message("tool", (TextPart("not "), TextPart("here")), name="look", tool_call_id="1"),
+    )
+    question = Question("rows.jsonl:1", "held_out", messages, tools=({"name": "look"},), reference="there")
+    assert before_after._question_from(json.loads(json.dumps(plain(question)))) == question
+    (probe, *_) = probe_questions()
+    assert before_after._question_from(json.loads(json.dumps(plain(probe)))) == probe
 
 
 def test_without_held_out_rows_the_probes_alone_are_compared(run: Run) -> None:
