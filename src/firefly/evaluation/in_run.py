@@ -83,11 +83,13 @@ class Asked:
 
 
 def held_out_losses(examples: Examples | Blocks, evaluation: Evaluation) -> tuple[RowLoss, ...]:
-    """The loss of each held-out example, under the place of its row."""
+    """The loss of each held-out example, under the place of its row; of a block of documents under its own number, too:
+    a book of many blocks is one row."""
     names, sources = examples.names, examples.counts.sources.tolist()
+    blocks = isinstance(examples, Blocks)
     return tuple(
         RowLoss(
-            key=str(examples.place(number)),
+            key=f"{examples.place(number)}#block{number + 1}" if blocks else str(examples.place(number)),
             source=names[source] if source < len(names) else str(source),
             total=float(evaluation.losses[number]),
             targets=int(evaluation.targets[number]),
