@@ -161,17 +161,16 @@ def compare_with_before(training: Training, outcome: Outcome) -> None:
                 notice(
                     "compare.no_before",
                     "what the model said before its first step is not in {path}, so there is nothing to compare the "
-                    "result with. To compare it with its base: {command}",
+                    "result with. {how}",
                     path=folder / BEFORE,
-                    command=compare_command(run),
+                    how=how_to_compare(run),
                 )
     except (Exception, KeyboardInterrupt) as error:
         notice(
             "compare.failed",
-            "the result is saved, but it could not be compared with the model before the run ({problem}). To compare "
-            "it with its base: {command}",
+            "the result is saved, but it could not be compared with the model before the run ({problem}). {how}",
             problem=first_line(error).rstrip(".。") or type(error).__name__,
-            command=compare_command(run),
+            how=how_to_compare(run),
         )
     free_memory()
     with suppress(OSError):  # a full disk: the report was shown
@@ -194,28 +193,26 @@ def _compare(training: Training, outcome: Outcome, before: _Before, evaluation: 
         notes.append(
             Phrase("the tuned model is that of step {step}, the best evaluation of the run.", step=outcome.step)
         )
-    if model.backend.shards_weights:
-        command = compare_command(run)
+    if model.backend.shards_weights and run.task.HEAD != "score":
+        how = how_to_compare(run)
         notice(
             "compare.sharded",
-            "{engine} shards the weights, so held-out losses alone are compared. For answers, and for what was "
-            "forgotten: {command}",
+            "{engine} shards the weights, so held-out losses alone are compared: no answers, and nothing of what was "
+            "forgotten. {how}",
             engine=model.backend.name,
-            command=command,
+            how=how,
         )
-        notes.append(
-            Phrase("no questions were asked, since the weights are sharded over processes: {command}", command=command)
-        )
+        notes.append(Phrase("no questions were asked, since the weights are sharded over processes. {how}", how=how))
     elif len(questions) + len(texts) < sum(before.offered):
         notes.append(
             Phrase(
                 "{questions} of {all_questions} questions and {texts} of {all_texts} texts were put to both models, as "
-                "many as the time for it within a run allows; all of them, and longer answers: {command}",
+                "many as the time for it within a run allows. {how}",
                 questions=len(questions),
                 all_questions=before.offered[0],
                 texts=len(texts),
                 all_texts=before.offered[1],
-                command=compare_command(run),
+                how=how_to_compare(run),
             )
         )
     return compare_measurements(Material(questions), before.measurement, after, notes=notes)
@@ -374,12 +371,36 @@ def _read_before(run: Run) -> _Before | None:
     return None
 
 
-def compare_command(run: Run) -> str:
-    """The command that compares the result of a run with what it started from."""
+def how_to_compare(run: Run) -> Phrase:
+    """How the result of a run is compared later with what it started from."""
+    if run.task.HEAD == "score":
+        return Phrase("There is no command for it: firefly compare takes no reward models.")
+    config, data = run.config, run.config.data
     parts = ["firefly", "compare", "--base", _base_of(run), "--tuned", str(run.folder)]
-    if isinstance(run.config.data.eval_file, str):
-        parts += ["--eval_file", run.config.data.eval_file]
-    return shlex.join([*parts, "--save_path", str(run.folder / FOLDER)])
+    if isinstance(data.eval_file, str):
+        parts += ["--eval_file", data.eval_file]
+    for name, value, default in (
+        ("max_seq_length", data.max_seq_length, 2048),
+        ("data_format", data.data_format, "auto"),
+        ("template_name", data.template_name if run.chats else "auto", "auto"),
+        ("hub", config.model.hub, "huggingface"),
+    ):
+        if value != default:
+            parts += [f"--{name}", str(value)]
+    for name, needed in (
+        ("trust_remote_code", config.model.trust_remote_code),
+        ("load_in_4bit", config.adapter.mode == "qlora"),
+    ):
+        if needed:
+            parts.append(f"--{name}")
+    command = shlex.join([*parts, "--save_path", str(run.folder / FOLDER)])
+    if run.data.held_out is None or isinstance(data.eval_file, str):
+        return Phrase("To compare the result with its base: {command}", command=command)
+    return Phrase(
+        "To compare the result with its base: {command} (without the held-out rows of this run, which no single file "
+        "holds; --eval_file FILE names others)",
+        command=command,
+    )
 
 
 def in_short(report: Report) -> dict[str, Any]:

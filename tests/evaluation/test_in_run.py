@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -164,7 +165,8 @@ def test_a_resumed_run_without_a_measurement_says_how_to_compare(run: Run, place
     (out / "comparison/report.html").unlink()
     run(**SAVING, resume_from_checkpoint=str(out / "checkpoint-2"))
     (said,) = [notice for notice in manifest(out)["notices"] if notice["code"] == "compare.no_before"]
-    assert f"firefly compare --base {place / 'llama'} --tuned {out} --save_path {out / 'comparison'}" in said["message"]
+    command = f"firefly compare --base {place / 'llama'} --tuned {out} --max_seq_length 512 --template_name default"
+    assert f"{command} --save_path {out / 'comparison'} (without the held-out rows of this run" in said["message"]
     assert not (out / "comparison/report.html").exists()
 
 
@@ -388,6 +390,9 @@ def test_a_reward_model_is_asked_nothing(run: Run) -> None:
 def test_a_pretrained_model_goes_on_from_documents_and_plain_questions(run: Run) -> None:
     out = run(task="pretrain", train_mode="full", eval_ratio=0.2)
     report = report_of(out)
+    losses = before_of(out).losses
+    assert losses is not None
+    assert [row.key.rpartition("#")[2] for row in losses] == [f"block{n + 1}" for n in range(len(losses))]
     held_out = [row for row in report["side_by_side"] if row["kind"] == "held_out"]
     assert held_out
     for row in held_out:
@@ -396,6 +401,13 @@ def test_a_pretrained_model_goes_on_from_documents_and_plain_questions(run: Run)
         assert row["reference"].strip()
     assert len([row for row in report["side_by_side"] if row["kind"] == "probe"]) == 4
     assert not any(error for row in report["side_by_side"] for error in row["errors"])
+
+
+def test_the_blocks_of_a_long_document_count_each(run: Run, tmp_path: Path) -> None:
+    book = tmp_path / "book.jsonl"
+    book.write_text(json.dumps({"text": "it was a dark and stormy night " * 60}) + "\n", encoding="utf-8")
+    report = report_of(run(task="pretrain", eval_ratio=0.0, eval_file=str(book)))
+    assert report["losses"][0]["rows"] > 10
 
 
 def test_time_bounds_what_is_asked_and_the_end_asks_the_same(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -519,6 +531,30 @@ def test_a_comparison_that_fails_is_a_notice(run: Run, monkeypatch: pytest.Monke
     (said,) = [notice for notice in manifest(out)["notices"] if notice["code"] == "compare.failed"]
     assert "a fault" in said["message"]
     assert "firefly compare --base" in said["message"]
+
+
+def test_the_command_for_later_has_what_the_run_needed(place: Path, tmp_path: Path) -> None:
+    def command(task: str = "sft", held_out: bool = True, **changes: Any) -> str:
+        settings = run_settings(place / "llama", place / f"{task}.jsonl", tmp_path / "out", task_type=task)
+        config = load_config(settings | changes)
+        kind = SimpleNamespace(HEAD="score" if task == "reward" else "lm")
+        data = SimpleNamespace(held_out=[1] if held_out else None)
+        run = SimpleNamespace(config=config, task=kind, data=data, folder=tmp_path / "out", chats=task != "pretrain")
+        return str(before_after.how_to_compare(run))  # type: ignore[arg-type]
+
+    rows = str(place / "held_out.jsonl")
+    sound = {"template_name": "auto", "max_seq_length": 2048, "train_mode": "lora"}
+    start = f"To compare the result with its base: firefly compare --base {place / 'llama'} --tuned {tmp_path / 'out'}"
+    end = f" --save_path {tmp_path / 'out/comparison'}"
+    assert command(held_out=False, **sound) == start + end
+    assert command(eval_file=rows, **sound) == f"{start} --eval_file {rows}{end}"
+    assert command("pretrain", False, **sound | {"max_seq_length": 99}) == f"{start} --max_seq_length 99{end}"
+    needed = {"data_format": "alpaca", "hub": "modelscope", "trust_remote_code": True, "train_mode": "qlora"}
+    options = "--data_format alpaca --hub modelscope --trust_remote_code --load_in_4bit"
+    assert command(held_out=False, **sound | needed) == f"{start} {options}{end}"
+    for other in ({"eval_ratio": 0.2}, {"eval_file": [rows, rows]}):
+        assert command(**sound, **other).startswith(f"{start}{end} (without the held-out rows")
+    assert command("reward") == "There is no command for it: firefly compare takes no reward models."
 
 
 def test_stopping_the_comparison_at_the_end_leaves_a_finished_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -651,7 +687,7 @@ def test_two_ranks_compare_what_one_does(engine: str, place: Path, tmp_path: Pat
         assert found.answers == ()
         assert report["forgetting"] is None
         (said,) = [notice for notice in manifest(two)["notices"] if notice["code"] == "compare.sharded"]
-        command_line = f"firefly compare --base {place / 'llama'} --tuned {two} --save_path {two / 'comparison'}"
+        command_line = f"firefly compare --base {place / 'llama'} --tuned {two} --max_seq_length "
         assert command_line in said["message"]
     else:
         assert [answer.text for answer in found.answers] == [answer.text for answer in expected.answers]
