@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fake_openai import FakeOpenAI
+from fake_openai import FakeOpenAI, Refusal
 from firefly.cli import main
 from firefly.data.encoding import Encoder
 from firefly.data.schema import Conversation, Message
@@ -40,7 +40,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def request(place: Path, base: str, tuned: str, **changes: Any) -> ComparisonRequest:
-    own: dict[str, Any] = {"eval_file": str(place / "rows.jsonl"), "questions": 3, "max_new_tokens": 4}
+    own: dict[str, Any] = {"eval_files": (str(place / "rows.jsonl"),), "questions": 3, "max_new_tokens": 4}
     own |= {"probes": False, "loading": OPTIONS} | changes
     return ComparisonRequest(str(place / base), str(place / tuned), **own)
 
@@ -105,11 +105,15 @@ def test_pairs_are_compared_by_their_better_answers(place: Path, tmp_path: Path)
     rows.write_text("".join(json.dumps(row) + "\n" for row in pair))
     report = compare_models(
         ComparisonRequest(
-            str(place / "base"), str(place / "adapter"), str(rows), questions=0, probes=False, loading=OPTIONS
+            str(place / "base"), str(place / "adapter"), (str(rows),), questions=0, probes=False, loading=OPTIONS
         )
     )
     assert report.losses[0].rows == 9
-    assert "prefers" in [measure.name for measure in report.answers]
+    (prefers,) = [measure for measure in report.answers if measure.name == "prefers"]
+    assert prefers.count == 9
+    assert report.learnt == prefers.verdict  # and not the loss of the better answers
+    assert "held-out pairs" in str(report.verdicts[0])
+    assert any("better answer" in str(note) for note in report.notes)
 
 
 def test_documents_are_compared_by_all_their_tokens(place: Path, tmp_path: Path) -> None:
@@ -120,7 +124,7 @@ def test_documents_are_compared_by_all_their_tokens(place: Path, tmp_path: Path)
         ComparisonRequest(
             str(place / "base"),
             str(place / "adapter"),
-            str(texts),
+            (str(texts),),
             questions=2,
             max_new_tokens=4,
             max_seq_length=64,
@@ -137,9 +141,56 @@ def test_rows_that_were_trained_on_are_looked_at(place: Path, tmp_path: Path) ->
     turns = [{"human": f"ask {n}", "assistant": f"say {n}"} for n in range(12)]
     turns.append({"human": "ask 0", "assistant": "something else"})
     rows.write_text("".join(json.dumps({"conversation": [turn]}) + "\n" for turn in turns))
-    report = compare_models(request(place, "base", "adapter", eval_file="", train_file=str(rows)))
+    report = compare_models(request(place, "base", "adapter", eval_files=(), train_files=(str(rows),)))
     assert {int(each.key.rpartition(":")[2]) for each in report.suspects} >= {1, 13}
     assert report.losses == ()
+
+
+def test_each_file_has_a_line_of_its_own(place: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_rows(tmp_path / f"{name}.jsonl", 9, seed=ord(name))
+    report = compare_models(request(place, "base", "adapter", eval_files=(str(tmp_path),), questions=0))
+    assert [each.source for each in report.losses] == ["", "a.jsonl", "b.jsonl"]
+
+
+def test_every_row_that_is_listed_has_its_texts(place: Path) -> None:
+    report = compare_models(request(place, "base", "other", questions=0))
+    listed = [*report.worst, *report.best]
+    assert listed
+    assert all(change.question and change.reference for change in listed)
+
+
+def test_a_malformed_row_is_named_and_nothing_is_compared(place: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((place / "rows.jsonl").read_text("utf-8") + '{"conversation": [', "utf-8")
+    with pytest.raises(UsageError, match=r"rows.jsonl:15"):
+        compare_models(request(place, "base", "adapter", eval_files=(str(rows),)))
+
+
+@pytest.mark.parametrize("longest", [2048, 60])
+def test_rows_that_one_tokenizer_cuts_do_not_count(
+    place: Path, tmp_path: Path, longest: int, qwen_tokenizer: Any
+) -> None:
+    """A byte for a token on one side, and words on the other: only rows that both read whole are compared."""
+    tiny_model("llama", vocab_size=len(qwen_tokenizer)).save_pretrained(tmp_path / "words")
+    qwen_tokenizer.save_pretrained(tmp_path / "words")
+    asked = request(place, "base", "base", questions=0, max_seq_length=longest)
+    report = compare_models(replace(asked, tuned=str(tmp_path / "words")))
+    assert report.unit == "byte"
+    counted = report.losses[0].rows if report.losses else 0
+    assert counted == 14 if longest == 2048 else counted < 14
+    assert any("reads less" in str(note) for note in report.notes) == (longest == 60)
+
+
+def test_a_base_without_a_template_is_asked_by_that_of_the_model_made_of_it(place: Path, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "tuned", "llama", seed=2)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = bind_template("default", tokenizer).text
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    asked = request(place, "base", "base", loading=LoadingOptions(dtype="float32"))
+    report = compare_models(replace(asked, tuned=str(tmp_path / "tuned")))
+    assert report.losses[0].rows == 14
+    assert all(row.errors == (None, None) for row in report.side_by_side)
 
 
 # ---- servers
@@ -169,7 +220,34 @@ def test_a_judge_that_goes_by_the_order_decides_nothing(place: Path) -> None:
 
 def test_training_rows_of_a_model_at_a_server_are_refused(place: Path) -> None:
     with pytest.raises(UsageError, match="--train_file"):
-        compare_models(replace(request(place, "base", "base", train_file="rows"), tuned="http://127.0.0.1:9/v1"))
+        compare_models(replace(request(place, "base", "base", train_files=("rows",)), tuned="http://127.0.0.1:9/v1"))
+
+
+def test_a_judge_that_is_down_is_found_before_anything_is_computed(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("firefly.evaluation.comparison.measure_local", lambda *_: pytest.fail("it was computed"))
+    with pytest.raises(UsageError, match=r"127\.0\.0\.1:9"):
+        compare_models(request(place, "base", "base", judge=Endpoint("http://127.0.0.1:9/v1")))
+
+
+def test_a_judge_that_fails_leaves_a_report_without_it(place: Path) -> None:
+    def refuse(body: dict[str, Any]) -> str:
+        raise Refusal(400, "not today")
+
+    with FakeOpenAI(refuse, ("a judge",)) as server:
+        report = compare_models(request(place, "base", "other", judge=Endpoint(server.url)))
+    assert report.judge is None
+    assert any("not today" in str(note) for note in report.notes)
+
+
+def test_a_key_goes_to_the_server_that_it_is_for(place: Path) -> None:
+    with FakeOpenAI(echo, ("m",)) as one, FakeOpenAI(echo, ("m",)) as other:
+        asked = request(place, "base", "base", api_keys=("", "secret"))
+        report = compare_models(replace(asked, base=one.url, tuned=other.url))
+    assert set(one.keys) == {None}
+    assert set(other.keys) == {"Bearer secret"}
+    assert "secret" not in str(report.as_dict())
 
 
 # ---- the command
@@ -200,6 +278,10 @@ def test_the_command_writes_a_page_and_facts_and_prints_one_json_value(
         (["--eval_file", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--questions", "-1"], "--questions"),
         (["--threshold", "-1"], "--threshold"),
+        (["--hub", "modelscop"], "hub"),
+        (["--data_format", "foo"], "data_format"),
+        (["--judge_model", "m"], "--judge_url"),
+        (["--tuned_name", "m"], "--tuned"),
     ],
 )
 def test_a_mistake_of_the_user_is_one_line(

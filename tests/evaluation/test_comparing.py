@@ -10,6 +10,7 @@ import pytest
 from firefly.data.schema import Message
 from firefly.evaluation.comparing import Material, compare_measurements, pair_losses
 from firefly.evaluation.measurement import GivenAnswer, Measurement, Question, RowLoss
+from firefly.evaluation.report import JudgeResult
 
 ROWS = 60
 
@@ -169,3 +170,35 @@ def test_pairs_are_compared_by_how_often_the_better_answer_is_likelier() -> None
     report = compare_measurements(NOTHING, measured(base), measured(tuned))
     (measure,) = [each for each in report.answers if each.name == "prefers"]
     assert (measure.base, measure.tuned, measure.verdict) == (0.5, 1.0, "better")
+
+
+def test_of_a_model_that_was_still_thinking_nobody_can_tell_what_it_knows() -> None:
+    thinking = tuple(GivenAnswer(each.key, "<think> Let me see", 24, "length") for each in PROBES)
+    same = losses(2.5, count=24)
+    first, second = measured(texts=same, answers=answered(30)), measured(texts=same, answers=thinking)
+    report = compare_measurements(Material(PROBES), first, second)
+    assert report.forgetting is not None
+    assert report.forgetting.correct is None
+    assert report.forgetting.verdict == "kept"
+
+
+def test_who_knew_nothing_has_nothing_to_keep() -> None:
+    report = compare_measurements(Material(PROBES), measured(answers=answered(2)), measured(answers=answered(2)))
+    assert report.forgetting is not None
+    assert report.forgetting.verdict == "unclear"
+
+
+def test_of_probes_alone_nobody_can_tell_whether_it_helped() -> None:
+    vote = JudgeResult("judge", "http://judge", (), None, "better")
+    same = measured(answers=answered(20))
+    assert compare_measurements(Material(PROBES), same, same, vote).learnt is None
+
+
+def test_answers_that_are_missing_are_said() -> None:
+    asked = [replace(each, kind="held_out", reference="x") for each in PROBES[:4]]
+    good = [GivenAnswer(each.key, "x", 1, "stop") for each in asked]
+    bad = [GivenAnswer(each.key, "", error="busy") for each in asked[:3]]
+    report = compare_measurements(
+        Material(tuple(asked)), measured(answers=tuple(good)), measured(answers=(*bad, good[3]))
+    )
+    assert any("0 of 4 of the base, 3 of the tuned" in str(note) for note in report.notes)

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import made_reports
 import pytest
-from made_reports import ALL, EMPTY, HOSTILE, LONG, NASTY, RICH, WORSE
+from made_reports import ALL, EMPTY, HOSTILE, LONG, NASTY, RICH, WORSE, held_out
 
 import firefly
 from firefly.evaluation import wording
 from firefly.evaluation.intervals import Estimate
 from firefly.evaluation.page import Axis, excerpt, write_page
-from firefly.evaluation.report import Report
+from firefly.evaluation.report import Report, RowChange, SuspectRow
 
 SECTIONS = ("loss", "rows", "figures", "forgetting", "answers", "judge", "suspects", "notes", "compared")
 VOID = {"meta", "input", "br", "hr", "img", "link", "source", "embed"}
@@ -184,6 +184,40 @@ def test_the_table_of_losses_says_what_the_report_holds(tmp_path: Path) -> None:
     assert "erplexity" not in by_bytes
 
 
+@pytest.mark.parametrize(
+    ("lang", "named"), [("en", {"named as", "hash of the template", "time taken, in seconds"}), ("zh", {"指定为"})]
+)
+def test_what_was_compared_is_said_in_words_with_hashes_shortened(
+    lang: str, named: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FIREFLY_LANG", lang)
+    digest = hashlib.sha256(b"").hexdigest()
+    described = dict.fromkeys(wording.PROPERTIES) | {"template_hash": digest, "something_new": "deadbeef"}
+    page = page_of(replace(RICH, tuned=replace(RICH.tuned, described=described)), tmp_path)
+    (at,) = (number for number, (_, attributes) in enumerate(page.tags) if attributes.get("id") == "compared")
+    hashes = [attributes["title"] for _, attributes in page.tags[at:] if "title" in attributes]
+    assert hashes == [digest]
+    compared = page.source.partition('id="compared"')[2]
+    assert re.findall(rf">({digest[:8]}\w*…?)<", compared) == [f"{digest[:12]}…"]
+    rows = set(re.findall(r'<th scope="row">(?:<bdi>)?([^<]+)<', compared))
+    assert named <= rows
+    assert not rows & (wording.PROPERTIES.keys() - {"model", "adapter"} | {"seconds"})
+    assert "something_new" in rows
+    assert "deadbeef" in compared
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_every_percentage_of_the_page_is_written_alike(
+    lang: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FIREFLY_LANG", lang)
+    page = page_of(replace(RICH, verdicts=(), notes=()), tmp_path)
+    spoken = [attributes["aria-label"] or "" for _, attributes in page.tags if "aria-label" in attributes]
+    found = re.findall(r".{2}%", " ".join([page.text, *spoken]))
+    assert len(found) > 30
+    assert [text for text in found if text[1] != "\N{NO-BREAK SPACE}" or not text[0].isdigit()] == []
+
+
 def test_what_is_no_number_is_said_and_not_drawn(tmp_path: Path) -> None:
     page = page_of(WORSE, tmp_path)
     assert "cannot be drawn: ∞" in page.text
@@ -297,6 +331,15 @@ def test_shares_perplexities_and_intervals_are_written_so_too() -> None:
     assert wording.measured("tokens", 12.34) == "12.3"
 
 
+def test_an_interval_that_ends_near_zero_shows_on_which_side() -> None:
+    assert wording.measured_change("bleu", Estimate(4.2, 0.00495, 8.4))[1] == "+0.005 … +8.4"
+    assert wording.measured_change("chrf", Estimate(5.4, -0.02, 10.9))[1] == "−0.02 … +10.9"
+    assert wording.measured_change("stop_rate", Estimate(-0.2, -0.4, -0.0001))[1] == "−40.0 … −0.01"
+    assert wording.interval(Estimate(-0.1, -0.2, -0.0004)) == "−0.200 … −0.0004"
+    assert wording.interval(Estimate(-0.1, -0.2, 0.0)) == "−0.200 … 0.000"
+    assert wording.interval(Estimate(0.1, 1e-12, 0.2)) == "0.000 … +0.200"
+
+
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-0.003, 0.0001), (-1e9, 5.0), (7.0, 7.0), (-0.02, 0.08)])
 def test_an_axis_holds_its_values_and_round_numbers_between(low: float, high: float) -> None:
     axis = Axis.over(low, high, math.nan, math.inf)
@@ -311,14 +354,43 @@ def test_an_axis_holds_its_values_and_round_numbers_between(low: float, high: fl
     assert Axis.over(1.0, math.nan) is None
 
 
-def test_places_lose_the_folders_that_they_share() -> None:
-    shared = ["/data/a/x.jsonl:1", "/data/b/y.jsonl:2"]
-    assert wording.without_folder(shared) == ["a/x.jsonl:1", "b/y.jsonl:2"]
-    assert wording.without_folder(["/data/x.jsonl:12#2"]) == ["x.jsonl:12#2"]
-    assert wording.without_folder(["/data/x1.jsonl:1", "/data/x2.jsonl:1"]) == ["x1.jsonl:1", "x2.jsonl:1"]
-    assert wording.without_folder(["/x.jsonl:1", "y.jsonl:1"]) == ["/x.jsonl:1", "y.jsonl:1"]
-    assert wording.without_folder(["x.jsonl:1", "x.jsonl:12"]) == ["x.jsonl:1", "x.jsonl:12"]
-    assert wording.without_folder([]) == []
+def test_places_have_the_folders_that_tell_files_apart() -> None:
+    def short(*places: str) -> list[str]:
+        return list(wording.short_places(places).values())
+
+    assert short("/data/a/x.jsonl:1", "/data/b/y.jsonl:2") == ["x.jsonl:1", "y.jsonl:2"]
+    assert short("/data/a/x.jsonl:1", "/data/b/x.jsonl:2") == ["a/x.jsonl:1", "b/x.jsonl:2"]
+    assert short("/data/x.jsonl:12#2", "/data/x.jsonl:1", "x.jsonl:1") == [
+        "data/x.jsonl:12#2",
+        "data/x.jsonl:1",
+        "x.jsonl:1",
+    ]
+    assert short("/x.jsonl:1", "x.jsonl:1", "b/x.jsonl:1") == ["/x.jsonl:1", "x.jsonl:1", "b/x.jsonl:1"]
+    assert short("probe/en/formula-of-water", "http://a/b:8000/v1", "") == [
+        "probe/en/formula-of-water",
+        "http://a/b:8000/v1",
+        "",
+    ]
+    assert short() == []
+
+
+def test_a_row_has_one_short_place_wherever_it_stands_and_the_whole_one_as_title(tmp_path: Path) -> None:
+    ours, theirs = "/home/somebody/project/held.jsonl", "/home/somebody/project/train.jsonl"
+    report = replace(
+        RICH,
+        worst=(RowChange(f"{ours}:3", ours, 1.0, 2.0, "Why?", "So."),),
+        best=(),
+        suspects=(SuspectRow(f"{theirs}:8", theirs, 3.0, 4.0, "Who?", "I.", ()),),
+        side_by_side=(held_out(3, "Why?", "So.", "Yes.", "No."),),
+        forgetting=None,
+        judge=None,
+    )
+    report = replace(report, side_by_side=(replace(report.side_by_side[0], key=f"{ours}:3"),))
+    page = page_of(report, tmp_path)
+    assert "/home" not in page.text
+    titles = [attributes["title"] for tag, attributes in page.tags if tag == "bdi" and "title" in attributes]
+    assert titles == [f"{ours}:3"] * 3 + [f"{theirs}:8"]
+    assert [text for text in page.within("bdi") if "jsonl:" in text] == ["held.jsonl:3"] * 3 + ["train.jsonl:8"]
 
 
 def test_every_figure_has_a_name_and_an_explanation() -> None:

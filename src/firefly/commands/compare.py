@@ -17,6 +17,7 @@ from firefly.commands.options import (
     RemoteCodeOption,
     TemplateOption,
     imports_without_gc,
+    refuse_below,
 )
 from firefly.console import print_json, stderr_console
 from firefly.errors import UsageError
@@ -32,10 +33,13 @@ def compare_command(
     ],
     tuned: Annotated[str, typer.Option("--tuned", help="What is judged: a model, an adapter, or a server's address.")],
     save_path: Annotated[str, typer.Option("--save_path", help="Folder for report.html and report.json.")],
-    eval_file: Annotated[str, typer.Option("--eval_file", help="Held-out rows, in any format that train reads.")] = "",
+    eval_file: Annotated[
+        list[str] | None, typer.Option("--eval_file", help="Held-out rows, in any format that train reads; repeatable.")
+    ] = None,
     train_file: Annotated[
-        str, typer.Option("--train_file", help="Rows that were trained on: those that look wrong are named.")
-    ] = "",
+        list[str] | None,
+        typer.Option("--train_file", help="Rows that were trained on: those that look wrong are named; repeatable."),
+    ] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Losses of only so many rows of a file.")] = None,
     questions: Annotated[int, typer.Option("--questions", help="Held-out prompts that both answer.")] = 32,
     max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", help="Longest answer, in tokens.")] = 128,
@@ -50,9 +54,11 @@ def compare_command(
     judge_url: Annotated[str, typer.Option("--judge_url", help="Server of a model that judges the answers.")] = "",
     judge_model: Annotated[str, typer.Option("--judge_model", help="Its name there, if there are several.")] = "",
     judge_api_key: Annotated[str, typer.Option("--judge_api_key", help="API key of the judge's server.")] = "",
+    judge_tokens: Annotated[int, typer.Option("--judge_tokens", help="Longest judgement, in tokens.")] = 512,
     base_name: Annotated[str, typer.Option("--base_name", help="Model at the base's server.")] = "",
     tuned_name: Annotated[str, typer.Option("--tuned_name", help="Model at the tuned model's server.")] = "",
-    api_key: Annotated[str, typer.Option("--api_key", help="API key of these servers.")] = "",
+    base_api_key: Annotated[str, typer.Option("--base_api_key", help="API key of the base's server.")] = "",
+    tuned_api_key: Annotated[str, typer.Option("--tuned_api_key", help="API key of the tuned model's server.")] = "",
     template_name: TemplateOption = "auto",
     load_in_4bit: FourBitOption = False,
     dtype: DtypeOption = "auto",
@@ -61,21 +67,21 @@ def compare_command(
     hub: HubOption = "huggingface",
     trust_remote_code: RemoteCodeOption = False,
 ) -> None:
-    for option, value, least in (
+    refuse_below(
         ("questions", questions, 0),
         ("limit", limit, 1),
         ("max_new_tokens", max_new_tokens, 1),
         ("max_seq_length", max_seq_length, 2),
+        ("judge_tokens", judge_tokens, 1),
         ("threshold", threshold, 0),
+    )
+    refuse_without_effect("judge_url", bool(judge_url), judge_model=judge_model, judge_api_key=judge_api_key)
+    for role, given, name, key in (
+        ("base", base, base_name, base_api_key),
+        ("tuned", tuned, tuned_name, tuned_api_key),
     ):
-        if value is not None and value < least:
-            raise UsageError(
-                "generation.bad_setting",
-                "--{option} = {value} is not valid: {expected}.",
-                option=option,
-                value=value,
-                expected=f"≥ {least}",
-            )
+        at_server = given.startswith(("http://", "https://"))
+        refuse_without_effect(f"{role} http://…", at_server, **{f"{role}_name": name, f"{role}_api_key": key})
     with imports_without_gc():
         from firefly.evaluation.comparison import ComparisonRequest, compare_models, write_report
         from firefly.evaluation.endpoints import Endpoint
@@ -84,10 +90,10 @@ def compare_command(
     request = ComparisonRequest(
         base=base,
         tuned=tuned,
-        eval_file=eval_file,
-        train_file=train_file,
+        eval_files=tuple(eval_file or ()),
+        train_files=tuple(train_file or ()),
         names=(base_name, tuned_name),
-        api_key=api_key,
+        api_keys=(base_api_key, tuned_api_key),
         questions=questions,
         max_new_tokens=max_new_tokens,
         max_seq_length=max_seq_length,
@@ -95,13 +101,20 @@ def compare_command(
         limit=limit,
         probes=not no_probes,
         judge=Endpoint(judge_url, judge_model, judge_api_key) if judge_url else None,
+        judge_tokens=judge_tokens,
         threshold=threshold,
         loading=LoadingOptions(hub, trust_remote_code, template_name, load_in_4bit, dtype, force),
     )
     folder = Path(save_path).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise UsageError("compare.no_folder", "--save_path {path} is a file; name a folder.", path=folder)
-    folder.mkdir(parents=True, exist_ok=True)  # better refused now than after minutes
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # better refused now than after minutes
+    except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(
+            "compare.no_folder",
+            "--save_path {path} is no folder, and cannot be made one: {problem}.",
+            path=folder,
+            problem=error.strerror or error,
+        ) from error
     report = compare_models(request)
     page = write_report(report, folder)
     show_report(report, stderr_console())
@@ -109,3 +122,15 @@ def compare_command(
         print_json(json.dumps(report.as_dict(), ensure_ascii=False))
     else:
         print(translate("report: {path}", path=page))
+
+
+def refuse_without_effect(needed: str, is_given: bool, **options: str) -> None:
+    """
+    Raises:
+        UsageError: one of the options is given, and the one that it needs is not.
+    """
+    for option, value in options.items():
+        if value and not is_given:
+            raise UsageError(
+                "compare.without_effect", "--{option} has no effect without --{needed}.", option=option, needed=needed
+            )

@@ -10,6 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
+from firefly.errors import UsageError
+
+HUBS = ("huggingface", "modelscope")
+
 ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Context settings of a command that takes every key of the configuration as an option."""
 
@@ -19,7 +23,25 @@ ModelOption = Annotated[
     str, typer.Option("--model_name_or_path", help="Model folder, hub id, or smollm2-135m-instruct.")
 ]
 AdapterOption = Annotated[str, typer.Option("--adapter_name_or_path", help="Folder of a LoRA or QLoRA adapter.")]
-HubOption = Annotated[str, typer.Option("--hub", help="huggingface or modelscope.")]
+
+
+def known_hub(name: str) -> str:
+    """
+    Raises:
+        UsageError: there is no such hub.
+    """
+    if name not in HUBS:
+        raise UsageError(
+            "config.bad_choice",
+            "{key} = {value} is not valid; choose one of: {choices}.",
+            key="hub",
+            value=repr(name),
+            choices=", ".join(HUBS),
+        )
+    return name
+
+
+HubOption = Annotated[str, typer.Option("--hub", help="huggingface or modelscope.", callback=known_hub)]
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Go on although the template is not the one that was trained.")
 ]
@@ -52,6 +74,25 @@ def given_configuration(context: typer.Context, config: str) -> tuple[str, dict[
     if config.startswith("--"):
         return "", parse_overrides([config, *context.args])
     return config, parse_overrides(context.args)
+
+
+def refuse_below(*options: tuple[str, float | None, float]) -> None:
+    """
+    Args:
+        options: the name of each, its value (None: not given), and its least one.
+
+    Raises:
+        UsageError: a value is below its least one.
+    """
+    for option, value, least in options:
+        if value is not None and value < least:
+            raise UsageError(
+                "generation.bad_setting",
+                "--{option} = {value} is not valid: {expected}.",
+                option=option,
+                value=value,
+                expected=f"≥ {least}",
+            )
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,10 @@ def find_questions(files: Sequence[Path], most: int, data_format: str = "auto") 
     """
     if most <= 0:
         return ()
-    rows = [row for row in read_rows(files, data_format) if _can_be_asked(row)]
-    chosen = {round(number * (len(rows) - 1) / max(most - 1, 1)) for number in range(most)} if rows else set()
-    return tuple(question_of(rows[number]) for number in sorted(chosen) if number < len(rows))
+    count = sum(_can_be_asked(row) for row in read_rows(files, data_format))
+    chosen = {round(number * (count - 1) / max(most - 1, 1)) for number in range(most)} if count else set()
+    able = (row for row in read_rows(files, data_format) if _can_be_asked(row))  # read again: there may be millions
+    return tuple(question_of(row) for number, row in enumerate(able) if number in chosen)
 
 
 def _can_be_asked(row: Row) -> bool:
@@ -69,14 +70,24 @@ def in_plain_text(question: Question) -> Question:
     return replace(question, messages=(), tools=(), text=text)
 
 
-def ask(generator: Generator, questions: Sequence[Question], max_new_tokens: int) -> tuple[GivenAnswer, ...]:
-    """The likeliest answer to each question, in their order."""
+def ask(
+    generator: Generator,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    tick: Callable[[int], None] = lambda done: None,
+) -> tuple[GivenAnswer, ...]:
+    """The likeliest answer to each question, in their order.
+
+    Args:
+        tick: called with each number of answers that are there.
+    """
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=0, top_p=1)
-    answering = Answering(generator, settings)
-    return tuple(
-        _given(question, line.value, line.new_tokens)
-        for question, line in zip(questions, answering.lines(_rows(questions)), strict=True)
-    )
+    answers = []
+    lines = Answering(generator, settings).lines(_rows(questions))
+    for question, line in zip(questions, lines, strict=True):
+        answers.append(_given(question, line.value, line.new_tokens))
+        tick(1)
+    return tuple(answers)
 
 
 def _rows(questions: Iterable[Question]) -> Iterable[Row]:

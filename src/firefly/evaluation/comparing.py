@@ -8,7 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from firefly.evaluation.answers import measure_answers, measure_correct
-from firefly.evaluation.intervals import Estimate, Verdict, decide, loss_change, mean_change, relative_change
+from firefly.evaluation.intervals import (
+    LEAST_ROWS,
+    Estimate,
+    Verdict,
+    decide,
+    loss_change,
+    mean_change,
+    relative_change,
+)
 from firefly.evaluation.measurement import GivenAnswer, Measurement, Question, RowLoss, Unit
 from firefly.evaluation.probes import is_right
 from firefly.evaluation.report import (
@@ -23,7 +31,8 @@ from firefly.evaluation.report import (
     SideBySide,
     SuspectRow,
 )
-from firefly.evaluation.sentences import sentences
+from firefly.evaluation.sentences import sentences, tells_preferences
+from firefly.evaluation.text_metrics import has_text_metrics
 from firefly.translation import Phrase
 
 THRESHOLD = 0.05
@@ -31,6 +40,8 @@ THRESHOLD = 0.05
 TIE = 1e-6
 """Nats by which a row's loss differs at most between two computations of one model."""
 SHOWN_ROWS = 10
+SAME_SIZE = 0.02
+"""The share by which the text of a row may differ in size between two tokenizers: beyond it, one of them was cut."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,14 @@ def compare_measurements(
     differences = [change.difference for change in changes]
     asked = [question for question in material.questions if question.kind == "held_out"]
     answers = (*measure_preferences(base, tuned), *measure_answers(asked, base.answers, tuned.answers))
+    told = (*notes, *held_out.notes, *note_answers(asked, base, tuned))
+    if tells_preferences(held_out.unit, answers):
+        told += (
+            Phrase(
+                "of pairs, the loss is that of the better answer, which training on preferences may well raise: "
+                "whether it helped is told by how often the better answer is the likelier one."
+            ),
+        )
     forgetting = find_forgetting(material, base, tuned)
     losses = compare_losses(held_out.finite)
     report = Report(
@@ -80,10 +99,11 @@ def compare_measurements(
         forgetting=forgetting,
         judge=judge,
         suspects=tuple(suspects),
-        notes=(*notes, *held_out.notes),
+        broken=held_out.broken,
+        notes=told,
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
-    report = replace(report, learnt=judge_learning(report, held_out.broken))
+    report = replace(report, learnt=judge_learning(report))
     return replace(report, verdicts=tuple(sentences(report)))
 
 
@@ -101,7 +121,7 @@ class PairedRow:
     weight: int
 
     def change(self, questions: Mapping[str, Question]) -> RowChange:
-        question = questions.get(self.key)
+        question = questions.get(self.key) or questions.get(f"{self.key}#1")
         texts = ("", "") if question is None else (question.shown, question.reference or "")
         return RowChange(self.key, self.source, self.base / self.weight, self.tuned / self.weight, *texts)
 
@@ -142,10 +162,16 @@ def pair_losses(base: Sequence[RowLoss] | None, tuned: Sequence[RowLoss] | None,
     weights = {key: (ours[key].targets, theirs[key].targets) for key in common}
     if any(first != second for first, second in weights.values()):
         unit = "byte"
-        weights = {key: (ours[key].size, ours[key].size) for key in common}
         notes.append(
             Phrase("the models split texts into unlike tokens, so losses are given for each byte of the answers.")
         )
+        sizes = {key: (ours[key].size, theirs[key].size) for key in common}
+        weights = {key: pair for key, pair in sizes.items() if abs(pair[0] - pair[1]) <= SAME_SIZE * max(pair)}
+        if cut := len(common) - len(weights):
+            notes.append(
+                Phrase("{count} row(s) are left out: one of the models reads less of them than the other.", count=cut)
+            )
+        common = list(weights)
     rows = [
         PairedRow(key, ours[key].source, ours[key].total, theirs[key].total, weights[key][0])
         for key in common
@@ -213,6 +239,26 @@ def measure_preferences(base: Measurement, tuned: Measurement) -> tuple[Measure,
 # ---- answers
 
 
+def note_answers(asked: Sequence[Question], base: Measurement, tuned: Measurement) -> list[Phrase]:
+    """What is missing among the answers to held-out questions."""
+    notes = []
+    keys = {question.key for question in asked}
+    failed = [sum(answer.error is not None for answer in side.answers if answer.key in keys) for side in (base, tuned)]
+    if any(failed):
+        notes.append(
+            Phrase(
+                "questions without an answer are left out of the figures: {base} of {count} of the base, {tuned} of "
+                "the tuned model.",
+                base=failed[0],
+                tuned=failed[1],
+                count=len(keys),
+            )
+        )
+    if any(question.reference for question in asked) and not has_text_metrics():
+        notes.append(Phrase("chrF and BLEU are left out: pip install -e '.[eval]' brings them."))
+    return notes
+
+
 def put_side_by_side(
     questions: Sequence[Question], base: Sequence[GivenAnswer], tuned: Sequence[GivenAnswer]
 ) -> tuple[SideBySide, ...]:
@@ -239,7 +285,11 @@ def put_side_by_side(
 
 
 def _is_right(answer: GivenAnswer, question: Question) -> bool | None:
-    return None if answer.error is not None else is_right(answer.text, question)
+    """None where that cannot be told: there is no answer, or the model was still thinking when it was cut."""
+    text = answer.text.strip()
+    if answer.error is not None or (answer.finish_reason == "length" and (not text or text.startswith("<think>"))):
+        return None
+    return is_right(answer.text, question)
 
 
 # ---- forgetting
@@ -273,7 +323,8 @@ def judge_retention(change: Estimate | None, texts: int, correct: Measure | None
     if correct is not None and correct.verdict == "worse":
         return "forgot"
     if change is None:
-        return "unclear" if correct is None or correct.verdict == "too_few" else "kept"
+        known = 0 if correct is None else round(correct.base * correct.count)
+        return "kept" if known >= LEAST_ROWS else "unclear"  # who knew little has little to lose
     if decide(change, texts, lower_is_better=True) == "too_few":
         return "unclear"
     if change.low > threshold:
@@ -284,14 +335,18 @@ def judge_retention(change: Estimate | None, texts: int, correct: Measure | None
 # ---- verdicts
 
 
-def judge_learning(report: Report, broken: tuple[int, int]) -> Verdict | None:
-    """Whether the tuned model is better at what it was tuned for: by its loss on held-out rows; without losses (an
-    endpoint) by a judge, or by how near answers come to their references."""
-    if broken[1] > broken[0]:
+def judge_learning(report: Report) -> Verdict | None:
+    """Whether the tuned model is better at what it was tuned for: by its loss on held-out rows, of pairs by which
+    answer it finds likelier; without losses (an endpoint) by a judge, or by how near answers come to references."""
+    by_name: dict[str, Verdict] = {measure.name: measure.verdict for measure in report.answers}
+    if report.broken[1] > report.broken[0]:
         return "worse"
+    if tells_preferences(report.unit, report.answers):
+        return by_name["prefers"]
     if report.losses:
         return report.losses[0].verdict
+    if not any(row.kind == "held_out" for row in report.side_by_side):
+        return None
     if report.judge is not None and report.judge.verdict != "too_few":
         return report.judge.verdict
-    by_name: dict[str, Verdict] = {measure.name: measure.verdict for measure in report.answers}
-    return by_name.get("chrf", by_name.get("exact_match"))
+    return by_name.get("chrf") or by_name.get("exact_match")

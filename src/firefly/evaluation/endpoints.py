@@ -59,7 +59,7 @@ class Endpoint:
             raise UsageError(
                 "endpoint.bad_url",
                 "{url} is no address of an OpenAI endpoint. Write it as http://HOST:PORT/v1.",
-                url=self.url,
+                url=self.url.rpartition("@")[2],  # what stands in front may be a password
             ) from error
         if self.concurrency < 1:
             raise UsageError(

@@ -15,7 +15,7 @@ from firefly.evaluation.intervals import Estimate, decide, share
 from firefly.evaluation.measurement import GivenAnswer, Question
 from firefly.evaluation.report import JudgeResult, Vote
 
-JUDGE_TOKENS = 2048
+JUDGE_TOKENS = 512
 """The longest judgement: a judge may think first."""
 REASON_CHARACTERS = 2000
 """What is kept of one: its end, where the reasons stand."""
@@ -101,6 +101,7 @@ def judge_answers(
     base: Sequence[GivenAnswer],
     tuned: Sequence[GivenAnswer],
     tick: Callable[[], None] = lambda: None,
+    longest: int = JUDGE_TOKENS,
 ) -> JudgeResult:
     """The votes of a judge that is shown each pair of answers twice, the base's first and the tuned model's first.
 
@@ -109,6 +110,7 @@ def judge_answers(
     Args:
         base, tuned: answers to these questions, and to others that are not judged.
         tick: called after each judgement, of which a question takes two.
+        longest: tokens of a judgement; one that is cut there cannot be read.
 
     Raises:
         UsageError: the judge gives no judgement at all.
@@ -128,7 +130,7 @@ def judge_answers(
                 asked.append(Question(question.key, question.kind, (Message.of("user", put),)))
     if asked:
         judge = judge.named()
-    judged = judge.answer(asked, JUDGE_TOKENS, tick)
+    judged = judge.answer(asked, longest, tick)
     if judged and all(answer.error for answer in judged):
         raise UsageError(
             "judge.no_votes",

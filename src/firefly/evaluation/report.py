@@ -180,6 +180,7 @@ class Report:
         won, lost, tied: held-out rows that became better, worse, or neither (by less than 1e-6 nats).
         worst, best: rows that changed most.
         answers: figures of the answers to held-out questions.
+        broken: held-out rows whose loss is infinite or not a number, of base and tuned.
         learnt: whether it helped; None where nothing was held out.
         verdicts: what a reader should take away, in sentences.
         notes: what was left out or may mislead.
@@ -199,6 +200,7 @@ class Report:
     forgetting: Forgetting | None = None
     judge: JudgeResult | None = None
     suspects: tuple[SuspectRow, ...] = ()
+    broken: tuple[int, int] = (0, 0)
     learnt: Verdict | None = None
     verdicts: tuple[Phrase, ...] = ()
     notes: tuple[Phrase, ...] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -51,7 +51,12 @@ class TargetScores:
         return [TargetScores(logps, likeliest) for logps, likeliest in parts]
 
 
-def score_targets(model: Any, examples: Iterable[Tokens], pass_tokens: int = PASS_TOKENS) -> Iterator[TargetScores]:
+def score_targets(
+    model: Any,
+    examples: Iterable[Tokens],
+    pass_tokens: int = PASS_TOKENS,
+    tick: Callable[[int], None] = lambda done: None,
+) -> Iterator[TargetScores]:
     """Scores of each example, in their order; examples are read as they are needed.
 
     Short examples share a pass, as in training, where the model can attend to segments. Logits are computed at targets
@@ -60,6 +65,7 @@ def score_targets(model: Any, examples: Iterable[Tokens], pass_tokens: int = PAS
     Args:
         model: of `load_for_generation`, or peft's around one. Nothing else may be computing with it meanwhile.
         pass_tokens: tokens of a pass, which a single longer example exceeds.
+        tick: called behind each pass with the number of its examples.
     """
     scorer = Scorer.of(model)
     source = iter(examples)
@@ -70,6 +76,7 @@ def score_targets(model: Any, examples: Iterable[Tokens], pass_tokens: int = PAS
             scores = scorer.score(pack([window[number] for number in group]))
             for number, of_one in zip(group, scores.split([window[n].num_targets for n in group]), strict=True):
                 found[number] = of_one
+            tick(len(group))
         yield from found
 
 

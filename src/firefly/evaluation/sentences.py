@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from firefly.evaluation.measurement import Unit
 from firefly.evaluation.report import Forgetting, JudgeResult, Measure, Report
+from firefly.evaluation.wording import end_of_interval, number, percent
 from firefly.translation import Phrase
 
 
 def sentences(report: Report) -> list[Phrase]:
     """What a reader should take away, in the order of its weight."""
-    found = []
-    if report.losses:
+    found: list[Phrase] = []
+    prefers = next((measure for measure in report.answers if measure.name == "prefers"), None)
+    if report.broken[1] > report.broken[0]:
+        found.append(
+            Phrase(
+                "It did harm: its loss on {count} held-out row(s) is infinite or not a number.", count=report.broken[1]
+            )
+        )
+    elif prefers is not None and tells_preferences(report.unit, report.answers):
+        found.append(say_preferences(prefers))
+    elif report.losses:
         found.append(say_loss(report))
     elif report.learnt is not None:
         found.append(
@@ -24,10 +37,41 @@ def sentences(report: Report) -> list[Phrase]:
         )
     if report.forgetting is not None:
         found.append(say_forgetting(report.forgetting))
-    found += [say_measure(measure) for measure in report.answers if measure.verdict in ("better", "worse")]
+    told = ("prefers",) if tells_preferences(report.unit, report.answers) else ()
+    changed = [measure for measure in report.answers if measure.verdict in ("better", "worse")]
+    found += [say_measure(measure) for measure in changed if measure.name not in told]
     if report.judge is not None:
         found.append(say_judge(report.judge))
     return found
+
+
+def tells_preferences(unit: Unit, answers: Sequence[Measure]) -> bool:
+    """Whether held-out rows are pairs of which each side's log-probabilities are known, and no loss of pairs."""
+    return unit != "example" and any(measure.name == "prefers" for measure in answers)
+
+
+def say_preferences(prefers: Measure) -> Phrase:
+    said = {"base": percent(prefers.base, 0), "tuned": percent(prefers.tuned, 0), "count": prefers.count}
+    return {
+        "better": Phrase(
+            "It helped: it finds the better answer likelier in {tuned} of {count} held-out pairs, {base} before.",
+            **said,
+        ),
+        "worse": Phrase(
+            "It did harm: it finds the better answer likelier in {tuned} of {count} held-out pairs, {base} before.",
+            **said,
+        ),
+        "no_difference": Phrase(
+            "No difference can be told: it finds the better answer likelier in {tuned} of {count} held-out pairs, "
+            "{base} before.",
+            **said,
+        ),
+        "too_few": Phrase(
+            "Whether it helped cannot be told: {count} held-out pairs are too few (the better answer is likelier in "
+            "{tuned} of them, {base} before).",
+            **said,
+        ),
+    }[prefers.verdict]
 
 
 def say_loss(report: Report) -> Phrase:
@@ -39,12 +83,12 @@ def say_loss(report: Report) -> Phrase:
         "example": Phrase("per example"),
     }[report.unit]
     said = {
-        "base": f"{overall.base:.3f}",
-        "tuned": f"{overall.tuned:.3f}",
+        "base": number(overall.base),
+        "tuned": number(overall.tuned),
         "unit": unit,
-        "change": signed(change.value),
-        "low": signed(change.low),
-        "high": signed(change.high),
+        "change": number(change.value, signed=True),
+        "low": end_of_interval(change.low, 3),
+        "high": end_of_interval(change.high, 3),
         "rows": overall.rows,
     }
     if report.learnt == "better":
@@ -79,10 +123,10 @@ def say_forgetting(found: Forgetting) -> Phrase:
         parts.append(
             Phrase(
                 "the loss on general texts changed by {change} (95 % interval {low} to {high}, limit {limit})",
-                change=f"{change.value:+.1%}".replace("-", "−"),
-                low=f"{change.low:+.1%}".replace("-", "−"),
-                high=f"{change.high:+.1%}".replace("-", "−"),
-                limit=f"{found.threshold:+.0%}",
+                change=percent(change.value, signed=True),
+                low=percent(change.low, signed=True),
+                high=percent(change.high, signed=True),
+                limit=percent(found.threshold, 0, signed=True),
             )
         )
     if found.correct is not None:
@@ -104,8 +148,8 @@ def say_forgetting(found: Forgetting) -> Phrase:
 
 
 def say_measure(measure: Measure) -> Phrase:
-    share = {"base": f"{measure.base:.0%}", "tuned": f"{measure.tuned:.0%}"}
-    points = {"base": f"{measure.base:.1f}", "tuned": f"{measure.tuned:.1f}"}
+    share = {"base": percent(measure.base, 0), "tuned": percent(measure.tuned, 0)}
+    points = {"base": number(measure.base, 1), "tuned": number(measure.tuned, 1)}
     match measure.name:
         case "stop_rate":
             return Phrase("It ends {tuned} of its answers itself, {base} before.", **share)
@@ -115,18 +159,16 @@ def say_measure(measure: Measure) -> Phrase:
             return Phrase("{tuned} of its answers are in the language that is asked for, {base} before.", **share)
         case "exact_match":
             return Phrase("{tuned} of its answers are exactly the reference, {base} before.", **share)
-        case "correct":
-            return Phrase("{tuned} of its answers are right, {base} before.", **share)
         case "prefers":
             return Phrase("It finds the better answer likelier in {tuned} of the pairs, {base} before.", **share)
-        case "tokens":
-            return Phrase("Its answers have {tuned} tokens on average, {base} before.", **points)
         case "chrf":
             return Phrase("chrF of its answers against the references: {tuned}, {base} before.", **points)
         case "bleu":
             return Phrase("BLEU of its answers against the references: {tuned}, {base} before.", **points)
         case "rouge_l":
             return Phrase("ROUGE-L of its answers against the references: {tuned}, {base} before.", **points)
+        case "tokens" | "correct":  # the first is neither better nor worse, the second has a sentence of its own
+            raise ValueError(measure.name)
 
 
 def say_judge(judge: JudgeResult) -> Phrase:
@@ -142,7 +184,3 @@ def say_judge(judge: JudgeResult) -> Phrase:
     if judge.verdict == "worse":
         return Phrase("{model} as judge prefers the base: {wins} won, {losses} lost, {others} undecided.", **counted)
     return Phrase("{model} as judge sees no sure difference: {wins} won, {losses} lost, {others} undecided.", **counted)
-
-
-def signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")

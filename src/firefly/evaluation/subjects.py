@@ -6,6 +6,7 @@ Two that share their base are loaded once: the weights of the adapters take turn
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,14 +25,17 @@ from firefly.evaluation.endpoints import Endpoint
 from firefly.evaluation.losses import load_rows, row_losses, text_losses
 from firefly.evaluation.measurement import GivenAnswer, Measurement, Question, RowLoss
 from firefly.evaluation.probes import ProbeText
+from firefly.evaluation.progress import Progress
 from firefly.generation.batched import BatchLimits
 from firefly.generation.generator import Generator, make_engine
-from firefly.generation.loading import Loaded, ServedModel, load_for_generation
+from firefly.generation.loading import Loaded, ServedModel, load_for_generation, name_models, serve_models
 from firefly.models.base_weights import identify_weights
-from firefly.models.loading import resolve_model
+from firefly.models.loading import resolve_model, stop_ids_of
 from firefly.models.memory import PRIMITIVES
 from firefly.models.saved_adapter import base_of_adapter, is_adapter
+from firefly.models.serving_memory import context_of
 from firefly.runs.memory import cap_onednn_cache
+from firefly.translation import translate
 
 HELD_OUT_TOKENS, PROBE_TOKENS = 128, 24
 """The longest answers to held-out questions and to probes."""
@@ -44,6 +48,7 @@ class Asked:
     Attributes:
         rows: the held-out rows whose losses are compared; None: none.
         trained: rows that the tuned model was trained on, likewise.
+        whole_documents: see `losses.WholeDocuments`.
         questions: see `Material`.
         texts: plain texts whose losses are compared.
         max_new_tokens: of answers to held-out questions.
@@ -53,6 +58,7 @@ class Asked:
     trained: DataConfig | None = None
     questions: tuple[Question, ...] = ()
     texts: tuple[ProbeText, ...] = ()
+    whole_documents: bool = False
     max_new_tokens: int = HELD_OUT_TOKENS
 
     def by_length(self) -> Iterator[tuple[list[Question], int]]:
@@ -157,15 +163,22 @@ def measure_local(models: Sequence[LocalModel], asked: Asked, options: LoadingOp
             "the adapter changes the base's own weights, so that the two models are loaded one after the other.",
         )
     measured: list[Measured] = []
+    asked, lenders = replace(asked, whole_documents=True), [served_as(model, options) for model in models]
     for model in models:
-        with loaded_models([model], options) as loaded:
+        with loaded_models([model], options, lenders) as loaded:
             measured += measure_loaded(loaded, [model], asked)
     return measured
 
 
 @contextmanager
-def loaded_models(models: Sequence[LocalModel], options: LoadingOptions) -> Iterator[Loaded]:
-    """Models of one base, each served under its role."""
+def loaded_models(
+    models: Sequence[LocalModel], options: LoadingOptions, lenders: Sequence[ServedModel] = ()
+) -> Iterator[Loaded]:
+    """Models of one base, each served under its role.
+
+    Args:
+        lenders: of whose templates one is taken, where a model has none.
+    """
     cap_onednn_cache(PRIMITIVES)
     adapters = {model.role: model.adapter for model in models if model.adapter is not None}
     loaded = load_for_generation(
@@ -183,7 +196,8 @@ def loaded_models(models: Sequence[LocalModel], options: LoadingOptions) -> Iter
         if found is not None:
             served[model.role] = replace(found, name=model.role)
     try:
-        yield replace(loaded, served=_with_templates(served))
+        vocabulary = loaded.model.config.get_text_config().vocab_size
+        yield replace(loaded, served=_with_templates(served, [*served.values(), *lenders], vocabulary))
     finally:
         del loaded
         gc.collect()
@@ -195,9 +209,24 @@ def _base_of(loaded: Loaded) -> ServedModel | None:
     return next((each for each in loaded.served.values() if each.adapter is None), None)
 
 
-def _with_templates(served: Mapping[str, ServedModel]) -> dict[str, ServedModel]:
-    """A base without a chat template is asked by the template of what was made of it, as it was before training."""
-    able = next((each for each in served.values() if each.encoder is not None), None)
+def served_as(model: LocalModel, options: LoadingOptions) -> ServedModel:
+    """Its tokenizer and template, without its weights."""
+    adapters = {} if model.adapter is None else {model.role: model.adapter}
+    stops = tuple(stop_ids_of(model.model) or ())
+    named = name_models(model.model, adapters)
+    served, _ = serve_models(named, options.template_name, stops, options.force, with_base=not adapters)
+    return next(iter(served.values()))
+
+
+def _with_templates(
+    served: Mapping[str, ServedModel], lenders: Sequence[ServedModel], vocabulary: int
+) -> dict[str, ServedModel]:
+    """A base without a chat template is asked by the template of what was made of it, as it was before training.
+
+    Args:
+        vocabulary: rows of the model's table of tokens; a tokenizer with more of them lends nothing.
+    """
+    able = next((each for each in lenders if each.encoder is not None and len(each.tokenizer) <= vocabulary), None)
     if able is None:
         return dict(served)
     for name, each in served.items():
@@ -223,13 +252,14 @@ def measure_loaded(loaded: Loaded, models: Sequence[LocalModel], asked: Asked) -
         began = time.monotonic()
         served = loaded.served[model.role]
         loaded.select(model.role)
+        context = context_of(loaded.model.config)
         found = Measurement(
             name=model.name,
             described=describe(loaded, model) | {"max_new_tokens": asked.max_new_tokens},
-            losses=losses_of(loaded.model, served, model, asked.rows),
-            probe_losses=text_losses(loaded.model, served.text_encoder, asked.texts),
+            losses=losses_of(loaded.model, served, model, asked, asked.rows),
+            probe_losses=text_losses(loaded.model, served.text_encoder, asked.texts, context),
         )
-        trained = losses_of(loaded.model, served, model, asked.trained)
+        trained = losses_of(loaded.model, served, model, asked, asked.trained)
         measured.append(Measured(replace(found, seconds=time.monotonic() - began), trained))
     if not asked.questions:
         return measured
@@ -238,14 +268,14 @@ def measure_loaded(loaded: Loaded, models: Sequence[LocalModel], asked: Asked) -
     with Generator(engine, loaded.served):
         for model, found in zip(models, measured, strict=True):
             began = time.monotonic()
-            answers = ask_all(Generator(engine, {model.role: loaded.served[model.role]}), asked)
+            answers = ask_all(Generator(engine, {model.role: loaded.served[model.role]}), asked, model.name)
             seconds = found.measurement.seconds + time.monotonic() - began
             answered.append(replace(found, measurement=replace(found.measurement, answers=answers, seconds=seconds)))
     return answered
 
 
 def losses_of(
-    model: Any, served: ServedModel, named: LocalModel, rows: DataConfig | None
+    model: Any, served: ServedModel, named: LocalModel, asked: Asked, rows: DataConfig | None
 ) -> tuple[RowLoss, ...] | None:
     """Losses of rows; None without any.
 
@@ -260,17 +290,20 @@ def losses_of(
         assert served.no_template is not None
         raise served.no_template
     encoder = encoder or served.text_encoder
-    examples = load_rows(rows, encoder, kind, named.model.hub)
-    return row_losses(model, examples, served.tokenizer)
+    examples = load_rows(rows, encoder, kind, named.model.hub, asked.whole_documents)
+    texts = len(examples) * (2 if kind == "pair" else 1)
+    with Progress(named.name, sys.stderr).count(translate("losses"), texts) as tick:
+        return row_losses(model, examples, served.tokenizer, tick)
 
 
-def ask_all(generator: Generator, asked: Asked) -> tuple[GivenAnswer, ...]:
+def ask_all(generator: Generator, asked: Asked, name: str) -> tuple[GivenAnswer, ...]:
     """The answers to all questions, each kind of them in its length."""
     plain = generator.served[generator.name].encoder is None
     answers: dict[str, GivenAnswer] = {}
-    for questions, longest in asked.by_length():
-        written = [in_plain_text(question) for question in questions] if plain else questions
-        answers |= {answer.key: answer for answer in ask(generator, written, longest)}
+    with Progress(name, sys.stderr).count(translate("answers"), len(asked.questions)) as tick:
+        for questions, longest in asked.by_length():
+            written = [in_plain_text(question) for question in questions] if plain else questions
+            answers |= {answer.key: answer for answer in ask(generator, written, longest, tick)}
     return tuple(answers[question.key] for question in asked.questions)
 
 
@@ -297,9 +330,11 @@ def measure_endpoint(endpoint: Endpoint, asked: Asked) -> Measured:
     """
     began, endpoint = time.monotonic(), endpoint.named()
     answers: dict[str, GivenAnswer] = {}
-    for questions, longest in asked.by_length():
-        answers |= {answer.key: answer for answer in endpoint.answer(questions, longest)}
-    given = tuple(answers[question.key] for question in asked.questions)
+    with Progress(endpoint.model, sys.stderr).count(translate("answers"), len(asked.questions)) as tick:
+        for questions, longest in asked.by_length():
+            given = endpoint.answer(questions, longest, lambda: tick(1))
+            answers |= {answer.key: answer for answer in given}
+    in_order = tuple(answers[question.key] for question in asked.questions)
     described = {"endpoint": endpoint.shown_url, "model": endpoint.model, "max_new_tokens": asked.max_new_tokens}
     seconds = time.monotonic() - began
-    return Measured(Measurement(endpoint.model, described, answers=given, seconds=seconds))
+    return Measured(Measurement(endpoint.model, described, answers=in_order, seconds=seconds))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import takewhile
+import re
+from collections import Counter
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 from firefly.evaluation.intervals import Estimate, Verdict
@@ -82,6 +83,20 @@ SHARES: frozenset[MeasureName] = frozenset(get_args(MeasureName)) - {"tokens", "
 NEUTRAL: frozenset[MeasureName] = frozenset({"tokens"})
 """Figures of which neither more nor less is better."""
 
+PROPERTIES: dict[str, Phrase] = {
+    "given": Phrase("named as"),
+    "endpoint": Phrase("server's address"),
+    "model": Phrase("model"),
+    "adapter": Phrase("adapter"),
+    "dtype": Phrase("number type"),
+    "template": Phrase("chat template"),
+    "template_hash": Phrase("hash of the template"),
+    "tokenizer_hash": Phrase("hash of the tokenizer"),
+    "step": Phrase("training step"),
+    "max_new_tokens": Phrase("longest answer, in tokens"),
+}
+"""What a side is said to be; others are shown by the name that report.json has."""
+
 WINNERS: dict[Winner, Phrase] = {
     "tuned": Phrase("tuned wins"),
     "base": Phrase("base wins"),
@@ -89,6 +104,9 @@ WINNERS: dict[Winner, Phrase] = {
     "order": Phrase("went by the order"),
     "unread": Phrase("could not be read"),
 }
+
+HASH = re.compile(r"[0-9a-f]{32,}")
+SHOWN_OF_HASH = 12
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -124,9 +142,20 @@ def perplexity(loss: float) -> str:
     return number(value, 2 if value < 100 else 1 if value < 1000 else 0)
 
 
+MOST_DIGITS = 6
+
+
 def interval(change: Estimate, digits: int = 3, scale: float = 1.0) -> str:
-    """The ends of an interval, with words between: signs and dashes would run together."""
-    return f"{number(change.low * scale, digits, True)} … {number(change.high * scale, digits, True)}"
+    """The ends of an interval, with a sign between that no minus runs into.
+
+    Whether it holds 0 decides the verdict: an end that would be rounded to 0 gets the digits that show its sign.
+    """
+    return f"{end_of_interval(change.low * scale, digits)} … {end_of_interval(change.high * scale, digits)}"
+
+
+def end_of_interval(value: float, digits: int) -> str:
+    shown = (number(value, more, True) for more in range(digits, MOST_DIGITS + 1))
+    return next((text for text in shown if text.strip("0.")), number(value, digits, True))
 
 
 def measured(name: MeasureName, value: float) -> str:
@@ -145,12 +174,27 @@ def measure_verdict(name: MeasureName, verdict: Verdict) -> tuple[Sign, Phrase] 
     return None if name in NEUTRAL else VERDICTS[verdict]
 
 
-def without_folder(places: Sequence[str]) -> list[str]:
-    """Places of rows without the folders that all of them share: what tells them apart, in a narrow column."""
-    parts = [place.split("/") for place in places]
-    levels = zip(*(part[:-1] for part in parts), strict=False)
-    shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
-    return ["/".join(part[shared:]) for part in parts]
+def without_rest(value: str) -> str:
+    """The beginning of a hash, which tells it from others; any other value is whole."""
+    return value[:SHOWN_OF_HASH] + "…" if HASH.fullmatch(value) else value
+
+
+PLACE = re.compile(r"(?s:(?P<file>.+)):(?P<line>\d+(?:#\d+)?)")
+
+
+def short_places(places: Iterable[str]) -> dict[str, str]:
+    """Places of rows by the names of their files, with as many of the folders before them as tell two files apart.
+
+    What is no place of a row stays whole.
+    """
+    found = {place: PLACE.fullmatch(place) for place in places}
+    files = {match["file"]: match["file"].split("/") for match in found.values() if match}
+    ends = Counter("/".join(parts[at:]) for parts in files.values() for at in range(len(parts)))
+    names = {}
+    for file, parts in files.items():
+        shorter = ("/".join(parts[at:]) for at in range(len(parts) - 1, 0, -1))
+        names[file] = next((name for name in shorter if name and ends[name] == 1), file)
+    return {place: f"{names[match['file']]}:{match['line']}" if match else place for place, match in found.items()}
 
 
 _STEERING = (*(code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"), 0x202D, 0x202E)
