@@ -355,7 +355,8 @@ def test_without_held_out_rows_the_probes_alone_are_compared(run: Run) -> None:
     assert before_of(out).losses is None
     report = report_of(out)
     assert report["losses"] == []
-    assert report["forgetting"]["correct"]["count"] == 4
+    assert report["forgetting"]["losses"][0]["rows"] == 4
+    assert len(report["side_by_side"]) == 4
     assert {row["kind"] for row in report["side_by_side"]} == {"probe"}
 
 
