@@ -38,6 +38,6 @@ def train(config: Config) -> Path:
             outcome = fit(training)
             save_result(run.folder, model, run.tokenizer, outcome.best)
             write_results(run, facts, outcome.results)
-            compare_with_before(training, outcome)
+        compare_with_before(training, outcome)  # the run is finished, whatever becomes of this
         stderr_console().print(translate("done: the result is in {path}", path=run.folder), soft_wrap=True)
         return run.folder

@@ -5,10 +5,14 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,12 +26,14 @@ from firefly.config import DataConfig, load_config
 from firefly.console import take_notices
 from firefly.data.dataset import load_split
 from firefly.data.encoding import Encoder
+from firefly.data.schema import Message, TextPart
 from firefly.data.templates import bind_template
 from firefly.evaluation import in_run
 from firefly.evaluation.held_out import evaluate
 from firefly.evaluation.in_run import held_out_questions
-from firefly.evaluation.measurement import Measurement
+from firefly.evaluation.measurement import Measurement, Question
 from firefly.evaluation.probes import probe_questions, probe_texts
+from firefly.evaluation.report import plain
 from firefly.generation.batched import BatchedEngine, Unbatchable, _Lane
 from firefly.runs.metrics import read_metrics
 from firefly.training import train
@@ -159,11 +165,15 @@ def test_a_resumed_run_without_a_measurement_says_how_to_compare(run: Run, place
     (out / "comparison/report.html").unlink()
     run(**SAVING, resume_from_checkpoint=str(out / "checkpoint-2"))
     (said,) = [notice for notice in manifest(out)["notices"] if notice["code"] == "compare.no_before"]
-    assert f"firefly compare --base {place / 'llama'} --tuned {out} --save_path {out / 'comparison'}" in said["message"]
+    command = f"firefly compare --base {place / 'llama'} --tuned {out} --max_seq_length 512 --template_name default"
+    assert f"{command} --save_path {out / 'comparison'} (without the held-out rows of this run" in said["message"]
     assert not (out / "comparison/report.html").exists()
 
 
-def test_an_engines_memory_is_free_before_the_first_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_engines_memory_is_free_before_the_first_step(
+    fails: bool, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lanes: list[int] = []
     gc.unfreeze()  # what is frozen is not looked at
     real = before_after.measure_before
@@ -172,8 +182,13 @@ def test_an_engines_memory_is_free_before_the_first_step(run: Run, monkeypatch: 
         real(training)
         lanes.append(sum(isinstance(thing, _Lane) for thing in gc.get_objects()))
 
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no answers")
+
     monkeypatch.setattr("firefly.training.measure_before", measured)
-    assert len(before_of(run()).answers) == 9
+    if fails:
+        monkeypatch.setattr(in_run, "ask", fail)
+    assert len(before_of(run()).answers) == (0 if fails else 9)
     assert lanes == [0]
 
 
@@ -211,8 +226,13 @@ def test_a_run_that_was_not_evaluated_at_its_end_is_when_it_is_saved(run: Run, m
         return real(training)
 
     monkeypatch.setattr(before_after, "evaluate_result", evaluated)
+    drawn: list[list[int]] = []
+    monkeypatch.setattr(
+        "firefly.runs.plots.draw_loss", lambda folder: drawn.append([step for step, _ in logged(folder, "eval_loss")])
+    )
     out = run(eval_strategy="no")
     assert saved == [True]
+    assert drawn[-1] == [0, STEPS]
     assert [step for step, _ in logged(out, "eval_loss")] == [0, STEPS]
     assert report_of(out)["losses"][0]["tuned"] == pytest.approx(logged(out, "eval_loss")[1][1])
 
@@ -236,6 +256,7 @@ def test_the_best_weights_are_compared_where_they_are_the_result(run: Run) -> No
 def test_what_differs_is_said_and_kept(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     out = run()
     said = capsys.readouterr().err
+    assert "evaluating 5 held-out rows before the first step" in said
     assert "asking the model before its first step" in said
     assert f"comparison: {out / 'comparison/report.html'}" in said
     found = manifest(out)["comparison"]
@@ -247,8 +268,86 @@ def test_what_differs_is_said_and_kept(run: Run, capsys: pytest.CaptureFixture[s
     shown = " ".join(capsys.readouterr().out.split())
     assert found["verdicts"][0]["message"] in shown
     assert manifest(out)["state"] == "finished"
+
+
+def test_what_is_measured_before_the_first_step_is_no_time_of_the_run(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = before_after._ask_first
+
+    def slowly(*given: Any) -> Any:
+        time.sleep(1)
+        return real(*given)
+
+    monkeypatch.setattr(before_after, "_ask_first", slowly)
+    began = time.time()
+    out = run()
+    took = time.time() - began
     results = json.loads((out / "train_results.json").read_text())
-    assert results["train_runtime"] < results["seconds_to_first_step"] + 60
+    assert results["train_runtime"] + results["seconds_to_first_step"] + before_of(out).seconds < took
+
+
+def strict(path: Path) -> Any:
+    """JSON as its standard has it."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{path.name} holds {constant}")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def test_what_is_no_number_is_null_in_every_file(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = run(eval_ratio=0.06)  # one row, whose interval has no ends
+    for name in ("run.json", "train_results.json", "comparison/report.json"):
+        strict(out / name)
+    assert manifest(out)["comparison"]["loss_change"][1:] == [None, None]
+    real = before_after.held_out_losses
+
+    def broken(*given: Any) -> Any:
+        first, *others = real(*given)
+        return (replace(first, total=float("nan")), *others)
+
+    monkeypatch.setattr(before_after, "held_out_losses", broken)
+    out = run("broken")
+    assert strict(out / "comparison/before.json")["losses"][0]["total"] is None
+    losses = before_of(out).losses
+    assert losses is not None
+    assert np.isnan(losses[0].total)
+    assert report_of(out)["losses"][0]["rows"] == 4
+
+
+def test_the_end_asks_what_was_asked_whatever_became_of_the_files(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = write_rows(tmp_path / "held_out.jsonl", 3, seed=1)
+    asked: list[Any] = []
+    real = before_after.ask_model
+
+    def watched(model: Any, served: Any, questions: Any, *rest: Any) -> Any:
+        asked.append(questions)
+        held_out.unlink(missing_ok=True)
+        return real(model, served, questions, *rest)
+
+    monkeypatch.setattr(before_after, "ask_model", watched)
+    out = run(eval_ratio=0.0, eval_file=str(held_out))
+    assert asked[0] == asked[1]
+    assert len(asked[0]) == 4 + 3
+    assert asked[0][0].messages
+    assert len([row for row in report_of(out)["side_by_side"] if row["kind"] == "held_out"]) == 3
+    assert not [code for code in codes(out) if code.startswith("compare.")]
+
+
+def test_a_stored_question_is_the_same_with_its_functions_and_calls() -> None:
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": [1, "二"]}}}
+    messages = (
+        Message.of("user", "where?"),
+        Message("assistant", (), reasoning="perhaps here", tool_calls=(call,)),
+        Message("tool", (TextPart("not "), TextPart("here")), name="look", tool_call_id="1"),
+    )
+    question = Question("rows.jsonl:1", "held_out", messages, tools=({"name": "look"},), reference="there")
+    assert before_after._question_from(json.loads(json.dumps(plain(question)))) == question
+    (probe, *_) = probe_questions()
+    assert before_after._question_from(json.loads(json.dumps(plain(probe)))) == probe
 
 
 def test_without_held_out_rows_the_probes_alone_are_compared(run: Run) -> None:
@@ -256,7 +355,8 @@ def test_without_held_out_rows_the_probes_alone_are_compared(run: Run) -> None:
     assert before_of(out).losses is None
     report = report_of(out)
     assert report["losses"] == []
-    assert report["forgetting"]["correct"]["count"] == 4
+    assert report["forgetting"]["losses"][0]["rows"] == 4
+    assert len(report["side_by_side"]) == 4
     assert {row["kind"] for row in report["side_by_side"]} == {"probe"}
 
 
@@ -291,6 +391,9 @@ def test_a_reward_model_is_asked_nothing(run: Run) -> None:
 def test_a_pretrained_model_goes_on_from_documents_and_plain_questions(run: Run) -> None:
     out = run(task="pretrain", train_mode="full", eval_ratio=0.2)
     report = report_of(out)
+    losses = before_of(out).losses
+    assert losses is not None
+    assert [row.key.rpartition("#")[2] for row in losses] == [f"block{n + 1}" for n in range(len(losses))]
     held_out = [row for row in report["side_by_side"] if row["kind"] == "held_out"]
     assert held_out
     for row in held_out:
@@ -301,28 +404,53 @@ def test_a_pretrained_model_goes_on_from_documents_and_plain_questions(run: Run)
     assert not any(error for row in report["side_by_side"] for error in row["errors"])
 
 
+def test_the_blocks_of_a_long_document_count_each(run: Run, tmp_path: Path) -> None:
+    book = tmp_path / "book.jsonl"
+    book.write_text(json.dumps({"text": "it was a dark and stormy night " * 60}) + "\n", encoding="utf-8")
+    report = report_of(run(task="pretrain", eval_ratio=0.0, eval_file=str(book)))
+    assert report["losses"][0]["rows"] > 10
+
+
 def test_time_bounds_what_is_asked_and_the_end_asks_the_same(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(in_run, "CPU_SECONDS", 0.0)
     out = run()
     before, report = before_of(out), report_of(out)
     assert before.probe_losses is not None
-    assert [len(before.probe_losses), len(before.answers)] == [2, 2 + 2]  # some of each in any case
+    assert [len(before.probe_losses), len(before.answers)] == [1, 1 + 1]  # one of each in any case
     assert [row["key"] for row in report["side_by_side"]] == [answer.key for answer in before.answers]
-    assert report["forgetting"]["losses"][0]["rows"] == 2
+    assert report["forgetting"]["losses"][0]["rows"] == 1
     (note,) = [note for note in report["notes"] if "firefly compare" in note]
-    assert note.startswith("4 of 9 questions and 2 of 4 texts were put to both models")
+    assert note.startswith("2 of 9 questions and 1 of 4 texts were put to both models")
 
 
-def test_the_clock_stops_before_a_part_that_would_not_be_done_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("task", ["sft", "pretrain"])
+def test_what_is_longer_than_the_context_is_not_asked(task: str, run: Run, tmp_path: Path) -> None:
+    short = save_tiny_model(tmp_path / "short", "gptj", max_position_embeddings=100)
+    lengths = [len(tiny_tokenizer()(text.text).input_ids) for text in probe_texts()[:4]]
+    assert min(lengths) > 100  # its rotary positions are a table: what is longer fails
+    out = run(task=task, model=short, max_seq_length=90)
+    before, report = before_of(out), report_of(out)
+    assert not before.probe_losses
+    assert before.answers
+    assert not [code for code in codes(out) if code.startswith("compare.")]
+    assert any("4 text(s) are left out" in note and "100 tokens" in note for note in report["notes"])
+
+
+def test_so_many_are_asked_at_a_time_as_will_be_done_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(in_run.time, "monotonic", lambda: now[0])
-    taken = []
-    for part in in_run._until(109.0, list(range(20)), 2):  # type: ignore[type-var]
-        taken.append(list(part))
-        now[0] += 3
-    assert taken == [[0, 1], [2, 3], [4, 5]]
-    assert list(in_run._until(101.0, list(range(20)), 8)) == [[0, 1]]  # type: ignore[type-var]
-    assert len(list(in_run._until(None, list(range(20)), 2))) == 10  # type: ignore[type-var]
+
+    def asked(end: float | None, most: int, seconds_each: float) -> list[int]:
+        now[0], taken = 100.0, []
+        for part in in_run._until(end, list(range(40)), most):  # type: ignore[type-var]
+            taken.append(len(part))
+            now[0] += seconds_each * len(part)
+        return taken
+
+    assert asked(None, 16, 1) == asked(1000, 16, 1) == [1, 4, 16, 16, 3]
+    assert asked(109, 16, 1) == [1, 4, 4]  # to the second
+    assert asked(109, 16, 5) == [1]
+    assert asked(100, 8, 1) == asked(90, 8, 1) == [1]  # in any case
 
 
 # ---- questions out of rows
@@ -406,6 +534,30 @@ def test_a_comparison_that_fails_is_a_notice(run: Run, monkeypatch: pytest.Monke
     assert "firefly compare --base" in said["message"]
 
 
+def test_the_command_for_later_has_what_the_run_needed(place: Path, tmp_path: Path) -> None:
+    def command(task: str = "sft", held_out: bool = True, **changes: Any) -> str:
+        settings = run_settings(place / "llama", place / f"{task}.jsonl", tmp_path / "out", task_type=task)
+        config = load_config(settings | changes)
+        kind = SimpleNamespace(HEAD="score" if task == "reward" else "lm")
+        data = SimpleNamespace(held_out=[1] if held_out else None)
+        run = SimpleNamespace(config=config, task=kind, data=data, folder=tmp_path / "out", chats=task != "pretrain")
+        return str(before_after.how_to_compare(run))  # type: ignore[arg-type]
+
+    rows = str(place / "held_out.jsonl")
+    sound = {"template_name": "auto", "max_seq_length": 2048, "train_mode": "lora"}
+    start = f"To compare the result with its base: firefly compare --base {place / 'llama'} --tuned {tmp_path / 'out'}"
+    end = f" --save_path {tmp_path / 'out/comparison'}"
+    assert command(held_out=False, **sound) == start + end
+    assert command(eval_file=rows, **sound) == f"{start} --eval_file {rows}{end}"
+    assert command("pretrain", False, **sound | {"max_seq_length": 99}) == f"{start} --max_seq_length 99{end}"
+    needed = {"data_format": "alpaca", "hub": "modelscope", "trust_remote_code": True, "train_mode": "qlora"}
+    options = "--data_format alpaca --hub modelscope --trust_remote_code --load_in_4bit"
+    assert command(held_out=False, **sound | needed) == f"{start} {options}{end}"
+    for other in ({"eval_ratio": 0.2}, {"eval_file": [rows, rows]}):
+        assert command(**sound, **other).startswith(f"{start}{end} (without the held-out rows")
+    assert command("reward") == "There is no command for it: firefly compare takes no reward models."
+
+
 def test_stopping_the_comparison_at_the_end_leaves_a_finished_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -414,6 +566,28 @@ def test_stopping_the_comparison_at_the_end_leaves_a_finished_run(run: Run, monk
     out = run()
     assert manifest(out)["state"] == "finished"
     assert "compare.failed" in codes(out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_the_result_is_compared_leaves_a_finished_run(
+    number: int, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = before_after._compare
+
+    def compare(*given: Any) -> Any:
+        (folder,) = [training.run.folder for training in given[:1]]
+        assert manifest(folder)["state"] == "finished"
+        monkeypatch.setattr(in_run, "ask", lambda *_: os.kill(os.getpid(), number))
+        return real(*given)
+
+    monkeypatch.setattr(before_after, "_compare", compare)
+    handler = signal.getsignal(number)
+    out = run()
+    assert signal.getsignal(number) == handler
+    assert manifest(out)["state"] == "finished"
+    (said,) = [notice for notice in manifest(out)["notices"] if notice["code"] == "compare.failed"]
+    assert f"(stopped by {signal.Signals(number).name})" in said["message"]
+    assert "comparison" not in manifest(out)
 
 
 def test_an_engine_that_fails_before_the_first_step_is_a_notice(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,19 +616,27 @@ def test_a_model_that_cannot_be_batched_is_asked_one_by_one_without_a_word(
     assert "one after another" not in capsys.readouterr().err
 
 
-def test_ctrl_c_while_the_model_is_asked_ends_the_run_at_once(
-    place: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGINT, 130, "interrupted."), (signal.SIGTERM, 143, "stopped by SIGTERM.")],
+)
+def test_a_signal_while_the_model_is_asked_ends_the_run_at_once(
+    number: int,
+    code: int,
+    said: str,
+    place: Path,
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def stopped(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(in_run, "ask", stopped)
+    monkeypatch.setattr(in_run, "ask", lambda *_: os.kill(os.getpid(), number))
     out = tmp_path / "stopped"
     settings = run_settings(place / "llama", place / "sft.jsonl", out, train_mode="lora", compare=True, eval_ratio=0.3)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(settings), encoding="utf-8")
-    assert main(["train", str(file)]) == 130
-    assert capsys.readouterr().err.rstrip().endswith("interrupted.")
+    assert main(["train", str(file)]) == code
+    assert capsys.readouterr().err.rstrip().endswith(said)
     assert manifest(out)["state"] == "interrupted"
     assert not (out / "comparison/before.json").exists()
 
@@ -506,7 +688,7 @@ def test_two_ranks_compare_what_one_does(engine: str, place: Path, tmp_path: Pat
         assert found.answers == ()
         assert report["forgetting"] is None
         (said,) = [notice for notice in manifest(two)["notices"] if notice["code"] == "compare.sharded"]
-        command_line = f"firefly compare --base {place / 'llama'} --tuned {two} --save_path {two / 'comparison'}"
+        command_line = f"firefly compare --base {place / 'llama'} --tuned {two} --max_seq_length "
         assert command_line in said["message"]
     else:
         assert [answer.text for answer in found.answers] == [answer.text for answer in expected.answers]

@@ -55,9 +55,9 @@ model is asked the same. On a GPU the set takes seconds; the limit is below that
 SHARES = {"texts": 0.4, "held_out": 0.65, "probes": 1.0}
 """The part of that time until which each kind is asked, in this order."""
 AT_A_TIME = {"texts": 4, "held_out": 8, "probes": 16}
-"""The clock is looked at between so many. A CPU answers sixteen in half the time of twice eight."""
-IN_ANY_CASE = 2
-"""Of each kind, when its time is over already."""
+"""The clock is looked at between so many at most. A CPU answers sixteen in half the time of twice eight."""
+GROWTH = 4
+"""Of each kind one is asked first, whose time says how many more there is time for: up to so many times as many."""
 
 LIMITS = BatchLimits(cache_tokens=2048, max_requests=16)
 """A small cache: it exists beside all that training holds."""
@@ -83,11 +83,13 @@ class Asked:
 
 
 def held_out_losses(examples: Examples | Blocks, evaluation: Evaluation) -> tuple[RowLoss, ...]:
-    """The loss of each held-out example, under the place of its row."""
+    """The loss of each held-out example, under the place of its row; of a block of documents under its own number, too:
+    a book of many blocks is one row."""
     names, sources = examples.names, examples.counts.sources.tolist()
+    blocks = isinstance(examples, Blocks)
     return tuple(
         RowLoss(
-            key=str(examples.place(number)),
+            key=f"{examples.place(number)}#block{number + 1}" if blocks else str(examples.place(number)),
             source=names[source] if source < len(names) else str(source),
             total=float(evaluation.losses[number]),
             targets=int(evaluation.targets[number]),
@@ -109,7 +111,7 @@ def held_out_questions(
     documents = examples.documents if isinstance(examples, Blocks) else examples
     places = _spread(documents, most)
     found = _read(places, data, encoder)
-    fitting = [found[place] for place in places if place in found and _fits(found[place], encoder)]
+    fitting = [found[place] for place in places if place in found and _tokens(found[place], encoder) <= PROMPT_TOKENS]
     return tuple(fitting[:most])
 
 
@@ -166,13 +168,31 @@ def _question_in(record: RawRecord, data_format: str, encoder: Encoder) -> Quest
     return question_of(Row(0, record.source, prompt, instance=0 if len(prompts) > 1 else None))
 
 
-def _fits(question: Question, encoder: Encoder) -> bool:
+def _tokens(item: Question | ProbeText, encoder: Encoder) -> float:
+    """How many tokens are given to a model; infinitely many of what cannot be asked."""
     try:
-        if question.messages:
-            return len(encoder.encode_prompt(question.messages, question.tools)) <= PROMPT_TOKENS
-        return 0 < len(encoder.encode_text(question.text or "")) <= PROMPT_TOKENS
+        if isinstance(item, Question) and item.messages:
+            return len(encoder.encode_prompt(item.messages, item.tools))
+        return len(encoder.encode_text(item.text or "")) or math.inf
     except TemplateFailure:
-        return False
+        return math.inf
+
+
+def that_fit(items: Sequence[T], encoder: Encoder, chats: bool, context: int | None) -> tuple[T, ...]:
+    """Those that the model has positions for, of questions with one for an answer: where positions are learnt, a longer
+    one fails, on CUDA with all that the process does there.
+
+    Args:
+        chats: whether questions are rendered by the chat template.
+        context: see `context_of`.
+    """
+
+    def needs(item: T) -> float:
+        if not isinstance(item, Question):
+            return _tokens(item, encoder)
+        return _tokens(item if chats else in_plain_text(item), encoder) + 1
+
+    return tuple(items) if context is None else tuple(item for item in items if needs(item) <= context)
 
 
 # ---- asking
@@ -187,7 +207,8 @@ def ask_model(
 ) -> Asked:
     """Losses of texts and answers to questions of the model in training, in the order of both.
 
-    Training goes on afterwards as if nothing had been: weights, gradients, random states and modes are as before.
+    Training goes on afterwards as if nothing had been: weights, gradients, random states and modes are as before. The
+    engine's memory is the caller's to free (`free_memory`): an error that goes on from here still holds it.
 
     Args:
         served: its tokenizer and template; without one questions are written out as plain text.
@@ -218,24 +239,25 @@ def ask_model(
                     for chunk in chunks(of_kind, name):
                         written = chunk if served.encoder else [in_plain_text(question) for question in chunk]
                         answers += ask(generator, written, tokens)
-            del engine, generator
-            free_memory()
     return Asked(tuple(answers), tuple(losses) if texts else None)
 
 
-def _until(end: float | None, items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Some items at a time, as long as the next are likely to be done before `end`; very few in any case."""
-    if end is not None and time.monotonic() > end:
-        if items:
-            yield items[:IN_ANY_CASE]
-        return
-    took = 0.0
-    for start in range(0, len(items), size):
+def _until(end: float | None, items: Sequence[T], most: int) -> Iterator[Sequence[T]]:
+    """Some items at a time, as many as are likely to be done before `end` by the time that those before them took; one
+    in any case."""
+    start, count = 0, 1
+    while start < len(items):
+        chunk = items[start : start + count]
         began = time.monotonic()
-        if end is not None and start and began + took > end:
-            return
-        yield items[start : start + size]
-        took = time.monotonic() - began
+        yield chunk
+        now = time.monotonic()
+        start += len(chunk)
+        count = min(len(chunk) * GROWTH, most)
+        if end is not None:
+            in_time = (end - now) * len(chunk) / max(now - began, 1e-9)
+            if in_time < 1:
+                return
+            count = min(count, math.floor(in_time))
 
 
 def _text_losses(model: TrainableModel, encoder: Encoder, texts: Sequence[ProbeText]) -> list[RowLoss]:
@@ -263,7 +285,7 @@ class _InTraining(Loaded):
 
 
 def free_memory() -> None:
-    """Give back what an engine's cache took: it is part of a circle."""
+    """Give back what the cache of an engine took that nobody uses any more: it is part of a circle."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -6,6 +6,7 @@ compared with the same model after the last, without a second one in memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -114,14 +115,16 @@ class Measurement:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Measurement:
-        """What `as_dict` wrote.
+        """What `as_dict` wrote; a loss that JSON has no number for, and that is null in a file, is not a number.
 
         Raises:
             TypeError, KeyError: it is none.
         """
 
         def losses(name: str) -> tuple[RowLoss, ...] | None:
-            return None if stored[name] is None else tuple(RowLoss(**row) for row in stored[name])
+            if stored[name] is None:
+                return None
+            return tuple(RowLoss(**row | ({"total": math.nan} if row["total"] is None else {})) for row in stored[name])
 
         return cls(
             name=stored["name"],

@@ -78,6 +78,40 @@ class Interruption:
             os.write(2, f"\n{translate('note:')} {said}\n".encode())
 
 
+@contextmanager
+def stopped_at_once() -> Iterator[None]:
+    """Let the other signals end what is done inside as Ctrl-C does: at once, where there is nothing to save.
+
+    A second one ends the process. Only the main thread receives signals: in another one, nothing changes.
+
+    Raises:
+        Interrupted: one of them came. Ctrl-C stays the exception that it is in Python.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        for other in before:
+            signal.signal(other, signal.SIG_DFL)
+        raise KeyboardInterrupt  # which no library takes for a failure of its own
+
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS if number != signal.SIGINT}
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        yield
+    except KeyboardInterrupt:
+        if not came:
+            raise
+        raise Interrupted("interrupted.at_once", "stopped by {signal}.", came[0]) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
 def resume_command(output_dir: Path) -> str:
     """The command that takes the run in `output_dir` up again, from the same folder and with as many processes."""
     file = str(output_dir / "train_args.json")

@@ -86,10 +86,14 @@ def describe_error(error: BaseException) -> dict[str, Any]:
 def _record_end(output_dir: Path, state: str, error: dict[str, Any] | None = None) -> None:
     if not is_first():
         return
+    _add_to_manifest(output_dir, {"state": state, "ended": time.time(), "error": error})
+
+
+def _add_to_manifest(output_dir: Path, found: dict[str, Any]) -> None:
+    """Write what was found, and the notices that were given meanwhile, into run.json."""
     path = output_dir / "run.json"
     manifest = read_object(path)
-    notices = [*manifest.get("notices", []), *take_notices()]
-    write_json(path, manifest | {"state": state, "ended": time.time(), "error": error, "notices": notices})
+    write_json(path, manifest | found | {"notices": [*manifest.get("notices", []), *take_notices()]})
 
 
 def record_memory(output_dir: Path, found: dict[str, int]) -> None:
@@ -101,13 +105,16 @@ def record_memory(output_dir: Path, found: dict[str, int]) -> None:
     write_json(path, manifest | {"memory": manifest.get("memory", {}) | found})
 
 
-def record_comparison(output_dir: Path, found: dict[str, Any]) -> None:
-    """Write into run.json and train_results.json what the comparison with the model before the run found. The first
-    rank writes."""
+def record_comparison(output_dir: Path, found: dict[str, Any] | None) -> None:
+    """Write into run.json and train_results.json what the comparison with the model before the run found (None: it
+    came to nothing), and its notices into the first. The first rank writes."""
     if not is_first():
         return
-    for name in ("run.json", "train_results.json"):
-        write_json(output_dir / name, read_object(output_dir / name) | {"comparison": found})
+    values = {} if found is None else {"comparison": found}
+    _add_to_manifest(output_dir, values)
+    if found is not None:
+        path = output_dir / "train_results.json"
+        write_json(path, read_object(path) | values)
 
 
 def package_versions() -> dict[str, str | None]:

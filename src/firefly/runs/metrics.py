@@ -92,8 +92,14 @@ class RunRecorder(TrainerCallback):
         self.beat = 0.0
         self.failed: set[str] = set()
 
-    def begin(self, step: int) -> None:
-        """Training begins now, behind `step`; what was done before is none of its time."""
+    def begin(self, step: int, measured: float = 0.0) -> None:
+        """Training begins now, behind `step`; what was done before is none of its time.
+
+        Args:
+            measured: seconds that the model was measured for the comparison, which are none of its way to the first
+                step, either.
+        """
+        self.started += measured
         self.training_began = self.beat = time.time()
         self.pace.begin(step)
 
