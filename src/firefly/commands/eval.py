@@ -20,6 +20,7 @@ from firefly.commands.options import (
     RemoteCodeOption,
     TemplateOption,
     imports_without_gc,
+    refuse_below,
 )
 from firefly.console import print_json, stdout_console
 from firefly.errors import UsageError
@@ -66,19 +67,7 @@ def eval_command(
     hub: HubOption = "huggingface",
     trust_remote_code: RemoteCodeOption = False,
 ) -> None:
-    for option, value, least in (
-        ("limit", limit, 1),
-        ("num_fewshot", num_fewshot, 0),
-        ("max_new_tokens", max_new_tokens, 1),
-    ):
-        if value is not None and value < least:
-            raise UsageError(
-                "generation.bad_setting",
-                "--{option} = {value} is not valid: {expected}.",
-                option=option,
-                value=value,
-                expected=f"≥ {least}",
-            )
+    refuse_below(("limit", limit, 1), ("num_fewshot", num_fewshot, 0), ("max_new_tokens", max_new_tokens, 1))
     with imports_without_gc():
         from firefly.config import ModelConfig
         from firefly.evaluation.guest import require_harness

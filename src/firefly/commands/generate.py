@@ -25,9 +25,10 @@ from firefly.commands.options import (
     RemoteCodeOption,
     TemplateOption,
     imports_without_gc,
+    refuse_below,
 )
 from firefly.console import notice, print_json
-from firefly.errors import UsageError, VerificationError
+from firefly.errors import VerificationError
 from firefly.translation import translate
 
 app = typer.Typer(add_completion=False)
@@ -79,15 +80,7 @@ def generate_command(
     hub: HubOption = "huggingface",
     trust_remote_code: RemoteCodeOption = False,
 ) -> None:
-    for option, value in (("num_samples", num_samples), ("limit", limit)):
-        if value is not None and value < 1:
-            raise UsageError(
-                "generation.bad_setting",
-                "--{option} = {value} is not valid: {expected}.",
-                option=option,
-                value=value,
-                expected="≥ 1",
-            )
+    refuse_below(("num_samples", num_samples, 1), ("limit", limit, 1))
     with imports_without_gc():
         from firefly.config import ModelConfig
         from firefly.data.sources import find_sources

@@ -9,20 +9,18 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tqdm import tqdm
 
 import firefly
 from firefly.config import ModelConfig
@@ -31,6 +29,7 @@ from firefly.errors import UsageError
 from firefly.evaluation.benchmarks import Figure, FoundTasks, Score, figures_of, measure
 from firefly.evaluation.harness import HarnessModel
 from firefly.evaluation.intervals import Verdict
+from firefly.evaluation.progress import Progress
 from firefly.evaluation.wording import VERDICTS
 from firefly.files import atomic_file
 from firefly.generation.loading import Loaded, load_for_generation, name_models, named_adapters
@@ -41,8 +40,6 @@ from firefly.translation import translate
 
 UNSAFE = re.compile(r"[^\w.-]+")
 """What no name of a file should hold."""
-PAUSE = 10.0
-"""Seconds between two lines of progress, where there is no terminal for a bar."""
 
 
 @dataclass(frozen=True)
@@ -173,41 +170,6 @@ def _measured(
         round(time.monotonic() - began, 3),
     )
     return side, results
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a model is: a bar on a terminal, elsewhere a line now and then."""
-
-    name: str
-    stream: TextIO
-
-    @contextmanager
-    def count(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        shown, done, began = time.monotonic(), 0, time.monotonic()
-        bar = None
-        if self.stream.isatty():
-            bar = tqdm(total=total, desc=f"{self.name}, {label}", file=self.stream, dynamic_ncols=True, leave=False)
-
-        def tick(count: int) -> None:
-            nonlocal shown, done
-            done += count
-            with suppress(OSError):  # a full disk under a log
-                if bar is not None:
-                    bar.update(count)
-                elif time.monotonic() - shown > PAUSE:
-                    shown = time.monotonic()
-                    left = tqdm.format_interval((shown - began) / done * (total - done))
-                    print(
-                        f"{self.name}, {label} {done}/{total}  {translate('{time} left', time=left)}", file=self.stream
-                    )
-
-        try:
-            yield tick
-        finally:
-            if bar is not None:
-                with suppress(OSError):
-                    bar.close()
 
 
 # ---- what is shown and kept
