@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from firefly.config import ModelConfig, load_config
+from firefly.console import hush_libraries
 from firefly.data.schema import Message
 from firefly.errors import FireflyError
 from firefly.export.merge import merge
@@ -41,6 +42,7 @@ QUESTIONS = (
 
 
 def main() -> int:
+    hush_libraries()
     began = time.time()
     shutil.rmtree(OUTPUT, ignore_errors=True)
     OUTPUT.mkdir(parents=True)
