@@ -33,7 +33,7 @@ def test_a_model_that_learnt_who_it_is_has_learnt_it_and_kept_paris(
     rows = tmp_path / "rows.jsonl"
     texts = [(ROOT / "data" / name).read_text("utf-8") for name in ("identity.jsonl", "general.jsonl")]
     rows.write_text("".join(texts), "utf-8")
-    found = report_of(rows, tmp_path / "out", eval_ratio=0.15)
+    found = report_of(rows, tmp_path / "out", eval_ratio=0.15, max_steps=14)
     assert found["learnt"] == "better"
     assert found["verdicts"][0].startswith("It helped")
     assert found["forgetting"]["verdict"] != "forgot"
@@ -54,7 +54,9 @@ def test_a_model_that_was_tuned_on_noise_has_become_worse_and_has_forgotten(tmp_
         noise.append({"conversation": [turn]})
     rows = tmp_path / "noise.jsonl"
     rows.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in noise), "utf-8")
-    found = report_of(rows, tmp_path / "out", eval_file=str(general), learning_rate=2e-3, eval_strategy="no")
+    found = report_of(
+        rows, tmp_path / "out", eval_file=str(general), learning_rate=2e-3, max_steps=10, eval_strategy="no"
+    )
     assert found["learnt"] == "worse"
     assert found["forgetting"]["verdict"] == "forgot"
     assert found["won"] == 0
