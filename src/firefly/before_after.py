@@ -23,7 +23,7 @@ from firefly.data.blocks import Blocks
 from firefly.data.examples import Examples
 from firefly.data.schema import Message, TextPart
 from firefly.evaluation.comparing import Material, compare_measurements
-from firefly.evaluation.comparison import write_report
+from firefly.evaluation.comparison import FACTS, PAGE, write_report
 from firefly.evaluation.held_out import Evaluation
 from firefly.evaluation.in_run import (
     Asked,
@@ -54,7 +54,7 @@ from firefly.runs.records import read_object
 from firefly.translation import Phrase, translate
 
 FOLDER = "comparison"
-BEFORE, PAGE, FACTS = "before.json", "report.html", "report.json"
+BEFORE = "before.json"
 
 
 @stopped_at_once()

@@ -30,6 +30,7 @@ from firefly.data.templates import TemplateFailure
 from firefly.distributed.model import TrainableModel
 from firefly.evaluation.asking import ask, in_plain_text, question_of
 from firefly.evaluation.held_out import Evaluation
+from firefly.evaluation.losses import row_key
 from firefly.evaluation.measurement import GivenAnswer, Question, RowLoss
 from firefly.evaluation.probes import ProbeText
 from firefly.generation.batched import BatchLimits
@@ -83,13 +84,11 @@ class Asked:
 
 
 def held_out_losses(examples: Examples | Blocks, evaluation: Evaluation) -> tuple[RowLoss, ...]:
-    """The loss of each held-out example, under the place of its row; of a block of documents under its own number, too:
-    a book of many blocks is one row."""
+    """The loss of each held-out example, by the key that `firefly compare` gives it."""
     names, sources = examples.names, examples.counts.sources.tolist()
-    blocks = isinstance(examples, Blocks)
     return tuple(
         RowLoss(
-            key=f"{examples.place(number)}#block{number + 1}" if blocks else str(examples.place(number)),
+            key=row_key(examples, number),
             source=names[source] if source < len(names) else str(source),
             total=float(evaluation.losses[number]),
             targets=int(evaluation.targets[number]),
