@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from fake_openai import FakeOpenAI, Hangup, Refusal, asked
 
+from fake_openai import FakeOpenAI, Hangup, Refusal, asked
 from firefly.console import take_notices
 from firefly.data.schema import Message
 from firefly.errors import UsageError
