@@ -14,6 +14,7 @@ from firefly import ranks
 from firefly.console import hush_libraries, print_error, tolerate_encodings
 from firefly.errors import FireflyError
 from firefly.files import first_line
+from firefly.threads import settle_threads
 from firefly.translation import Phrase, chinese, language, translate
 
 VERBS = {
@@ -84,6 +85,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    settle_threads()
     tolerate_encodings()
     hush_libraries()
     command = translated(typer.main.get_command(app))
