@@ -21,7 +21,7 @@ from firefly.config import ModelConfig, load_config
 from firefly.console import hush_libraries
 from firefly.data.schema import Message
 from firefly.errors import FireflyError
-from firefly.threads import settle_threads
+from firefly.threads import settle_threads, wait_by_load
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "output" / "demo"
@@ -113,7 +113,8 @@ def show(base: list[str], tuned: list[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        with wait_by_load():
+            sys.exit(main())
     except FireflyError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

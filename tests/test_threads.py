@@ -1,4 +1,4 @@
-"""Threads are as many as a container may use, and a run keeps their number."""
+"""Threads are as many as a container may use and sleep while others want the cores, and a run keeps their number."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +20,9 @@ import firefly
 from firefly import threads
 from firefly.console import take_notices
 from firefly.control_groups import cpu_quota
-from firefly.threads import COUNT, OURS, settle_threads, threads_of_checkpoint
+from firefly.threads import COUNT, OURS, WAITING, Load, idle_teams, settle_threads, threads_of_checkpoint, wait_by_load
 
-VARIABLES = (*threads.COUNTS, OURS, "LOCAL_WORLD_SIZE")
+VARIABLES = (*WAITING, *threads.COUNTS, OURS, "LOCAL_WORLD_SIZE")
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
@@ -190,3 +194,143 @@ def test_a_number_in_the_environment_overrules_the_checkpoints(two_today: Any) -
     with threads_of_checkpoint(3):
         assert torch.get_num_threads() == 3
     assert told() == ["resume.threads"]
+
+
+# ---- how they wait ----
+
+SLEEPS = """
+import json, os, time, torch
+from contextlib import nullcontext
+from firefly.threads import idle_teams
+
+def slept():
+    found = {}
+    for thread in os.listdir("/proc/self/task"):
+        if int(thread) != os.getpid():
+            lines = open(f"/proc/self/task/{thread}/status").read().splitlines()
+            found[thread] = next(int(line.split()[1]) for line in lines if line.startswith("voluntary"))
+    return found
+
+def regions(within):
+    numbers = torch.zeros(1 << 17)
+    with within:
+        numbers.add_(1)
+        time.sleep(0.1)
+        before = slept()
+        for _ in range(50):
+            numbers.add_(1)
+            time.sleep(0.001)
+        after = slept()
+    return max(after[thread] - before[thread] for thread in before)
+
+libgomp = "libgomp" in open("/proc/self/maps").read()
+print(json.dumps([libgomp, regions(nullcontext()), regions(idle_teams()), regions(nullcontext())]))
+"""
+
+
+@LINUX
+def test_threads_sleep_between_two_sums_only_while_there_are_idle_teams() -> None:
+    """With a millisecond between the sums of 50, in which a thread would look for the next one some 40,000 times."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core has no threads that wait for each other")
+    libgomp, before, within, after = outcome(SLEEPS, OMP_NUM_THREADS=str(len(os.sched_getaffinity(0))))
+    if not libgomp:
+        pytest.skip("torch comes with another OpenMP library")
+    assert within >= 40
+    assert max(before, after) <= 25
+
+
+@pytest.mark.parametrize(
+    ("team", "cores", "members"), [(2, 2, 1), (16, 16, 1), (32, 64, 2), (1, 8, 0), (3, 2, 0), (2, 64, 0), (9, 8, 0)]
+)
+def test_idle_teams_are_as_many_as_exceed_the_cores(
+    team: int, cores: int, members: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: team)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    before = threading.active_count()
+    with idle_teams():
+        assert threading.active_count() - before == members
+    assert threading.active_count() == before
+
+
+def test_a_crowded_time_begins_at_once_and_ends_when_it_is_calm_for_some_time() -> None:
+    load = Load()
+    looks = [0.02, 0.5, 0.02, 0.5, 0.6, 0.1, 0.01, 0.01, 0.01, 0.1, 0.01, 0.01, 0.01, 0.01, 0.02]
+    found = [load.look(waited) for waited in looks]
+    assert found == [False] * 4 + [True] * 9 + [False] * 2
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A process one of whose threads waits as the test says, and what was done about it."""
+    for name in (*WAITING, *threads.COUNTS):
+        monkeypatch.delenv(name, raising=False)
+    state: dict[str, Any] = {"waits": 0.0, "waited": 0.0, "seen": time.monotonic(), "teams": []}
+
+    def run_delays() -> dict[str, float]:
+        now = time.monotonic()
+        state["waited"] += state["waits"] * (now - state["seen"])
+        state["seen"] = now
+        return {"1": 0.0, "2": state["waited"]}
+
+    @contextmanager
+    def idle_teams() -> Iterator[None]:
+        state["teams"].append("begin")
+        yield
+        state["teams"].append("end")
+
+    monkeypatch.setattr(threads, "run_delays", run_delays)
+    monkeypatch.setattr(threads, "idle_teams", idle_teams)
+    monkeypatch.setattr(threads, "INTERVAL", 0.002)
+    return state
+
+
+def until(state: dict[str, Any], teams: list[str]) -> bool:
+    ends = time.monotonic() + 5
+    while state["teams"] != teams and time.monotonic() < ends:
+        time.sleep(0.002)
+    return state["teams"] == teams
+
+
+@LINUX
+def test_teams_are_idle_while_another_process_wants_the_cores(watched: dict[str, Any]) -> None:
+    with wait_by_load():
+        time.sleep(0.05)
+        assert watched["teams"] == []
+        watched["waits"] = 0.5
+        assert until(watched, ["begin"])
+        watched["waits"] = 0.01
+        assert until(watched, ["begin", "end"])
+        watched["waits"] = 0.5
+        assert until(watched, ["begin", "end", "begin"])
+    assert watched["teams"] == ["begin", "end"] * 2
+
+
+@LINUX
+@pytest.mark.parametrize(
+    ("name", "value"), [("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "7"), ("KMP_BLOCKTIME", "0"), (COUNT, "1")]
+)
+def test_a_way_of_waiting_that_somebody_chose_stands(
+    name: str, value: str, watched: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    before, watched["waits"] = threading.active_count(), 0.5
+    with wait_by_load():
+        time.sleep(0.05)
+        assert threading.active_count() == before
+    assert watched["teams"] == []
+
+
+@LINUX
+def test_a_thread_that_shares_its_core_waits_for_it() -> None:
+    code = (
+        "import json, os, subprocess, time; from firefly.threads import run_delays\n"
+        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "other = subprocess.Popen(['sh', '-c', 'while true; do :; done'])\n"
+        "before, ends = run_delays(), time.monotonic() + 0.5\n"
+        "while time.monotonic() < ends: pass\n"
+        "other.kill(); other.wait(); me = str(os.getpid())\n"
+        "print(json.dumps(run_delays()[me] - before[me]))"
+    )
+    assert outcome(code) > 0.1
