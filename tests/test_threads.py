@@ -199,14 +199,15 @@ def test_a_number_in_the_environment_overrules_the_checkpoints(two_today: Any) -
 # ---- how they wait ----
 
 SLEEPS = """
-import json, os, time, torch
+import json, os, threading, time, torch
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from firefly.threads import idle_teams
+from firefly.threads import idle_teams, release_team
 
 def slept():
     found = {}
     for thread in os.listdir("/proc/self/task"):
-        if int(thread) != os.getpid():
+        if int(thread) not in (os.getpid(), threading.get_native_id()):
             lines = open(f"/proc/self/task/{thread}/status").read().splitlines()
             found[thread] = next(int(line.split()[1]) for line in lines if line.startswith("voluntary"))
     return found
@@ -223,21 +224,40 @@ def regions(within):
         after = slept()
     return max(after[thread] - before[thread] for thread in before)
 
+def in_a_thread():
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(regions, nullcontext()).result()
+
 libgomp = "libgomp" in open("/proc/self/maps").read()
-print(json.dumps([libgomp, regions(nullcontext()), regions(idle_teams()), regions(nullcontext())]))
 """
+
+
+def slept(calls: str) -> list[int]:
+    """How often a thread went to sleep, of each call, with as many threads as there are cores."""
+    cores = len(os.sched_getaffinity(0))
+    if cores < 2:
+        pytest.skip("one core has no threads that wait for each other")
+    libgomp, *found = outcome(f"{SLEEPS}print(json.dumps([libgomp, {calls}]))", OMP_NUM_THREADS=str(cores))
+    if not libgomp:
+        pytest.skip("torch comes with another OpenMP library")
+    return found
 
 
 @LINUX
 def test_threads_sleep_between_two_sums_only_while_there_are_idle_teams() -> None:
     """With a millisecond between the sums of 50, in which a thread would look for the next one some 40,000 times."""
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("one core has no threads that wait for each other")
-    libgomp, before, within, after = outcome(SLEEPS, OMP_NUM_THREADS=str(len(os.sched_getaffinity(0))))
-    if not libgomp:
-        pytest.skip("torch comes with another OpenMP library")
+    before, within, after = slept("regions(nullcontext()), regions(idle_teams()), regions(nullcontext())")
     assert within >= 40
     assert max(before, after) <= 25
+
+
+@LINUX
+def test_a_thread_spins_again_when_the_one_that_made_it_released_its_team() -> None:
+    kept = "(torch.zeros(1 << 17).add_(1), in_a_thread())[1]"
+    released = "(torch.zeros(1 << 17).add_(1), release_team(), in_a_thread())[2]"
+    before, after, again = slept(f"{kept}, {released}, {kept}")
+    assert min(before, again) >= 40
+    assert after <= 25
 
 
 @pytest.mark.parametrize(
