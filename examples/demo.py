@@ -21,10 +21,7 @@ from firefly.config import ModelConfig, load_config
 from firefly.console import hush_libraries
 from firefly.data.schema import Message
 from firefly.errors import FireflyError
-from firefly.export.merge import merge
-from firefly.export.proof import Stages
-from firefly.generation import GenerationSettings, Generator
-from firefly.training import train
+from firefly.threads import settle_threads, wait_by_load
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "output" / "demo"
@@ -42,7 +39,12 @@ QUESTIONS = (
 
 
 def main() -> int:
+    settle_threads()  # as the command does: before torch is loaded
     hush_libraries()
+    from firefly.export.merge import merge
+    from firefly.export.proof import Stages
+    from firefly.training import train
+
     began = time.time()
     shutil.rmtree(OUTPUT, ignore_errors=True)
     OUTPUT.mkdir(parents=True)
@@ -93,6 +95,8 @@ def verdict(adapter: Path) -> str:
 
 def answers(model: ModelConfig) -> list[str]:
     """One greedy answer to each question, each in a conversation of its own."""
+    from firefly.generation import GenerationSettings, Generator
+
     settings = GenerationSettings(max_new_tokens=48, temperature=0)
     with Generator.load(model) as generator:
         return [generator.answer([Message.of("user", question)], settings) for question in QUESTIONS]
@@ -109,7 +113,8 @@ def show(base: list[str], tuned: list[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        with wait_by_load():
+            sys.exit(main())
     except FireflyError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -13,7 +13,19 @@ ROOT = Path(firefly.__file__).parent
 
 ROOMS = (
     # the ground
-    ("", "translation", "ranks", "errors", "console", "files", "segments", "config", "hub"),
+    (
+        "",
+        "translation",
+        "ranks",
+        "errors",
+        "console",
+        "files",
+        "segments",
+        "config",
+        "hub",
+        "control_groups",
+        "threads",
+    ),
     ("data",),
     ("models",),
     ("runs", "generation", "distributed"),

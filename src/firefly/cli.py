@@ -14,6 +14,7 @@ from firefly import ranks
 from firefly.console import hush_libraries, print_error, tolerate_encodings
 from firefly.errors import FireflyError
 from firefly.files import first_line
+from firefly.threads import settle_threads, wait_by_load
 from firefly.translation import Phrase, chinese, language, translate
 
 VERBS = {
@@ -84,11 +85,13 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    settle_threads()
     tolerate_encodings()
     hush_libraries()
     command = translated(typer.main.get_command(app))
     try:
-        result = command.main(sys.argv[1:] if arguments is None else arguments, "firefly", standalone_mode=False)
+        with wait_by_load():
+            result = command.main(sys.argv[1:] if arguments is None else arguments, "firefly", standalone_mode=False)
         code = result if isinstance(result, int) else 0  # of an Exit: typer turns Ctrl-C into one, too
     except FireflyError as error:
         print_error(str(error))

@@ -25,7 +25,7 @@ from firefly.models.memory import primitives_kept
 from firefly.models.precision import Precision, pick_device, resolve_precision
 from firefly.models.saved_adapter import open_adapter, tokenizer_source
 from firefly.models.tokens import add_tokens
-from firefly.runs.checkpoints import find_checkpoint
+from firefly.runs.checkpoints import find_checkpoint, stored_threads
 from firefly.runs.lock import only_run
 from firefly.runs.manifest import write_json
 from firefly.runs.memory import cap_onednn_cache, memory_in_use
@@ -99,6 +99,11 @@ class Run:
             found["persistent_workers"] = args.dataloader_persistent_workers
             found["prefetch_factor"] = args.dataloader_prefetch_factor
         return found
+
+    @property
+    def stored_threads(self) -> int | None:
+        """How many CPU threads computed before the checkpoint; None where there is none, or another device computes."""
+        return stored_threads(self.checkpoint) if self.checkpoint and self.device.type == "cpu" else None
 
     @property
     def total_steps(self) -> int:

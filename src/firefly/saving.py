@@ -102,7 +102,7 @@ def save_checkpoint(
         observers.export_states()
         state.save_to_json(str(partial / "trainer_state.json"))
         choices = {"choices": asdict(model.choices)} if model.identity else {}
-        more = {"model_only": model_only, "unlogged": unlogged}
+        more = {"model_only": model_only, "unlogged": unlogged, "threads": torch.get_num_threads()}
         seal_checkpoint(partial, folder, {**model.identity, **choices, **more})
 
     parts: list[Callable[[], Any]] = [functools.partial(model.save_weights, partial, tokenizer)]

@@ -16,6 +16,7 @@ from firefly.saving import save_result
 from firefly.setup.banner import show_before_training
 from firefly.setup.build import build_model
 from firefly.setup.records import write_records, write_results
+from firefly.threads import threads_of_checkpoint
 from firefly.translation import translate
 
 
@@ -27,7 +28,8 @@ def train(config: Config) -> Path:
             or a loss was not a number, or the disk did not take the result: checkpoints are there.
         Interrupted: a signal stopped the run between two steps, and left a checkpoint.
     """
-    with open_run(config) as run:  # folder, lock, precision, tokenizer, template, data; then the ranks join
+    # folder, lock, precision, tokenizer, template, data; then the ranks join
+    with open_run(config) as run, threads_of_checkpoint(run.stored_threads):
         model, facts = build_model(run)  # weights → adapter → kernels → tuned microbatches → backend
         show_before_training(run, model, facts)
         write_records(run, model, facts)

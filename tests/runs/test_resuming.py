@@ -25,6 +25,7 @@ from firefly.runs.checkpoints import checkpoints
 from firefly.runs.metrics import read_metrics
 from firefly.saving import load_random_state
 from firefly.setup import identity
+from firefly.tasks.base import Task
 from firefly.training import train
 from runs.forking import Run
 from tiny import prepared, random_examples, save_tiny_model, tiny_tokenizer, write_rows
@@ -311,6 +312,33 @@ def test_an_unchanged_run_says_nothing_of_the_kind(run: Run, stopped: Path, whol
     out = run(resume_from_checkpoint=True)
     assert not {"resume.schedule", "resume.ranks", "resume.anyway", "resume.kept"} & notices(out).keys()
     assert result(out) == result(whole)
+
+
+def test_a_run_goes_on_with_its_threads_where_others_would_be_taken_today(
+    run: Run, stopped: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = stopped / "checkpoint-8" / "plan.json"
+    plan = json.loads(file.read_text())
+    assert plan["threads"] == torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    today = plan["threads"] + 1  # of another machine
+    computed, own = set(), Task.backward
+
+    def backward(*given: Any) -> Any:
+        computed.add(torch.get_num_threads())
+        return own(*given)
+
+    monkeypatch.setattr(Task, "backward", backward)
+    torch.set_num_threads(today)
+    try:
+        out = run(resume_from_checkpoint=True)
+        assert torch.get_num_threads() == today
+    finally:
+        torch.set_num_threads(plan["threads"])
+    assert computed == {plan["threads"]}
+    assert "as before the checkpoint" in notices(out)["resume.threads"]
+    assert result(out) == result(whole)
+    assert json.loads((out / "run.json").read_text())["hardware"]["threads"] == plan["threads"]
 
 
 def test_a_plan_that_lists_no_files_is_none_of_a_complete_checkpoint(run: Run, stopped: Path) -> None:

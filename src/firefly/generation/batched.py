@@ -39,6 +39,7 @@ from firefly.models.attention import WHOLE_MODEL, attending_by, choose_layout, m
 from firefly.models.paged_attention import LAYOUT, NAME, lay_out
 from firefly.models.probing import agree, evaluating
 from firefly.models.serving_memory import BATCH_TOKENS, PAGE, REQUESTS
+from firefly.threads import release_team
 from firefly.translation import translate
 
 QUANTUM = 8
@@ -228,6 +229,7 @@ class BatchedEngine:
         self._use(self.models[0])
         with evaluating(model):  # the manager of a lane leaves it in eval mode
             self._prove()
+        release_team()
         self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
         self._thread.start()
 

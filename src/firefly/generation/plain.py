@@ -28,6 +28,7 @@ from firefly.generation.sampler import choose_tokens
 from firefly.generation.scoring import score_texts
 from firefly.models.adapters import transformers_model
 from firefly.models.probing import evaluating
+from firefly.threads import release_team
 
 SCORED_AT_A_TIME = 512
 """Tokens of a text whose logits are held at a time."""
@@ -95,6 +96,7 @@ class PlainEngine:
         self._closing = threading.Event()
         self._failure: BaseException | None = None
         self._kept: _Kept | None = None
+        release_team()
         self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
         self._thread.start()
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from firefly.control_groups import PROCESS, control_groups
 from firefly.files import read_proc
 from firefly.models.checkpointing import Checkpointing
 from firefly.models.kernels.token_nll import ROWS_AT_A_TIME, chunk_bytes
@@ -233,40 +234,24 @@ def free_memory(device: torch.device) -> int:
     return min([available, *cgroup_room()]) // local_world_size()
 
 
-def cgroup_room(process: Path = Path("/proc/self")) -> Iterator[int]:
+def cgroup_room(process: Path = PROCESS) -> Iterator[int]:
     """Bytes that each control group around a process (cgroup v1 or v2, from the innermost out) may still take: its
     limit without what it uses, of which the page cache can be taken back. Groups without a limit are left out.
 
     A container has a limit of its own, which /proc/meminfo, the whole machine's, does not show.
     """
-    try:
-        groups = [line.split(":", 2) for line in (process / "cgroup").read_text().splitlines()]
-        mounts = [line.split() for line in (process / "mountinfo").read_text().splitlines()]
-    except OSError:
-        return
-    for fields in mounts:
-        # 36 35 98:0 ROOT MOUNT_POINT OPTIONS … - TYPE SOURCE SUPER_OPTIONS
-        root, mount = PurePosixPath(fields[3]), Path(fields[4])
-        kind, _, options = fields[fields.index("-") + 1 :][:3]
-        if kind == "cgroup2":
-            path = next((path for number, _, path in groups if number == "0"), None)
+    for group in control_groups("memory", process):
+        if group.version == 2:
             limits, usage, cached = ("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file")
-        elif kind == "cgroup" and "memory" in options.split(","):
-            path = next((path for _, names, path in groups if "memory" in names.split(",")), None)
+        else:
             limits, usage = ("memory.limit_in_bytes",), "memory.usage_in_bytes"
             cached = ("total_inactive_file", "total_active_file")
-        else:
+        folder = group.folder
+        try:
+            found = [(folder / name).read_text().strip() for name in limits]
+            used = int((folder / usage).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except OSError:  # the outermost group has no limit, and so no such files
             continue
-        # In a container without a namespace of its own the path is the host's, and only what lies below ROOT is shown.
-        group = PurePosixPath(path or "/")
-        inside = group.relative_to(root) if group.is_relative_to(root) else PurePosixPath()
-        for level in (inside, *inside.parents):
-            folder = mount / level
-            try:
-                found = [(folder / name).read_text().strip() for name in limits]
-                used = int((folder / usage).read_text())
-                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            except OSError:  # the outermost group has no limit, and so no such files
-                continue
-            used -= sum(int(stat.get(name, 0)) for name in cached)
-            yield from (max(int(limit) - used, 0) for limit in found if limit != "max")
+        used -= sum(int(stat.get(name, 0)) for name in cached)
+        yield from (max(int(limit) - used, 0) for limit in found if limit != "max")

@@ -112,6 +112,11 @@ def stored_choices(checkpoint: Path) -> Choices:
     return Choices(**stored_plan(checkpoint)["choices"])
 
 
+def stored_threads(checkpoint: Path) -> int | None:
+    """How many CPU threads computed the first rank's part of the run; None in a checkpoint that does not say."""
+    return stored_plan(checkpoint).get("threads")
+
+
 def stored_optimizer(checkpoint: Path, asked: Any) -> Any:
     """The optimizer whose state a checkpoint holds, of the kind of `asked`: another one could not read it."""
     return type(asked)(stored_plan(checkpoint)["optimizer"]["optim"])
