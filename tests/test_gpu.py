@@ -57,7 +57,7 @@ def test_attention_on_the_gpu_is_a_masked_softmax(heads: int, key_heads: int, wi
 
 def test_the_gpu_s_own_kernels_are_the_ones_taken() -> None:
     take_notices()
-    assert describe_attention(GPU, torch.bfloat16) == "varlen_attn"
+    assert describe_attention(GPU, torch.bfloat16, 0) == "varlen_attn"
     if importlib.util.find_spec("liger_kernel") is None:
         pytest.skip("liger-kernel is not installed")
     assert implementation(GPU) == "liger", take_notices()

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from firefly.models.kernels import segment_attention
-from firefly.models.kernels.segment_attention import BLOCK, GEMM_LONGEST, attend
+from firefly.models.kernels.segment_attention import BLOCK, GEMM_LONGEST, SDPA_BLOCK, attend
 from firefly.segments import Segment
 from tiny import apart
 
-END = 60 + BLOCK + BLOCK + 9
+END = 60 + 3 * BLOCK + 9
 SEGMENTS = (
-    *apart(0, 1, 8, 17, 18, 60, 60 + BLOCK, END),
+    *apart(0, 1, 8, 17, 18, 60, 60 + BLOCK, END),  # the last of several blocks by matmuls
     # Two pairs: an answer behind the beginning of the segment before it.
     *(Segment(END, END + 50), Segment(END + 50, END + 70, END, END + 30)),
-    *(Segment(END + 70, END + BLOCK), Segment(END + BLOCK, END + 2 * BLOCK + 5, END + 70, END + 71)),
+    *(Segment(END + 70, END + BLOCK), Segment(END + BLOCK, END + BLOCK + SDPA_BLOCK + 5, END + 70, END + 71)),
 )
 KERNELS = ["_gemm", "_sdpa", "_plain"]
 WIDTHS = [(12, 8), (8, 12), (24, 16)]
@@ -130,7 +130,8 @@ def test_soft_caps_bend_the_scores_before_the_softmax(window: int | None) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 30])
 def test_whatever_is_picked_by_itself_is_the_same_attention(dtype: torch.dtype, window: int | None) -> None:
-    segments = (*apart(0, 100, 100 + GEMM_LONGEST + 10), Segment(110 + GEMM_LONGEST, 150 + GEMM_LONGEST, 0, 60))
+    longest = GEMM_LONGEST[dtype]
+    segments = (*apart(0, 100, 100 + longest + 10), Segment(110 + longest, 150 + longest, 0, 60))
     inputs = random_heads(2, 1, segments[-1].end, dtype=dtype)
     found = outputs_and_gradients(attend, inputs, segments, 0.35, window)
     expected = outputs_and_gradients(naive, inputs, segments, 0.35, window)

@@ -136,14 +136,16 @@ def test_memory_that_no_microbatch_needs_goes_to_copies_of_4_bit_weights() -> No
 
 def test_attention_is_measured_once_for_heads_of_a_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A plan and its run would disagree else, where other programs are busy during one of them."""
-    measured: list[tuple[int, ...]] = []
+    measured: list[tuple[Any, ...]] = []
     monkeypatch.setenv("FIREFLY_CACHE", str(tmp_path))
     monkeypatch.setattr(probe_cache, "measure_crossover", lambda *shape: measured.append(shape) or 256 * len(measured))
     model, cpu = tiny_model("llama"), torch.device("cpu")
     assert [probe_cache.cached_crossover(model, cpu, torch.bfloat16) for _ in range(3)] == [256, 256, 256]
     assert probe_cache.cached_crossover(tiny_model("qwen3"), cpu, torch.bfloat16) in (256, 512)
-    assert probe_cache.cached_crossover(model, cpu, torch.float32) == 0
-    assert measured[0] == (model.config.num_attention_heads, model.config.num_key_value_heads, 8, 8)
+    assert probe_cache.cached_crossover(model, cpu, torch.float32) == 256 * len(measured)
+    assert probe_cache.cached_crossover(model, cpu, torch.float16) == 0
+    heads = model.config.num_attention_heads, model.config.num_key_value_heads
+    assert (measured[0], measured[-1]) == ((*heads, 8, 8, torch.bfloat16), (*heads, 8, 8, torch.float32))
 
 
 @pytest.mark.parametrize(("name", "widths"), [("minicpm3", (16, 8)), ("deepseek_v3", (16, 8)), ("qwen3", (8, 8))])
@@ -151,8 +153,8 @@ def test_attention_is_measured_with_the_widths_that_the_model_has(
     name: str, widths: tuple[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Latent attention writes the width of its rotary part as `head_dim`."""
-    measured: list[tuple[int, ...]] = []
+    measured: list[tuple[Any, ...]] = []
     monkeypatch.setenv("FIREFLY_CACHE", str(tmp_path))
     monkeypatch.setattr(probe_cache, "measure_crossover", lambda *shape: measured.append(shape) or 256)
     probe_cache.cached_crossover(tiny_model(name), torch.device("cpu"), torch.bfloat16)
-    assert measured[0][2:] == widths
+    assert measured[0][2:4] == widths

@@ -174,10 +174,16 @@ def test_torch_takes_the_arguments_that_we_pass(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_measured_crossover_decides_between_products_and_sdpa() -> None:
-    longest = segment_attention.measure_crossover(2, 1, 8, 4)
-    assert longest in (0, 128, 256, 512, segment_attention.GEMM_LONGEST)
+    for dtype, most in segment_attention.GEMM_LONGEST.items():
+        longest = segment_attention.measure_crossover(2, 1, 8, 4, dtype)
+        assert longest in (0, 128, 256, 512, 1024)
+        assert longest <= most
+    assert segment_attention.measure_crossover(2, 1, 8, 4, torch.float16) == 0
     query = torch.empty(2, 200, 8, dtype=torch.bfloat16)
     assert segment_attention.pick(query, None, None, 0.0, 256) is segment_attention._gemm
     assert segment_attention.pick(query, None, None, 0.0, 128) is segment_attention._sdpa
     assert segment_attention.pick(query, 100, None, 0.0, 128) is segment_attention._gemm
+    assert segment_attention.pick(query.float(), None, None, 0.0, 256) is segment_attention._gemm
     assert segment_attention.pick(query.float(), None, None, 0.0, 128) is segment_attention._sdpa
+    assert segment_attention.pick(torch.empty(2, 600, 8), None, None, 0.0, 1024) is segment_attention._sdpa
+    assert segment_attention.pick(query.half(), None, None, 0.0, 256) is segment_attention._sdpa

@@ -72,7 +72,7 @@ def segmented(model: CausalLM) -> SegmentedModel | None:
 
 
 def use_crossover(model: CausalLM, tokens: int) -> None:
-    """Let a CPU compute bf16 segments of up to so many tokens by matmuls, in this transformers model."""
+    """Let a CPU compute segments of up to so many tokens by matmuls, in this transformers model."""
     used = segmented(model)
     if used is not None:
         used.crossover = tokens

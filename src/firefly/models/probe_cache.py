@@ -25,7 +25,7 @@ from firefly.errors import UsageError
 from firefly.files import atomic_file, cache_folder, make_cache, source_hash
 from firefly.models.attention import choose_layout, use_segments
 from firefly.models.dry_run import measure_activations
-from firefly.models.kernels.segment_attention import measure_crossover
+from firefly.models.kernels.segment_attention import GEMM_LONGEST, measure_crossover
 from firefly.models.memory import Activations
 from firefly.models.reach import Unreached, find_unreached
 
@@ -108,14 +108,14 @@ def cached_crossover(model: Any, device: torch.device, compute: torch.dtype) -> 
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     described = getattr(config, "head_dim", None) or getattr(config, "hidden_size", None)
-    if device.type != "cpu" or compute != torch.bfloat16 or not heads or not described:
+    if device.type != "cpu" or compute not in GEMM_LONGEST or not heads or not described:
         return 0
     shape = heads, getattr(config, "num_key_value_heads", None) or heads, *_head_widths(config)
     machine = torch.backends.cpu.get_cpu_capability(), os.cpu_count(), torch.get_num_threads()
-    path = _file("attention", [*shape, *machine, torch.__version__, source_hash(CODE)])
+    path = _file("attention", [*shape, str(compute), *machine, torch.__version__, source_hash(CODE)])
     found = _read(path)
     if found is None:
-        found = {"tokens": measure_crossover(*shape)}
+        found = {"tokens": measure_crossover(*shape, compute)}
         _write(path, found)
     return int(found["tokens"])
 

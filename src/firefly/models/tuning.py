@@ -42,7 +42,7 @@ class Choices:
         checkpointed_layers, offload: see `checkpointing`.
         cached_weights: how many 4-bit weights have a copy in the compute type (see `lora_linear`).
         unpaged_optimizer: whether the state of an optimizer that could page it lies in the GPU's memory.
-        attention_by_products: tokens up to which a CPU's bf16 attention is computed by matmuls (see
+        attention_by_products: tokens up to which a CPU's attention is computed by matmuls (see
             `segment_attention`).
     """
 

@@ -426,7 +426,7 @@ def plan_run(
     with quiet_libraries():
         meta = build_meta_model(config, precision, rows, new_tokens, TASKS[config.task_type].HEAD == "score")
     inner, autocast = transformers_model(meta.model), autocast_type(config, precision.compute)
-    crossover = GEMM_LONGEST if machine.kind == "cpu" else 0
+    crossover = GEMM_LONGEST.get(precision.compute, 0) if machine.kind == "cpu" else 0
     if machine.here:
         crossover = cached_crossover(inner, machine.device, precision.compute)
     use_crossover(inner, crossover)  # what attention keeps depends on it

@@ -4,9 +4,9 @@ A segment may have a prefix: both answers of a preference pair see one prompt.
 
 On GPUs from sm80, in 16 bit, all segments go through one kernel (`varlen_attention`). Elsewhere they are computed one
 by one, each in one of three ways (see `pick`):
-    gemm   batched matrix products with grouped heads folded into rows, keeping the probabilities. Where bf16
-           matrix products are fast, 1.5–4.8 times `scaled_dot_product_attention` forward and backward; up to which
-           length is measured on the CPU at hand (`measure_crossover`).
+    gemm   batched matrix products with grouped heads folded into rows, keeping the probabilities. Forward and
+           backward 1.5–4.8 times `scaled_dot_product_attention` where bf16 matrix products are fast, 1.2–1.5 times in
+           fp32; up to which length is measured on the CPU at hand (`measure_crossover`).
     sdpa   torch's `scaled_dot_product_attention`, which keeps no probabilities.
     plain  differentiable tensor operations, for attention soft caps and dropout.
 """
@@ -26,10 +26,14 @@ from firefly.models.kernels.varlen_attention import attend_varlen, device_has_ke
 from firefly.segments import Segment
 from firefly.translation import translate
 
-BLOCK = 256
-"""Query rows that are computed together; keys beyond a block's last query are never touched."""
+BLOCK = 192
+"""Query rows that are computed together; keys beyond a block's last query are never touched. With 256, steps of DPO on
+pairs of 1,000 tokens took 1.07 to 1.12 times as long."""
 
-GEMM_LONGEST = 1024
+SDPA_BLOCK = 256
+"""As BLOCK, for `sdpa`, which is given a mask for each block."""
+
+GEMM_LONGEST = {torch.bfloat16: 1024, torch.float32: 512}
 """Above this many tokens the kept probabilities outweigh the speed."""
 
 MASKS, MASK_BYTES = 256, 1 << 26
@@ -44,11 +48,12 @@ class AttentionSettings:
     """How one model attends to segments. Each model has its own: two in a process do not interfere.
 
     Attributes:
-        crossover: tokens up to which a CPU computes a bf16 segment by matrix products, longer ones by `sdpa`.
+        crossover: tokens up to which a CPU computes a segment by matrix products, longer ones by `sdpa`; never more
+            than `GEMM_LONGEST`.
         masks: additive masks of recent shapes (see `_mask`).
     """
 
-    crossover: int = GEMM_LONGEST
+    crossover: int = max(GEMM_LONGEST.values())
     masks: Masks = field(default_factory=dict)
 
 
@@ -103,21 +108,20 @@ def pick(query: Tensor, window: int | None, softcap: float | None, dropout: floa
     """The way to compute one segment. Each takes the queries of a segment and the keys of its prefix and itself."""
     if softcap or dropout:
         return _plain
-    by_products = query.dtype == torch.bfloat16 and query.shape[1] <= crossover
+    by_products = query.shape[1] <= min(crossover, GEMM_LONGEST.get(query.dtype, 0))
     if query.device.type == "cpu" and (window is not None or by_products):
         return _gemm
     return _sdpa
 
 
-def measure_crossover(heads: int, key_heads: int, width: int, value_width: int) -> int:
-    """The longest of a few lengths up to which matmuls beat `sdpa` in bf16 on this CPU, forward and backward; 0: none.
-
-    In fp32 nothing is measured: products win a fifth at most, and two runs that choose otherwise are no longer equal.
-    """
+def measure_crossover(heads: int, key_heads: int, width: int, value_width: int, dtype: torch.dtype) -> int:
+    """The longest of a few lengths up to which matmuls beat `sdpa` on this CPU, forward and backward; 0: none."""
     longest = 0
-    for length in (128, 256, 512, GEMM_LONGEST):
+    for length in (128, 256, 512, 1024):
+        if length > GEMM_LONGEST.get(dtype, 0):
+            break
         shapes = [(heads, length, width), (key_heads, length, width), (key_heads, length, value_width)]
-        inputs = [torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+        inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
         products, fused = (_seconds(way, inputs, width**-0.5) for way in (_gemm, _sdpa))
         if products >= fused:
             break
@@ -135,12 +139,12 @@ def _seconds(way: Any, inputs: list[Tensor], scale: float) -> float:
     return min(found)
 
 
-def describe_attention(device: torch.device, dtype: torch.dtype, crossover: int = GEMM_LONGEST) -> str:
+def describe_attention(device: torch.device, dtype: torch.dtype, crossover: int) -> str:
     """In a few words, how segments are computed on `device`; `crossover` as in `AttentionSettings`."""
     if dtype in (torch.bfloat16, torch.float16) and device_has_kernel(device):
         return "varlen_attn"
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        return translate("matmuls up to {tokens} tokens, else sdpa", tokens=crossover)
+    if device.type == "cpu" and crossover and dtype in GEMM_LONGEST:
+        return translate("matmuls up to {tokens} tokens, else sdpa", tokens=min(crossover, GEMM_LONGEST[dtype]))
     return translate("sdpa per segment")
 
 
@@ -153,7 +157,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, mas
             q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=grouped
         )[0]
     outputs = []
-    for block in _blocks(q.shape[1], k.shape[1], window):
+    for block in _blocks(q.shape[1], k.shape[1], window, SDPA_BLOCK):
         mask = _mask(masks, block, window, 1, q.dtype, q.device)
         rows, columns = slice(block.first, block.last), slice(block.low, block.high)
         part = F.scaled_dot_product_attention(
@@ -174,7 +178,7 @@ def _plain(
 ) -> Tensor:
     k, v = _repeated(q, k, v)
     outputs = []
-    for block in _blocks(q.shape[1], k.shape[1], window):
+    for block in _blocks(q.shape[1], k.shape[1], window, SDPA_BLOCK):
         scores = q[:, block.first : block.last] @ k[:, block.low : block.high].transpose(1, 2) * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
@@ -193,7 +197,7 @@ class _OneBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, masks: Masks) -> Tensor:
-        (block,) = _blocks(q.shape[1], k.shape[1], window)
+        (block,) = _blocks(q.shape[1], k.shape[1], window, BLOCK)
         if block.low:
             k, v = k[:, block.low :], v[:, block.low :]
         groups = q.shape[0] // k.shape[0]
@@ -228,7 +232,7 @@ class _GemmAttention(torch.autograd.Function):
         groups = heads // k.shape[0]
         out = q.new_empty(heads, length, v.shape[2])
         kept = []
-        for block in _blocks(length, k.shape[1], window):
+        for block in _blocks(length, k.shape[1], window, BLOCK):
             rows, columns = slice(block.first, block.last), slice(block.low, block.high)
             folded = _fold(q[:, rows], groups)
             mask = _mask(masks, block, window, groups, q.dtype, q.device)
@@ -246,7 +250,7 @@ class _GemmAttention(torch.autograd.Function):
         heads, length, width = q.shape
         groups = heads // k.shape[0]
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for p, block in zip(kept, _blocks(length, k.shape[1], ctx.window), strict=True):
+        for p, block in zip(kept, _blocks(length, k.shape[1], ctx.window, BLOCK), strict=True):
             rows, columns = slice(block.first, block.last), slice(block.low, block.high)
             folded, grads = _fold(q[:, rows], groups), _fold(grad[:, rows], groups)
             grad_v[:, columns].add_(torch.bmm(p.transpose(1, 2), grads))  # `+=` would write it to itself once more
@@ -273,12 +277,12 @@ class _Block(NamedTuple):
     high: int
 
 
-def _blocks(length: int, keys: int, window: int | None) -> list[_Block]:
-    """The blocks of a segment of `length` queries; what there are more `keys` of is its prefix."""
+def _blocks(length: int, keys: int, window: int | None, rows: int) -> list[_Block]:
+    """The blocks, `rows` each, of a segment of `length` queries; what there are more `keys` of is its prefix."""
     prefix = keys - length
     blocks = []
-    for first in range(0, length, BLOCK):
-        last = min(first + BLOCK, length)
+    for first in range(0, length, rows):
+        last = min(first + rows, length)
         low = 0 if window is None else max(0, prefix + first - window + 1)
         blocks.append(_Block(first, last, low, prefix + last))
     return blocks
