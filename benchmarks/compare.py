@@ -164,16 +164,20 @@ def make_job(
 def write_dump(
     case: Case, arguments: argparse.Namespace, dump: Path, documents: Path, rows: int | None
 ) -> dict[str, Any]:
-    """Write a case's examples as token ids; `rows` makes them fewer."""
-    common = {"model": arguments.model, "data": arguments.data_dir / case.data, "max_tokens": case.max_tokens}
+    """Write a case's examples as token ids; pairs may be fewer than `rows`, where the data have no more."""
+    data, rows = [arguments.data_dir / name for name in case.data], rows or case.rows
+    common = {"model": arguments.model, "data": data, "max_tokens": case.max_tokens, "path": dump}
     if case.task == "dpo":
-        # A case of pairs takes those of its first records that fit.
-        records = CASES[case.name].rows
-        return write_pairs(**common, records=records, max_pairs=rows, pairs_per_step=case.examples_per_step, path=dump)
-    rows = rows or case.rows
+        return write_pairs(
+            **common,
+            num_pairs=rows,
+            pairs_per_step=case.examples_per_step,
+            max_prompt_tokens=case.max_prompt_tokens,
+            min_answer_tokens=case.min_answer_tokens,
+        )
     if case.task == "pretrain":
-        return write_blocks(**common, num_blocks=rows, isolated=case.isolated, path=dump, documents=documents)
-    return write_rows(**common, num_rows=rows, path=dump)
+        return write_blocks(**common, num_blocks=rows, isolated=case.isolated, documents=documents)
+    return write_rows(**common, num_rows=rows)
 
 
 def sweep(

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cases import Case
+from cases import Asked, Case
 from comparing import gate, mean_of_last, memory, ratios, spread, version_differences
 from engines import ENGINES, HERE, in_order
 from flops import Tokens, necessary_flops, shape_of, tokens_of
@@ -190,12 +190,17 @@ def summarise(comparison: Comparison, runs: Runs) -> dict[str, Any]:
         }
         case = comparison.case
         if case.asked_ratio is not None:
-            reached = found[name]["ratio_examples_per_second"]["median"] >= case.asked_ratio
-            found[name]["asked_ratio"] = {"asked": case.asked_ratio, "reached": reached}
+            found[name]["asked_ratio"] = against(case.asked_ratio, found[name]["ratio_examples_per_second"]["median"])
         if case.asked_memory is not None:
             reached = found[name]["memory_ratio"] <= case.asked_memory
             found[name]["asked_memory"] = {"asked": case.asked_memory, "reached": reached}
     return found
+
+
+def against(asked: Asked, measured: float) -> dict[str, Any]:
+    """Say of a floor and an aim which are reached."""
+    reached = "aim" if measured >= asked.aim else "floor" if measured >= asked.floor else None
+    return asdict(asked) | {"reached": reached}
 
 
 def memory_ratio(ours: Sequence[Result], theirs: Sequence[Result]) -> float:
