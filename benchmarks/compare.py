@@ -1,28 +1,30 @@
 r"""Firefly beside its peers on the CPU: cases × engines, in turns, each run a fresh process, on the same token ids.
 
-    python benchmarks/compare.py sft_lora dpo_lora --python llamafactory=VENV/bin/python --rounds 3
+    python benchmarks/compare.py [CASE …] --python llamafactory=VENV/bin/python
 
-README.md says what is equal, what differs and how to read the result. Exit 3: a gate failed, and no speed of that
-comparison may be quoted; or a run broke off.
+Without a case: all that the project asks something of. README.md says what is equal, what differs and how to read the
+result. Exit 3: a gate failed, and no speed of that comparison may be quoted; or a run broke off.
 """
 
 import argparse
 import os
+import statistics
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cases import ALPHA, CASES, COMMON_TRAINING, RANK, Case
-from engines import CPU_ENGINES, ENGINES, known_good, reason_to_skip
+from cases import ALPHA, CASES, COMMON_TRAINING, HEADLINES, RANK, Case
+from engines import ENGINES, HEADLINE_ENGINES, LONG, default_tuning, likely_tuning, reason_to_skip
 from job import Job
-from measuring import hardware
+from machines import KnownMachine, measure_machine
+from measuring import git_commit
 from pair_dump import write_adapter, write_pairs
-from processes import Side, SideFailed, Tuning
+from processes import Result, Side, SideFailed, Tuning
 from reporting import new_report, parse_assignments, saver
-from rounds import Comparison, describe_rate, make_side, print_summary, share_of_limit, summarise
+from rounds import Comparison, against, describe_rate, make_side, print_summary, share_of_limit, summarise
 from sweeping import Sweep
 from token_dump import write_blocks, write_rows
 from transformers import AutoConfig
@@ -49,30 +51,35 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("cases", nargs="+", choices=CASES, metavar="CASE", help=", ".join(CASES))
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(CPU_ENGINES))
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(HEADLINE_ENGINES))
     parser.add_argument("--python", nargs="+", default=[], metavar="ENGINE=PYTHON", help="this Python where not given")
     parser.add_argument("--model", help="folder with safetensors and a tokenizer (Firefly's embedded model)")
     parser.add_argument("--data_dir", type=Path, default=DATA)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side; 3 or more to publish")
-    parser.add_argument("--rows", type=int, help="fewer examples, for a trial")
-    parser.add_argument("--sweep", action="store_true", help="try the peers' tunings and run against the fastest")
+    parser.add_argument("--seconds", type=float, default=72.0, help="steady state of the fastest side, where no --rows")
+    parser.add_argument("--rows", type=int, help="examples of a run; few for a trial")
+    parser.add_argument("--sweep", action="store_true", help="try the peers' tunings anew")
+    parser.add_argument("--no_sweep", action="store_true", help="guess where none is recorded on this kind of machine")
     parser.add_argument("--sweep_only", action="store_true", help="try them and stop")
-    parser.add_argument("--sweep_rows", type=int, default=16, help="examples of a sweep's runs")
-    parser.add_argument("--sweep_limit", type=int, help="at most so many tunings of each peer, for a trial")
+    parser.add_argument("--own_sweep", action="store_true", help="try Firefly's own settings, too, beside its defaults")
+    parser.add_argument("--sweep_rows", type=int, help="examples of a sweep's runs (two or three steps)")
+    parser.add_argument("--sweep_seconds", type=float, default=180.0, help="no new tuning of an engine is begun after")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--limit_seconds", type=float, default=8.0, help="time to measure the rate of matrix products")
+    parser.add_argument("--limit_seconds", type=float, default=4.0, help="to measure the rate of matrix products")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the result files")
     arguments = parser.parse_args()
+    arguments.cases = arguments.cases or list(HEADLINES)
+    if unknown := set(arguments.cases) - CASES.keys():
+        parser.error(f"no such case: {', '.join(sorted(unknown))}")
     for name in arguments.cases:
-        if arguments.rows and arguments.rows <= CASES[name].examples_per_step:
-            parser.error(
-                f"--rows {arguments.rows}: {name} has {CASES[name].examples_per_step} a step, and takes two steps"
-            )
-        if CASES[name].task == "pretrain" and (arguments.rows or 0) % CASES[name].examples_per_step:
-            parser.error(  # Firefly cuts the blocks itself, and has a last one that is shorter
-                f"--rows {arguments.rows}: {name} takes whole steps, of {CASES[name].examples_per_step} blocks each"
-            )
+        for option in ("rows", "sweep_rows"):
+            given, a_step = getattr(arguments, option), CASES[name].examples_per_step
+            if given and given <= a_step:
+                parser.error(f"--{option} {given}: {name} has {a_step} a step, and takes two steps")
+            if given and CASES[name].task == "pretrain" and given % a_step:
+                # Firefly cuts the blocks itself, and has a last one that is shorter.
+                parser.error(f"--{option} {given}: {name} takes whole steps, of {a_step} blocks each")
     arguments.python = parse_assignments(arguments.python)
     if unknown := arguments.python.keys() - ENGINES.keys():
         parser.error(f"--python names {', '.join(sorted(unknown))}, which is no engine")
@@ -85,56 +92,147 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """A case on this machine: its folder of jobs, the sides' programs, what is known of the machine's kind."""
+
+    case: Case
+    arguments: argparse.Namespace
+    folder: Path
+    known: KnownMachine
+
+    def side(self, name: str, job_name: str) -> Side:
+        """The program of an engine in its own Python, for one of the jobs."""
+        python = self.arguments.python.get(name, sys.executable)
+        return make_side(name, python, self.folder / f"{job_name}.json", self.arguments.threads)
+
+
 def run_case(case: Case, arguments: argparse.Namespace) -> bool:
     """Dump, tune, run in turns, sum up; return whether every gate passed."""
-    case = replace(case, rows=arguments.rows or case.rows)
-    report = new_report(case.name, arguments) | {"case": asdict(case), "skipped": {}}
-    path = arguments.out / f"{case.name}.json"
-    save = saver(path, report)
     print(f"\n== {case.name}", flush=True)
-    pythons = {name: arguments.python.get(name, sys.executable) for name in arguments.engines}
-    for name, python in pythons.items():
-        if reason := reason_to_skip(name, case, python):
-            report["skipped"][name] = reason
-            print(f"skipped {name}: {reason}", flush=True)
-    engines = [name for name in arguments.engines if name not in report["skipped"]]
-    has_bf16 = hardware()["bf16_matrix_instructions"]
-    with tempfile.TemporaryDirectory() as folder:
-        job, report["dump"] = make_job(case, arguments, Path(folder), "job", arguments.rows)
-        print(f"dump   {report['dump']}", flush=True)
-        sides = {name: side_of(name, pythons, Path(folder, "job.json"), arguments.threads) for name in engines}
-        tunings = {name: known_good(name, case, has_bf16) for name in engines}
-        if arguments.sweep or arguments.sweep_only:
-            make_job(case, arguments, Path(folder), "sweep", arguments.sweep_rows)
-            for name in engines:
-                if name != "firefly":
-                    side = side_of(name, pythons, Path(folder, "sweep.json"), arguments.threads)
-                    swept = sweep(name, case, side, has_bf16, arguments.sweep_limit, report, save)
-                    tunings[name] = swept or tunings[name]
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        sweep_rows = arguments.sweep_rows or case.examples_per_step * (3 if case.max_tokens <= LONG else 2)
+        make_job(case, arguments, folder, "sweep", sweep_rows)
+        rates = rate_side(folder / "sweep.json", arguments)
+        known = KnownMachine(measure_machine(rates), arguments.out / "machines")
+        machine = asdict(known.machine)
+        products = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in machine["rates"].items())
+        print(f"machine {machine['name']}: products at {products} GFLOP/s", flush=True)
+        report = new_report(case.name, arguments) | {"machine": machine, "skipped": {}}
+        session = Session(case=case, arguments=arguments, folder=folder, known=known)
+        tunings = find_tunings(session, report)
         if arguments.sweep_only:
-            report["tunings"] = {name: asdict(tuning) for name, tuning in tunings.items()}
-            save()
             return True
-        comparison = Comparison(case=case, sides=sides, tunings=tunings, report=report, save=save)
-        runs = comparison.run(arguments.rounds)
-        report["matmul_rate"] = matmul_rate(
-            Path(folder, "job.json"), arguments, runs["firefly"][0]["settings"]["precision"]
+        rows = arguments.rows or rows_for(session, sweep_rows)
+        case = replace(case, rows=rows)
+        path = arguments.out / f"{case.name}@{machine['name']}.json"
+        save = saver(path, report)
+        job, report["dump"] = make_job(case, arguments, folder, "job", rows)
+        report["case"] = asdict(case)
+        print(f"dump   {report['dump']}", flush=True)
+        comparison = Comparison(
+            case=case,
+            sides={name: session.side(name, "job") for name in tunings},
+            tunings=tunings,
+            report=report,
+            save=save,
+            rate_beside=lambda dtype: rates.run(Tuning(name="matrix products", arguments=f"--dtype {dtype}")),
         )
+        runs = comparison.run(arguments.rounds)
+        beside = [run["matmul_rate"] for run in runs["firefly"]]
+        limit = {
+            "dtype": beside[0]["dtype"],
+            "flops_per_second": statistics.median(found["flops_per_second"] for found in beside),
+        }
+        report["matmul_rate"] = limit
         config = AutoConfig.from_pretrained(arguments.model)
-        report["share_of_limit"] = share_of_limit(job, config, runs["firefly"], report["matmul_rate"])
+        report["share_of_limit"] = share = share_of_limit(job, config, runs["firefly"], limit)
+        if case.asked_share is not None:
+            share["asked"] = against(case.asked_share, share["share_of_limit"]["median"])
     report["summary"] = summarise(comparison, runs)
     save()
     print_summary(report, path)
     return all(found["passed"] for found in report["gates"].values())
 
 
-def side_of(name: str, pythons: dict[str, str], job_file: Path, threads: int) -> Side:
-    """The program of an engine in its own Python."""
-    return make_side(name, pythons[name], job_file, threads)
+def find_tunings(session: Session, report: dict[str, Any]) -> dict[str, Tuning]:
+    """Each engine's tuning: the best one recorded for this kind of machine, or of a sweep made now.
+
+    Firefly runs with its default settings, whatever was found better. Engines that do not run are left out, by name.
+    """
+    arguments, case, rates = session.arguments, session.case, session.known.machine.rates
+    sweeping = set(arguments.engines) if arguments.sweep else set()
+    tunings: dict[str, Tuning] = {}
+    report["swept"] = {}
+    for name in arguments.engines:
+        reason = reason_to_skip(name, case, arguments.python.get(name, sys.executable))
+        if reason is None:
+            wanted = arguments.own_sweep if name == "firefly" else not arguments.no_sweep
+            recorded = session.known.sweep(case.name, name, arguments.model)
+            if wanted and (name in sweeping or name == "firefly" or recorded is None):
+                recorded = sweep(session, name)
+            tunings[name] = likely_tuning(name, case, rates)
+            if recorded is None:
+                report["swept"][name] = None
+            elif name != "firefly":
+                report["swept"][name] = {key: recorded[key] for key in ("date", "git_commit")}
+                reason = recorded.get("failed")
+                tunings[name] = Tuning(**recorded["best"]) if recorded.get("best") else tunings[name]
+        if reason is not None:
+            report["skipped"][name] = reason
+            tunings.pop(name, None)
+            print(f"skipped {name}: {reason.splitlines()[0]}", flush=True)
+    return tunings
+
+
+def sweep(session: Session, name: str) -> dict[str, Any]:
+    """Find an engine's fastest tuning, recording every attempt in the machine's file; return what was recorded."""
+    known, case = session.known, session.case
+    begun = {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "git_commit": git_commit(HERE.parent),
+        "model": Path(session.arguments.model).name,
+        "rates": known.machine.rates,
+    }
+    made = known.begin_sweep(case.name, name, begun)
+
+    def record(attempt: dict[str, Any]) -> None:
+        made["attempts"].append(attempt)
+        known.save()
+        outcome = describe_rate(attempt["result"]) if "result" in attempt else attempt["outcome"]
+        print(f"sweep  {name:13} {attempt['name']:60} {outcome}", flush=True)
+
+    found = Sweep(session.side(name, "sweep"), record, seconds=session.arguments.sweep_seconds)
+    try:
+        made["best"] = asdict(found.run(name, case, known.machine.rates))
+        default = found.rate_of(default_tuning(name, case, known.machine.rates))
+        made |= {"best_tokens_per_second": found.best_rate, "default_over_best": default / found.best_rate}
+    except SideFailed as failed:
+        log = next((attempt["log"] for attempt in made["attempts"] if "log" in attempt), "")
+        made["failed"] = f"{failed}\n{log}"
+    made["ended"] = True
+    known.save()
+    return made
+
+
+def rows_for(session: Session, sweep_rows: int) -> int:
+    """Examples for --seconds of steady state of the fastest side, in whole steps: Firefly, timed once."""
+    trial: Result = session.side("firefly", "sweep").run(Tuning(name="trial"))
+    print(f"trial  firefly       {describe_rate(trial)}", flush=True)
+    a_step = session.case.examples_per_step
+    peers = (
+        session.known.sweep(session.case.name, name, session.arguments.model) for name in session.arguments.engines
+    )
+    # A sweep counts tokens; its rows are as long as the trial's.
+    fastest = max([trial["tokens_per_second"], *(found.get("best_tokens_per_second", 0.0) for found in peers if found)])
+    tokens_a_row = trial["tokens"] / trial["rows"]
+    steps = 1 + -(-session.arguments.seconds * fastest // (tokens_a_row * a_step))
+    return max(sweep_rows, int(steps) * a_step)
 
 
 def make_job(
-    case: Case, arguments: argparse.Namespace, folder: Path, name: str, rows: int | None
+    case: Case, arguments: argparse.Namespace, folder: Path, name: str, rows: int
 ) -> tuple[Job, dict[str, Any]]:
     """Write dump, adapter and job file; return the job and what the report says of its data."""
     dump, documents, adapter = folder / f"{name}.dump.jsonl", folder / f"{name}.documents.jsonl", folder / "adapter"
@@ -161,11 +259,9 @@ def make_job(
     return job, described
 
 
-def write_dump(
-    case: Case, arguments: argparse.Namespace, dump: Path, documents: Path, rows: int | None
-) -> dict[str, Any]:
+def write_dump(case: Case, arguments: argparse.Namespace, dump: Path, documents: Path, rows: int) -> dict[str, Any]:
     """Write a case's examples as token ids; pairs may be fewer than `rows`, where the data have no more."""
-    data, rows = [arguments.data_dir / name for name in case.data], rows or case.rows
+    data = [arguments.data_dir / name for name in case.data]
     common = {"model": arguments.model, "data": data, "max_tokens": case.max_tokens, "path": dump}
     if case.task == "dpo":
         return write_pairs(
@@ -180,41 +276,15 @@ def write_dump(
     return write_rows(**common, num_rows=rows)
 
 
-def sweep(
-    name: str,
-    case: Case,
-    side: Side,
-    has_bf16: bool,
-    limit: int | None,
-    report: dict[str, Any],
-    save: Callable[[], None],
-) -> Tuning | None:
-    """Find a peer's fastest tuning, recording every attempt; None when it did not run at all."""
-    attempts = report.setdefault("sweep", {}).setdefault(name, [])
-
-    def record(attempt: dict[str, Any]) -> None:
-        attempts.append(attempt)
-        save()
-        outcome = describe_rate(attempt["result"]) if "result" in attempt else attempt["outcome"]
-        print(f"sweep  {name:13} {attempt['name']:55} {outcome}", flush=True)
-
-    try:
-        return Sweep(side, record, limit).run(name, case, has_bf16)
-    except SideFailed as failed:
-        print(f"sweep  {name:13} {failed}", flush=True)
-        return None
-
-
-def matmul_rate(job_file: Path, arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
-    """The rate of matrix products in the type we ran in, in a process of its own."""
-    side = Side(
+def rate_side(job_file: Path, arguments: argparse.Namespace) -> Side:
+    """The program that measures matrix products of the model's shapes, in a process of its own."""
+    return Side(
         name="matrix products",
         python=sys.executable,
         program=HERE / "matmul_rate.py",
-        arguments=["--job", str(job_file), "--dtype", dtype, "--seconds", str(arguments.limit_seconds)],
+        arguments=["--job", str(job_file), "--seconds", str(arguments.limit_seconds)],
         threads=arguments.threads,
     )
-    return side.run(Tuning(name="matrix products"))
 
 
 if __name__ == "__main__":
