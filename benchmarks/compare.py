@@ -7,6 +7,7 @@ result. Exit 3: a gate failed, and no speed of that comparison may be quoted; or
 """
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -25,7 +26,7 @@ from pair_dump import write_adapter, write_pairs
 from processes import Result, Side, SideFailed, Tuning
 from reporting import new_report, parse_assignments, saver
 from rounds import Comparison, against, describe_rate, make_side, print_summary, share_of_limit, summarise
-from sweeping import Sweep
+from sweeping import NOT_TRIED, Sweep
 from token_dump import write_blocks, write_rows
 from transformers import AutoConfig
 
@@ -63,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no_sweep", action="store_true", help="guess where none is recorded on this kind of machine")
     parser.add_argument("--sweep_only", action="store_true", help="try them and stop")
     parser.add_argument("--own_sweep", action="store_true", help="try Firefly's own settings, too, beside its defaults")
-    parser.add_argument("--sweep_rows", type=int, help="examples of a sweep's runs (two or three steps)")
+    parser.add_argument("--sweep_rows", type=int, help="examples of a sweep's runs (two or three small steps)")
     parser.add_argument("--sweep_seconds", type=float, default=180.0, help="no new tuning of an engine is begun after")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--limit_seconds", type=float, default=4.0, help="to measure the rate of matrix products")
@@ -112,8 +113,8 @@ def run_case(case: Case, arguments: argparse.Namespace) -> bool:
     print(f"\n== {case.name}", flush=True)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        sweep_rows = arguments.sweep_rows or case.examples_per_step * (3 if case.max_tokens <= LONG else 2)
-        make_job(case, arguments, folder, "sweep", sweep_rows)
+        small = in_small_steps(case)
+        make_job(small, arguments, folder, "sweep", arguments.sweep_rows or small.rows)
         rates = rate_side(folder / "sweep.json", arguments)
         known = KnownMachine(measure_machine(rates), arguments.out / "machines")
         machine = asdict(known.machine)
@@ -124,7 +125,7 @@ def run_case(case: Case, arguments: argparse.Namespace) -> bool:
         tunings = find_tunings(session, report)
         if arguments.sweep_only:
             return True
-        rows = arguments.rows or rows_for(session, sweep_rows)
+        rows = arguments.rows or rows_for(session)
         case = replace(case, rows=rows)
         path = arguments.out / f"{case.name}@{machine['name']}.json"
         save = saver(path, report)
@@ -156,6 +157,12 @@ def run_case(case: Case, arguments: argparse.Namespace) -> bool:
     return all(found["passed"] for found in report["gates"].values())
 
 
+def in_small_steps(case: Case) -> Case:
+    """A case for sweeps: steps of half its size, three of them, or two where rows are long."""
+    examples = max(1, case.examples_per_step // 2)
+    return replace(case, examples_per_step=examples, rows=examples * (3 if case.max_tokens <= LONG else 2))
+
+
 def find_tunings(session: Session, report: dict[str, Any]) -> dict[str, Tuning]:
     """Each engine's tuning: the best one recorded for this kind of machine, or of a sweep made now.
 
@@ -170,15 +177,19 @@ def find_tunings(session: Session, report: dict[str, Any]) -> dict[str, Tuning]:
         if reason is None:
             wanted = arguments.own_sweep if name == "firefly" else not arguments.no_sweep
             recorded = session.known.sweep(case.name, name, arguments.model)
-            if wanted and (name in sweeping or name == "firefly" or recorded is None):
-                recorded = sweep(session, name)
+            ours_changed = name == "firefly" and recorded and recorded["git_commit"] != git_commit(HERE.parent)
+            if name in sweeping or (wanted and ours_changed):
+                recorded = None
+            if wanted and not (recorded and recorded["complete"]):
+                recorded = sweep(session, name, recorded)
             tunings[name] = likely_tuning(name, case, rates)
-            if recorded is None:
+            if name != "firefly":
                 report["swept"][name] = None
-            elif name != "firefly":
-                report["swept"][name] = {key: recorded[key] for key in ("date", "git_commit")}
-                reason = recorded.get("failed")
-                tunings[name] = Tuning(**recorded["best"]) if recorded.get("best") else tunings[name]
+                if recorded and "best" in recorded:
+                    report["swept"][name] = {key: recorded[key] for key in ("date", "git_commit", "complete")}
+                    tunings[name] = Tuning(**recorded["best"])
+                elif recorded and recorded["complete"]:
+                    reason = recorded["failed"]
         if reason is not None:
             report["skipped"][name] = reason
             tunings.pop(name, None)
@@ -186,49 +197,60 @@ def find_tunings(session: Session, report: dict[str, Any]) -> dict[str, Tuning]:
     return tunings
 
 
-def sweep(session: Session, name: str) -> dict[str, Any]:
-    """Find an engine's fastest tuning, recording every attempt in the machine's file; return what was recorded."""
-    known, case = session.known, session.case
+def sweep(session: Session, name: str, interrupted: dict[str, Any] | None) -> dict[str, Any]:
+    """Find an engine's fastest tuning, going on where an earlier sweep stopped; return what the machine's file holds.
+
+    The best so far is written after every attempt.
+    """
+    known, case = session.known, in_small_steps(session.case)
     begun = {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "git_commit": git_commit(HERE.parent),
         "model": Path(session.arguments.model).name,
         "rates": known.machine.rates,
     }
-    made = known.begin_sweep(case.name, name, begun)
+    made = interrupted or known.begin_sweep(case.name, name, begun)
+    before = [attempt for attempt in made["attempts"] if attempt["outcome"] != NOT_TRIED]
+    made["attempts"] = list(before)
+
+    def note() -> None:
+        if found.tunings:
+            default = found.rate_of(default_tuning(name, case, known.machine.rates))
+            made["best"], made["best_tokens_per_second"] = asdict(found.best), found.best_rate
+            made["default_over_best"] = default / found.best_rate
+        known.save()
 
     def record(attempt: dict[str, Any]) -> None:
         made["attempts"].append(attempt)
-        known.save()
+        note()
         outcome = describe_rate(attempt["result"]) if "result" in attempt else attempt["outcome"]
         print(f"sweep  {name:13} {attempt['name']:60} {outcome}", flush=True)
 
-    found = Sweep(session.side(name, "sweep"), record, seconds=session.arguments.sweep_seconds)
+    seconds = session.arguments.sweep_seconds
+    found = Sweep(session.side(name, "sweep"), record, seconds=seconds, known=before)
     try:
-        made["best"] = asdict(found.run(name, case, known.machine.rates))
-        default = found.rate_of(default_tuning(name, case, known.machine.rates))
-        made |= {"best_tokens_per_second": found.best_rate, "default_over_best": default / found.best_rate}
+        found.run(name, case, known.machine.rates)
     except SideFailed as failed:
         log = next((attempt["log"] for attempt in made["attempts"] if "log" in attempt), "")
         made["failed"] = f"{failed}\n{log}"
-    made["ended"] = True
-    known.save()
+    made["complete"] = found.complete
+    note()
     return made
 
 
-def rows_for(session: Session, sweep_rows: int) -> int:
+def rows_for(session: Session) -> int:
     """Examples for --seconds of steady state of the fastest side, in whole steps: Firefly, timed once."""
     trial: Result = session.side("firefly", "sweep").run(Tuning(name="trial"))
     print(f"trial  firefly       {describe_rate(trial)}", flush=True)
-    a_step = session.case.examples_per_step
     peers = (
         session.known.sweep(session.case.name, name, session.arguments.model) for name in session.arguments.engines
     )
     # A sweep counts tokens; its rows are as long as the trial's.
     fastest = max([trial["tokens_per_second"], *(found.get("best_tokens_per_second", 0.0) for found in peers if found)])
     tokens_a_row = trial["tokens"] / trial["rows"]
-    steps = 1 + -(-session.arguments.seconds * fastest // (tokens_a_row * a_step))
-    return max(sweep_rows, int(steps) * a_step)
+    a_step = session.case.examples_per_step
+    steps = 1 + math.ceil(session.arguments.seconds * fastest / (tokens_a_row * a_step))
+    return max(2, steps) * a_step
 
 
 def make_job(

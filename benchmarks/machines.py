@@ -77,13 +77,13 @@ class KnownMachine:
         self.save = saver(folder / f"{self.machine.name}.json", self.content)
 
     def sweep(self, case: str, engine: str, model: str) -> dict[str, Any] | None:
-        """Return the recorded sweep of an engine with this model, if it came to its end."""
+        """Return the recorded sweep of an engine with this model, whether it came to its end or not."""
         found = self.content["sweeps"].get(case, {}).get(engine)
-        return found if found and found["model"] == Path(model).name and found.get("ended") else None
+        return found if found and found["model"] == Path(model).name else None
 
     def begin_sweep(self, case: str, engine: str, begun: Mapping[str, Any]) -> dict[str, Any]:
         """Put a new sweep in the place of the recorded one; the caller fills and saves it."""
-        self.content["sweeps"].setdefault(case, {})[engine] = made = dict(begun) | {"attempts": []}
+        self.content["sweeps"].setdefault(case, {})[engine] = made = dict(begun) | {"complete": False, "attempts": []}
         return made
 
 

@@ -133,12 +133,13 @@ class Comparison:
             if not runs[name]:
                 continue
             theirs = runs[name][0]
-            found = self.report["gates"][name] = self._gate_of(name, ours, theirs)
+            found = self.report["gates"][name] = self.gate_of(name, ours, theirs)
             self.save()
             failed = [check for check, value in found.items() if check != "passed" and not value["passed"]]
             print(f"gate   {name:13} {'passed' if found['passed'] else 'FAILED: ' + ', '.join(failed)}", flush=True)
 
-    def _gate_of(self, name: str, ours: Result, theirs: Result) -> dict[str, Any]:
+    def gate_of(self, name: str, ours: Result, theirs: Result) -> dict[str, Any]:
+        """Whether a run of a peer trained what ours did."""
         try:
             same_steps = self._same_steps(name, ours, theirs)
         except SideFailed as failed:
@@ -237,9 +238,11 @@ def caveats(pairs: Sequence[tuple[Result, Result]]) -> list[str]:
 
 def unswept(report: Mapping[str, Any], name: str) -> list[str]:
     """Say so when a peer ran with a guess: it is no fair opponent."""
-    if "swept" not in report or report["swept"].get(name):
+    if "swept" not in report:
         return []
-    return ["not publishable: the peer's tunings were not tried on this kind of machine"]
+    if not (swept := report["swept"].get(name)):
+        return ["not publishable: the peer's tunings were not tried on this kind of machine"]
+    return [] if swept["complete"] else ["not all of the peer's tunings were tried: the time was used up"]
 
 
 def share_of_limit(job: Job, config: Any, results: Sequence[Result], limit: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,6 +21,7 @@ from processes import Result, Side, SideFailed, SideStopped, Tuning
 # A tuning that needs this many times the best one's time, start-up included, is not waited for.
 PATIENCE = 2.0
 GRACE_SECONDS = 10.0
+NOT_TRIED = "not tried: the time was used up"
 # Less than this behind the best is worth a second look: the same run varies by as much from one minute to the next.
 CLOSE = 0.9
 # A precision this far behind with the better attention is not tried with the other one.
@@ -41,9 +42,15 @@ class Sweep:
         record: Callable[[dict[str, Any]], None],
         *,
         seconds: float = math.inf,
+        known: Sequence[Mapping[str, Any]] = (),
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """No new tuning is begun after `seconds`; `record` is handed every attempt, and what was left out."""
+        """No new tuning is begun after `seconds`; `record` is handed every attempt, and what was left out.
+
+        `known` are attempts recorded before, by a sweep that was interrupted: they are not made again.
+        """
+        self.known = list(known)
+        self.complete = True
         self.side = side
         self.record = record
         self.now = now
@@ -102,8 +109,13 @@ class Sweep:
     def attempt(self, tuning: Tuning, *, again: bool = False) -> float:
         """Measure one tuning and return its rate; one that fails or cannot win is recorded as such and has none."""
         described = asdict(tuning)
+        if (before := self._made_before(tuning)) is not None:
+            if "result" in before:
+                self._measured(tuning, before["result"])
+            return self.rate_of(tuning)
         if self.now() >= self.end:
-            self.record(described | {"outcome": "not tried: the time was used up"})
+            self.complete = False
+            self.record(described | {"outcome": NOT_TRIED})
             return 0.0
         try:
             result = self.side.run(tuning, timeout_seconds=None if self.longest_wait == math.inf else self.longest_wait)
@@ -116,19 +128,27 @@ class Sweep:
         if not all(math.isfinite(loss) for loss in result["losses"]):
             self.record(described | {"outcome": "failed", "log": "its loss is not a number"})
             return 0.0
+        self._measured(tuning, result)
+        self.record(described | {"outcome": "measured again" if again else "measured", "result": brief(result)})
+        return self.rate_of(tuning)
+
+    def _made_before(self, tuning: Tuning) -> Mapping[str, Any] | None:
+        for number, attempt in enumerate(self.known):
+            if attempt["name"] == tuning.name and attempt["outcome"] != NOT_TRIED:
+                return self.known.pop(number)
+        return None
+
+    def _measured(self, tuning: Tuning, result: Mapping[str, Any]) -> None:
         self.tunings[tuning.name] = tuning
         self.rates.setdefault(tuning.name, []).append(result["tokens_per_second"])
         if self.rate_of(tuning) == self.best_rate:
             self.longest_wait = GRACE_SECONDS + PATIENCE * result["process_seconds"]
-        self.record(described | {"outcome": "measured again" if again else "measured", "result": brief(result)})
-        return self.rate_of(tuning)
 
     def look_again(self) -> None:
         """Measure the best once more where others came close to it, and those: the mean of both runs decides."""
         close = [name for name in self.rates if self.rate_of(self.tunings[name]) >= CLOSE * self.best_rate]
         close.sort(key=lambda name: self.rate_of(self.tunings[name]))
         if len(close) > 1:
-            self.end = math.inf
             for name in close[-2:]:
                 if len(self.rates[name]) == 1:
                     self.attempt(self.tunings[name], again=True)

@@ -107,8 +107,10 @@ def of_machine(known: Mapping[str, Any], reports: Mapping[str, Mapping[str, Any]
     yield from results(reports)
     if missing := [name for name in HEADLINES if name not in reports]:
         yield f"Not measured here yet: {', '.join(missing)}."
-    found = [(case, name, x) for case in CASES for name, x in known["sweeps"].get(case, {}).items() if x.get("ended")]
-    if peers := [tuning_line(case, name, x) for case, name, x in found if name != "firefly"]:
+    found = [(case, name, x) for case in CASES for name, x in known["sweeps"].get(case, {}).items()]
+    if peers := [
+        tuning_line(case, name, x) for case, name, x in found if name != "firefly" and {"best", "failed"} & x.keys()
+    ]:
         yield "\n".join([*TUNINGS_HEAD, *peers])
     if own := [own_line(case, x) for case, name, x in found if name == "firefly" and "best" in x]:
         yield "\n".join([*OWN_HEAD, *own])
@@ -128,14 +130,14 @@ def tuning_line(case: str, engine: str, swept: Mapping[str, Any]) -> str:
         ENGINES[engine].label,
         best["name"] if best else f"none ran: {swept['failed'].splitlines()[0]}",
         f"{swept['best_tokens_per_second']:.0f}" if best else "",
-        f"{swept['date'][:10]}, {swept['git_commit'][:7]}",
+        f"{swept['date'][:10]}, {swept['git_commit'][:7]}{'' if swept['complete'] else ', not to its end'}",
     )
     return f"| {' | '.join(cells)} |"
 
 
 def own_line(case: str, swept: Mapping[str, Any]) -> str:
     """How near our default settings come to the best that were found by hand."""
-    name = "the default" if swept["default_over_best"] == 1 else swept["best"]["name"]
+    name = swept["best"]["name"]
     rate, share = f"{swept['best_tokens_per_second']:.0f}", f"{swept['default_over_best']:.0%}"
     return f"| {case} | {name} | {rate} | {share} | {swept['date'][:10]}, {swept['git_commit'][:7]} |"
 

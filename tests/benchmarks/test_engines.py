@@ -186,7 +186,7 @@ def test_a_peer_whose_tunings_were_not_tried_here_is_no_fair_opponent() -> None:
     from rounds import summarise
 
     compared = comparison([])
-    compared.report["swept"] = {"trl": {"date": "today"}, "plain": None}
+    compared.report["swept"] = {"trl": {"complete": True}, "plain": None}
     found = summarise(compared, compared.run(3))
     assert found["trl"]["caveats"] == []
     assert "were not tried" in found["plain"]["caveats"][0]
@@ -218,6 +218,42 @@ def test_gpu_cases_take_the_tutorial_as_given() -> None:
     assert {len(row["input_ids"]) for row in made_up_rows(tutorial.case, tutorial.lengths)} == {1024}
     for gpu_case in GPU_CASES.values():
         assert gpu_case.case.rows >= 2 * gpu_case.case.examples_per_step
+
+
+def test_what_else_to_try_on_a_gpu_fits_a_step_and_the_engine() -> None:
+    from gpu import further_tunings
+    from gpu_cases import GPU_CASES, HEADLINES
+
+    assert set(HEADLINES) <= GPU_CASES.keys()
+    gpu_case = GPU_CASES["gpu_8b_lora"]
+    found = further_tunings(gpu_case, ["firefly", "trl_liger", "unsloth"], 16, "cuda")
+    assert [name for name, _ in found[:2]] == ["trl_liger", "unsloth"]
+    assert {name for name, tuning in found if "packed" in tuning.arguments} == {"trl_liger"}
+    fitting = further_tunings(gpu_case, ["firefly", "unsloth"], 8, "cpu")
+    assert [tuning.arguments for _, tuning in fitting] == ["--precision float32 --batch_size 8"]
+
+
+def test_a_faster_tuning_stands_for_its_peer_if_it_passes_the_gate() -> None:
+    from gpu import try_further
+    from processes import Tuning
+
+    compared = comparison([], ours_first=True)
+    runs = compared.run(1)
+    for name in runs:
+        runs[name][0]["process_seconds"] = 10.0
+    outcomes = {"faster": {"tokens_per_second": 30.0}, "other": {"tokens_per_second": 40.0, "losses": [9.0, 9.0]}}
+
+    def run(tuning: Any, *, timeout_seconds: float | None = None) -> dict[str, Any]:
+        assert timeout_seconds == 15.0
+        return result(**outcomes[tuning.name])
+
+    compared.sides["trl"].run = run  # type: ignore[method-assign]
+    compared.sides["plain"].run = run  # type: ignore[method-assign]
+    try_further(compared, runs, [("trl", Tuning(name="faster")), ("plain", Tuning(name="other"))])
+    assert runs["trl"][0]["tokens_per_second"] == 30.0
+    assert compared.report["tunings"]["trl"]["name"] == "faster"
+    assert runs["plain"][0]["tokens_per_second"] == 25.0, "what trains something else is no opponent"
+    assert [attempt["outcome"] for attempt in compared.report["sweep"]] == ["measured"] * 2
 
 
 def test_made_up_weights_have_the_shapes_of_the_model(tmp_path: Path) -> None:

@@ -39,8 +39,6 @@ def test_a_sweep_is_found_again_on_the_same_kind_of_machine_alone(tmp_path: Path
     known = KnownMachine(machine(), tmp_path)
     made = known.begin_sweep("sft_lora", "trl", {"model": "small"})
     known.save()
-    assert KnownMachine(machine(), tmp_path).sweep("sft_lora", "trl", "small") is None, "it had not come to its end"
-    made["ended"] = True
     made["best"] = {"name": "fast"}
     known.save()
     again = KnownMachine(machine(float32=150.0, bfloat16=300.0, float16=15.0), tmp_path)

@@ -59,12 +59,12 @@ def test_results_are_grouped_by_the_kind_of_machine(tmp_path: Path) -> None:
     swept = {
         "date": "2026-02-03T00:00:00",
         "git_commit": "fedcba9876",
-        "ended": True,
+        "complete": True,
         "best": {"name": "a tuning"},
         "best_tokens_per_second": 321.4,
         "default_over_best": 0.97,
     }
-    failed = {"date": "2026-02-03", "git_commit": "fedcba9876", "ended": True, "failed": "it crashed\nhere"}
+    failed = {"date": "2026-02-03", "git_commit": "fedcba9876", "complete": True, "failed": "it crashed\nhere"}
     for name, rates in machines.items():
         machine = {"cpu": f"a {name} CPU", "threads": 2, "rates": rates, "name": name}
         known = {"machine": machine, "sweeps": {"sft_lora": {"firefly": swept, "trl": swept, "llamafactory": failed}}}
