@@ -69,29 +69,33 @@ class Sweep:
         return self.best
 
     def _try_peer(self, name: str, case: Case, rates: Mapping[str, float]) -> None:
-        """Attention in the fastest precision, the other precisions, layouts, the allocator, the engine's defaults.
+        """Attention in the fastest type, the other types, layouts, that type otherwise, the allocator, the defaults.
 
         Freed memory is kept from the start: eager attention, the fastest where bf16 products are fast, is slow without.
         """
-        (precision, *other_precisions), (layout, *other_layouts) = precisions(case, rates), layouts(name, case)
+        (first, *others), (layout, *other_layouts) = precisions(case, rates), layouts(name, case)
         attentions = ["eager", "sdpa"]
         for attention in attentions:
-            self.attempt(peer_tuning(precision, layout, attention))
-        attentions.sort(key=lambda attention: -self.rate_of(peer_tuning(precision, layout, attention)))
-        for other in other_precisions:
-            first = self.attempt(peer_tuning(other, layout, attentions[0]))
-            # What is best in one type need not be in another, unless its products are the same.
-            if PRODUCTS[other] != PRODUCTS[precision] and first >= BEHIND * self.best_rate:
+            self.attempt(peer_tuning(first, layout, attention))
+        attentions.sort(key=lambda attention: -self.rate_of(peer_tuning(first, layout, attention)))
+        with_own_products = [other for other in others if PRODUCTS[other] != PRODUCTS[first]]
+        for other in with_own_products:
+            found = self.attempt(peer_tuning(other, layout, attentions[0]))
+            if found >= BEHIND * self.best_rate:  # what is best in one type need not be in another
                 self.attempt(peer_tuning(other, layout, attentions[1]))
         precision, attention = max(
-            ((precision, attention) for precision in precisions(case, rates) for attention in attentions),
+            ((precision, attention) for precision in (first, *with_own_products) for attention in attentions),
             key=lambda found: self.rate_of(peer_tuning(found[0], layout, found[1])),
         )
         for other in other_layouts:
             self.attempt(peer_tuning(precision, other, attention))
+        layout = max(layouts(name, case), key=lambda x: self.rate_of(peer_tuning(precision, x, attention)))
+        for other in others:
+            if other not in with_own_products:
+                self.attempt(peer_tuning(other, layout, attention))
         if self.best_rate:
-            layout = max(layouts(name, case), key=lambda x: self.rate_of(peer_tuning(precision, x, attention)))
-            self.attempt(peer_tuning(precision, layout, attention, keep_memory=False))
+            best = max((first, *others), key=lambda x: self.rate_of(peer_tuning(x, layout, attention)))
+            self.attempt(peer_tuning(best, layout, attention, keep_memory=False))
         self.attempt(default_tuning(name, case, rates))
 
     def _try_own(self, case: Case, rates: Mapping[str, float]) -> None:
