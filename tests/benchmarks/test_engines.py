@@ -275,12 +275,13 @@ def test_made_up_weights_have_the_shapes_of_the_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_compare_runs_firefly_against_plain_transformers(tmp_path: Path, chatml_tokenizer: Any) -> None:
-    """The whole program on four rows of a tiny model: fresh processes, gate, report."""
+    """The whole program on a few rows of a tiny model: rates, a sweep that is cut short, gate, report, table."""
     import copy
     import json
     import subprocess
 
     from gpu_cases import CHATML
+    from table import render
 
     from tiny import tiny_model
 
@@ -294,8 +295,17 @@ def test_compare_runs_firefly_against_plain_transformers(tmp_path: Path, chatml_
     options = ["--engines", "firefly", "plain", "--rounds", "1", "--rows", "16", "--threads", "1"]
     paths = ["--model", str(tmp_path / "model"), "--data_dir", str(tmp_path), "--out", str(tmp_path)]
     command = [sys.executable, str(program), "sft_lora", *options, *paths, "--limit_seconds", "0.1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "--sweep_seconds", "0.1"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads((tmp_path / "sft_lora.json").read_text())
+    (path,) = tmp_path.glob("sft_lora@*.json")
+    report = json.loads(path.read_text())
     assert report["summary"]["plain"]["gate_passed"]
     assert report["share_of_limit"]["share_of_limit"]["median"] > 0
+    assert report["share_of_limit"]["asked"]["aim"] == 0.7
+    (machine,) = (tmp_path / "machines").iterdir()
+    assert path.name == f"sft_lora@{machine.name}"
+    swept = json.loads(machine.read_text())["sweeps"]["sft_lora"]["plain"]
+    assert [attempt["outcome"].partition(":")[0] for attempt in swept["attempts"]][:2] == ["measured", "not tried"]
+    assert report["tunings"]["plain"] == swept["best"]
+    assert "not all of the peer's tunings were tried" in " ".join(report["summary"]["plain"]["caveats"])
+    assert "| sft_lora | transformers + peft |" in render(tmp_path)
