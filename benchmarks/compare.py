@@ -34,6 +34,10 @@ HERE = Path(__file__).resolve().parent
 DATA = HERE.parents[1] / "shared" / "data"
 
 
+OWN_STEPS = 4
+"""Steps of whole size for our own settings: they differ by less than the noise of a few short ones."""
+
+
 def main() -> int:
     """Run the cases one after the other; one whose run breaks off does not stop those behind it."""
     arguments = parse_arguments()
@@ -115,6 +119,7 @@ def run_case(case: Case, arguments: argparse.Namespace) -> bool:
         folder = Path(place)
         small = in_small_steps(case)
         make_job(small, arguments, folder, "sweep", arguments.sweep_rows or small.rows)
+        make_job(case, arguments, folder, "own", case.examples_per_step * OWN_STEPS)
         rates = rate_side(folder / "sweep.json", arguments)
         known = KnownMachine(measure_machine(rates), arguments.out / "machines")
         machine = asdict(known.machine)
@@ -227,7 +232,8 @@ def sweep(session: Session, name: str, interrupted: dict[str, Any] | None) -> di
         print(f"sweep  {name:13} {attempt['name']:60} {outcome}", flush=True)
 
     seconds = session.arguments.sweep_seconds
-    found = Sweep(session.side(name, "sweep"), record, seconds=seconds, known=before)
+    side = session.side(name, "own" if name == "firefly" else "sweep")
+    found = Sweep(side, record, seconds=seconds, known=before)
     try:
         found.run(name, case, known.machine.rates)
     except SideFailed as failed:

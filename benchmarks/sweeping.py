@@ -108,7 +108,11 @@ class Sweep:
         precision = max(chosen, key=lambda name: self.rate_of(own_tuning(name)))
         for tokens in OWN_TOKENS:
             self.attempt(own_tuning(precision, tokens))
-        self.attempt(default, again=True)
+        by_hand = [tuning for name, tuning in self.tunings.items() if name != default.name]
+        if by_hand:  # in turns: the question is one of a few percent
+            rival = max(by_hand, key=self.rate_of)
+            for tuning in (rival, default, default, rival):
+                self.attempt(tuning, again=True)
 
     def attempt(self, tuning: Tuning, *, again: bool = False) -> float:
         """Measure one tuning and return its rate; one that fails or cannot win is recorded as such and has none."""

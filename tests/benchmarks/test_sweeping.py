@@ -127,3 +127,5 @@ def test_our_defaults_are_held_against_what_is_found_by_hand() -> None:
     assert found.best.name == "float32, 512 tokens a microbatch"
     assert found.rate_of(default_tuning("firefly", CASES["sft_lora"], FAST_BF16)) / found.best_rate == 0.5
     assert "bfloat16, 512 tokens a microbatch" not in side.tried
+    best = found.best.name
+    assert side.tried[-4:] == [best, "default settings", "default settings", best], "in turns, since it is close"
