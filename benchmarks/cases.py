@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 
@@ -26,24 +25,38 @@ class Thresholds:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the project asks of a case: at least the floor, and the aim until what remains of it is explained."""
+
+    floor: float
+    aim: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Case:
     """One row of the results table."""
 
     name: str
     task: str
     mode: str
-    data: str
-    """File below --data_dir."""
+    data: tuple[str, ...]
+    """Files below --data_dir; records are taken from them in turns."""
     max_tokens: int
     examples_per_step: int
     rows: int
-    """Examples of a run, the first step's among them. For pairs: records of which those that fit are taken."""
+    """Examples of a run, the first step's among them, where neither --rows nor --seconds says otherwise."""
+    max_prompt_tokens: int | None = None
+    """Pairs: those with a longer prompt are left out."""
+    min_answer_tokens: int = 1
+    """Pairs: those with a shorter answer, chosen or rejected, are left out."""
     isolated: bool = True
     thresholds: Thresholds = field(default_factory=Thresholds)
-    asked_ratio: float | None = None
-    """Speed over the best-tuned peer that the project asks of this case; None where none is stated."""
+    asked_ratio: Asked | None = None
+    """Speed over the best-tuned peer; None where nothing is asked."""
     asked_memory: float | None = None
     """Memory above imports over that peer's, at most."""
+    asked_share: Asked | None = None
+    """Share of the rate of matrix products of the model's shapes."""
     training: Mapping[str, Any] = field(default_factory=dict)
     firefly: Mapping[str, Any] = field(default_factory=dict)
 
@@ -67,75 +80,96 @@ _CASES = (
         name="sft_lora",
         task="sft",
         mode="lora",
-        data="alpaca_en_demo.json",
+        data=("alpaca_en_demo.json",),
         max_tokens=512,
         examples_per_step=8,
         rows=64,
-        asked_ratio=2.3,
+        asked_ratio=Asked(floor=1.5, aim=1.8),
         asked_memory=0.7,
+        asked_share=Asked(floor=0.60, aim=0.70),
     ),
     Case(
         name="sft_lora_long",
         task="sft",
         mode="lora",
-        data="firefly_sft.jsonl",
+        data=("firefly_sft.jsonl",),
         max_tokens=1024,
         examples_per_step=4,
         rows=24,
-        asked_ratio=2.0,
-        asked_memory=0.7,
+        asked_ratio=Asked(floor=1.5, aim=1.8),
+        asked_memory=0.5,
+        asked_share=Asked(floor=0.55, aim=0.65),
     ),
     Case(
         name="sft_full",
         task="sft",
         mode="full",
-        data="alpaca_en_demo.json",
+        data=("alpaca_en_demo.json",),
         max_tokens=512,
         examples_per_step=8,
         rows=64,
         training={"learning_rate": 1e-5},
-        asked_ratio=1.6,
-        asked_memory=0.8,
+        asked_ratio=Asked(floor=1.5, aim=1.7),
+        asked_memory=0.7,
+        asked_share=Asked(floor=0.55, aim=0.65),
     ),
     Case(
         name="sft_qlora",
         task="sft",
         mode="qlora",
-        data="alpaca_en_demo.json",
+        data=("alpaca_en_demo.json",),
         max_tokens=512,
         examples_per_step=8,
         rows=64,
         firefly=NF4_KEPT,
-        asked_ratio=2.0,
-        asked_memory=0.7,
+        asked_ratio=Asked(floor=1.7, aim=2.0),
+        asked_memory=0.6,
+        asked_share=Asked(floor=0.55, aim=0.65),
     ),
     Case(
         name="dpo_lora",
         task="dpo",
         mode="lora",
-        data="dpo_en_demo.json",
+        data=("dpo_en_demo.json",),
         max_tokens=1024,
         examples_per_step=4,
-        rows=64,
-        asked_ratio=3.0,
-        asked_memory=0.6,
+        rows=48,
+        asked_ratio=Asked(floor=2.0, aim=2.4),
+        asked_memory=0.5,
+        asked_share=Asked(floor=0.55, aim=0.65),
+    ),
+    Case(
+        # Little to share: where one prompt for two answers helps least. English and Chinese pairs by turns.
+        name="dpo_lora_long_answers",
+        task="dpo",
+        mode="lora",
+        data=("dpo_en_demo.json", "dpo_zh_demo.json"),
+        max_tokens=1024,
+        examples_per_step=4,
+        rows=32,
+        max_prompt_tokens=128,
+        min_answer_tokens=256,
+        asked_ratio=Asked(floor=1.6, aim=2.0),
+        asked_memory=0.5,
+        asked_share=Asked(floor=0.55, aim=0.65),
     ),
     Case(
         name="pretrain_lora",
         task="pretrain",
         mode="lora",
-        data="c4_demo.jsonl",
+        data=("c4_demo.jsonl",),
         max_tokens=1024,
         examples_per_step=4,
         rows=24,
-        asked_ratio=1.6,
-        asked_memory=0.8,
+        asked_ratio=Asked(floor=1.5, aim=1.8),
+        asked_memory=0.6,
+        asked_share=Asked(floor=0.60, aim=0.70),
     ),
     Case(
         name="pretrain_lora_joined",
         task="pretrain",
         mode="lora",
-        data="c4_demo.jsonl",
+        data=("c4_demo.jsonl",),
         max_tokens=1024,
         examples_per_step=4,
         rows=24,
@@ -144,7 +178,5 @@ _CASES = (
 )
 CASES: Mapping[str, Case] = {case.name: case for case in _CASES}
 
-
-def case_names(folder: Path) -> list[str]:
-    """Cases that have a recorded result in `folder`, in the table's order."""
-    return [name for name in CASES if (folder / f"{name}.json").is_file()]
+HEADLINES = tuple(name for name, case in CASES.items() if case.asked_ratio)
+"""What `compare.py` runs when no case is named."""

@@ -1,5 +1,7 @@
 """The engines that are compared: their programs, what they need, and the tunings worth trying on a CPU."""
 
+import json
+import shlex
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,6 +46,7 @@ ENGINES: Mapping[str, Engine] = {
     "unsloth": Engine(label="Unsloth", programs={"sft": "unsloth_sft.py"}, modules=("unsloth", "trl")),
 }
 CPU_ENGINES = ("firefly", "trl", "llamafactory", "plain")
+HEADLINE_ENGINES = ("firefly", "trl", "llamafactory")
 
 
 def reason_to_skip(name: str, case: Case, python: str) -> str | None:
@@ -83,26 +86,20 @@ def _layouts(kind: str, *batch_sizes: int) -> tuple[Layout, ...]:
     return tuple(Layout(kind=kind, batch_size=batch_size) for batch_size in batch_sizes)
 
 
-# Engine → layouts of its SFT, the one known to be good first.
+# Engine → layouts of its SFT, in the order in which sweeps have found them good. Larger batches were slower by a third
+# and more (`sft_lora_sweep.json`).
 _SFT_LAYOUTS: Mapping[str, tuple[Layout, ...]] = {
     "trl": (
-        *_layouts("padding_free", 2, 4, 8),
-        *_layouts("packed", 1, 2),
-        *_layouts("grouped", 8),
-        *_layouts("padded", 1, 2),
+        *_layouts("packed", 1),
+        *_layouts("padding_free", 2),
+        *_layouts("padded", 1),
+        *_layouts("packed", 2),
     ),
-    "llamafactory": (*_layouts("padded", 1, 2, 4), *_layouts("packed", 1), *_layouts("grouped", 4)),
-    "plain": (*_layouts("padded", 1, 2, 4, 8), *_layouts("grouped", 4, 8)),
-}
-# What earlier sweeps found best (results/sft_lora_sweep.json, of a CPU with bf16 instructions). There eager attention,
-# which is matrix products, beats sdpa for every peer and task; without them, for TRL's short rows alone.
-_KNOWN_IN_BF16: Mapping[tuple[str, str], Layout] = {
-    ("trl", "lora"): Layout(kind="packed", batch_size=1),
-    ("trl", "qlora"): Layout(kind="packed", batch_size=1),
-    ("trl", "full"): Layout(kind="padded", batch_size=1),
+    "llamafactory": (*_layouts("padded", 1, 2), *_layouts("packed", 1), *_layouts("grouped", 4)),
+    "plain": (*_layouts("padded", 1, 2), *_layouts("grouped", 4), *_layouts("padded", 4, 8), *_layouts("grouped", 8)),
 }
 LONG = 512
-"""Tokens beyond which eager attention, which keeps the square of a row's length, takes tens of gigabytes in float32."""
+"""Tokens beyond which rows mostly fill their length, so that padding is small and packing gains little."""
 
 
 def layouts(name: str, case: Case) -> tuple[Layout, ...]:
@@ -113,7 +110,6 @@ def layouts(name: str, case: Case) -> tuple[Layout, ...]:
         # Blocks are full, so there is nothing to pack; TRL keeps a block's documents apart in this layout alone.
         found = _layouts("padding_free" if name == "trl" and case.isolated else "padded", 1, 2)
     elif case.max_tokens > LONG:
-        # Rows fill their length, so padding is small.
         found = tuple(sorted(_SFT_LAYOUTS[name], key=lambda layout: (layout.kind != "padded", layout.batch_size)))
     else:
         found = _SFT_LAYOUTS[name]
@@ -122,46 +118,74 @@ def layouts(name: str, case: Case) -> tuple[Layout, ...]:
     return tuple(layout for layout in in_order if not case.examples_per_step % layout.batch_size)
 
 
-def precisions(case: Case, has_bf16: bool) -> tuple[str, ...]:
-    """Precisions worth trying; trained weights are float32 in each, so full fine-tuning has no bfloat16 of its own.
+# Precision of a peer → the type that its matrix products are computed in.
+PRODUCTS: Mapping[str, str] = {
+    "bfloat16": "bfloat16",
+    "autocast": "bfloat16",
+    "float32": "float32",
+    "float16": "float16",
+}
+HOPELESS = 0.25
+"""A type with less than this share of the fastest one's rate is not tried. With 0.4 a peer trained 0.8 as fast."""
+NO_WORSE = 0.9
 
-    Where bf16 is fast, float32 came to two thirds and a half of it (`sft_lora_sweep.json`) and is left out.
+
+def precisions(case: Case, rates: Mapping[str, float]) -> tuple[str, ...]:
+    """Precisions worth trying where products have these rates, the fastest first.
+
+    Trained weights are float32 in each, so full fine-tuning has no bfloat16 of its own. float16 without loss scaling
+    (transformers has none on a CPU) is tried where nothing is faster.
     """
-    if not has_bf16:
-        return ("float32",)
-    return ("autocast",) if case.mode == "full" else ("bfloat16", "autocast")
+    names = ("autocast", "float32") if case.mode == "full" else ("bfloat16", "autocast", "float32", "float16")
+    least = {"float16": NO_WORSE * max(rates.values())}
+    worth = [name for name in names if rates[PRODUCTS[name]] >= least.get(name, HOPELESS * max(rates.values()))]
+    return tuple(sorted(worth, key=lambda name: -rates[PRODUCTS[name]]))
 
 
-def known_good(name: str, case: Case, has_bf16: bool) -> Tuning:
-    """The tuning of a run without a sweep."""
-    if name == "firefly":
-        return Tuning(name="firefly")
-    precision, layout, attention = precisions(case, has_bf16)[0], layouts(name, case)[0], "sdpa"
-    short = case.task == "sft" and case.max_tokens <= LONG
-    if has_bf16 and short:
-        layout = _KNOWN_IN_BF16.get((name, case.mode), layout)
-    if has_bf16 or (short and name == "trl"):
-        attention = "eager"
+def peer_tuning(precision: str, layout: Layout, attention: str, *, keep_memory: bool = True) -> Tuning:
+    """One way to run a peer."""
     return Tuning(
-        name=f"{precision}, {layout.name}, {attention}, freed memory kept",
+        name=f"{precision}, {layout.name}, {attention}{', freed memory kept' if keep_memory else ''}",
         arguments=f"--precision {precision} {layout.arguments} --attention {attention}",
-        environment=KEEP_FREED_MEMORY,
+        environment=KEEP_FREED_MEMORY if keep_memory else {},
     )
+
+
+def likely_tuning(name: str, case: Case, rates: Mapping[str, float]) -> Tuning:
+    """What a sweep would begin with: for trials, before there is one."""
+    if name == "firefly":
+        return Tuning(name="default settings")
+    return peer_tuning(precisions(case, rates)[0], layouts(name, case)[0], "eager")
+
+
+OWN_TOKENS = (512, 1024, 2048, 4096)
+
+
+def own_tuning(precision: str | None, tokens: int | None = None) -> Tuning:
+    """Firefly with settings that a user could have chosen by hand."""
+    keys: dict[str, object] = {} if precision is None else {"bf16": precision == "bfloat16"}
+    keys |= {} if tokens is None else {"tokens_per_microbatch": tokens}
+    words = [*([precision] if precision else []), *([f"{tokens} tokens a microbatch"] if tokens else [])]
+    return Tuning(name=", ".join(words), arguments=f"--overrides {shlex.quote(json.dumps(keys))}")
 
 
 def in_order(tuning: Tuning, precision: str, case: Case, name: str) -> Tuning:
     """A tuning whose every step holds our rows, for the losses alone."""
     layout = next(layout for layout in layouts(name, case) if layout.kind not in ("packed", "grouped"))
+    attention = "eager" if "--attention eager" in tuning.arguments else "sdpa"
     return Tuning(
         name="our rows in every step",
-        arguments=f"--precision {precision} {layout.arguments}",
+        arguments=f"--precision {precision} {layout.arguments} --attention {attention}",
         environment=tuning.environment,
     )
 
 
-def default_tuning(name: str, case: Case, has_bf16: bool) -> Tuning:
+def default_tuning(name: str, case: Case, rates: Mapping[str, float]) -> Tuning:
     """What a user gets who sets nothing: padded batches, and where the engine says so activation checkpointing."""
-    precision = "autocast" if has_bf16 and name != "plain" else "float32"
+    if name == "firefly":
+        return likely_tuning(name, case, rates)
+    # TRL and LLaMA-Factory's examples turn bf16 on; transformers does not.
+    precision = "autocast" if rates["bfloat16"] >= HOPELESS * max(rates.values()) and name != "plain" else "float32"
     checkpointing = "" if name == "plain" else " --gradient_checkpointing"
     kind = layouts(name, case)[0].kind if case.task == "pretrain" else "padded"
     batch_size = 1 if case.task == "dpo" else min(8, case.examples_per_step)

@@ -8,22 +8,23 @@ is what the time does not suffice for. Exit 3: a gate failed, or a run of Firefl
 """
 
 import argparse
+import math
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from comparing import spread
 from engines import ENGINES, reason_to_skip
-from gpu_cases import GPU_CASES, GpuCase, made_up_rows, write_model
+from gpu_cases import GPU_CASES, HEADLINES, GpuCase, made_up_rows, write_model
 from job import Job
 from processes import Result, Side, SideFailed, SideStopped, Tuning
 from reporting import new_report, parse_assignments, saver
-from rounds import Clock, Comparison, Runs, make_side, print_summary, share_of_limit, summarise
+from rounds import Clock, Comparison, Runs, describe_rate, make_side, print_summary, share_of_limit, summarise
 from table import gpu_table
 from token_dump import write_lines
 from transformers import AutoConfig
@@ -54,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--cases", nargs="+", choices=GPU_CASES, default=list(GPU_CASES))
+    parser.add_argument("--cases", nargs="+", choices=GPU_CASES, default=list(HEADLINES))
     parser.add_argument("--engines", nargs="+", choices=ENGINES, help="those of each case when not given")
     parser.add_argument("--python", nargs="+", default=[], metavar="ENGINE=PYTHON")
     parser.add_argument("--rounds", type=int, default=1)
@@ -109,6 +110,7 @@ def run_case(gpu_case: GpuCase, arguments: argparse.Namespace, clock: Clock) -> 
             publishable={"least_pairs": ENOUGH_ROUNDS, "least_seconds": ENOUGH_SECONDS},
         )
         runs = run_or_record(comparison, arguments.rounds)
+        try_further(comparison, runs, further_tunings(gpu_case, engines, case.examples_per_step, arguments.device))
         if runs["firefly"]:
             config = AutoConfig.from_pretrained(job.model)
             report["share_of_limit"] = share_of_limit(job, config, runs["firefly"], limit)
@@ -160,13 +162,61 @@ def peer_tunings(
     gpu_case: GpuCase, engines: list[str], examples_per_step: int, device: str
 ) -> Mapping[str, list[Tuning]]:
     """Each engine's tunings, the one to begin with first; the rest are for GPUs with less memory."""
-    found: dict[str, list[Tuning]] = {"firefly": [Tuning(name="firefly")]}
-    for name in engines:
-        if name != "firefly":
-            texts = [text.replace("autocast", "float32") if device == "cpu" else text for text in gpu_case.tunings]
-            texts = [text for text in texts if not examples_per_step % int(text.split("--batch_size ")[1].split()[0])]
-            found[name] = [Tuning(name=text.replace("--", ""), arguments=text) for text in texts]
-    return found
+    peers = [name for name in engines if name != "firefly"]
+    made = tunings_of(gpu_case.tunings, examples_per_step, device)
+    return {"firefly": [Tuning(name="firefly")]} | dict.fromkeys(peers, made)
+
+
+def further_tunings(
+    gpu_case: GpuCase, engines: list[str], examples_per_step: int, device: str
+) -> list[tuple[str, Tuning]]:
+    """What else to try, the most promising of every peer first. Layouts are words of TRL's sides alone."""
+    return [
+        (name, tuning)
+        for tuning in tunings_of(gpu_case.further, examples_per_step, device)
+        for name in engines
+        if name != "firefly" and ("--layout" not in tuning.arguments or name.startswith("trl"))
+    ]
+
+
+def tunings_of(texts: Sequence[str], examples_per_step: int, device: str) -> list[Tuning]:
+    """Command lines that a step of so many examples can be made of; on a CPU in float32."""
+    found = [text.replace("autocast", "float32") if device == "cpu" else text for text in texts]
+    whole = [text for text in found if not examples_per_step % int(text.split("--batch_size ")[1].split()[0])]
+    return [Tuning(name=text.replace("--", ""), arguments=text) for text in whole]
+
+
+def try_further(comparison: Comparison, runs: Runs, further: Sequence[tuple[str, Tuning]]) -> None:
+    """Spend what is left of a case's time on further tunings; a faster one that passes the gate stands for its peer.
+
+    One that takes longer than the peer's best, start-up included, is stopped.
+    """
+    report = comparison.report
+    attempts: list[dict[str, Any]] = report.setdefault("sweep", [])
+    for name, tuning in further:
+        if not runs["firefly"] or not runs[name] or not report["gates"][name]["passed"]:
+            continue
+        attempt: dict[str, Any] = {"engine": name, **asdict(tuning)}
+        attempts.append(attempt)
+        if not comparison.clock.enough():
+            attempt["outcome"] = "not tried: the time was used up"
+            continue
+        best = max(runs[name], key=lambda result: result["tokens_per_second"])
+        patience = min(comparison.clock.left() or math.inf, best["process_seconds"] + 5)
+        try:
+            result = comparison.sides[name].run(tuning, timeout_seconds=patience)
+        except (SideFailed, SideStopped) as failed:
+            attempt["outcome"] = f"failed: {failed}"
+            continue
+        attempt |= {"outcome": "measured", "result": describe([result])}
+        faster = result["tokens_per_second"] > best["tokens_per_second"]
+        if faster and (gate := comparison.gate_of(name, runs["firefly"][0], result))["passed"]:
+            runs[name] = [result] * len(runs[name])
+            report["gates"][name] = gate
+            report["tunings"][name] = asdict(tuning)
+            report["runs"].append(result)
+        print(f"sweep  {name:13} {tuning.name:45} {describe_rate(result)}", flush=True)
+        comparison.save()
 
 
 def matmul_rate(job_file: Path, arguments: argparse.Namespace, tiny: bool) -> Result:

@@ -77,6 +77,8 @@ class GpuCase:
     checkpointing: bool | str = "auto"
     peers: tuple[str, ...]
     tunings: tuple[str, ...]
+    further: tuple[str, ...] = ()
+    """What else may be faster, tried in this order as far as the time goes."""
     lengths: tuple[int, int]
     """Shortest and longest row, or prompt and answer of a pair: drawn evenly between."""
     firefly: Mapping[str, Any] = field(default_factory=dict)
@@ -94,7 +96,7 @@ def _tutorial(name: str, *, examples: int, steps: int, **changes: Any) -> GpuCas
         "rank": given["lora_rank"],
         "alpha": given["lora_alpha"],
         "dropout": given["lora_dropout"],
-        "peers": ("trl_liger", "trl", "unsloth", "plain"),
+        "peers": ("trl_liger", "unsloth", "trl", "plain"),
         "lengths": (given["max_seq_length"], given["max_seq_length"]),
         "firefly": {key: value for key, value in given.items() if key not in NOT_TAKEN},
     }
@@ -102,7 +104,7 @@ def _tutorial(name: str, *, examples: int, steps: int, **changes: Any) -> GpuCas
         name=name,
         task="sft",
         mode="qlora",
-        data="made up",
+        data=("made up",),
         max_tokens=given["max_seq_length"],
         examples_per_step=examples,
         rows=examples * steps,
@@ -114,6 +116,7 @@ def _tutorial(name: str, *, examples: int, steps: int, **changes: Any) -> GpuCas
 
 _PLAIN_BF16 = "--precision autocast"
 _KEPT = f"{_PLAIN_BF16} --batch_size 2"
+_PACKED = f"{_PLAIN_BF16} --layout packed --batch_size"
 _FALLBACKS = (f"{_PLAIN_BF16} --batch_size 1", f"{_PLAIN_BF16} --batch_size 2 --gradient_checkpointing")
 
 
@@ -125,7 +128,7 @@ def _dpo() -> GpuCase:
         name="gpu_14b_dpo",
         task="dpo",
         mode="qlora",
-        data="made up",
+        data=("made up",),
         max_tokens=given["max_seq_length"],
         examples_per_step=examples,
         rows=examples * 4,
@@ -143,6 +146,7 @@ def _dpo() -> GpuCase:
         alpha=given["lora_alpha"],
         peers=("trl_liger", "trl"),
         tunings=(f"{_PLAIN_BF16} --batch_size 1", f"{_PLAIN_BF16} --batch_size 1 --gradient_checkpointing"),
+        further=(_KEPT, f"{_PLAIN_BF16} --batch_size 4"),
         lengths=(128, 512),
         firefly={"template_name": given["template_name"]},
     )
@@ -153,7 +157,7 @@ _LLAMA = GpuCase(
         name="gpu_8b_lora",
         task="sft",
         mode="lora",
-        data="made up",
+        data=("made up",),
         max_tokens=1024,
         examples_per_step=16,
         rows=16 * 10,
@@ -169,8 +173,9 @@ _LLAMA = GpuCase(
     shape="llama-3-8b",
     rank=64,
     alpha=128,
-    peers=("trl_liger", "trl", "unsloth", "plain"),
+    peers=("trl_liger", "unsloth", "trl", "plain"),
     tunings=(f"{_PLAIN_BF16} --batch_size 4", *_FALLBACKS),
+    further=(f"{_PLAIN_BF16} --batch_size 8", f"{_PACKED} 4", f"{_PLAIN_BF16} --batch_size 16", f"{_PACKED} 8"),
     lengths=(128, 1024),
 )
 
@@ -182,13 +187,22 @@ _CASES = (
         steps=25,
         checkpointing=True,
         tunings=(f"{_PLAIN_BF16} --batch_size 1 --gradient_checkpointing",),
+        further=(f"{_KEPT} --gradient_checkpointing",),
     ),
-    _tutorial("gpu_14b_auto_2", examples=2, steps=25, tunings=(_KEPT, *_FALLBACKS)),
-    _tutorial("gpu_14b_auto_16", examples=16, steps=5, tunings=(_KEPT, *_FALLBACKS)),
+    _tutorial(
+        "gpu_14b_auto_16",
+        examples=16,
+        steps=5,
+        tunings=(_KEPT, *_FALLBACKS),
+        further=(f"{_PLAIN_BF16} --batch_size 8", f"{_PLAIN_BF16} --batch_size 4", f"{_PLAIN_BF16} --batch_size 16"),
+    ),
     _LLAMA,
     _dpo(),
+    _tutorial("gpu_14b_auto_2", examples=2, steps=25, tunings=(_KEPT, *_FALLBACKS)),
 )
 GPU_CASES: Mapping[str, GpuCase] = {case.case.name: case for case in _CASES}
+HEADLINES = ("gpu_14b_tutorial", "gpu_14b_auto_16", "gpu_8b_lora", "gpu_14b_dpo")
+"""What runs when no case is named: four share the time better than five."""
 
 
 def write_model(shape: str, folder: Path, tiny: bool) -> None:

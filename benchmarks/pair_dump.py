@@ -1,13 +1,13 @@
 """The one set of preference pairs, as token ids, and the one untrained adapter that every framework starts from."""
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from measuring import IGNORE_INDEX
-from token_dump import encode_messages, write_lines
+from token_dump import encode_messages, read_records, write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -16,42 +16,51 @@ ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 def write_pairs(
     *,
     model: str,
-    data: Path,
-    records: int,
+    data: Sequence[Path],
+    num_pairs: int,
     max_tokens: int,
     pairs_per_step: int,
     path: Path,
-    max_pairs: int | None = None,
+    max_prompt_tokens: int | None = None,
+    min_answer_tokens: int = 1,
 ) -> dict[str, Any]:
-    """Encode those of the first `records` records that fit, one JSON object a line; return what was left out.
+    """Encode the first `num_pairs` pairs that are of a case's kind, one JSON object a line; say what was left out.
 
-    Nothing is truncated: a pair with a sequence longer than `max_tokens` is dropped. The last pairs that
-    do not fill an optimizer step are dropped too, since frameworks scale a shorter step differently.
+    Nothing is truncated: a pair with a sequence longer than `max_tokens` is dropped, as are those with a longer prompt
+    or a shorter answer than asked for. The last pairs that do not fill an optimizer step are dropped too, since
+    frameworks scale a shorter step differently.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
-    pairs, too_long, unshared = [], 0, 0
-    for record in json.loads(data.read_text(encoding="utf-8"))[:records]:
+    pairs, too_long, of_another_kind, unshared = [], 0, 0, 0
+    for record in read_records(data):
+        if len(pairs) == num_pairs:
+            break
         pair = encode_pair(tokenizer, record)
         if pair is None:
             unshared += 1
-        elif len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) > max_tokens:
+            continue
+        prompt, *answers = (len(pair[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        if prompt + max(answers) > max_tokens:
             too_long += 1
+        elif min(answers) < min_answer_tokens or (max_prompt_tokens is not None and prompt > max_prompt_tokens):
+            of_another_kind += 1
         else:
             pairs.append(pair)
-    fitting = len(pairs)
-    pairs = pairs[: min(fitting, max_pairs or fitting) // pairs_per_step * pairs_per_step]
+    found = len(pairs)
+    pairs = pairs[: found // pairs_per_step * pairs_per_step]
     if not pairs:
-        raise SystemExit(f"{data}: {fitting} pairs fit, fewer than the {pairs_per_step} of an optimizer step")
+        raise SystemExit(f"{data}: {found} pairs fit, fewer than the {pairs_per_step} of an optimizer step")
     write_lines(path, pairs)
     prompts = sum(len(pair["prompt_ids"]) for pair in pairs)
-    answers = sum(len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs)
+    answers_in_all = sum(len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs)
     return {
         "rows": len(pairs),
         "dropped_as_too_long": too_long,
+        "dropped_as_of_another_kind": of_another_kind,
         "dropped_for_an_unshared_prompt": unshared,
-        "dropped_from_an_incomplete_step": fitting - len(pairs),
-        "tokens": 2 * prompts + answers,
-        "tokens_with_prompts_counted_once": prompts + answers,
+        "dropped_from_an_incomplete_step": found - len(pairs),
+        "tokens": 2 * prompts + answers_in_all,
+        "tokens_with_prompts_counted_once": prompts + answers_in_all,
     }
 
 

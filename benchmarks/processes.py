@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,8 +34,8 @@ class Side:
     threads: int
 
     def run(self, tuning: "Tuning", *, timeout_seconds: float | None = None) -> Result:
-        """Run once and return the parsed line, with the load average seen before the start."""
-        load_before = os.getloadavg()[0]
+        """Run once and return the parsed line, with the load average before the start and the seconds it all took."""
+        load_before, start = os.getloadavg()[0], time.monotonic()
         command = [self.python, str(self.program), *self.arguments, *shlex.split(tuning.arguments)]
         with tempfile.TemporaryFile("w+") as log:
             try:
@@ -54,7 +55,10 @@ class Side:
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode or not lines:
             raise SideFailed(f"{Path(command[1]).name} ended with {done.returncode}:\n{end_of_log}")
-        return json.loads(lines[-1]) | {"load_average_before": load_before}
+        return json.loads(lines[-1]) | {
+            "load_average_before": load_before,
+            "process_seconds": time.monotonic() - start,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cases import Case
+from cases import Asked, Case
 from comparing import gate, mean_of_last, memory, ratios, spread, version_differences
 from engines import ENGINES, HERE, in_order
 from flops import Tokens, necessary_flops, shape_of, tokens_of
@@ -53,6 +53,8 @@ class Comparison:
     clock: Clock = field(default_factory=Clock)
     publishable: Mapping[str, float] = field(default_factory=dict)
     """Other limits than `too_short_to_publish` has."""
+    rate_beside: Callable[[str], Result] | None = None
+    """Measures the rate of matrix products in a type; called after each of our runs, so that both see one machine."""
 
     @property
     def peers(self) -> list[str]:
@@ -102,6 +104,8 @@ class Comparison:
             self.save()
             print(f"run    {name:13} failed; the log is in the result file", flush=True)
             return None
+        if name == "firefly" and self.rate_beside is not None:
+            result["matmul_rate"] = self.rate_beside(result["settings"]["precision"])
         self.report["tunings"] = {**self.report.get("tunings", {}), name: asdict(tunings[name])}
         self.report["runs"].append(result)
         self.save()
@@ -129,12 +133,13 @@ class Comparison:
             if not runs[name]:
                 continue
             theirs = runs[name][0]
-            found = self.report["gates"][name] = self._gate_of(name, ours, theirs)
+            found = self.report["gates"][name] = self.gate_of(name, ours, theirs)
             self.save()
             failed = [check for check, value in found.items() if check != "passed" and not value["passed"]]
             print(f"gate   {name:13} {'passed' if found['passed'] else 'FAILED: ' + ', '.join(failed)}", flush=True)
 
-    def _gate_of(self, name: str, ours: Result, theirs: Result) -> dict[str, Any]:
+    def gate_of(self, name: str, ours: Result, theirs: Result) -> dict[str, Any]:
+        """Whether a run of a peer trained what ours did."""
         try:
             same_steps = self._same_steps(name, ours, theirs)
         except SideFailed as failed:
@@ -186,16 +191,23 @@ def summarise(comparison: Comparison, runs: Runs) -> dict[str, Any]:
             "losses": {side: describe_losses(runs[side][0]) for side in ("firefly", name)},
             "precision": {side: runs[side][0]["settings"]["precision"] for side in ("firefly", name)},
             "versions_that_differ": version_differences(*pairs[0]),
-            "caveats": caveats(pairs) + too_short_to_publish(pairs, **comparison.publishable),
+            "caveats": caveats(pairs)
+            + unswept(comparison.report, name)
+            + too_short_to_publish(pairs, **comparison.publishable),
         }
         case = comparison.case
         if case.asked_ratio is not None:
-            reached = found[name]["ratio_examples_per_second"]["median"] >= case.asked_ratio
-            found[name]["asked_ratio"] = {"asked": case.asked_ratio, "reached": reached}
+            found[name]["asked_ratio"] = against(case.asked_ratio, found[name]["ratio_examples_per_second"]["median"])
         if case.asked_memory is not None:
             reached = found[name]["memory_ratio"] <= case.asked_memory
             found[name]["asked_memory"] = {"asked": case.asked_memory, "reached": reached}
     return found
+
+
+def against(asked: Asked, measured: float) -> dict[str, Any]:
+    """Say of a floor and an aim which are reached."""
+    reached = "aim" if measured >= asked.aim else "floor" if measured >= asked.floor else None
+    return asdict(asked) | {"reached": reached}
 
 
 def memory_ratio(ours: Sequence[Result], theirs: Sequence[Result]) -> float:
@@ -224,8 +236,17 @@ def caveats(pairs: Sequence[tuple[Result, Result]]) -> list[str]:
     return found
 
 
+def unswept(report: Mapping[str, Any], name: str) -> list[str]:
+    """Say so when a peer ran with a guess: it is no fair opponent."""
+    if "swept" not in report:
+        return []
+    if not (swept := report["swept"].get(name)):
+        return ["not publishable: the peer's tunings were not tried on this kind of machine"]
+    return [] if swept["complete"] else ["not all of the peer's tunings were tried: the time was used up"]
+
+
 def share_of_limit(job: Job, config: Any, results: Sequence[Result], limit: dict[str, Any]) -> dict[str, Any]:
-    """Necessary FLOPs per second of our runs, and their share of the machine's own rate of matrix products.
+    """Necessary FLOPs per second of our runs, and their share of the rate of matrix products: a run's, or `limit`'s.
 
     The steady steps are all but the first, so their tokens are those of the dump's rows behind the first step.
     """
@@ -234,6 +255,7 @@ def share_of_limit(job: Job, config: Any, results: Sequence[Result], limit: dict
     checkpointing = job.checkpointing is True
     flops = flops_of(job, config, tokens, checkpointing)
     rates = [flops / result["steady_seconds"] for result in results]
+    beside = [result.get("matmul_rate", limit)["flops_per_second"] for result in results]
     return {
         "necessary_flops": flops,
         "computed_tokens": tokens.computed,
@@ -242,7 +264,7 @@ def share_of_limit(job: Job, config: Any, results: Sequence[Result], limit: dict
         "flops_per_second": spread(rates),
         "limit_flops_per_second": limit["flops_per_second"],
         "limit_dtype": limit["dtype"],
-        "share_of_limit": spread([rate / limit["flops_per_second"] for rate in rates]),
+        "share_of_limit": spread([rate / most for rate, most in zip(rates, beside, strict=True)]),
     }
 
 
@@ -264,6 +286,12 @@ def print_summary(report: dict[str, Any], path: Path) -> None:
             f"{peaks['firefly']:.2f} GB : {peaks[name]:.2f} GB, "
             f"gate {'passed' if summary['gate_passed'] else 'FAILED: quote no speed'}"
         )
+        if asked := summary.get("asked_ratio"):
+            memory_asked = summary["asked_memory"]
+            print(
+                f"  asked: {asked['floor']} (aim {asked['aim']}) ×, reached: {asked['reached'] or 'neither'}; at most "
+                f"{memory_asked['asked']} of its memory: {summary['memory_ratio']:.2f}"
+            )
         for caveat in summary["caveats"]:
             print(f"  note: {caveat}")
     for name, reason in report["skipped"].items():
@@ -273,5 +301,6 @@ def print_summary(report: dict[str, Any], path: Path) -> None:
             f"Firefly: {share['flops_per_second']['median'] / 1e9:.1f} necessary GFLOP/s of "
             f"{share['limit_flops_per_second'] / 1e9:.1f} measured in {share['limit_dtype']}: "
             f"{share['share_of_limit']['median']:.0%}"
+            + (f" (asked: {asked['floor']:.0%}, aim {asked['aim']:.0%})" if (asked := share.get("asked")) else "")
         )
     print(f"details in {path}", flush=True)

@@ -23,6 +23,7 @@ PRECISIONS = {
     "float32": (torch.float32, False),
     "bfloat16": (torch.bfloat16, False),
     "autocast": (torch.bfloat16, True),
+    "float16": (torch.float16, False),
 }
 
 

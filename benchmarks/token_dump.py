@@ -6,6 +6,7 @@ speed or in loss.
 
 import json
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,18 @@ from transformers import AutoTokenizer
 Messages = list[dict[str, str]]
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON list or JSON lines."""
-    text = path.read_text(encoding="utf-8")
-    return json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
+def read_records(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Read files of a JSON list or JSON lines; of several, one record from each by turns while they last."""
+    texts = [path.read_text(encoding="utf-8") for path in paths]
+    files = [
+        json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
+        for text in texts
+    ]
+    return [record for turn in zip_longest(*files) for record in turn if record is not None]
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(str(path) for path in paths)
 
 
 def write_lines(path: Path, rows: Sequence[Any]) -> None:
@@ -26,7 +35,7 @@ def write_lines(path: Path, rows: Sequence[Any]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def write_rows(*, model: str, data: Path, num_rows: int, max_tokens: int, path: Path) -> dict[str, Any]:
+def write_rows(*, model: str, data: Sequence[Path], num_rows: int, max_tokens: int, path: Path) -> dict[str, Any]:
     """Encode the first `num_rows` usable chats, one JSON object a line; return what was left out and cut.
 
     A row whose answers lie wholly beyond `max_tokens` has nothing to train and is skipped, the next one taking its
@@ -45,7 +54,7 @@ def write_rows(*, model: str, data: Path, num_rows: int, max_tokens: int, path: 
             continue
         kept.append(row)
     if not kept:
-        raise SystemExit(f"{data} has no rows to train on")
+        raise SystemExit(f"{_names(data)} has no rows to train on")
     again = num_rows - len(kept)
     kept = [kept[number % len(kept)] for number in range(num_rows)]
     write_lines(path, kept)
@@ -103,7 +112,7 @@ def answer_span(tokenizer: Any, messages: Messages, text: str) -> tuple[int, int
 
 
 def write_blocks(
-    *, model: str, data: Path, num_blocks: int, max_tokens: int, isolated: bool, path: Path, documents: Path
+    *, model: str, data: Sequence[Path], num_blocks: int, max_tokens: int, isolated: bool, path: Path, documents: Path
 ) -> dict[str, Any]:
     """Cut blocks of `max_tokens` out of the stream document, EOS, document, EOS, …, and keep the texts they came from.
 
@@ -122,7 +131,9 @@ def write_blocks(
         ids = tokenizer(record["text"])["input_ids"]
         stream += ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
     if len(stream) < num_blocks * max_tokens:
-        raise SystemExit(f"--rows {num_blocks}: {data} has only {len(stream) // max_tokens} blocks of {max_tokens}")
+        raise SystemExit(
+            f"--rows {num_blocks}: {_names(data)} has only {len(stream) // max_tokens} blocks of {max_tokens}"
+        )
     blocks = cut_blocks(stream, borders, num_blocks, max_tokens, isolated)
     write_lines(path, blocks)
     write_lines(documents, texts)

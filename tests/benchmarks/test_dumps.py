@@ -39,7 +39,7 @@ def test_a_small_file_is_gone_through_again(chatml_tokenizer: Any, tmp_path: Any
     (tmp_path / "data.json").write_text(json.dumps(records), encoding="utf-8")
     found = write_rows(
         model=str(tmp_path / "model"),
-        data=tmp_path / "data.json",
+        data=[tmp_path / "data.json"],
         num_rows=7,
         max_tokens=64,
         path=tmp_path / "dump.jsonl",
@@ -48,6 +48,45 @@ def test_a_small_file_is_gone_through_again(chatml_tokenizer: Any, tmp_path: Any
     assert (found["rows"], found["taken_again"]) == (7, 4)
     assert [*lines[3:6], lines[6]] == [*lines[:3], lines[0]]
     assert len(set(lines)) == 3
+
+
+def test_pairs_of_a_kind_are_taken_from_several_files_by_turns(chatml_tokenizer: Any, tmp_path: Any) -> None:
+    import copy
+    import json
+
+    from pair_dump import write_pairs
+
+    tokenizer = copy.deepcopy(chatml_tokenizer)
+    tokenizer.chat_template, tokenizer.eos_token = CHATML, "<|im_end|>"
+    tokenizer.save_pretrained(tmp_path / "model")
+
+    def pair(prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
+        answers = {"chosen": {"from": "gpt", "value": chosen}, "rejected": {"from": "gpt", "value": rejected}}
+        return {"conversations": [{"from": "human", "value": prompt}], **answers}
+
+    long = "that is what you are and who I am " * 4
+    first = [pair("a", long, long + "x"), pair("b" + long * 3, long, long), pair("c", long, long + "y")]
+    second = [pair("d", long, long + "z"), pair("e", long, "no"), pair("f", long * 40, long)]
+    (tmp_path / "first.json").write_text(json.dumps(first))
+    (tmp_path / "second.json").write_text(json.dumps(second))
+    found = write_pairs(
+        model=str(tmp_path / "model"),
+        data=[tmp_path / "first.json", tmp_path / "second.json"],
+        num_pairs=3,
+        max_tokens=512,
+        pairs_per_step=1,
+        path=tmp_path / "dump.jsonl",
+        max_prompt_tokens=64,
+        min_answer_tokens=16,
+    )
+    pairs = [json.loads(line) for line in (tmp_path / "dump.jsonl").read_text().splitlines()]
+    prompts = [tokenizer.decode(found["prompt_ids"]) for found in pairs]
+    assert ["".join(letter for letter in "abcdef" if f"user\n{letter}<" in prompt) for prompt in prompts] == [
+        "a",
+        "d",
+        "c",
+    ]
+    assert (found["rows"], found["dropped_as_of_another_kind"]) == (3, 2)
 
 
 def test_blocks_restart_where_a_document_begins_or_goes_on() -> None:
@@ -86,7 +125,7 @@ def test_our_own_blocks_are_the_dump_s(chatml_tokenizer: Any, tmp_path: Any) -> 
     data.write_text(
         "".join(json.dumps({"text": f"{number} is who you are. " * number}) + "\n" for number in range(1, 9))
     )
-    common = {"model": str(tmp_path / "model"), "data": data, "path": dump, "documents": documents}
+    common = {"model": str(tmp_path / "model"), "data": [data], "path": dump, "documents": documents}
     write_blocks(**common, num_blocks=3, max_tokens=32, isolated=True)
     config = DataConfig(train_file=str(documents), max_seq_length=32, max_lost_share=1.0)
     blocks = load_split(config, Encoder(chatml_tokenizer, plain_template()), "document").train
