@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -92,7 +93,10 @@ def products_of(model: Any) -> Products:
 
     A matrix is a parameter of two dimensions: linear layers have such ones, be they transformers' or a model's own.
     """
-    layers = decoder_layers(model.get_decoder()) or decoder_layers(model)
+    layers: list[nn.Module] = []
+    with suppress(Exception):  # a model's own code may have none, or look for it in vain
+        layers = decoder_layers(model.get_decoder())  # without those for images or sound
+    layers = layers or decoder_layers(model)
     text = model.config.get_text_config()
     chosen = next((found for name in CHOSEN_EXPERTS if isinstance(found := getattr(text, name, None), int)), 2)
     head = getattr(model.get_output_embeddings(), "weight", None)
