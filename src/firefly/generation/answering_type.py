@@ -64,7 +64,7 @@ def answering_precision(
     kept = trained_in.pop() if len(trained_in) == 1 else None
     if kept == torch.bfloat16:
         return named  # bf16 itself, or float32 where it would have to be emulated
-    if kept == torch.float32 and precision.has_bf16(device) and (wide := _taken(room, kept)) > room.available:
+    if kept == torch.float32 and precision.has_bf16(device) and (wide := _taken(room, torch.float32)) > room.available:
         notify(
             "precision.no_room_to_answer",
             "the model was trained in float32, in which it takes about {wide} GiB of the {available} GiB available; it "

@@ -7,7 +7,7 @@ multiplies 2.4 times as fast in bfloat16 as in float32, the other 1.6 times as f
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -81,7 +81,7 @@ class Products:
 
     def shares(self) -> dict[Product, float]:
         """Each product that is measured → its part of the whole model's FLOPs for a token."""
-        flops = Counter[Product]()
+        flops: dict[Product, float] = defaultdict(float)
         for one, count in [*self.body.items(), *([(self.head, 1.0)] if self.head else [])]:
             flops[one.cut] += count * one.outputs * one.inputs
         whole = sum(flops.values())
