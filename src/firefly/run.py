@@ -38,6 +38,7 @@ from firefly.setup.checks import (
     on_its_first_day,
     refuse_own_source,
 )
+from firefly.setup.compute import settle_precision
 from firefly.tasks import TASKS
 from firefly.tasks.base import Task
 
@@ -132,7 +133,7 @@ def open_run(config: Config) -> Iterator[Run]:
         settled = on_its_first_day(kind.settle(config, backend), folder)
         device = pick_device(bool(config.training.get("use_cpu")))
         imported = memory_in_use(device)
-        precision = resolve_precision(config.precision, device)
+        ruled = resolve_precision(config.precision, device)
         adapter = config.adapter.name_or_path
         if adapter:
             open_adapter(adapter)  # what is wrong with it is cheap to find now
@@ -156,8 +157,9 @@ def open_run(config: Config) -> Iterator[Run]:
             )
         counts = data.train.counts
         cap_onednn_cache(primitives_kept(int(counts.lengths.sum()), int(counts.segments.sum())))
-        args = join_ranks(settled, backend, precision, device)
+        args = join_ranks(settled, backend, ruled, device)
         checkpoint = ranks.from_first(find_checkpoint(folder, settled.resume_from_checkpoint))
+        precision = settle_precision(settled, ruled, device, counts, checkpoint, backend)
         yield Run(
             config=settled,
             task=kind(settled),

@@ -194,7 +194,7 @@ def show_plan(plan: Plan, console: Console) -> None:
             total=f"{total:,}",
             trained=f"{trained:,}",
             device=plan.machine.kind,
-            precision=plan.precision.name,
+            precision=plan.precision,
             layout=plan.layout,
         )
     )

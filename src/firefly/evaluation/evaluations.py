@@ -32,6 +32,7 @@ from firefly.evaluation.intervals import Verdict
 from firefly.evaluation.progress import Progress
 from firefly.evaluation.wording import VERDICTS
 from firefly.files import atomic_file
+from firefly.generation.answering_type import answering_precision
 from firefly.generation.loading import Loaded, load_for_generation, name_models, named_adapters
 from firefly.models.memory import PRIMITIVES
 from firefly.runs.memory import cap_onednn_cache
@@ -109,9 +110,12 @@ def evaluate_models(subject: Subject, found: FoundTasks, limit: int | None = Non
     """
     cap_onednn_cache(PRIMITIVES)
     other = replace(subject.model, name_or_path=subject.base)
-    named = name_models(subject.model, subject.adapters).model
+    whole = name_models(subject.model, subject.adapters)
+    named = whole.model
     if subject.base:  # two sets of weights: that both are there is known before the first is measured
         name_models(other, {})
+        of_both = answering_precision(subject.dtype, named, whole.adapters.values(), subject.load_in_4bit)
+        subject = replace(subject, dtype=of_both.name)
     sides: dict[str, Side] = {}
     results: dict[str, dict[str, Any]] = {}
     if subject.base:

@@ -26,6 +26,7 @@ from firefly.evaluation.losses import load_rows, row_losses, text_losses
 from firefly.evaluation.measurement import GivenAnswer, Measurement, Question, RowLoss
 from firefly.evaluation.probes import ProbeText
 from firefly.evaluation.progress import Progress
+from firefly.generation.answering_type import answering_precision
 from firefly.generation.batched import BatchLimits
 from firefly.generation.generator import Generator, make_engine
 from firefly.generation.loading import Loaded, ServedModel, load_for_generation, name_models, serve_models
@@ -162,12 +163,20 @@ def measure_local(models: Sequence[LocalModel], asked: Asked, options: LoadingOp
             "compare.apart",
             "the adapter changes the base's own weights, so that the two models are loaded one after the other.",
         )
+    options = replace(options, dtype=type_of_all(models, options))
     measured: list[Measured] = []
     asked, lenders = replace(asked, whole_documents=True), [served_as(model, options) for model in models]
     for model in models:
         with loaded_models([model], options, lenders) as loaded:
             measured += measure_loaded(loaded, [model], asked)
     return measured
+
+
+def type_of_all(models: Sequence[LocalModel], options: LoadingOptions) -> str:
+    """What models that are compared are computed in, each of them: the type of the last one, which was tuned."""
+    last = models[-1]
+    adapters = [] if last.adapter is None else [last.adapter]
+    return answering_precision(options.dtype, last.model, adapters, options.load_in_4bit).name
 
 
 @contextmanager

@@ -41,6 +41,7 @@ from firefly.export.verification import (
     wrong_updates,
 )
 from firefly.files import first_line, free_space, is_write_failure, source_hash, unfinished
+from firefly.generation.answering_type import MERGED, trained_type
 from firefly.models.adapter_loading import load_adapter
 from firefly.models.base_weights import identify_weights, weight_files
 from firefly.models.experts import dequantize_experts
@@ -71,7 +72,7 @@ from firefly.runs.folders import RESULT, move_into
 from firefly.runs.manifest import write_json
 from firefly.runs.records import read_object
 
-REPORT, FAILED_REPORT = "merge_report.json", "merge_report.failed.json"
+REPORT, FAILED_REPORT = MERGED, "merge_report.failed.json"
 TOKENS_COMPARED = 256
 """At most so many of the tokens that an adapter brought are compared."""
 
@@ -143,6 +144,8 @@ def merge(
     merged = load_base(replace(model, name_or_path=str(partial), revision=None), weights, "original", saved).eval()
     found, wrong = expected.compare(merged), wrong_updates(merged, expected.updates)
     report = {"onto": onto, "dtype": str(weights), "adapter": adapter, "base": model.name_or_path, **found.report()}
+    if in_type := trained_type(saved.folder):  # served so: see `generation.answering_type`
+        report["trained_in"] = str(in_type).removeprefix("torch.")
     if wrong or not found.passes(weights):
         write_json(target / FAILED_REPORT, report | {"passed": False, "wrong_updates": wrong})
         shutil.rmtree(partial)

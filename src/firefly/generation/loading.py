@@ -17,10 +17,11 @@ from firefly.data.certificate import allows_special, recheck, trained_template_o
 from firefly.data.encoding import Encoder
 from firefly.data.templates import bind_template, plain_template
 from firefly.errors import UsageError
+from firefly.generation.answering_type import answering_precision
 from firefly.models.adapter_loading import has_base, load_adapters, use_adapter
 from firefly.models.base_weights import identify_weights
 from firefly.models.loading import EMBEDDED, eos_ids, load_model, load_tokenizer, read_config, resolve_model
-from firefly.models.precision import named_precision, pick_device
+from firefly.models.precision import Precision, pick_device
 from firefly.models.saved_adapter import (
     SavedAdapter,
     adapter_folder,
@@ -105,14 +106,15 @@ def load_for_generation(
             is not the one that an adapter was trained on.
         devices: "one": the first GPU, or the CPU; "all": the layers laid over all GPUs; "auto": one if the weights fit.
         with_base: serve the base beside adapters, too.
-        dtype: what to compute in: auto, float32, bfloat16 or float16.
+        dtype: what to compute in: auto (see `answering_type`), float32, bfloat16 or float16.
 
     Raises:
         UsageError: nothing found there, adapters and base do not fit, no usable template, or another one than the
             model was trained with.
     """
     named = name_models(model, adapters)
-    loaded = _load_base(named.model, load_in_4bit, devices, dtype)
+    precision = answering_precision(dtype, named.model, named.adapters.values(), load_in_4bit)
+    loaded = _load_base(named.model, load_in_4bit, devices, precision)
     for name, adapter in named.saved.items():
         if adapter.settings.task_type == ADAPTER_TASK:
             refuse_scores(as_classifier(loaded), named.adapters[name])
@@ -264,9 +266,8 @@ def common_base(adapters: Mapping[str, str], model: ModelConfig) -> ModelConfig:
     return bases[0][1] if bases else model
 
 
-def _load_base(model: ModelConfig, in_4_bits: bool, devices: str, dtype: str) -> Any:
+def _load_base(model: ModelConfig, in_4_bits: bool, devices: str, precision: Precision) -> Any:
     device = pick_device()
-    precision = named_precision(dtype, device)
     free = []
     if device.type == "cuda" and local_world_size() == 1:
         free = [torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())]

@@ -28,10 +28,10 @@ from firefly.config import ModelConfig
 from firefly.console import notice
 from firefly.errors import UsageError
 from firefly.files import cache_folder, make_cache
+from firefly.generation.answering_type import answering_precision
 from firefly.generation.connecting import connect
 from firefly.generation.remote import RemoteEngine, RemoteLimits, Server, ServerError
 from firefly.models.loading import resolve_model
-from firefly.models.precision import named_precision, pick_device
 from firefly.models.saved_adapter import SavedAdapter, is_exact_start, open_adapter, trained_in_4_bits
 from firefly.models.scores import ADAPTER_TASK
 from firefly.translation import translate
@@ -184,7 +184,7 @@ def open_vllm(
         base,
         {name: adapter.folder for name, adapter in saved.items()},
         port=port,
-        dtype=named_precision(dtype, pick_device()).name,
+        dtype=answering_precision(dtype, model, adapters.values()).name,
         room=lora_room(list(saved.values())),
         context_length=context_length,
         revision=model.revision,

@@ -11,21 +11,47 @@ from firefly.config import PrecisionConfig
 from firefly.console import notice
 from firefly.errors import UsageError
 from firefly.ranks import local_rank
+from firefly.translation import translate
+
+
+@dataclass(frozen=True)
+class Rates:
+    """FLOPs a second of products with matrices of a model's shapes on this CPU (`products.measure_rates`)."""
+
+    float32: float
+    bfloat16: float
+
+    def of(self, dtype: torch.dtype) -> float:
+        return self.float32 if dtype == torch.float32 else self.bfloat16
 
 
 @dataclass(frozen=True)
 class Precision:
     """`compute` is the type of frozen weights and activations; trainable weights have fp32 masters besides.
 
-    `scaled` says that gradients need loss scaling (fp16 on GPUs without bf16).
+    `scaled` says that gradients need loss scaling (fp16 on GPUs without bf16). `rates` is what the choice rests on,
+    where it was measured.
     """
 
     compute: torch.dtype
     scaled: bool = False
+    rates: Rates | None = None
 
     @property
     def name(self) -> str:
         return str(self.compute).removeprefix("torch.")
+
+    def __str__(self) -> str:
+        if self.rates is None or self.compute not in (torch.float32, torch.bfloat16):
+            return self.name
+        other = torch.bfloat16 if self.compute == torch.float32 else torch.float32
+        return translate(
+            "{name} (products at {rate} GFLOP/s, {other} {others_rate})",
+            name=self.name,
+            rate=f"{self.rates.of(self.compute) / 1e9:.0f}",
+            other=Precision(other).name,
+            others_rate=f"{self.rates.of(other) / 1e9:.0f}",
+        )
 
 
 def compute_type(x: Tensor) -> torch.dtype:
@@ -52,7 +78,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def named_precision(dtype: str, device: torch.device) -> Precision:
-    """What a model that only answers computes in: `auto` is what training would take.
+    """What a model that only answers computes in; `auto` is what training would take by the hardware alone.
 
     Raises:
         UsageError: `dtype` is none of DTYPES.
@@ -69,9 +95,10 @@ def named_precision(dtype: str, device: torch.device) -> Precision:
 
 
 def resolve_precision(request: PrecisionConfig, device: torch.device) -> Precision:
-    """bf16 where the hardware has it, else fp16 with loss scaling on a GPU, else fp32.
+    """By the hardware alone: bf16 where it has it, else fp16 with loss scaling on a GPU, else fp32.
 
-    `"bf16": false` (without fp16) asks for fp32 everywhere. Any replacement is a notice.
+    `"bf16": false` (without fp16) asks for fp32 everywhere. Any replacement is a notice. On a CPU that has bf16, what
+    is not asked for is measured (`compute_type.measured_precision`).
     """
     if request.bf16 is False and not request.fp16:
         return Precision(torch.float32)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -27,6 +28,8 @@ from firefly.models.attention import choose_layout, use_segments
 from firefly.models.dry_run import measure_activations
 from firefly.models.kernels.segment_attention import GEMM_LONGEST, measure_crossover
 from firefly.models.memory import Activations
+from firefly.models.precision import Rates
+from firefly.models.products import Products, measure_rates
 from firefly.models.reach import Unreached, find_unreached
 
 CODE = Path(__file__).parent
@@ -120,6 +123,20 @@ def cached_crossover(model: Any, device: torch.device, compute: torch.dtype) -> 
     return int(found["tokens"])
 
 
+def cached_rates(products: Products) -> dict[str, Rates]:
+    """As `products.measure_rates`, cached: once for a machine, its threads in use and the shapes of a model, so that
+    all runs, plans and answers of it agree."""
+    shares = [(one.rows, one.outputs, one.inputs, share) for one, share in products.shares().items()]
+    machine = _processor(), torch.backends.cpu.get_cpu_capability(), os.cpu_count(), torch.get_num_threads()
+    path = _file("products", [shares, *machine, torch.__version__, source_hash(CODE)])
+    found = _read(path)
+    if found is None:
+        measured = measure_rates(products)
+        _write(path, {name: asdict(rates) for name, rates in measured.items()})
+        return measured
+    return {name: Rates(**rates) for name, rates in found.items()}
+
+
 def cached_bytes(kind: str, model: Any, rests_on: list[Any], count: Callable[[], int]) -> int:
     """The result of `count` for this transformers model and what else it depends on, cached."""
     path = _path(kind, model, rests_on)
@@ -128,6 +145,16 @@ def cached_bytes(kind: str, model: Any, rests_on: list[Any], count: Callable[[],
         found = {"bytes": count()}
         _write(path, found)
     return int(found["bytes"])
+
+
+def _processor() -> list[str]:
+    """What tells this machine's CPU from others that share the cache: /proc/cpuinfo of the first one but for what
+    changes by the minute."""
+    try:
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
+    except OSError:
+        return [platform.machine(), platform.processor()]
+    return [line for line in first.splitlines() if not line.startswith(("cpu MHz", "bogomips", "BogoMIPS"))]
 
 
 def _head_widths(config: Any) -> tuple[int, int]:

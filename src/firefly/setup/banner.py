@@ -52,7 +52,7 @@ def show_before_training(run: Run, model: TrainableModel, facts: ModelFacts) -> 
         translate(
             "compute: {device}, {precision}, layout {layout}, head {head}",
             device=run.device,
-            precision=run.precision.name,
+            precision=run.precision,
             layout=layout,
             head=facts.head,
         ),

@@ -41,7 +41,9 @@ from firefly.models.probe_cache import cached_crossover
 from firefly.models.saved_adapter import tokenizer_source
 from firefly.models.tokens import add_tokens
 from firefly.models.tuning import Choices
+from firefly.runs.checkpoints import missing_files, newest_complete
 from firefly.setup.checks import bind_encoder, check_positions
+from firefly.setup.compute import settle_precision
 from firefly.setup.tuning import Sizing, autocast_type, optimizer_state_bytes
 from firefly.tasks import TASKS
 from firefly.translation import translate
@@ -146,7 +148,8 @@ def describe_machine(memory: str, device: str, use_cpu: bool) -> Machine:
 
 
 def precision_on(machine: Machine, request: PrecisionConfig) -> Precision:
-    """As `resolve_precision`; a GPU that is not here is taken to compute in bf16, as all since 2020 do."""
+    """As `resolve_precision`, by the hardware alone; a GPU that is not here is taken to compute in bf16, as all since
+    2020 do."""
     if machine.kind == "cpu" or torch.cuda.is_available():
         return resolve_precision(request, machine.device)
     return Precision(torch.float32 if request.bf16 is False and not request.fp16 else torch.bfloat16)
@@ -291,6 +294,7 @@ class Plan:
             "parts": self.forecast.parts,
             "machine": asdict(self.machine),
             "precision": self.precision.name,
+            "product_rates": None if self.precision.rates is None else asdict(self.precision.rates),
             "architecture": self.architecture,
             "layout": self.layout,
             "trained_parameters": self.parameters[0],
@@ -422,7 +426,16 @@ def plan_run(
         rate: of matmuls, FLOPs a second; None: measured, if the machine is this one.
         rows, new_tokens: see `build_meta_model`.
     """
-    precision = precision_on(machine, config.precision)
+    told: list[str] = []
+    precision = settle_precision(
+        config,
+        precision_on(machine, config.precision),
+        machine.device,
+        work.counts,
+        checkpoint_of(config),
+        available=machine.memory,
+        notify=lambda _, text, **values: told.append(translate(text, **values)),
+    )
     with quiet_libraries():
         meta = build_meta_model(config, precision, rows, new_tokens, TASKS[config.task_type].HEAD == "score")
     inner, autocast = transformers_model(meta.model), autocast_type(config, precision.compute)
@@ -471,9 +484,18 @@ def plan_run(
         choices=choices,
         parameters=count_parameters(meta.model),
         duration=_duration(sizing, choices, work, rate, measured),
-        notes=(*notes, *meta.notes),
+        notes=(*notes, *told, *meta.notes),
         unknown=unknown,
     )
+
+
+def checkpoint_of(config: Config) -> Path | None:
+    """The checkpoint that a run would continue from, if it is there."""
+    asked = config.resume_from_checkpoint
+    if isinstance(asked, str):
+        found = Path(asked).expanduser()
+        return found if found.is_dir() and not missing_files(found) else None
+    return newest_complete(Path(config.output_dir).expanduser()) if asked and config.output_dir else None
 
 
 def _forecast(sizing: Sizing, meta: MetaModel, work: Work, autocast: torch.dtype | None) -> tuple[Choices, Forecast]:

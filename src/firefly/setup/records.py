@@ -61,6 +61,7 @@ def write_records(run: Run, model: TrainableModel, facts: ModelFacts) -> None:
             "defaults": unnamed_defaults(run.config),
             "resolved": {
                 "precision": run.precision.name,
+                **({"product_rates": asdict(run.precision.rates)} if run.precision.rates else {}),
                 "layout": model.layout,
                 **asdict(model.choices),
                 "examples_per_step": run.step_settings.examples_per_step,

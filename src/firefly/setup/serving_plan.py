@@ -9,6 +9,7 @@ from typing import Any
 
 from firefly.config import Config, PrecisionConfig, load_config
 from firefly.errors import UsageError
+from firefly.generation.answering_type import answering_precision
 from firefly.generation.loading import common_base, named_adapters
 from firefly.models.loading import read_config
 from firefly.models.memory import Forecast
@@ -115,6 +116,16 @@ def make_serving_plan(
     config = with_known_shape(config, notes)
     described = read_config(config.model)
     precision = precision_on(machine, PrecisionConfig())
+    if machine.here:
+        precision = answering_precision(
+            "auto",
+            config.model,
+            [str(adapter.given) for adapter in saved],
+            in_4_bits,
+            machine.device,
+            machine.memory,
+            notify=lambda _, text, **values: notes.append(translate(text, **values)),
+        )
     itemsize, models = precision.compute.itemsize, 1 + len(saved)
     parts = {
         "weights": weight_bytes(described, config.model, precision.compute, in_4_bits),
