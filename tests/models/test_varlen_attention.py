@@ -175,10 +175,19 @@ def test_torch_takes_the_arguments_that_we_pass(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_measured_crossover_decides_between_products_and_sdpa() -> None:
     for dtype, most in segment_attention.GEMM_LONGEST.items():
-        longest = segment_attention.measure_crossover(2, 1, 8, 4, dtype)
+        longest = segment_attention.measure_crossover(4, 1, 64, 4, dtype)
         assert longest in (0, 128, 256, 512, 1024)
         assert longest <= most
-    assert segment_attention.measure_crossover(2, 1, 8, 4, torch.float16) == 0
+    assert segment_attention.measure_crossover(4, 1, 64, 4, torch.float16) == 0
+
+
+def test_attention_that_takes_no_time_is_not_left_to_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segment_attention, "_seconds", lambda way, *_: 1 + (way is segment_attention._sdpa))
+    assert segment_attention.measure_crossover(4, 2, 8, 8, torch.float32) == 0
+    assert segment_attention.measure_crossover(4, 2, 64, 64, torch.float32) == 512
+
+
+def test_each_length_is_computed_as_the_crossover_says() -> None:
     query = torch.empty(2, 200, 8, dtype=torch.bfloat16)
     assert segment_attention.pick(query, None, None, 0.0, 256) is segment_attention._gemm
     assert segment_attention.pick(query, None, None, 0.0, 128) is segment_attention._sdpa

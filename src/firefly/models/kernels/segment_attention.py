@@ -36,6 +36,10 @@ SDPA_BLOCK = 256
 GEMM_LONGEST = {torch.bfloat16: 1024, torch.float32: 512}
 """Above this many tokens the kept probabilities outweigh the speed."""
 
+NARROWEST = 256
+"""Width of all heads together, below which attention takes too little time for the two ways to be told apart: runs that
+measured it anew would choose by chance."""
+
 MASKS, MASK_BYTES = 256, 1 << 26
 """How many additive masks a model keeps at most, and of what size together."""
 
@@ -117,6 +121,8 @@ def pick(query: Tensor, window: int | None, softcap: float | None, dropout: floa
 def measure_crossover(heads: int, key_heads: int, width: int, value_width: int, dtype: torch.dtype) -> int:
     """The longest of a few lengths up to which matmuls beat `sdpa` on this CPU, forward and backward; 0: none."""
     longest = 0
+    if heads * width < NARROWEST:
+        return longest
     for length in (128, 256, 512, 1024):
         if length > GEMM_LONGEST.get(dtype, 0):
             break
