@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from firefly.data.batching import pack
 from firefly.models import memory
 from firefly.models.adapters import transformers_model
+from firefly.models.attention import use_crossover
 from firefly.models.checkpointing import Checkpointing, install_checkpointing
 from firefly.models.dry_run import measure_activations
 from firefly.models.memory import (
@@ -65,6 +66,22 @@ def test_what_is_measured_on_short_passes_is_what_a_longer_one_keeps_more(name: 
         grown = (kept_by(inner, layout, *4 * [100]) - kept_by(inner, layout, 100, 100)) / 200
         expected = found.kept * (3 - layers) + found.entering * layers + found.outside
         assert expected == pytest.approx(grown, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_examples_beyond_what_is_computed_by_matmuls_keep_no_probabilities(name: str) -> None:
+    """But for soft caps, which keep them whatever the length."""
+    model, layout, _ = prepared(name, "lora")
+    inner = transformers_model(model)
+    use_crossover(inner, 1024)
+    at_most, short, beyond = (measure_activations(inner, layout, None, longest).kept for longest in (512, 100, 2048))
+    assert short < at_most
+    if name == "gemma2":
+        assert beyond > 2 * at_most
+    else:
+        assert beyond == at_most
+    use_crossover(inner, 0)
+    assert (measure_activations(inner, layout, None, 2048).kept < at_most) is (name == "llama")
 
 
 def test_a_frozen_llama_layer_keeps_the_inputs_of_its_layers_and_two_inner_arrays() -> None:

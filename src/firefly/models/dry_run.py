@@ -15,7 +15,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from firefly.data.batching import PackedBatch
 from firefly.models.attention import segmented
 from firefly.models.checkpointing import decoder_layers
-from firefly.models.kernels.segment_attention import BLOCK, AttentionSettings
+from firefly.models.kernels.segment_attention import BLOCK, GEMM_LONGEST, AttentionSettings
 from firefly.models.kernels.target_device import sized_for
 from firefly.models.memory import Activations, Peak
 from firefly.models.reach import Unreached, find_unreached
@@ -54,6 +54,22 @@ def measure_activations(model: Any, layout: str, autocast: torch.dtype | None, l
         autocast: the type that full fine-tuning computes in, None without autocast.
         longest: tokens of the longest example: where attention keeps its probabilities, a token's grow with it.
     """
+    used = segmented(model) if layout == "segments" else None
+    by_products = 0 if used is None else min(used.crossover, GEMM_LONGEST.get(autocast or model.dtype, 0))
+    if used is None or not 0 < by_products < longest:
+        return _activations(model, layout, autocast, longest)
+    # The longest examples that keep probabilities, or still longer ones that do not: whichever takes more.
+    shorter = _activations(model, layout, autocast, by_products)
+    own, used.crossover = used.crossover, 0
+    try:
+        longer = _activations(model, layout, autocast, longest)
+    finally:
+        used.crossover = own
+    return replace(shorter, kept=max(shorter.kept, longer.kept), outside=max(shorter.outside, longer.outside))
+
+
+def _activations(model: Any, layout: str, autocast: torch.dtype | None, longest: int) -> Activations:
+    """As `measure_activations`, of examples that attention computes as it does a short one."""
     layers = decoder_layers(model)
     length = _unique_length(model)
     # Attention goes in blocks of queries, which see no keys behind their own block: half of the square in the end.

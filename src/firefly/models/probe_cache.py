@@ -24,7 +24,7 @@ from torch import nn
 from firefly.console import notice
 from firefly.errors import UsageError
 from firefly.files import atomic_file, cache_folder, make_cache, source_hash
-from firefly.models.attention import choose_layout, use_segments
+from firefly.models.attention import choose_layout, segmented, use_segments
 from firefly.models.dry_run import measure_activations
 from firefly.models.kernels.segment_attention import GEMM_LONGEST, measure_crossover
 from firefly.models.memory import Activations
@@ -79,7 +79,9 @@ def cached_activations(model: Any, layout: str, autocast: torch.dtype | None, lo
         UsageError: the architecture's own code does not run under autocast (DBRX adds rows of two types).
     """
     dropout = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
-    path = _path("activations", model, [layout, str(autocast), longest, dropout])
+    used = segmented(model)
+    crossover = None if used is None else used.crossover
+    path = _path("activations", model, [layout, str(autocast), longest, dropout, crossover])
     found = _read(path)
     if found is None:
         try:
