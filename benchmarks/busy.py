@@ -48,8 +48,9 @@ def main() -> None:
             rounds.append(one_round(name, arguments, turned=len(rounds) % 2 == 1))
             save()
             print(json.dumps({name: rounds[-1]}), flush=True)
-        report["works"][name] = {"ratios": ratios(rounds), "rounds": rounds}
-        save()
+    for work in report["works"].values():  # an earlier one may have been interrupted
+        work["ratios"] = ratios(work["rounds"])
+    save()
     missed = []
     for name, work in report["works"].items():
         for ratio, asked in ASKED.items():

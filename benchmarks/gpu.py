@@ -211,7 +211,7 @@ def try_further(comparison: Comparison, runs: Runs, further: Sequence[tuple[str,
         attempt |= {"outcome": "measured", "result": describe([result])}
         faster = result["tokens_per_second"] > best["tokens_per_second"]
         if faster and (gate := comparison.gate_of(name, runs["firefly"][0], result))["passed"]:
-            runs[name] = [result] * len(runs[name])
+            runs[name] = [result]
             report["gates"][name] = gate
             report["tunings"][name] = asdict(tuning)
             report["runs"].append(result)
