@@ -19,6 +19,7 @@ from random_weights import install_random_weights
 from side import memory_now, peak_memory
 
 from firefly.config import load_config
+from firefly.threads import wait_by_load
 from firefly.training import train
 
 
@@ -44,7 +45,7 @@ def main() -> None:
     if job.random_weights:
         install_random_weights()
     rows = read_dump(job.dump)
-    with tempfile.TemporaryDirectory() as folder, stdout_kept_for_the_result():
+    with tempfile.TemporaryDirectory() as folder, stdout_kept_for_the_result(), wait_by_load():  # as the command does
         configuration = run_configuration(job, len(rows), Path(folder, "run")) | arguments.overrides
         run = train_once(configuration, job.device)
     work = work_by_step(job, rows)
