@@ -472,7 +472,8 @@ def plan_run(
         choices, forecast = _forecast(sizing, meta, work, autocast)
     measured = rate is None and machine.here
     if measured:
-        rate = matmul_rate(inner, precision.compute, machine.device)
+        rates = precision.rates  # where the type was chosen by them
+        rate = rates.of(precision.compute) if rates else matmul_rate(inner, precision.compute, machine.device)
     return Plan(
         config=config,
         machine=machine,
