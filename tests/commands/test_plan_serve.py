@@ -169,7 +169,7 @@ print(read_proc("/proc/self/status", "VmHWM") - before)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_plan_is_within_15_percent_of_what_a_full_cache_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("firefly.setup.serving_plan.precision_on", lambda *_: Precision(torch.float32))
+    monkeypatch.setattr("firefly.setup.serving_plan.answering_precision", lambda *_, **__: Precision(torch.float32))
     tokens = 8192
     plan = make_serving_plan({}, {"model_name_or_path": "smollm2-135m-instruct"}, cache_tokens=tokens, device="cpu")
     done = subprocess.run([sys.executable, "-c", MEASURED, str(tokens)], capture_output=True, text=True, check=True)
