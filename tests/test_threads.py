@@ -154,6 +154,37 @@ def test_without_a_quota_nothing_limits_a_process(version: tuple[str, str], tmp_
     assert cpu_quota(tmp_path / "no-linux") is None
 
 
+ODD_MOUNTS = (
+    b"31 24 0:27 / /no-source rw - tmpfs  rw",
+    b"32 24 0:28 / /latin-\xe9 rw - ext4 /dev/sdb rw",
+    b"33 24 0:29 / /carriage\rreturn\x0c rw - ext4 /dev/sdc rw",
+    b"34 24",
+    b"",
+)
+
+
+@pytest.mark.parametrize("odd", ODD_MOUNTS)
+@pytest.mark.parametrize("version", [V1, V2], ids=["v1", "v2"])
+def test_an_odd_mount_hides_no_quota(version: tuple[str, str], odd: bytes, tmp_path: Path) -> None:
+    process = process_in(tmp_path, version, "/pod", "/", {"pod": 75_000})
+    mounts = (process / "mountinfo").read_bytes()
+    (process / "mountinfo").write_bytes(odd + b"\n" + mounts)
+    assert cpu_quota(process) == 1.5
+
+
+@pytest.mark.parametrize("written", [b"", b"75000\n", b"75000 0\n", b"a b\n", b"1 2 3\n", b"\xff 1\n"])
+def test_a_quota_that_cannot_be_read_is_none(written: bytes, tmp_path: Path) -> None:
+    process = process_in(tmp_path, V2, "/pod", "/", {"pod": 75_000, ".": 200_000})
+    (tmp_path / "cgroup/pod/cpu.max").write_bytes(written)
+    assert cpu_quota(process) == 4
+
+
+@pytest.mark.parametrize("ranks", ["", "0", "two"])
+def test_no_command_fails_where_the_number_of_threads_cannot_be_settled(ranks: str, unset: pytest.MonkeyPatch) -> None:
+    unset.setenv("LOCAL_WORLD_SIZE", ranks)
+    assert settled() == {"LOCAL_WORLD_SIZE": ranks}
+
+
 # ---- a run that goes on ----
 
 

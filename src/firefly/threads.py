@@ -29,12 +29,16 @@ COUNTS = (COUNT, "MKL_NUM_THREADS")
 def settle_threads() -> None:
     """Say in the environment how many threads torch is to take, where it would take more by itself and nobody has said.
 
-    It looks there when it is loaded: each entry calls this first, and where that is too late nothing changes.
+    It looks there when it is loaded: each entry calls this first, and where that is too late nothing changes. Nor does
+    anything where the machine, or a launcher's variable, cannot be read: no command fails for it.
     """
     if "torch" in sys.modules or any(os.environ.get(name) for name in COUNTS):
         return
-    count = available_threads()
-    if count < physical_cores():
+    try:
+        count, cores = available_threads(), physical_cores()
+    except (OSError, ValueError, ZeroDivisionError):
+        return
+    if count < cores:
         os.environ[COUNT] = os.environ[OURS] = str(count)
 
 
