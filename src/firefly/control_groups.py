@@ -64,3 +64,16 @@ def cpu_quota(process: Path = PROCESS) -> float | None:
         except (OSError, ValueError, ArithmeticError):  # no files, as in the outermost group, or none that can be read
             continue
     return min(found, default=None)
+
+
+def pids_room(process: Path = PROCESS) -> int | None:
+    """Threads that a process may still start, by the tightest of its control groups; None where none limits them."""
+    found: list[int] = []
+    for group in control_groups("pids", process):
+        try:
+            limit = (group.folder / "pids.max").read_text().strip()
+            if limit != "max":
+                found.append(int(limit) - int((group.folder / "pids.current").read_text()))
+        except (OSError, ValueError):
+            continue
+    return min(found, default=None)
