@@ -227,6 +227,24 @@ def test_a_number_in_the_environment_overrules_the_checkpoints(two_today: Any) -
     assert told() == ["resume.threads"]
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"OMP_NUM_THREADS": "2"}, "OMP_NUM_THREADS"),
+        ({"MKL_NUM_THREADS": "2"}, "MKL_NUM_THREADS"),
+        ({"OMP_NUM_THREADS": "4", "MKL_NUM_THREADS": "2"}, "MKL_NUM_THREADS"),
+        ({"OMP_NUM_THREADS": "4,2"}, "OMP_NUM_THREADS"),
+    ],
+)
+def test_the_notice_names_the_variable_that_was_set(given: dict[str, str], named: str, two_today: Any) -> None:
+    for name, value in given.items():
+        two_today.setenv(name, value)
+    with threads_of_checkpoint(3):
+        pass
+    (one,) = take_notices()
+    assert [name for name in threads.COUNTS if name in one["message"]] == [named]
+
+
 # ---- how they wait ----
 
 SLEEPS = """

@@ -83,12 +83,13 @@ def threads_of_checkpoint(stored: int | None) -> Iterator[None]:
         yield
         return
     if chosen_by_user():
+        named = [name for name in COUNTS if os.environ.get(name)]
         notice(
             "resume.other_threads",
             "{today} CPU thread(s) compute, as {variable} says, and {stored} did before the checkpoint: sums are "
             "rounded in another way, so that the run goes on as well as it would have, but not to the bit.",
             today=today,
-            variable=COUNT,
+            variable=next((name for name in named if os.environ[name] == str(today)), named[0]),
             stored=stored,
         )
         yield
