@@ -19,8 +19,8 @@ import torch
 import firefly
 from firefly import threads
 from firefly.console import take_notices
-from firefly.control_groups import cpu_quota
-from firefly.threads import COUNT, OURS, WAITING, Load, idle_teams, settle_threads, threads_of_checkpoint, wait_by_load
+from firefly.control_groups import cpu_quota, pids_room
+from firefly.threads import COUNT, OURS, WAITING, Load, settle_threads, threads_of_checkpoint, wait_by_load
 
 VARIABLES = (*WAITING, *threads.COUNTS, OURS, "LOCAL_WORLD_SIZE")
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -154,6 +154,37 @@ def test_without_a_quota_nothing_limits_a_process(version: tuple[str, str], tmp_
     assert cpu_quota(tmp_path / "no-linux") is None
 
 
+ODD_MOUNTS = (
+    b"31 24 0:27 / /no-source rw - tmpfs  rw",
+    b"32 24 0:28 / /latin-\xe9 rw - ext4 /dev/sdb rw",
+    b"33 24 0:29 / /carriage\rreturn\x0c rw - ext4 /dev/sdc rw",
+    b"34 24",
+    b"",
+)
+
+
+@pytest.mark.parametrize("odd", ODD_MOUNTS)
+@pytest.mark.parametrize("version", [V1, V2], ids=["v1", "v2"])
+def test_an_odd_mount_hides_no_quota(version: tuple[str, str], odd: bytes, tmp_path: Path) -> None:
+    process = process_in(tmp_path, version, "/pod", "/", {"pod": 75_000})
+    mounts = (process / "mountinfo").read_bytes()
+    (process / "mountinfo").write_bytes(odd + b"\n" + mounts)
+    assert cpu_quota(process) == 1.5
+
+
+@pytest.mark.parametrize("written", [b"", b"75000\n", b"75000 0\n", b"a b\n", b"1 2 3\n", b"\xff 1\n"])
+def test_a_quota_that_cannot_be_read_is_none(written: bytes, tmp_path: Path) -> None:
+    process = process_in(tmp_path, V2, "/pod", "/", {"pod": 75_000, ".": 200_000})
+    (tmp_path / "cgroup/pod/cpu.max").write_bytes(written)
+    assert cpu_quota(process) == 4
+
+
+@pytest.mark.parametrize("ranks", ["", "0", "two"])
+def test_no_command_fails_where_the_number_of_threads_cannot_be_settled(ranks: str, unset: pytest.MonkeyPatch) -> None:
+    unset.setenv("LOCAL_WORLD_SIZE", ranks)
+    assert settled() == {"LOCAL_WORLD_SIZE": ranks}
+
+
 # ---- a run that goes on ----
 
 
@@ -196,13 +227,34 @@ def test_a_number_in_the_environment_overrules_the_checkpoints(two_today: Any) -
     assert told() == ["resume.threads"]
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"OMP_NUM_THREADS": "2"}, "OMP_NUM_THREADS"),
+        ({"MKL_NUM_THREADS": "2"}, "MKL_NUM_THREADS"),
+        ({"OMP_NUM_THREADS": "4", "MKL_NUM_THREADS": "2"}, "MKL_NUM_THREADS"),
+        ({"OMP_NUM_THREADS": "4,2"}, "OMP_NUM_THREADS"),
+    ],
+)
+def test_the_notice_names_the_variable_that_was_set(given: dict[str, str], named: str, two_today: Any) -> None:
+    for name, value in given.items():
+        two_today.setenv(name, value)
+    with threads_of_checkpoint(3):
+        pass
+    (one,) = take_notices()
+    assert [name for name in threads.COUNTS if name in one["message"]] == [named]
+
+
 # ---- how they wait ----
 
 SLEEPS = """
 import json, os, threading, time, torch
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from firefly.threads import idle_teams, release_team
+from firefly.threads import idle_team, release_team
+
+def tasks():
+    return len(os.listdir("/proc/self/task"))
 
 def slept():
     found = {}
@@ -212,9 +264,13 @@ def slept():
             found[thread] = next(int(line.split()[1]) for line in lines if line.startswith("voluntary"))
     return found
 
-def regions(within):
+def regions(within, there=None):
     numbers = torch.zeros(1 << 17)
     with within:
+        numbers.add_(1)
+        ends = time.monotonic() + 20
+        while there not in (None, tasks()) and time.monotonic() < ends:
+            time.sleep(0.001)
         numbers.add_(1)
         time.sleep(0.1)
         before = slept()
@@ -229,26 +285,33 @@ def in_a_thread():
         return pool.submit(regions, nullcontext()).result()
 
 libgomp = "libgomp" in open("/proc/self/maps").read()
+torch.zeros(1 << 17).add_(1)
+alone = tasks()
 """
 
 
 def slept(calls: str) -> list[int]:
-    """How often a thread went to sleep, of each call, with as many threads as there are cores."""
+    """How often a thread went to sleep in 50 waits of a millisecond, of each call, with as many threads as cores.
+
+    A thread that spins looks for work for seconds here, so that none goes to sleep while a neighbour has its core.
+    """
     cores = len(os.sched_getaffinity(0))
     if cores < 2:
         pytest.skip("one core has no threads that wait for each other")
-    libgomp, *found = outcome(f"{SLEEPS}print(json.dumps([libgomp, {calls}]))", OMP_NUM_THREADS=str(cores))
+    settings = {"OMP_NUM_THREADS": str(cores), "GOMP_SPINCOUNT": "200000000"}
+    libgomp, *found = outcome(f"{SLEEPS}print(json.dumps([libgomp, {calls}]))", **settings)
     if not libgomp:
         pytest.skip("torch comes with another OpenMP library")
     return found
 
 
 @LINUX
-def test_threads_sleep_between_two_sums_only_while_there_are_idle_teams() -> None:
-    """With a millisecond between the sums of 50, in which a thread would look for the next one some 40,000 times."""
-    before, within, after = slept("regions(nullcontext()), regions(idle_teams()), regions(nullcontext())")
-    assert within >= 40
-    assert max(before, after) <= 25
+def test_threads_sleep_between_two_sums_only_while_there_is_an_idle_team() -> None:
+    before, within, after = slept(
+        "regions(nullcontext()), regions(idle_team(), alone + 2), regions(nullcontext(), alone)"
+    )
+    assert within >= 20
+    assert max(before, after) <= 5
 
 
 @LINUX
@@ -256,22 +319,82 @@ def test_a_thread_spins_again_when_the_one_that_made_it_released_its_team() -> N
     kept = "(torch.zeros(1 << 17).add_(1), in_a_thread())[1]"
     released = "(torch.zeros(1 << 17).add_(1), release_team(), in_a_thread())[2]"
     before, after, again = slept(f"{kept}, {released}, {kept}")
-    assert min(before, again) >= 40
-    assert after <= 25
+    assert min(before, again) >= 20
+    assert after <= 5
 
 
+TEAMS = """
+import json, os, time, torch
+from firefly import threads
+
+def tasks():
+    return len(os.listdir("/proc/self/task"))
+
+def started(team, cores, room, count):
+    os.sched_getaffinity, threads.thread_room = (lambda _: set(range(cores))), (lambda: room)
+    torch.set_num_threads(team)
+    torch.zeros(1 << 17).add_(1)
+    before, ends = tasks(), time.monotonic() + 20
+    with threads.idle_team():
+        while tasks() < before + count and time.monotonic() < ends:
+            time.sleep(0.001)
+        time.sleep(0.05)
+        within, unchanged = tasks() - before, torch.get_num_threads() == team
+    while tasks() > before and time.monotonic() < ends:
+        time.sleep(0.001)
+    return [within, tasks() - before, unchanged]
+"""
+
+
+@LINUX
+def test_an_idle_team_has_as_many_threads_as_exceed_the_cores() -> None:
+    """With the thread of ours that they belong to; and none where it would be too many, or where nobody waits."""
+    inf = float("inf")
+    cases = {(1, 8, inf): 0, (2, 2, inf): 2, (2, 2, 20): 0, (2, 64, inf): 64, (2, 64, 96): 64, (2, 64, 95): 0}
+    cases |= {(2, 300, inf): 0, (3, 2, inf): 0, (9, 8, inf): 0, (16, 16, inf): 2, (32, 64, inf): 34}
+    calls = ", ".join(f"started({team}, {cores}, float('{room}'), {n})" for (team, cores, room), n in cases.items())
+    found = outcome(f"{TEAMS}print(json.dumps([threads.gnu_openmp() is not None, {calls}]))")
+    if not found.pop(0):
+        pytest.skip("torch comes with another OpenMP library")
+    assert dict(zip(cases, found, strict=True)) == {case: [count, 0, True] for case, count in cases.items()}
+
+
+@LINUX
 @pytest.mark.parametrize(
-    ("team", "cores", "members"), [(2, 2, 1), (16, 16, 1), (32, 64, 2), (1, 8, 0), (3, 2, 0), (2, 64, 0), (9, 8, 0)]
+    ("groups", "user", "memory", "room"),
+    [
+        (None, None, None, float("inf")),
+        (40, None, None, 40),
+        (None, 1000, None, 700),
+        (900, 1000, None, 700),
+        (40, 1000, None, 40),
+        (None, 300, None, 0),
+        (None, None, 1 << 40, 0),
+    ],
 )
-def test_idle_teams_are_as_many_as_exceed_the_cores(
-    team: int, cores: int, members: int, monkeypatch: pytest.MonkeyPatch
+def test_threads_are_started_by_the_tightest_limit(
+    groups: int | None, user: int | None, memory: int | None, room: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: team)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
-    before = threading.active_count()
-    with idle_teams():
-        assert threading.active_count() - before == members
-    assert threading.active_count() == before
+    import resource
+
+    limits = {resource.RLIMIT_NPROC: user, resource.RLIMIT_AS: memory}
+    found = {kind: resource.RLIM_INFINITY if limit is None else limit for kind, limit in limits.items()}
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (found[kind], resource.RLIM_INFINITY))
+    monkeypatch.setattr(threads, "pids_room", lambda: groups)
+    monkeypatch.setattr(Path, "read_text", lambda _: "1.72 1.84 2.02 3/300 21438\n")
+    assert threads.thread_room() == room
+    if user is not None:
+        monkeypatch.setattr(Path, "read_text", lambda _: "")  # nobody can say how many there are
+        assert threads.thread_room() == 0
+
+
+def test_a_container_may_start_what_its_tightest_control_group_leaves(tmp_path: Path) -> None:
+    process = process_in(tmp_path, V2, "/pod/box", "/", {"pod/box": None, "pod": None, ".": None})
+    assert pids_room(process) is None
+    for level, limit, present in (("pod/box", "max", 30), ("pod", 100, 90), (".", 1000, 100)):
+        (tmp_path / "cgroup" / level / "pids.max").write_text(f"{limit}\n")
+        (tmp_path / "cgroup" / level / "pids.current").write_text(f"{present}\n")
+    assert pids_room(process) == 10
 
 
 def test_a_crowded_time_begins_at_once_and_ends_when_it_is_calm_for_some_time() -> None:
@@ -286,7 +409,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A process one of whose threads waits as the test says, and what was done about it."""
     for name in (*WAITING, *threads.COUNTS):
         monkeypatch.delenv(name, raising=False)
-    state: dict[str, Any] = {"waits": 0.0, "waited": 0.0, "seen": time.monotonic(), "teams": []}
+    state: dict[str, Any] = {"waits": 0.0, "waited": 0.0, "seen": time.monotonic(), "teams": [], "fails": False}
 
     def run_delays() -> dict[str, float]:
         now = time.monotonic()
@@ -295,13 +418,15 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return {"1": 0.0, "2": state["waited"]}
 
     @contextmanager
-    def idle_teams() -> Iterator[None]:
+    def idle_team() -> Iterator[None]:
         state["teams"].append("begin")
+        if state["fails"]:
+            raise RuntimeError("can't start new thread")
         yield
         state["teams"].append("end")
 
     monkeypatch.setattr(threads, "run_delays", run_delays)
-    monkeypatch.setattr(threads, "idle_teams", idle_teams)
+    monkeypatch.setattr(threads, "idle_team", idle_team)
     monkeypatch.setattr(threads, "INTERVAL", 0.002)
     return state
 
@@ -325,6 +450,47 @@ def test_teams_are_idle_while_another_process_wants_the_cores(watched: dict[str,
         watched["waits"] = 0.5
         assert until(watched, ["begin", "end", "begin"])
     assert watched["teams"] == ["begin", "end"] * 2
+
+
+@LINUX
+def test_a_process_that_may_start_no_thread_spins_and_says_nothing(
+    watched: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raised: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    watched |= {"waits": 0.5, "fails": True}
+    with wait_by_load():
+        assert until(watched, ["begin"])
+        time.sleep(0.05)
+    assert watched["teams"] == ["begin"]
+    assert raised == []
+
+    def too_many(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", too_many)
+    with wait_by_load():
+        watched["teams"].append("command")
+    assert watched["teams"] == ["begin", "command"]
+
+
+@LINUX
+def test_a_process_that_may_open_no_file_spins_and_says_nothing(
+    watched: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raised: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    looks = iter([{"1": 0.0}])
+
+    def run_delays() -> dict[str, float]:
+        for look in looks:
+            return look
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(threads, "run_delays", run_delays)
+    with wait_by_load():
+        time.sleep(0.05)
+    assert raised == []
 
 
 @LINUX

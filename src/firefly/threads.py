@@ -9,12 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from firefly.console import notice
-from firefly.control_groups import cpu_quota
+from firefly.control_groups import cpu_quota, pids_room
 from firefly.ranks import local_world_size
 
 # ---- how many ----
@@ -29,12 +29,16 @@ COUNTS = (COUNT, "MKL_NUM_THREADS")
 def settle_threads() -> None:
     """Say in the environment how many threads torch is to take, where it would take more by itself and nobody has said.
 
-    It looks there when it is loaded: each entry calls this first, and where that is too late nothing changes.
+    It looks there when it is loaded: each entry calls this first, and where that is too late nothing changes. Nor does
+    anything where the machine, or a launcher's variable, cannot be read: no command fails for it.
     """
     if "torch" in sys.modules or any(os.environ.get(name) for name in COUNTS):
         return
-    count = available_threads()
-    if count < physical_cores():
+    try:
+        count, cores = available_threads(), physical_cores()
+    except (OSError, ValueError, ZeroDivisionError):
+        return
+    if count < cores:
         os.environ[COUNT] = os.environ[OURS] = str(count)
 
 
@@ -79,12 +83,13 @@ def threads_of_checkpoint(stored: int | None) -> Iterator[None]:
         yield
         return
     if chosen_by_user():
+        named = [name for name in COUNTS if os.environ.get(name)]
         notice(
             "resume.other_threads",
             "{today} CPU thread(s) compute, as {variable} says, and {stored} did before the checkpoint: sums are "
             "rounded in another way, so that the run goes on as well as it would have, but not to the bit.",
             today=today,
-            variable=COUNT,
+            variable=next((name for name in named if os.environ[name] == str(today)), named[0]),
             stored=stored,
         )
         yield
@@ -132,8 +137,11 @@ CALM_FOR = 4
 OMP_PAUSE_SOFT = 1
 """OpenMP 5.0: what a paused thread holds is taken up again at its next parallel work."""
 
-MOST_TEAMS = 4
-"""Where it takes more, few threads compute on a large machine, which has cores for other processes."""
+MOST_IDLE = 256
+"""Threads that may do nothing: 64 take 1 MB and start within 10 ms."""
+
+SPARE = 32
+"""Threads that the machine must have left besides, for what else is to start there."""
 
 
 @contextmanager
@@ -147,7 +155,7 @@ def wait_by_load() -> Iterator[None]:
     process on two cores, training fell to 31 % of its rate. No fixed number of looks does for both.
 
     But while there are more threads than cores it looks 100 times only (GOMP_SPINCOUNT in libgomp's manual), by which a
-    process can choose as it runs: `idle_teams`.
+    process can choose as it runs: `idle_team`.
     """
     own_words = any(os.environ.get(name) for name in WAITING) or os.environ.get(COUNT) == "1"
     if own_words or not Path("/proc/self/schedstat").is_file():
@@ -155,7 +163,11 @@ def wait_by_load() -> Iterator[None]:
         return
     ended = threading.Event()
     watcher = threading.Thread(target=_watch, args=(ended,), name="firefly-waiting", daemon=True)
-    watcher.start()
+    try:
+        watcher.start()
+    except RuntimeError:  # no more threads may be started
+        yield
+        return
     try:
         yield
     finally:
@@ -181,8 +193,8 @@ class Load:
 
 
 def _watch(ended: threading.Event) -> None:
-    load, before, then = Load(), run_delays(), time.monotonic()
-    with ExitStack() as teams:
+    with suppress(OSError, RuntimeError), ExitStack() as teams:  # of files or threads that may not be opened or started
+        load, before, then = Load(), run_delays(), time.monotonic()
         sleeping = False
         while not ended.wait(INTERVAL):
             now, moment = run_delays(), time.monotonic()
@@ -190,7 +202,7 @@ def _watch(ended: threading.Event) -> None:
             crowded = load.look(waited / (moment - then))
             before, then = now, moment
             if crowded and not sleeping and "torch" in sys.modules:
-                teams.enter_context(idle_teams())
+                teams.enter_context(idle_team())
             elif sleeping and not crowded:
                 teams.close()
             sleeping = crowded and "torch" in sys.modules
@@ -209,28 +221,60 @@ def run_delays() -> dict[str, float]:
 
 
 @contextmanager
-def idle_teams() -> Iterator[None]:
-    """Within the block there are more OpenMP threads than cores: threads of ours, each with a team, that do nothing."""
+def idle_team() -> Iterator[None]:
+    """Within the block there are more OpenMP threads than cores: a thread of ours has a team that does nothing.
+
+    In a container that may use the time of two cores of 64 those are 64 threads. There are none where so many might not
+    be started: libgomp ends a process that cannot have a thread.
+    """
     import torch  # waits for an import that is going on
 
     team, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
-    missing = cores + 1 - team
-    count = 0 if missing <= 0 or team == 1 else -(-missing // (team - 1))
+    missing, libgomp = cores + 1 - team, gnu_openmp()
+    pointless = team == 1 or missing <= 0
+    if libgomp is None or pointless or missing > MOST_IDLE or missing + 1 + SPARE > thread_room():
+        yield
+        return
     ended = threading.Event()
 
     def idle() -> None:
+        torch.get_num_threads()  # at a thread's first call torch gives it its number, and would later overwrite ours
+        libgomp.omp_set_num_threads(missing + 1)  # of this thread alone
         torch.zeros(1 << 16, dtype=torch.float32, device="cpu").add_(1)  # enough for more than one thread
         ended.wait()
 
-    members = [threading.Thread(target=idle, daemon=True) for _ in range(count if count <= MOST_TEAMS else 0)]
-    for member in members:
-        member.start()
+    member = threading.Thread(target=idle, daemon=True)
+    member.start()
     try:
         yield
     finally:
         ended.set()
-        for member in members:
-            member.join()
+        member.join()
+
+
+def thread_room() -> float:
+    """How many threads this process may start at least, by its control groups and by its user's limit."""
+    import resource  # Windows has none
+
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:  # of which a stack takes 8 MB
+        return 0
+    groups, limit = pids_room(), resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    rooms = [math.inf if groups is None else groups]
+    if limit != resource.RLIM_INFINITY:
+        try:  # 0.20 0.18 0.12 RUNNING/THREADS LAST_PID; other users' threads and the kernel's are among them
+            there = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[2])
+        except (OSError, ValueError, IndexError):
+            return 0
+        rooms.append(limit - there)
+    return min(rooms)
+
+
+def gnu_openmp() -> ctypes.CDLL | None:
+    """The OpenMP library that torch has loaded, if it is GNU's."""
+    try:
+        return ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+    except (OSError, AttributeError):  # another library, or a system that has no such modes
+        return None
 
 
 def release_team() -> None:
@@ -239,10 +283,6 @@ def release_team() -> None:
     A thread that loaded a model and then hands it to a generation thread keeps a team that does nothing: as many as the
     cores already, so that libgomp takes the machine for crowded and lets no thread spin. Tokens took 1.5 times as long.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    try:  # the library that torch has loaded, if it is GNU's
-        libgomp = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
-        libgomp.omp_pause_resource_all(OMP_PAUSE_SOFT)
-    except (OSError, AttributeError):  # another one, or older than OpenMP 5.0
-        return
+    with suppress(AttributeError):  # of one older than OpenMP 5.0
+        if libgomp := gnu_openmp():
+            libgomp.omp_pause_resource_all(OMP_PAUSE_SOFT)

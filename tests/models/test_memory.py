@@ -246,6 +246,16 @@ def test_a_group_over_its_limit_has_no_room(tmp_path: Path) -> None:
     assert list(cgroup_room(process_in(tmp_path, V2, "/pod", "/", {"pod": ("900", 1000, 0)}))) == [0]
 
 
+@pytest.mark.parametrize("name", ["memory.max", "memory.current", "memory.stat"])
+@pytest.mark.parametrize("written", [b"", b"many\n", b"\xff\n", b"inactive_file many\n"])
+def test_a_group_whose_files_cannot_be_read_is_left_out(name: str, written: bytes, tmp_path: Path) -> None:
+    levels = {"pod": ("5000", 3000, 500), ".": ("16000", 15000, 1000)}
+    process = process_in(tmp_path, V2, "/pod", "/", levels)
+    (tmp_path / "cgroup/pod" / name).write_bytes(written)
+    unlimited_stat = name == "memory.stat" and not written  # then no page cache can be taken back
+    assert list(cgroup_room(process)) == ([2000] if unlimited_stat else []) + [2000]
+
+
 def test_a_container_of_16_gb_on_a_host_of_512_has_16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "read_proc", lambda *_: 512 << 30)
     monkeypatch.setattr(memory, "cgroup_room", lambda: iter([16 << 30, 40 << 30]))

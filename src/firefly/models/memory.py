@@ -251,7 +251,8 @@ def cgroup_room(process: Path = PROCESS) -> Iterator[int]:
             found = [(folder / name).read_text().strip() for name in limits]
             used = int((folder / usage).read_text())
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except OSError:  # the outermost group has no limit, and so no such files
+            used -= sum(int(stat.get(name, 0)) for name in cached)
+            room = [max(int(limit) - used, 0) for limit in found if limit != "max"]
+        except (OSError, ValueError):  # no files, as in the outermost group, or none that can be read
             continue
-        used -= sum(int(stat.get(name, 0)) for name in cached)
-        yield from (max(int(limit) - used, 0) for limit in found if limit != "max")
+        yield from room
