@@ -175,6 +175,14 @@ def test_only_the_first_rank_measures_and_the_others_take_its_type(
     assert len(asked) == 2
 
 
+def test_a_rank_that_has_not_got_the_checkpoint_takes_the_firsts_type(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "is_first", lambda: False)
+    monkeypatch.setattr(ranks, "from_first", lambda value: Precision(FP32))
+    assert settled(settings, checkpoint=tmp_path / "checkpoint-1") == Precision(FP32)
+
+
 def test_a_gpu_and_its_checkpoints_are_left_to_the_hardware(settings: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text('{"training": {"precision": "float32"}}')
     found = settle_precision(load_config(settings), RULED, torch.device("cuda"), counts(), tmp_path)

@@ -34,7 +34,7 @@ def settle_precision(
     notify: Callable[..., None] = notice,
 ) -> Precision:
     """What a run, or the plan of one, computes in. Where several ranks have joined, the first one measures and the
-    others wait, so that they neither disturb it nor choose another type.
+    others wait, so that they neither disturb it nor choose another type; a checkpoint may lie on its machine alone.
 
     Args:
         ruled: what `resolve_precision` made of the configuration.
@@ -45,7 +45,7 @@ def settle_precision(
     if device.type != "cpu":
         return ruled
     if checkpoint and not is_asked(config.precision):
-        return _as_stored(checkpoint, ruled, device, notify)
+        return ranks.from_first(_as_stored(checkpoint, ruled, device, notify))
     found = ruled
     if ranks.is_first():
         room = Room(
