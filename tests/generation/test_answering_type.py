@@ -131,6 +131,21 @@ def test_a_checkpoint_says_its_type_itself(adapter: str) -> None:
     assert trained_type(Path(adapter)) is None
 
 
+def test_a_record_that_lies_above_a_model_says_nothing_of_it(
+    adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained_in(tmp_path, "bfloat16")
+    assert trained_type(Path(adapter)) is None
+    checkpoint = Path(shutil.copytree(adapter, tmp_path / "checkpoint-3"))
+    assert trained_type(checkpoint) == BF16
+    monkeypatch.chdir(checkpoint)
+    assert trained_type(Path()) == BF16
+    monkeypatch.chdir(tmp_path)
+    assert trained_type(Path("someone/model")) is None
+    trained_in(tmp_path / "adapter", "float32")
+    assert trained_type(Path(adapter)) == FP32
+
+
 def test_a_merged_model_answers_in_the_type_that_its_adapter_was_trained_in(
     rates: Any, source: ModelConfig, adapter: str, tmp_path: Path
 ) -> None:

@@ -80,8 +80,16 @@ def answering_precision(
 
 
 def trained_type(folder: Path) -> torch.dtype | None:
-    """The type that a run of ours computed these weights in, float32 or bfloat16; None where nothing says so."""
-    resolved = recorded_run(folder).get("resolved")
+    """The type that a run of ours computed these weights in, float32 or bfloat16; None where nothing says so.
+
+    A checkpoint lies inside its run's folder; what lies above others is not about them.
+    """
+    if not folder.is_dir():  # an id of a hub
+        return None
+    folder = folder.absolute()
+    own = (folder / "run.json").is_file() or folder.name.startswith("checkpoint-")
+    run = recorded_run(folder) if own else {}
+    resolved = run.get("resolved")
     found = (
         read_object(folder / MERGED).get("trained_in")
         or _of_checkpoint(folder)
