@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from firefly.data.examples import ExampleCounts
 from firefly.distributed.backends import BACKENDS
 from firefly.errors import UsageError
 from firefly.models import compute_type, precision, products
+from firefly.models.checkpointing import decoder_layers
 from firefly.models.loading import read_config
 from firefly.models.meta_model import empty_model
 from firefly.models.precision import Precision, Rates
@@ -23,6 +25,7 @@ from firefly.setup import compute
 from firefly.setup.compute import bytes_needed, settle_precision
 from firefly.setup.plan import make_plan
 from firefly.training import train
+from multimodal import multimodal_model
 from tiny import run_settings, save_tiny_model, write_rows
 
 CPU = torch.device("cpu")
@@ -187,6 +190,21 @@ def test_a_gpu_and_its_checkpoints_are_left_to_the_hardware(settings: dict[str, 
     (tmp_path / "plan.json").write_text('{"training": {"precision": "float32"}}')
     found = settle_precision(load_config(settings), RULED, torch.device("cuda"), counts(), tmp_path)
     assert found is RULED
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
+def test_of_a_tower_for_images_only_its_weights_are_needed(name: str, settings: dict[str, Any]) -> None:
+    model = multimodal_model(name)
+    config = load_config(settings)
+    found = bytes_needed(config, model, FP32, counts(), BACKENDS["single"])
+    bare = copy.deepcopy(model)
+    tower = bare.model.visual if name == "qwen2_5_vl" else bare.model.vision_tower
+    weights = 4 * sum(parameter.numel() for parameter in tower.parameters())
+    for layer in decoder_layers(tower):
+        for child, _ in list(layer.named_children()):
+            delattr(layer, child)
+    left = 4 * sum(parameter.numel() for parameter in tower.parameters())
+    assert found - (weights - left) == bytes_needed(config, bare, FP32, counts(), BACKENDS["single"])
 
 
 @pytest.mark.slow

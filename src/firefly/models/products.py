@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from firefly.models.checkpointing import decoder_layers
+from firefly.models.checkpointing import text_layers
 from firefly.models.experts import expert_stacks
 from firefly.models.precision import Rates
 
@@ -93,10 +92,7 @@ def products_of(model: Any) -> Products:
 
     A matrix is a parameter of two dimensions: linear layers have such ones, be they transformers' or a model's own.
     """
-    layers: list[nn.Module] = []
-    with suppress(Exception):  # a model's own code may have none, or look for it in vain
-        layers = decoder_layers(model.get_decoder())  # without those for images or sound
-    layers = layers or decoder_layers(model)
+    layers = text_layers(model)
     text = model.config.get_text_config()
     chosen = next((found for name in CHOSEN_EXPERTS if isinstance(found := getattr(text, name, None), int)), 2)
     head = getattr(model.get_output_embeddings(), "weight", None)

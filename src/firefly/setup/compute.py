@@ -14,7 +14,7 @@ from firefly.console import notice
 from firefly.data.examples import ExampleCounts
 from firefly.distributed.backends import BACKENDS, Backend
 from firefly.models import precision
-from firefly.models.checkpointing import decoder_layers
+from firefly.models.checkpointing import text_layers
 from firefly.models.compute_type import Room, is_asked, measured_precision
 from firefly.models.memory import FRAGMENTATION, LIBRARIES, PRIMITIVE_BYTES, Forecast, free_memory, primitives_kept
 from firefly.models.precision import Precision
@@ -77,7 +77,7 @@ def bytes_needed(config: Config, model: Any, compute: torch.dtype, counts: Examp
     In NF4 are the matrices of the decoder layers. Of a token a layer keeps what its matrices make of it, and around
     them what is of the model's width, part of it in float32: within 10 % of what was counted for Llama and Qwen3.
     """
-    layers, mode, size = decoder_layers(model), config.adapter.mode, compute.itemsize
+    layers, mode, size = text_layers(model), config.adapter.mode, compute.itemsize
     inside = {id(p): p.shape for layer in layers for p in layer.parameters() if len(p.shape) > 1}
     whole = sum(p.numel() for p in model.parameters())
     width = getattr(model.config.get_text_config(), "hidden_size", 0)
