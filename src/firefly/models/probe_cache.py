@@ -114,8 +114,7 @@ def cached_crossover(model: Any, device: torch.device, compute: torch.dtype) -> 
     if device.type != "cpu" or compute not in GEMM_LONGEST or not heads or not described:
         return 0
     shape = heads, getattr(config, "num_key_value_heads", None) or heads, *_head_widths(config)
-    machine = torch.backends.cpu.get_cpu_capability(), os.cpu_count(), torch.get_num_threads()
-    path = _file("attention", [*shape, str(compute), *machine, torch.__version__, source_hash(CODE)])
+    path = _file("attention", [*shape, str(compute), *_measured_by()])
     found = _read(path)
     if found is None:
         found = {"tokens": measure_crossover(*shape, compute)}
@@ -127,8 +126,7 @@ def cached_rates(products: Products) -> dict[str, Rates]:
     """As `products.measure_rates`, cached: once for a machine, its threads in use and the shapes of a model, so that
     all runs, plans and answers of it agree."""
     shares = [(one.rows, one.outputs, one.inputs, share) for one, share in products.shares().items()]
-    machine = _processor(), torch.backends.cpu.get_cpu_capability(), os.cpu_count(), torch.get_num_threads()
-    path = _file("products", [shares, *machine, torch.__version__, source_hash(CODE)])
+    path = _file("products", [shares, *_measured_by()])
     found = _read(path)
     if found is None:
         measured = measure_rates(products)
@@ -145,6 +143,12 @@ def cached_bytes(kind: str, model: Any, rests_on: list[Any], count: Callable[[],
         found = {"bytes": count()}
         _write(path, found)
     return int(found["bytes"])
+
+
+def _measured_by() -> list[Any]:
+    """What computes on this CPU now: a time that was measured holds for it alone."""
+    cores = torch.backends.cpu.get_cpu_capability(), os.cpu_count(), torch.get_num_threads()
+    return [_processor(), *cores, torch.__version__, source_hash(CODE)]
 
 
 def _processor() -> list[str]:
