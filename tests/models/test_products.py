@@ -127,6 +127,18 @@ def test_what_was_measured_once_is_not_measured_again(measured: list[Products]) 
     assert len(measured) == 1
 
 
+def test_what_cannot_be_kept_counts_all_the_same_and_that_is_said(
+    measured: list[Products], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(probe_cache, "_write", fail)
+    assert cached_rates(SMALL) == RATES
+    assert "No space left on device" in capfd.readouterr().err
+    assert len(measured) == 1
+
+
 def test_other_shapes_threads_and_processors_are_measured_anew(
     measured: list[Products], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -153,7 +153,7 @@ def test_a_plan_for_less_memory_than_float32_takes_is_in_bf16(settings: dict[str
     assert narrow != wide
     plan = make_plan("", settings, memory=f"{(wide - 1) / 1e6:.6f}MB", device="cpu")
     assert plan.precision.compute == BF16
-    assert any("float32 would be 1.7 times as fast here" in note for note in plan.notes)
+    assert any("products in float32 are 1.7 times as fast as in bfloat16 here" in note for note in plan.notes)
     assert make_plan("", settings, memory=f"{(wide + 1) / 1e6:.6f}MB", device="cpu").precision.compute == FP32
 
 

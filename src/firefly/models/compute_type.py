@@ -76,13 +76,6 @@ def measured_precision(
         if products.tiny:
             return ruled if is_asked(request) else Precision(torch.float32)
         rates = cached_rates(products)["trained" if trained else "frozen"]
-        if is_asked(request):
-            _tell_of_faster(request, ruled, rates, notify)
-            return replace(ruled, rates=rates)
-        found = Precision(torch.bfloat16, rates=rates)
-        if rates.float32 < FASTER * rates.bfloat16:
-            return found
-        wide, narrow = (room.need(model, dtype) for dtype in (torch.float32, torch.bfloat16))
     except Exception as error:  # whatever a model's own code raises; if it cannot be loaded either, loading says why
         notify(
             "precision.unmeasured",
@@ -92,13 +85,31 @@ def measured_precision(
             used=ruled.name,
         )
         return ruled
+    if is_asked(request):
+        _tell_of_faster(request, ruled, rates, notify)
+        return replace(ruled, rates=rates)
+    found = Precision(torch.bfloat16, rates=rates)
+    if rates.float32 < FASTER * rates.bfloat16:
+        return found
+    times = f"{rates.float32 / rates.bfloat16:.1f}"
+    try:
+        wide, narrow = (room.need(model, dtype) for dtype in (torch.float32, torch.bfloat16))
+    except Exception as error:
+        notify(
+            "precision.room_unknown",
+            "products in float32 are {times} times as fast as in bfloat16 here, but what memory float32 takes could "
+            "not be told ({problem}); bfloat16, which takes less, is used.",
+            times=times,
+            problem=f"{type(error).__name__}: {first_line(error)}",
+        )
+        return found
     if wide <= room.available:
         return replace(found, compute=torch.float32)
     notify(
         "precision.no_room",
-        "float32 would be {times} times as fast here, but takes about {wide} GiB of the {available} GiB available; "
-        "bfloat16, which takes about {narrow} GiB, is used.",
-        times=f"{rates.float32 / rates.bfloat16:.1f}",
+        "products in float32 are {times} times as fast as in bfloat16 here, but float32 takes about {wide} GiB of the "
+        "{available} GiB available; bfloat16, which takes about {narrow} GiB, is used.",
+        times=times,
         wide=f"{wide / 2**30:.1f}",
         narrow=f"{narrow / 2**30:.1f}",
         available=f"{room.available / 2**30:.1f}",

@@ -23,7 +23,7 @@ from torch import nn
 
 from firefly.console import notice
 from firefly.errors import UsageError
-from firefly.files import atomic_file, cache_folder, make_cache, source_hash
+from firefly.files import atomic_file, cache_folder, first_line, make_cache, source_hash
 from firefly.models.attention import choose_layout, use_segments
 from firefly.models.dry_run import measure_activations
 from firefly.models.kernels.segment_attention import GEMM_LONGEST, measure_crossover
@@ -130,7 +130,15 @@ def cached_rates(products: Products) -> dict[str, Rates]:
     found = _read(path)
     if found is None:
         measured = measure_rates(products)
-        _write(path, {name: asdict(rates) for name, rates in measured.items()})
+        try:
+            _write(path, {name: asdict(rates) for name, rates in measured.items()})
+        except (OSError, UsageError) as error:
+            notice(
+                "precision.not_kept",
+                "how fast this CPU is in float32 and in bfloat16 could not be kept ({problem}): the next command "
+                "measures it again.",
+                problem=first_line(error),
+            )
         return measured
     return {name: Rates(**rates) for name, rates in found.items()}
 
