@@ -16,7 +16,7 @@ from firefly.config import ModelConfig, load_config
 from firefly.data.examples import ExampleCounts
 from firefly.distributed.backends import BACKENDS
 from firefly.errors import UsageError
-from firefly.models import compute_type, precision, products
+from firefly.models import compute_type, precision, probe_cache, products
 from firefly.models.checkpointing import decoder_layers
 from firefly.models.loading import read_config
 from firefly.models.meta_model import empty_model
@@ -122,6 +122,25 @@ def test_a_resumed_run_takes_its_checkpoints_type_without_measuring(
         train(load_config(again | {"bf16": True, "max_steps": 3}))
     monkeypatch.setattr(precision, "has_bf16", lambda device: False)
     assert settled(again, checkpoint=out / "checkpoint-1") == Precision(FP32)
+
+
+def test_a_resumed_run_shows_the_rates_that_were_measured_here(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FIREFLY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(precision, "has_bf16", lambda device: True)
+    monkeypatch.setattr(products, "NOTHING_TO_TIME", 0)
+    found, measured = {"frozen": Rates(310e9, 185e9), "trained": Rates(1e9, 9e9)}, []
+    monkeypatch.setattr(probe_cache, "measure_rates", lambda one: (measured.append(one), found)[1])
+    train(load_config(settings | {"max_steps": 1}))
+    again = settings | {"resume_from_checkpoint": True}
+    assert make_plan("", again).precision == Precision(FP32, rates=found["frozen"])
+    out = train(load_config(again))
+    assert manifest(out)["resolved"]["product_rates"] == {"float32": 310e9, "bfloat16": 185e9}
+    assert len(measured) == 1
+    monkeypatch.setenv("FIREFLY_CACHE", str(tmp_path / "another"))
+    assert settled(again, checkpoint=out / "checkpoint-1") == Precision(FP32)
+    assert len(measured) == 1
 
 
 def test_a_bf16_checkpoint_goes_on_in_bf16_where_it_is_emulated_and_that_is_said(

@@ -18,7 +18,7 @@ from firefly.models import precision
 from firefly.models.loading import quiet_libraries, read_config
 from firefly.models.meta_model import empty_model
 from firefly.models.precision import Precision, Rates
-from firefly.models.probe_cache import cached_rates
+from firefly.models.probe_cache import cached_rates, known_rates
 from firefly.models.products import products_of
 
 FASTER = 1.05
@@ -70,8 +70,7 @@ def measured_precision(
     if device.type != "cpu" or not precision.has_bf16(device):
         return ruled
     try:
-        with quiet_libraries():
-            model = empty_model(read_config(source), source, torch.float32)
+        model = _on_meta(source)
         products = products_of(model)
         if products.tiny:
             return ruled if is_asked(request) else Precision(torch.float32)
@@ -115,6 +114,21 @@ def measured_precision(
         available=f"{room.available / 2**30:.1f}",
     )
     return found
+
+
+def rates_so_far(source: ModelConfig, trained: bool) -> Rates | None:
+    """What was measured for `source` on this machine before, to be shown; None where nothing was, or nothing tells."""
+    try:
+        products = products_of(_on_meta(source))
+        found = None if products.tiny else known_rates(products)
+    except Exception:  # whatever a model's own code raises; loading says it
+        return None
+    return found and found["trained" if trained else "frozen"]
+
+
+def _on_meta(source: ModelConfig) -> Any:
+    with quiet_libraries():
+        return empty_model(read_config(source), source, torch.float32)
 
 
 def _tell_of_faster(request: PrecisionConfig, used: Precision, rates: Rates, notify: Callable[..., None]) -> None:

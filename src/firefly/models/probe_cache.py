@@ -125,13 +125,11 @@ def cached_crossover(model: Any, device: torch.device, compute: torch.dtype) -> 
 def cached_rates(products: Products) -> dict[str, Rates]:
     """As `products.measure_rates`, cached: once for a machine, its threads in use and the shapes of a model, so that
     all runs, plans and answers of it agree."""
-    shares = [(one.rows, one.outputs, one.inputs, share) for one, share in products.shares().items()]
-    path = _file("products", [shares, *_measured_by()])
-    found = _read(path)
+    found = known_rates(products)
     if found is None:
         measured = measure_rates(products)
         try:
-            _write(path, {name: asdict(rates) for name, rates in measured.items()})
+            _write(_rates_file(products), {name: asdict(rates) for name, rates in measured.items()})
         except (OSError, UsageError) as error:
             notice(
                 "precision.not_kept",
@@ -140,7 +138,18 @@ def cached_rates(products: Products) -> dict[str, Rates]:
                 problem=first_line(error),
             )
         return measured
-    return {name: Rates(**rates) for name, rates in found.items()}
+    return found
+
+
+def known_rates(products: Products) -> dict[str, Rates] | None:
+    """Those that `cached_rates` has measured before; None where it has not."""
+    found = _read(_rates_file(products))
+    return None if found is None else {name: Rates(**rates) for name, rates in found.items()}
+
+
+def _rates_file(products: Products) -> Path:
+    shares = [(one.rows, one.outputs, one.inputs, share) for one, share in products.shares().items()]
+    return _file("products", [shares, *_measured_by()])
 
 
 def cached_bytes(kind: str, model: Any, rests_on: list[Any], count: Callable[[], int]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from firefly.data.examples import ExampleCounts
 from firefly.distributed.backends import BACKENDS, Backend
 from firefly.models import precision
 from firefly.models.checkpointing import text_layers
-from firefly.models.compute_type import Room, is_asked, measured_precision
+from firefly.models.compute_type import Room, is_asked, measured_precision, rates_so_far
 from firefly.models.memory import FRAGMENTATION, LIBRARIES, PRIMITIVE_BYTES, Forecast, free_memory, primitives_kept
 from firefly.models.precision import Precision
 from firefly.models.serving_memory import NF4_BYTES
@@ -45,7 +46,10 @@ def settle_precision(
     if device.type != "cpu":
         return ruled
     if checkpoint and not is_asked(config.precision):
-        return ranks.from_first(_as_stored(checkpoint, ruled, device, notify))
+        stored = _as_stored(checkpoint, ruled, device, notify)
+        if ranks.is_first() and precision.has_bf16(device):
+            stored = replace(stored, rates=rates_so_far(config.model, config.adapter.mode == "full"))
+        return ranks.from_first(stored)
     found = ruled
     if ranks.is_first():
         room = Room(
