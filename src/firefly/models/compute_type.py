@@ -123,7 +123,7 @@ def rates_so_far(source: ModelConfig, trained: bool) -> Rates | None:
         found = None if products.tiny else known_rates(products)
     except Exception:  # whatever a model's own code raises; loading says it
         return None
-    return found and found["trained" if trained else "frozen"]
+    return None if found is None else found["trained" if trained else "frozen"]
 
 
 def _on_meta(source: ModelConfig) -> Any:
