@@ -24,10 +24,11 @@ from firefly.data.formats.prompts import read_prompts
 from firefly.data.schema import Source
 from firefly.data.templates import bind_template
 from firefly.files import hold
-from firefly.generation import Answer, GenerationSettings, Generator, progress
+from firefly.generation import Answer, GenerationSettings, Generator, loading, progress
 from firefly.generation.engine import Token
 from firefly.generation.files import Answering, Row, read_rows
 from firefly.generation.loading import ServedModel
+from firefly.models.precision import Precision
 from firefly.translation import Phrase
 from tiny import save_tiny_model, tiny_tokenizer, with_plain_lora, write_rows
 
@@ -226,6 +227,18 @@ def test_an_output_of_other_settings_or_of_something_else_is_left_alone(
     output.with_name("answers.jsonl.settings.json").unlink()
     assert main(command(model, rows, output)) == 2
     assert "no answers.jsonl.settings.json beside it" in capsys.readouterr().err
+
+
+def test_an_output_does_not_go_on_in_another_type_that_auto_comes_to(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, output = write(tmp_path / "rows.jsonl", GOOD), tmp_path / "answers.jsonl"
+    for dtype, code in ((torch.float32, 0), (torch.float32, 0), (torch.bfloat16, 2)):
+        monkeypatch.setattr(loading, "answering_precision", lambda *_, dtype=dtype: Precision(dtype))
+        assert main([*command(model, rows, output), "--dtype", "auto"]) == code
+    assert "other settings: dtype." in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(command(model, rows, output)) == 0  # float32 by its name
 
 
 def test_one_process_at_a_time_writes_an_output(

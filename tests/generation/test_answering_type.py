@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from firefly.config import ModelConfig
 from firefly.errors import UsageError
 from firefly.export.merge import merge
 from firefly.generation import answering_type
-from firefly.generation.answering_type import answering_precision, trained_type
+from firefly.generation.answering_type import answering_precision, bytes_to_answer, trained_type
 from firefly.generation.loading import load_for_generation
 from firefly.models import compute_type, precision, products
 from firefly.models.precision import Precision, Rates
+from firefly.models.serving_memory import TOKENS_OF_A_REQUEST
+from firefly.setup.serving_plan import make_serving_plan
 from tiny import save_tiny_model, tiny_model, with_plain_lora
 
 CPU = torch.device("cpu")
@@ -88,8 +91,6 @@ def test_an_adapter_answers_in_the_type_that_it_was_trained_in(
 def test_adapters_of_two_types_go_by_the_measurement(
     rates: Any, source: ModelConfig, adapter: str, tmp_path: Path
 ) -> None:
-    import shutil
-
     other = tmp_path / "other"
     shutil.copytree(adapter, other)
     trained_in(adapter, "float32")
@@ -110,11 +111,39 @@ def test_a_model_trained_in_float32_that_does_not_fit_answers_in_bf16_and_says_s
     assert said == ["precision.no_room_to_answer"]
 
 
+@pytest.mark.parametrize("trained", [False, True], ids=["measured", "as trained"])
+def test_float32_is_only_taken_where_its_cache_holds_a_request(trained: bool, rates: Any, source: ModelConfig) -> None:
+    rates(310e9, 185e9)
+    if trained:
+        trained_in(source.name_or_path, "float32")
+    needed = bytes_to_answer(source, FP32)
+    for memory, expected in ((needed + 1000, "float32"), (needed - 1000, "bfloat16")):
+        asked = {"model_name_or_path": source.name_or_path}
+        plan = make_serving_plan(asked, memory=f"{memory / 1e6:.6f}MB", device="cpu")
+        assert plan.precision == expected
+        assert plan.cache_tokens >= TOKENS_OF_A_REQUEST or expected == "bfloat16"
+
+
 def test_a_checkpoint_says_its_type_itself(adapter: str) -> None:
     (Path(adapter) / "plan.json").write_text('{"training": {"precision": "bfloat16"}}')
     assert trained_type(Path(adapter)) == BF16
     (Path(adapter) / "plan.json").write_text("[")
     assert trained_type(Path(adapter)) is None
+
+
+def test_a_record_that_lies_above_a_model_says_nothing_of_it(
+    adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained_in(tmp_path, "bfloat16")
+    assert trained_type(Path(adapter)) is None
+    checkpoint = Path(shutil.copytree(adapter, tmp_path / "checkpoint-3"))
+    assert trained_type(checkpoint) == BF16
+    monkeypatch.chdir(checkpoint)
+    assert trained_type(Path()) == BF16
+    monkeypatch.chdir(tmp_path)
+    assert trained_type(Path("someone/model")) is None
+    trained_in(tmp_path / "adapter", "float32")
+    assert trained_type(Path(adapter)) == FP32
 
 
 def test_a_merged_model_answers_in_the_type_that_its_adapter_was_trained_in(

@@ -65,6 +65,30 @@ def test_shares_are_of_the_whole_model_and_long_sides_are_cut() -> None:
     assert shares[Product(8, 64, 64)] == pytest.approx(4 * 64 / (4 * 64 + 70_000))
 
 
+def work(one: Products) -> float:
+    return sum(product.timed_flops for product in one.shares())
+
+
+def test_many_shapes_take_no_longer_than_few() -> None:
+    largest = Product(ROWS, products.WIDEST, products.WIDEST)
+    few = Products(1, {largest: 4, Product(ROWS, 1024, products.WIDEST): 2}, None)
+    assert {product.rows for product in few.shares()} == {ROWS}  # a model of 8B
+    several = Products(1, {Product(ROWS, products.WIDEST - 8 * n, products.WIDEST): 1 for n in range(7)}, largest)
+    assert len(several.shares()) == 7
+    assert {product.rows for product in several.shares()} == {128}
+    many = Products(1, {Product(ROWS, products.WIDEST - 8 * n, products.WIDEST): 1 + n for n in range(50)}, None)
+    assert set(many.shares()) == {Product(128, products.WIDEST - 8 * n, products.WIDEST) for n in range(41, 50)}
+    for one in (few, several, many):
+        assert work(one) <= products.ROUND_FLOPS
+        assert sum(one.shares().values()) == pytest.approx(1)
+
+
+def test_rows_of_experts_are_not_more_where_others_are_fewer() -> None:
+    body = {Product(ROWS, products.WIDEST - 8 * n, products.WIDEST): 1 for n in range(4)}
+    found = Products(1, body | {Product(64, 2048, 2048): 8}, None).shares()
+    assert {product.rows for product in found} == {64, 256}
+
+
 def test_the_smallest_model_to_be_timed_has_a_million_weights_a_layer() -> None:
     assert Products(2, {Product(8, 1024, 1023): 2}, Product(8, 10**6, 1024)).tiny
     assert not Products(2, {Product(8, 1024, 1024): 2}, None).tiny
@@ -124,6 +148,18 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> list[Products]:
 def test_what_was_measured_once_is_not_measured_again(measured: list[Products]) -> None:
     assert cached_rates(SMALL) == RATES
     assert cached_rates(Products(1, dict(SMALL.body), SMALL.head)) == RATES
+    assert len(measured) == 1
+
+
+def test_what_cannot_be_kept_counts_all_the_same_and_that_is_said(
+    measured: list[Products], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(probe_cache, "_write", fail)
+    assert cached_rates(SMALL) == RATES
+    assert "No space left on device" in capfd.readouterr().err
     assert len(measured) == 1
 
 

@@ -144,6 +144,10 @@ def test_attention_is_measured_once_for_heads_of_a_shape(monkeypatch: pytest.Mon
     assert probe_cache.cached_crossover(tiny_model("qwen3"), cpu, torch.bfloat16) in (256, 512)
     assert probe_cache.cached_crossover(model, cpu, torch.float32) == 256 * len(measured)
     assert probe_cache.cached_crossover(model, cpu, torch.float16) == 0
+    count = len(measured)
+    monkeypatch.setattr(probe_cache, "_processor", lambda: ["model name: another"])
+    probe_cache.cached_crossover(model, cpu, torch.float32)
+    assert len(measured) == count + 1
     heads = model.config.num_attention_heads, model.config.num_key_value_heads
     assert (measured[0], measured[-1]) == ((*heads, 8, 8, torch.bfloat16), (*heads, 8, 8, torch.float32))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from firefly.config import ModelConfig, load_config
 from firefly.data.examples import ExampleCounts
 from firefly.distributed.backends import BACKENDS
 from firefly.errors import UsageError
-from firefly.models import compute_type, precision, products
+from firefly.models import compute_type, precision, probe_cache, products
+from firefly.models.checkpointing import decoder_layers
 from firefly.models.loading import read_config
 from firefly.models.meta_model import empty_model
 from firefly.models.precision import Precision, Rates
@@ -23,6 +25,7 @@ from firefly.setup import compute
 from firefly.setup.compute import bytes_needed, settle_precision
 from firefly.setup.plan import make_plan
 from firefly.training import train
+from multimodal import multimodal_model
 from tiny import run_settings, save_tiny_model, write_rows
 
 CPU = torch.device("cpu")
@@ -121,6 +124,25 @@ def test_a_resumed_run_takes_its_checkpoints_type_without_measuring(
     assert settled(again, checkpoint=out / "checkpoint-1") == Precision(FP32)
 
 
+def test_a_resumed_run_shows_the_rates_that_were_measured_here(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FIREFLY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(precision, "has_bf16", lambda device: True)
+    monkeypatch.setattr(products, "NOTHING_TO_TIME", 0)
+    found, measured = {"frozen": Rates(310e9, 185e9), "trained": Rates(1e9, 9e9)}, []
+    monkeypatch.setattr(probe_cache, "measure_rates", lambda one: (measured.append(one), found)[1])
+    train(load_config(settings | {"max_steps": 1}))
+    again = settings | {"resume_from_checkpoint": True}
+    assert make_plan("", again).precision == Precision(FP32, rates=found["frozen"])
+    out = train(load_config(again))
+    assert manifest(out)["resolved"]["product_rates"] == {"float32": 310e9, "bfloat16": 185e9}
+    assert len(measured) == 1
+    monkeypatch.setenv("FIREFLY_CACHE", str(tmp_path / "another"))
+    assert settled(again, checkpoint=out / "checkpoint-1") == Precision(FP32)
+    assert len(measured) == 1
+
+
 def test_a_bf16_checkpoint_goes_on_in_bf16_where_it_is_emulated_and_that_is_said(
     settings: dict[str, Any], rates: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,7 +172,7 @@ def test_a_plan_for_less_memory_than_float32_takes_is_in_bf16(settings: dict[str
     assert narrow != wide
     plan = make_plan("", settings, memory=f"{(wide - 1) / 1e6:.6f}MB", device="cpu")
     assert plan.precision.compute == BF16
-    assert any("float32 would be 1.7 times as fast here" in note for note in plan.notes)
+    assert any("products in float32 are 1.7 times as fast as in bfloat16 here" in note for note in plan.notes)
     assert make_plan("", settings, memory=f"{(wide + 1) / 1e6:.6f}MB", device="cpu").precision.compute == FP32
 
 
@@ -175,10 +197,33 @@ def test_only_the_first_rank_measures_and_the_others_take_its_type(
     assert len(asked) == 2
 
 
+def test_a_rank_that_has_not_got_the_checkpoint_takes_the_firsts_type(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "is_first", lambda: False)
+    monkeypatch.setattr(ranks, "from_first", lambda value: Precision(FP32))
+    assert settled(settings, checkpoint=tmp_path / "checkpoint-1") == Precision(FP32)
+
+
 def test_a_gpu_and_its_checkpoints_are_left_to_the_hardware(settings: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text('{"training": {"precision": "float32"}}')
     found = settle_precision(load_config(settings), RULED, torch.device("cuda"), counts(), tmp_path)
     assert found is RULED
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
+def test_of_a_tower_for_images_only_its_weights_are_needed(name: str, settings: dict[str, Any]) -> None:
+    model = multimodal_model(name)
+    config = load_config(settings)
+    found = bytes_needed(config, model, FP32, counts(), BACKENDS["single"])
+    bare = copy.deepcopy(model)
+    tower = bare.model.visual if name == "qwen2_5_vl" else bare.model.vision_tower
+    weights = 4 * sum(parameter.numel() for parameter in tower.parameters())
+    for layer in decoder_layers(tower):
+        for child, _ in list(layer.named_children()):
+            delattr(layer, child)
+    left = 4 * sum(parameter.numel() for parameter in tower.parameters())
+    assert found - (weights - left) == bytes_needed(config, bare, FP32, counts(), BACKENDS["single"])
 
 
 @pytest.mark.slow

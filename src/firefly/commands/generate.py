@@ -115,7 +115,7 @@ def generate_command(
             Answering(generator, settings, num_samples, system or None),
             source.files,
             AnswerFile(Path(output_file).expanduser()),
-            identify_model(model, adapter, dtype, load_in_4bit) | {"engine": engine},
+            identify_model(model, adapter, generator.computes_in or dtype, load_in_4bit) | {"engine": engine},
             data_format,
             limit,
             overwrite,

@@ -49,9 +49,7 @@ TemplateOption = Annotated[
     str, typer.Option("--template_name", help="auto (saved with the model), a name, or a .jinja file.")
 ]
 FourBitOption = Annotated[bool, typer.Option("--load_in_4bit", help="Hold the weights in NF4.")]
-DtypeOption = Annotated[
-    str, typer.Option("--dtype", help="auto (as trained, else the fastest), float32, bfloat16 or float16.")
-]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="auto (as in training), float32, bfloat16 or float16.")]
 RemoteCodeOption = Annotated[bool, typer.Option("--trust_remote_code", help="Run code that the model brings along.")]
 EngineOption = Annotated[str, typer.Option("--engine", help="What computes the answers: transformers or vllm.")]
 EnginePythonOption = Annotated[

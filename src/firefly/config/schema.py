@@ -193,7 +193,7 @@ class PrecisionConfig:
     fp16: bool | None = key(None)
     """Compute in fp16 with loss scaling, or in bf16 where the hardware has it natively."""
     bf16: bool | None = key(None)
-    """Compute in bf16; null: where the hardware has it natively. Not together with `fp16`."""
+    """Compute in bf16; null: where the hardware has it natively, on a CPU by measurement. Not together with `fp16`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ that are rounded otherwise, so what a run recorded goes before what this machine
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from firefly.models.loading import read_config, resolve_model
 from firefly.models.memory import free_memory
 from firefly.models.precision import Precision, named_precision, pick_device
 from firefly.models.saved_adapter import adapter_folder, recorded_run
-from firefly.models.serving_memory import beside_cache, weight_bytes
+from firefly.models.serving_memory import FOR_CACHE, TOKENS_OF_A_REQUEST, beside_cache, cache_shape, weight_bytes
 from firefly.runs.checkpoints import stored_plan
 from firefly.runs.records import read_object
 
@@ -53,10 +54,9 @@ def answering_precision(
     named = named_precision(dtype, device)
     if dtype != "auto" or device.type != "cpu":
         return named
+    adapters = list(adapters)
     room = Room(
-        lambda _, compute: (
-            weight_bytes(read_config(model), model, compute, in_4_bits) + sum(beside_cache("cpu", compute).values())
-        ),
+        lambda _, compute: bytes_to_answer(model, compute, 1 + len(adapters), in_4_bits),
         free_memory(device) if available is None else available,
     )
     folders = [adapter_folder(adapter) for adapter in adapters] or [Path(resolve_model(model)).expanduser()]
@@ -80,14 +80,35 @@ def answering_precision(
 
 
 def trained_type(folder: Path) -> torch.dtype | None:
-    """The type that a run of ours computed these weights in, float32 or bfloat16; None where nothing says so."""
-    resolved = recorded_run(folder).get("resolved")
+    """The type that a run of ours computed these weights in, float32 or bfloat16; None where nothing says so.
+
+    A checkpoint lies inside its run's folder; what lies above others is not about them.
+    """
+    if not folder.is_dir():  # an id of a hub
+        return None
+    folder = folder.absolute()
+    own = (folder / "run.json").is_file() or folder.name.startswith("checkpoint-")
+    run = recorded_run(folder) if own else {}
+    resolved = run.get("resolved")
     found = (
         read_object(folder / MERGED).get("trained_in")
         or _of_checkpoint(folder)
         or (resolved.get("precision") if isinstance(resolved, dict) else None)
     )
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(str(found))
+
+
+def bytes_to_answer(model: ModelConfig, compute: torch.dtype, models: int = 1, in_4_bits: bool = False) -> int:
+    """What a CPU needs for the cache of each model to hold a request, by its default part of the memory.
+
+    Args:
+        models: the base and the adapters over it.
+    """
+    described = read_config(model)
+    shape = cache_shape(described, model)
+    cache = {} if shape is None else shape.parts(TOKENS_OF_A_REQUEST, compute.itemsize, models)
+    beside = sum(beside_cache("cpu", compute).values())
+    return weight_bytes(described, model, compute, in_4_bits) + beside + math.ceil(sum(cache.values()) / FOR_CACHE)
 
 
 def _taken(room: Room, dtype: torch.dtype) -> int:

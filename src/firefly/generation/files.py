@@ -351,6 +351,7 @@ def identify_model(model: ModelConfig, adapter: str | None, dtype: str, load_in_
 
     Args:
         adapter: as `ServedModel` has it.
+        dtype: what "auto" came to: another day it may come to something else.
     """
     if adapter == model.name_or_path:  # an adapter alone names its base
         model = replace(model, name_or_path="")

@@ -20,6 +20,7 @@ from firefly.console import notice
 from firefly.data.encoding import Encoder
 from firefly.data.schema import Message
 from firefly.errors import UsageError
+from firefly.generation.answering_type import answering_precision
 from firefly.generation.batched import BatchedEngine, BatchLimits, Unbatchable
 from firefly.generation.engine import Delta, Engine, EngineFull, FinishReason, Request, Ticket, Token
 from firefly.generation.loading import (
@@ -80,11 +81,13 @@ class Generator:
 
     Attributes:
         unserved: name → why it is not served, though it is loaded.
+        computes_in: the type, where it was settled here; a server that runs already does not tell.
     """
 
     engine: Engine
     served: Mapping[str, ServedModel]
     unserved: Mapping[str, Phrase] = field(default_factory=dict)
+    computes_in: str | None = None
 
     def __post_init__(self) -> None:
         # A thread that is inside of torch when Python ends it takes the whole process down with SIGABRT.
@@ -129,6 +132,9 @@ class Generator:
             check_bases(named, force)
             served, unserved = serve_models(named, template_name, tuple(stop_ids_of(named.model) or ()), force)
             tokenizers = {name: each.tokenizer for name, each in served.items()}
+            computes_in = None
+            if not engine.url:
+                dtype = computes_in = answering_precision(dtype, named.model, named.adapters.values()).name
             remote = open_vllm(
                 engine,
                 named.model,
@@ -138,10 +144,11 @@ class Generator:
                 limits=RemoteLimits(limits.max_requests, limits.max_waiting),
                 dtype=dtype,
             )
-            return cls(remote, served, unserved)
+            return cls(remote, served, unserved, computes_in)
         cap_onednn_cache(PRIMITIVES)
         loaded = load_for_generation(model, adapters, template_name, load_in_4bit, force, dtype=dtype)
-        return cls(make_engine(loaded, limits), loaded.served, loaded.unserved)
+        computes_in = str(loaded.model.dtype).removeprefix("torch.")
+        return cls(make_engine(loaded, limits), loaded.served, loaded.unserved, computes_in)
 
     @property
     def name(self) -> str:

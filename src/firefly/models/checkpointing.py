@@ -7,7 +7,7 @@ whole layers are checkpointed, the first ones first: when one is recomputed, all
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,6 +36,14 @@ class Checkpointing:
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The layers of `model` that can be checkpointed, from the first to the last."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def text_layers(model: Any) -> list[nn.Module]:
+    """Of these the ones that text passes through: without those of towers for images or sound."""
+    layers: list[nn.Module] = []
+    with suppress(Exception):  # a model's own code may have no decoder, or look for it in vain
+        layers = decoder_layers(model.get_decoder())
+    return layers or decoder_layers(model)
 
 
 def install_checkpointing(model: Any, chosen: Checkpointing) -> None:

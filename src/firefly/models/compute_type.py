@@ -18,7 +18,7 @@ from firefly.models import precision
 from firefly.models.loading import quiet_libraries, read_config
 from firefly.models.meta_model import empty_model
 from firefly.models.precision import Precision, Rates
-from firefly.models.probe_cache import cached_rates
+from firefly.models.probe_cache import cached_rates, known_rates
 from firefly.models.products import products_of
 
 FASTER = 1.05
@@ -70,19 +70,11 @@ def measured_precision(
     if device.type != "cpu" or not precision.has_bf16(device):
         return ruled
     try:
-        with quiet_libraries():
-            model = empty_model(read_config(source), source, torch.float32)
+        model = _on_meta(source)
         products = products_of(model)
         if products.tiny:
             return ruled if is_asked(request) else Precision(torch.float32)
         rates = cached_rates(products)["trained" if trained else "frozen"]
-        if is_asked(request):
-            _tell_of_faster(request, ruled, rates, notify)
-            return replace(ruled, rates=rates)
-        found = Precision(torch.bfloat16, rates=rates)
-        if rates.float32 < FASTER * rates.bfloat16:
-            return found
-        wide, narrow = (room.need(model, dtype) for dtype in (torch.float32, torch.bfloat16))
     except Exception as error:  # whatever a model's own code raises; if it cannot be loaded either, loading says why
         notify(
             "precision.unmeasured",
@@ -92,18 +84,51 @@ def measured_precision(
             used=ruled.name,
         )
         return ruled
+    if is_asked(request):
+        _tell_of_faster(request, ruled, rates, notify)
+        return replace(ruled, rates=rates)
+    found = Precision(torch.bfloat16, rates=rates)
+    if rates.float32 < FASTER * rates.bfloat16:
+        return found
+    times = f"{rates.float32 / rates.bfloat16:.1f}"
+    try:
+        wide, narrow = (room.need(model, dtype) for dtype in (torch.float32, torch.bfloat16))
+    except Exception as error:
+        notify(
+            "precision.room_unknown",
+            "products in float32 are {times} times as fast as in bfloat16 here, but what memory float32 takes could "
+            "not be told ({problem}); bfloat16, which takes less, is used.",
+            times=times,
+            problem=f"{type(error).__name__}: {first_line(error)}",
+        )
+        return found
     if wide <= room.available:
         return replace(found, compute=torch.float32)
     notify(
         "precision.no_room",
-        "float32 would be {times} times as fast here, but takes about {wide} GiB of the {available} GiB available; "
-        "bfloat16, which takes about {narrow} GiB, is used.",
-        times=f"{rates.float32 / rates.bfloat16:.1f}",
+        "products in float32 are {times} times as fast as in bfloat16 here, but float32 takes about {wide} GiB of the "
+        "{available} GiB available; bfloat16, which takes about {narrow} GiB, is used.",
+        times=times,
         wide=f"{wide / 2**30:.1f}",
         narrow=f"{narrow / 2**30:.1f}",
         available=f"{room.available / 2**30:.1f}",
     )
     return found
+
+
+def rates_so_far(source: ModelConfig, trained: bool) -> Rates | None:
+    """What was measured for `source` on this machine before, to be shown; None where nothing was, or nothing tells."""
+    try:
+        products = products_of(_on_meta(source))
+        found = None if products.tiny else known_rates(products)
+    except Exception:  # whatever a model's own code raises; loading says it
+        return None
+    return None if found is None else found["trained" if trained else "frozen"]
+
+
+def _on_meta(source: ModelConfig) -> Any:
+    with quiet_libraries():
+        return empty_model(read_config(source), source, torch.float32)
 
 
 def _tell_of_faster(request: PrecisionConfig, used: Precision, rates: Rates, notify: Callable[..., None]) -> None:

@@ -23,7 +23,7 @@ from torch import nn
 
 from firefly.console import notice
 from firefly.errors import UsageError
-from firefly.files import atomic_file, cache_folder, make_cache, source_hash
+from firefly.files import atomic_file, cache_folder, first_line, make_cache, source_hash
 from firefly.models.attention import choose_layout, segmented, use_segments
 from firefly.models.dry_run import measure_activations
 from firefly.models.kernels.segment_attention import GEMM_LONGEST, measure_crossover
@@ -116,8 +116,7 @@ def cached_crossover(model: Any, device: torch.device, compute: torch.dtype) -> 
     if device.type != "cpu" or compute not in GEMM_LONGEST or not heads or not described:
         return 0
     shape = heads, getattr(config, "num_key_value_heads", None) or heads, *_head_widths(config)
-    machine = torch.backends.cpu.get_cpu_capability(), os.cpu_count(), torch.get_num_threads()
-    path = _file("attention", [*shape, str(compute), *machine, torch.__version__, source_hash(CODE)])
+    path = _file("attention", [*shape, str(compute), *_measured_by()])
     found = _read(path)
     if found is None:
         found = {"tokens": measure_crossover(*shape, compute)}
@@ -128,15 +127,31 @@ def cached_crossover(model: Any, device: torch.device, compute: torch.dtype) -> 
 def cached_rates(products: Products) -> dict[str, Rates]:
     """As `products.measure_rates`, cached: once for a machine, its threads in use and the shapes of a model, so that
     all runs, plans and answers of it agree."""
-    shares = [(one.rows, one.outputs, one.inputs, share) for one, share in products.shares().items()]
-    machine = _processor(), torch.backends.cpu.get_cpu_capability(), os.cpu_count(), torch.get_num_threads()
-    path = _file("products", [shares, *machine, torch.__version__, source_hash(CODE)])
-    found = _read(path)
+    found = known_rates(products)
     if found is None:
         measured = measure_rates(products)
-        _write(path, {name: asdict(rates) for name, rates in measured.items()})
+        try:
+            _write(_rates_file(products), {name: asdict(rates) for name, rates in measured.items()})
+        except (OSError, UsageError) as error:
+            notice(
+                "precision.not_kept",
+                "how fast this CPU is in float32 and in bfloat16 could not be kept ({problem}): the next command "
+                "measures it again.",
+                problem=first_line(error),
+            )
         return measured
-    return {name: Rates(**rates) for name, rates in found.items()}
+    return found
+
+
+def known_rates(products: Products) -> dict[str, Rates] | None:
+    """Those that `cached_rates` has measured before; None where it has not."""
+    found = _read(_rates_file(products))
+    return None if found is None else {name: Rates(**rates) for name, rates in found.items()}
+
+
+def _rates_file(products: Products) -> Path:
+    shares = [(one.rows, one.outputs, one.inputs, share) for one, share in products.shares().items()]
+    return _file("products", [shares, *_measured_by()])
 
 
 def cached_bytes(kind: str, model: Any, rests_on: list[Any], count: Callable[[], int]) -> int:
@@ -147,6 +162,12 @@ def cached_bytes(kind: str, model: Any, rests_on: list[Any], count: Callable[[],
         found = {"bytes": count()}
         _write(path, found)
     return int(found["bytes"])
+
+
+def _measured_by() -> list[Any]:
+    """What computes on this CPU now: a time that was measured holds for it alone."""
+    cores = torch.backends.cpu.get_cpu_capability(), os.cpu_count(), torch.get_num_threads()
+    return [_processor(), *cores, torch.__version__, source_hash(CODE)]
 
 
 def _processor() -> list[str]:

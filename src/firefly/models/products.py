@@ -9,15 +9,14 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from firefly.models.checkpointing import decoder_layers
+from firefly.models.checkpointing import text_layers
 from firefly.models.experts import expert_stacks
 from firefly.models.precision import Rates
 
@@ -25,7 +24,11 @@ ROWS, ROWS_OF_EXPERTS = 512, 2048
 """Tokens of a product; of a layer with experts so many are shared out among those."""
 
 WIDEST = 3072
-"""Longer sides of a matrix are cut: the rate no longer grows there, and what is measured stays within seconds."""
+"""Longer sides of a matrix are cut: the rate no longer grows there."""
+
+ROUND_FLOPS, FEWEST_ROWS = 64e9, 128
+"""What all products may take in one type and round: seconds, on one thread too. Where they are many, fewer rows are
+multiplied, down to so many; then the products that count least are left out."""
 
 SECONDS, ROUNDS = 0.5, (2, 7)
 """Rounds of all products are repeated for so long, at least and at most so many times."""
@@ -50,9 +53,13 @@ class Product:
         return 2 * self.rows * self.outputs * self.inputs
 
     @property
-    def cut(self) -> Product:
-        """As it is measured."""
-        return Product(self.rows, min(self.outputs, WIDEST), min(self.inputs, WIDEST))
+    def timed_flops(self) -> int:
+        """Of itself and of both gradients."""
+        return 3 * self.flops
+
+    def cut(self, rows: int) -> Product:
+        """As it is measured, with so many rows at most."""
+        return Product(min(self.rows, rows), min(self.outputs, WIDEST), min(self.inputs, WIDEST))
 
 
 @dataclass(frozen=True)
@@ -80,12 +87,24 @@ class Products:
         return self.weights_per_layer < NOTHING_TO_TIME
 
     def shares(self) -> dict[Product, float]:
-        """Each product that is measured → its part of the whole model's FLOPs for a token."""
+        """Each product that is measured → its part of all their FLOPs for a token."""
+        rows = ROWS
+        flops = self._flops(rows)
+        while rows > FEWEST_ROWS and sum(one.timed_flops for one in flops) > ROUND_FLOPS:
+            rows //= 2
+            flops = self._flops(rows)
+        by_weight = sorted(flops, key=lambda one: (-flops[one], one))
+        work = accumulate(one.timed_flops for one in by_weight)
+        kept = [one for one, so_far in zip(by_weight, work, strict=True) if so_far <= ROUND_FLOPS]
+        whole = sum(flops[one] for one in kept)
+        return {one: flops[one] / whole for one in sorted(kept)}
+
+    def _flops(self, rows: int) -> dict[Product, float]:
+        """Each product as it is measured with so many rows at most → multiplications for a token."""
         flops: dict[Product, float] = defaultdict(float)
         for one, count in [*self.body.items(), *([(self.head, 1.0)] if self.head else [])]:
-            flops[one.cut] += count * one.outputs * one.inputs
-        whole = sum(flops.values())
-        return {one: flops[one] / whole for one in sorted(flops)}
+            flops[one.cut(rows)] += count * one.outputs * one.inputs
+        return flops
 
 
 def products_of(model: Any) -> Products:
@@ -93,10 +112,7 @@ def products_of(model: Any) -> Products:
 
     A matrix is a parameter of two dimensions: linear layers have such ones, be they transformers' or a model's own.
     """
-    layers: list[nn.Module] = []
-    with suppress(Exception):  # a model's own code may have none, or look for it in vain
-        layers = decoder_layers(model.get_decoder())  # without those for images or sound
-    layers = layers or decoder_layers(model)
+    layers = text_layers(model)
     text = model.config.get_text_config()
     chosen = next((found for name in CHOSEN_EXPERTS if isinstance(found := getattr(text, name, None), int)), 2)
     head = getattr(model.get_output_embeddings(), "weight", None)

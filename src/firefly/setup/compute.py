@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from firefly.console import notice
 from firefly.data.examples import ExampleCounts
 from firefly.distributed.backends import BACKENDS, Backend
 from firefly.models import precision
-from firefly.models.checkpointing import decoder_layers
-from firefly.models.compute_type import Room, is_asked, measured_precision
+from firefly.models.checkpointing import text_layers
+from firefly.models.compute_type import Room, is_asked, measured_precision, rates_so_far
 from firefly.models.memory import FRAGMENTATION, LIBRARIES, PRIMITIVE_BYTES, Forecast, free_memory, primitives_kept
 from firefly.models.precision import Precision
 from firefly.models.serving_memory import NF4_BYTES
@@ -34,7 +35,7 @@ def settle_precision(
     notify: Callable[..., None] = notice,
 ) -> Precision:
     """What a run, or the plan of one, computes in. Where several ranks have joined, the first one measures and the
-    others wait, so that they neither disturb it nor choose another type.
+    others wait, so that they neither disturb it nor choose another type; a checkpoint may lie on its machine alone.
 
     Args:
         ruled: what `resolve_precision` made of the configuration.
@@ -45,7 +46,10 @@ def settle_precision(
     if device.type != "cpu":
         return ruled
     if checkpoint and not is_asked(config.precision):
-        return _as_stored(checkpoint, ruled, device, notify)
+        stored = _as_stored(checkpoint, ruled, device, notify)
+        if ranks.is_first() and precision.has_bf16(device):
+            stored = replace(stored, rates=rates_so_far(config.model, config.adapter.mode == "full"))
+        return ranks.from_first(stored)
     found = ruled
     if ranks.is_first():
         room = Room(
@@ -77,7 +81,7 @@ def bytes_needed(config: Config, model: Any, compute: torch.dtype, counts: Examp
     In NF4 are the matrices of the decoder layers. Of a token a layer keeps what its matrices make of it, and around
     them what is of the model's width, part of it in float32: within 10 % of what was counted for Llama and Qwen3.
     """
-    layers, mode, size = decoder_layers(model), config.adapter.mode, compute.itemsize
+    layers, mode, size = text_layers(model), config.adapter.mode, compute.itemsize
     inside = {id(p): p.shape for layer in layers for p in layer.parameters() if len(p.shape) > 1}
     whole = sum(p.numel() for p in model.parameters())
     width = getattr(model.config.get_text_config(), "hidden_size", 0)
