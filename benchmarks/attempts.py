@@ -26,7 +26,6 @@ from step_profile import configuration
 
 from firefly.config import load_config
 from firefly.models.kernels import segment_attention, token_nll
-from firefly.models.probe_cache import cached_crossover
 from firefly.tasks.base import Task
 from firefly.training import train
 
@@ -114,7 +113,9 @@ def in_turns(attempt: Attempt, arguments: argparse.Namespace) -> dict[str, Any]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(Task, "backward", backward))
-        stack.enter_context(patch("firefly.setup.tuning.cached_crossover", always_products))
+        # In the place of a measurement: the ways themselves limit what products are used for.
+        most = max(segment_attention.GEMM_LONGEST.values())
+        stack.enter_context(patch("firefly.setup.tuning.cached_crossover", lambda *_: most))
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         settings = configuration("lora", arguments.data_dir / attempt.data, Path(folder, "run"))
         train(load_config(settings | {"max_steps": 2, **attempt.settings}))
@@ -127,11 +128,6 @@ def in_turns(attempt: Attempt, arguments: argparse.Namespace) -> dict[str, Any]:
         }
         for way, found in seconds.items()
     }
-
-
-def always_products(model: Any, device: torch.device, compute: torch.dtype) -> int:
-    """In the place of a measurement: the ways themselves limit what products are used for."""
-    return 1024 if cached_crossover(model, device, compute) or compute == torch.float32 else 0
 
 
 @contextmanager
