@@ -114,8 +114,8 @@ class Forecast:
 FRAGMENTATION = {"cpu": 1 / 3, "cuda": 0.0}
 """Heap that lies unused between blocks, as a share of what a step takes and gives back. On a CPU all of a run's memory
 is on the heap and stays there (`runs.memory.keep_freed_memory`), and microbatches of other sizes leave holes in which
-the next one's arrays do not fit. Of SmolLM2-135M's runs (glibc 2.36, torch 2.13) it was 0.1 to 0.45, once 0.7; without
-it forecasts for two steps on the longest rows were 13 to 24 % too low."""
+the next one's arrays do not fit. Of SmolLM2-135M's runs (glibc 2.36, torch 2.13) it was 0.33 to 0.51 after eight steps,
+0.02 to 0.23 after two of nearly one size, once 0.7."""
 
 LIBRARIES = {"cpu": 130 << 20, "cuda": 600 << 20}
 """What a process takes besides: on a CPU what a run loads after its imports (measured: 110 to 130 MiB); on a GPU the
