@@ -94,6 +94,8 @@ def make_trial(
         choices=Choices(budget),
         precision=Precision(compute),
     )
-    task = task or TASKS["sft"](configuration(train_mode=mode))
+    if task is None:
+        task = TASKS["sft"](configuration(train_mode=mode))
+        task.attach(module, Precision(compute))
     steps = task.steps(ListedExamples(examples), StepSettings(len(examples)), model)
     return Trial(task, model, steps, None if held_out is None else ListedExamples(held_out))

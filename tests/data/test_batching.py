@@ -11,17 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from firefly.data.batching import (
+    SHORTEST_SHARED,
+    PackedBatch,
     PackedExamples,
     PlannedStep,
+    RowPacking,
     StepPlan,
     StepSettings,
     keep_step,
     pack,
-    pack_rows,
+    pack_owned,
     plan_microbatches,
     step_loader,
 )
 from firefly.data.schema import IGNORE, Tokens
+from firefly.segments import Segment
 from tiny import ListedExamples, apart
 
 lengths_of_examples = st.lists(st.integers(1, 50), min_size=1, max_size=30)
@@ -46,7 +50,7 @@ def plan_of(
 
 
 def packed(data: ListedExamples) -> PackedExamples:
-    return PackedExamples(data, pack_rows)
+    return PackedExamples(data, RowPacking(share=False))
 
 
 def rows(step: PlannedStep) -> list[int]:
@@ -74,6 +78,59 @@ def test_a_packed_batch_lays_examples_one_after_another_without_padding():
         == batch.target_index.dtype
         == torch.int64
     )
+
+
+def beginning_alike(beginnings: list[int], rest: list[int], seed: int) -> list[Tokens]:
+    """Examples of which those with one number begin with the same 20 tokens and go on as they like."""
+    random = np.random.default_rng(seed)
+    made = []
+    for beginning, length in zip(beginnings, rest, strict=True):
+        ids = np.concatenate([100 * beginning + np.arange(20), random.integers(1000, 1004, length)]).astype(np.int32)
+        trained = random.random(len(ids)) < 0.5
+        trained[-1] = True
+        made.append(Tokens(ids, np.where(trained, ids, IGNORE).astype(np.int32)))
+    return made
+
+
+def seen_by(batch: PackedBatch, place: int) -> list[int]:
+    """The tokens that one at `place` sees, itself last: its prefix, and what of its segment came before."""
+    segment = next(segment for segment in batch.segments if segment.start <= place < segment.end)
+    ids = batch.input_ids[0].tolist()
+    return ids[segment.prefix_start : segment.prefix_end] + ids[segment.start : place + 1]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 12)), min_size=1, max_size=12), st.integers(0, 999)
+)  # fmt: skip
+def test_what_examples_begin_with_alike_is_laid_out_once_and_each_target_sees_its_own_example(made, seed):
+    some = beginning_alike(*map(list, zip(*made, strict=True)), seed)
+    plain, batch = pack_owned(some), pack_owned(some, share=True)
+    assert batch.targets.tolist() == plain.targets.tolist()
+    assert batch.channels["owner"].tolist() == plain.channels["owner"].tolist()
+    for before, after in zip(plain.target_index.tolist(), batch.target_index.tolist(), strict=True):
+        assert seen_by(batch, after) == seen_by(plain, before)
+        assert batch.position_ids[0, after] == plain.position_ids[0, before]
+    kinds = {beginning for beginning, _ in made}
+    assert batch.input_ids.numel() <= plain.input_ids.numel() - 20 * (len(some) - len(kinds))
+    # As many examples see each token as had it before: what the router loss weighs.
+    assert batch.weights().sum() == plain.input_ids.numel()
+
+
+def test_short_or_unlike_beginnings_and_packed_documents_are_laid_out_whole():
+    short = [Tokens(ids, ids) for ids in np.arange(SHORTEST_SHARED + 1, dtype=np.int32)[None].repeat(2, 0)]
+    assert pack([short[0], short[1]], share=True).input_ids.numel() == 2 * len(short[0].input_ids) - SHORTEST_SHARED
+    cut = [Tokens(each.input_ids[:-1], each.labels[:-1]) for each in short]
+    ids = np.arange(40, dtype=np.int32)
+    for kept in (cut, [Tokens(ids, ids), Tokens(ids[::-1].copy(), ids)], [Tokens(ids, ids, starts=(0, 20))] * 2):
+        assert pack(kept, share=True).input_ids.tolist() == pack(kept).input_ids.tolist()
+        assert pack(kept, share=True).segments == pack(kept).segments
+
+
+def test_the_same_example_twice_leaves_one_token_of_the_second():
+    ids = np.arange(30, dtype=np.int32)
+    batch = pack([Tokens(ids, ids)] * 2, share=True)
+    assert batch.segments == (Segment(0, 30), Segment(30, 31, 0, 29))
+    assert batch.target_index.tolist() == [*range(29), *range(29)]
 
 
 @given(st.integers(1, 12), st.integers(0, 5))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from firefly.config import DataConfig, RecordKind
-from firefly.data.batching import PackedExamples, StepPlan, StepSettings, pack_rows, step_loader
+from firefly.data.batching import PackedExamples, RowPacking, StepPlan, StepSettings, step_loader
 from firefly.data.dataset import load_split
 from firefly.data.encoding import Encoder
 from firefly.data.templates import bind_template, plain_template
@@ -22,8 +22,8 @@ from firefly.tasks.reward import ScorePacking
 
 PAIRS = [{"prompt": f"q{n}", "chosen": "good " * n, "rejected": "bad " * (n + 1)} for n in range(1, 10)]
 KINDS: list[tuple[RecordKind, Any, list[dict[str, Any]]]] = [
-    ("document", pack_rows, [{"text": f"text {n} " * n} for n in range(1, 10)]),
-    ("conversation", pack_rows, [{"instruction": f"q{n}", "output": "a " * n} for n in range(1, 10)]),
+    ("document", RowPacking(share=True), [{"text": f"text {n} " * n} for n in range(1, 10)]),
+    ("conversation", RowPacking(share=True), [{"instruction": f"q{n}", "output": "a " * n} for n in range(1, 10)]),
     ("pair", PairPacking(True, True, None), PAIRS),
     ("pair", ScorePacking(False), PAIRS),
     ("labelled", LabelledPacking(64), PAIRS),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from firefly.models.attention import choose_layout
 from firefly.models.heads import install_target_head
 from firefly.runs.progress import Counts
 from tiny import (
+    ListedExamples,
     assert_same,
     gradients,
     padded_batch,
@@ -43,6 +45,42 @@ def test_a_step_has_the_loss_and_gradients_of_one_padded_batch(name: str, mode: 
     expected.backward()
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
     assert_same(found, gradients(own), 2e-5)
+
+
+def beginning_alike(*lengths: int) -> list[Tokens]:
+    """Examples that all begin with the same 30 tokens, which are trained in some of them."""
+    common = random_examples(30, seed=50)[0]
+    made = []
+    for number, rest in enumerate(random_examples(*lengths, seed=60)):
+        first = common.input_ids if number % 2 else common.labels
+        ids = np.concatenate([common.input_ids, rest.input_ids])
+        made.append(Tokens(ids, np.concatenate([first, rest.labels]).astype(np.int32)))
+    return made
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("name", ["llama", "qwen2_window", "gemma2", "granite", "mixtral"])
+def test_what_is_computed_once_for_several_examples_counts_for_each(name: str, mode: str, tmp_path: Path) -> None:
+    alike = beginning_alike(5, 33, 12, 70, 2, 21)
+    model, layout, own = prepared(name, mode)
+    trial = make_trial(model, tmp_path, alike, budget=ALL_IN_ONE, layout=layout, mode=mode)
+    (batch,) = trial.step().microbatches
+    assert batch.input_ids.numel() == sum(len(each.input_ids) for each in alike) - 5 * 30
+    loss, found, _ = trial.one_step()
+    expected = padded_loss(own, alike) + balance_loss(own, alike)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
+    assert_same(found, gradients(own), 2e-5)
+
+
+def test_nothing_is_shared_where_dropout_is_drawn_for_each_example(tmp_path: Path) -> None:
+    alike = beginning_alike(5, 33)
+    model = with_our_lora(tiny_model("llama"), dropout=0.1)
+    choose_layout(transformers_model(model))
+    trial = make_trial(model, tmp_path, alike, budget=ALL_IN_ONE, mode="lora", held_out=alike)
+    (batch,) = trial.step().microbatches
+    assert batch.input_ids.numel() == sum(len(each.input_ids) for each in alike)
+    assert trial.task.packing(True, False)(ListedExamples(alike), [0, 1], []).input_ids.numel() == 30 + 5 + 33
 
 
 @pytest.mark.parametrize("padding_free", [False, True], ids=["padded", "padding-free"])

@@ -191,28 +191,55 @@ def empty_row(**channels: np.ndarray) -> PackedBatch:
     return PackedBatch.of(np.zeros(1, np.int64), [Segment(0, 1)], nothing, nothing, **channels)
 
 
-def pack(examples: Sequence[Tokens]) -> PackedBatch:
-    """Lay examples one after another. The first token of a segment is predicted by none."""
+SHORTEST_SHARED = 16
+"""Tokens from which on a common beginning is worth laying out once: what is saved of every layer has to outweigh the
+keys that are put together in each."""
+
+
+def pack(examples: Sequence[Tokens], share: bool = False) -> PackedBatch:
+    """Lay examples one after another. The first token of a segment is predicted by none.
+
+    Args:
+        share: what an example has in common with the beginning of an earlier one, such as a system prompt, is not laid
+            out again: the rest sees it as its prefix. Tokens that see the same come to the same, as long as nothing is
+            drawn for each of them, as dropout is. Not for the solo layout, whose rows have no prefixes.
+    """
     if not examples:
         return empty_row()
-    lengths = [len(example.input_ids) for example in examples]
-    offsets = np.cumsum([0, *lengths])
-    starts = [
-        int(offset) + start for offset, example in zip(offsets, examples, strict=False) for start in example.starts
-    ]
-    labels = np.concatenate([example.labels for example in examples]).astype(np.int64)
-    labels[starts] = IGNORE
-    trained = np.flatnonzero(labels != IGNORE)
-    segments = [Segment(start, end) for start, end in pairwise([*starts, int(offsets[-1])])]
-    return PackedBatch.of(
-        np.concatenate([example.input_ids for example in examples]), segments, trained - 1, labels[trained]
-    )
+    ids, segments, indices, targets = [], [], [], []
+    first_of: dict[bytes, tuple[int, np.ndarray]] = {}  # the first example that begins so, and where it lies
+    start = 0
+    for example in examples:
+        tokens, opening, shared = example.input_ids, 0, 0
+        if share and len(example.starts) == 1 and len(tokens) > SHORTEST_SHARED:
+            opening, first = first_of.setdefault(tokens[:SHORTEST_SHARED].tobytes(), (start, tokens))
+            shared = 0 if opening == start else common_beginning(first, tokens[:-1])
+        trained = example.labels != IGNORE
+        trained[list(example.starts)] = False
+        place = np.flatnonzero(trained)
+        before = place - 1
+        indices.append(np.where(before < shared, opening + before, start - shared + before))
+        targets.append(example.labels[place])
+        ids.append(tokens[shared:])
+        if shared:
+            segments.append(Segment(start, start + len(tokens) - shared, opening, opening + shared))
+        else:
+            segments += [Segment(start + a, start + b) for a, b in pairwise([*example.starts, len(tokens)])]
+        start += len(tokens) - shared
+    return PackedBatch.of(np.concatenate(ids), segments, np.concatenate(indices), np.concatenate(targets))
 
 
-def pack_owned(examples: Sequence[Tokens]) -> PackedBatch:
+def common_beginning(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two texts have in common at their beginning."""
+    shorter = min(len(a), len(b))
+    differing = np.flatnonzero(a[:shorter] != b[:shorter])
+    return int(differing[0]) if len(differing) else shorter
+
+
+def pack_owned(examples: Sequence[Tokens], share: bool = False) -> PackedBatch:
     """`pack`, with the number of its example beside each target, as the channel `owner`."""
     owner = np.repeat(np.arange(len(examples)), np.array([tokens.num_targets for tokens in examples], dtype=np.int64))
-    return dataclasses.replace(pack(examples), channels={"owner": torch.from_numpy(owner)})
+    return dataclasses.replace(pack(examples, share), channels={"owner": torch.from_numpy(owner)})
 
 
 def plan_microbatches(lengths: Sequence[int], budget: int, multiple: int = 1) -> list[list[int]]:
@@ -378,14 +405,15 @@ class Packer(Protocol):
         ...
 
 
-def pack_rows(examples: ExampleList, rows: Sequence[int], step: Sequence[int]) -> PackedBatch:
-    """`pack`, as a `Packer`."""
-    return pack([examples[row] for row in rows])
+@dataclass(frozen=True)
+class RowPacking:
+    """`pack`, or `pack_owned`, as a `Packer`."""
 
+    share: bool
+    owned: bool = False
 
-def pack_owned_rows(examples: ExampleList, rows: Sequence[int], step: Sequence[int]) -> PackedBatch:
-    """`pack_owned`, as a `Packer`."""
-    return pack_owned([examples[row] for row in rows])
+    def __call__(self, examples: ExampleList, rows: Sequence[int], step: Sequence[int]) -> PackedBatch:
+        return (pack_owned if self.owned else pack)([examples[row] for row in rows], self.share)
 
 
 class StepSource(Protocol):

@@ -73,7 +73,7 @@ def score_targets(
         costs = [scorer.cost(len(example.input_ids), example.num_targets, pass_tokens) for example in window]
         found: list[TargetScores] = [TargetScores(np.zeros(0), np.zeros(0, dtype=bool))] * len(window)
         for group in plan_microbatches(costs, pass_tokens):
-            scores = scorer.score(pack([window[number] for number in group]))
+            scores = scorer.score(pack([window[number] for number in group], not scorer.solo))
             for number, of_one in zip(group, scores.split([window[n].num_targets for n in group]), strict=True):
                 found[number] = of_one
             tick(len(group))

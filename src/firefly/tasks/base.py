@@ -339,6 +339,20 @@ def without_dropout(config: Config) -> Config:
     return replace(config, adapter=replace(adapter, dropout=0.0))
 
 
+def draws_dropout(model: torch.nn.Module) -> bool:
+    """Whether the model, in training, draws any dropout: of its layers, of its adapters, or by its configuration."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout) and module.p > 0:
+            return True
+        values = [value for name, value in vars(module).items() if DROPOUT.search(name)]
+        config = vars(module).get("config")
+        if isinstance(config, PreTrainedConfig):
+            values += [value for name, value in vars(config).items() if DROPOUT.search(name)]
+        if any(isinstance(value, float) and value > 0 for value in values):
+            return True
+    return False
+
+
 def disable_dropout(model: torch.nn.Module) -> None:
     """Switch every dropout off, as `without_dropout` does with the adapter's.
 

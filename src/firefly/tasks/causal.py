@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firefly.data.batching import PackedBatch, Packer, StepTotals, pack_owned_rows, pack_rows
-from firefly.tasks.base import Forward, Task
+from firefly.data.batching import PackedBatch, Packer, RowPacking, StepTotals
+from firefly.models.precision import Precision
+from firefly.tasks.base import Forward, Task, draws_dropout
 
 
 class TokenTask(Task):
@@ -20,8 +21,14 @@ class TokenTask(Task):
     HEAD = "nll"
     UNIT = "token"
 
+    draws = True
+    """Whether training draws dropout, which a beginning that several examples share would have in common."""
+
+    def attach(self, module: torch.nn.Module, precision: Precision) -> None:
+        self.draws = draws_dropout(module)
+
     def packing(self, held_out: bool, solo: bool) -> Packer:
-        return pack_owned_rows if held_out else pack_rows
+        return RowPacking(share=not solo and (held_out or not self.draws), owned=held_out)
 
     def rows_of(self, batch: PackedBatch, solo: bool) -> tuple[PackedBatch, ...]:
         return batch.apart() if solo else batch.rows

@@ -48,16 +48,18 @@ class LabelledPacking:
 
     Attributes:
         limit: tokens of a prompt with another's answer, which is cut there.
+        share: lay out once what examples have in common at their beginning.
     """
 
     limit: int
+    share: bool = False
 
     def __call__(self, examples: ExampleList, rows: Sequence[int], step: Sequence[int]) -> LabelledBatch:
         before = dict(zip(step, [*step[-1:], *step[:-1]], strict=True))
         own = [examples[row] for row in rows]
         cycled = [self.with_answer_of(tokens, examples[before[row]]) for row, tokens in zip(rows, own, strict=True)]
         desirable = torch.tensor([bool(tokens.desirable) for tokens in own], dtype=torch.bool)
-        return LabelledBatch((pack_owned(own),), (pack_owned(cycled),), desirable)
+        return LabelledBatch((pack_owned(own, self.share),), (pack_owned(cycled, self.share),), desirable)
 
     def with_answer_of(self, asked: Tokens, other: Tokens) -> Tokens:
         """The prompt of one example with the answer of another."""
@@ -95,7 +97,7 @@ class KTO(ReferenceTask):
         return {name: getattr(settings, name) for name in names}
 
     def packing(self, held_out: bool, solo: bool) -> LabelledPacking:
-        return LabelledPacking(self.config.data.max_seq_length)
+        return LabelledPacking(self.config.data.max_seq_length, share=not solo)
 
     def log_ratios(self, forward: Forward, rows: Sequence[PackedBatch], examples: int) -> tuple[Tensor, Tensor]:
         """log π/π_ref and log π of each answer, (examples,) fp32."""
