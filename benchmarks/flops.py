@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from measuring import IGNORE_INDEX
 
+from firefly.data import schema as examples_schema
+from firefly.data.batching import pack
 from firefly.models import flops
 
 
@@ -53,13 +56,24 @@ class Tokens:
     targets: int
 
 
-def tokens_of(task: str, rows: Sequence[dict[str, list[int]]]) -> Tokens:
-    """Count a dump's rows; a pair's prompt counts once."""
+def tokens_of(task: str, rows: Sequence[dict[str, list[int]]], examples_per_step: int) -> Tokens:
+    """Count a dump's rows. A pair's prompt counts once, and so does what rows of a step begin with alike."""
     if task == "dpo":
         answers = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
         return Tokens(computed=answers + sum(len(row["prompt_ids"]) for row in rows), targets=answers)
     targets = sum(label != IGNORE_INDEX for row in rows for label in row["labels"][1:])
-    return Tokens(computed=sum(len(row["input_ids"]) for row in rows), targets=targets)
+    starts = range(0, len(rows), examples_per_step)
+    computed = sum(distinct_tokens(rows[start : start + examples_per_step]) for start in starts)
+    return Tokens(computed=computed, targets=targets)
+
+
+def distinct_tokens(rows: Sequence[dict[str, list[int]]]) -> int:
+    """Tokens of a step's rows, what some begin with alike counted once, as one microbatch of them is laid out."""
+    examples = [
+        examples_schema.Tokens(*(np.array(row[name], dtype=np.int32) for name in ("input_ids", "labels")))
+        for row in rows
+    ]
+    return pack(examples, share=True).input_ids.numel()
 
 
 def necessary_flops(shape: Shape, tokens: Tokens, *, task: str, mode: str, rank: int, checkpointing: bool) -> int:

@@ -251,7 +251,7 @@ def share_of_limit(job: Job, config: Any, results: Sequence[Result], limit: dict
     The steady steps are all but the first, so their tokens are those of the dump's rows behind the first step.
     """
     steady = read_dump(job.dump)[job.examples_per_step :]
-    tokens = tokens_of(job.task, steady)
+    tokens = tokens_of(job.task, steady, job.examples_per_step)
     checkpointing = job.checkpointing is True
     flops = flops_of(job, config, tokens, checkpointing)
     rates = [flops / result["steady_seconds"] for result in results]

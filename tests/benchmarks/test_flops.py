@@ -60,10 +60,13 @@ def test_flops_per_token_of_the_model_on_the_cpu_are_those_written_down() -> Non
     assert per_token(2) / 1e6 == pytest.approx(567.2, abs=0.1)
 
 
-def test_a_pair_counts_its_prompt_once_and_a_row_its_first_token_as_no_target() -> None:
+def test_what_need_not_be_computed_twice_counts_once_and_a_rows_first_token_is_no_target() -> None:
     from flops import Tokens, tokens_of
 
     pair: dict[str, Any] = {"prompt_ids": [1] * 5, "chosen_ids": [2] * 3, "rejected_ids": [3] * 4}
-    assert tokens_of("dpo", [pair]) == Tokens(computed=12, targets=7)
+    assert tokens_of("dpo", [pair], 1) == Tokens(computed=12, targets=7)
     row: dict[str, Any] = {"input_ids": [1, 2, 3, 4], "labels": [1, -100, 3, 4]}
-    assert tokens_of("sft", [row]) == Tokens(computed=4, targets=2)
+    assert tokens_of("sft", [row], 1) == Tokens(computed=4, targets=2)
+    alike = [{"input_ids": [*range(20), last], "labels": [*range(20), last]} for last in (20, 30, 40)]
+    assert tokens_of("sft", alike, 3) == Tokens(computed=21 + 1 + 1, targets=60)
+    assert tokens_of("sft", alike, 2) == Tokens(computed=21 + 1 + 21, targets=60)
