@@ -94,8 +94,6 @@ def make_trial(
         choices=Choices(budget),
         precision=Precision(compute),
     )
-    if task is None:
-        task = TASKS["sft"](configuration(train_mode=mode))
-        task.attach(module, Precision(compute))
+    task = task or TASKS["sft"](configuration(train_mode=mode))
     steps = task.steps(ListedExamples(examples), StepSettings(len(examples)), model)
     return Trial(task, model, steps, None if held_out is None else ListedExamples(held_out))

@@ -15,6 +15,7 @@ from firefly.models.adapters import transformers_model
 from firefly.models.attention import choose_layout
 from firefly.models.heads import install_target_head
 from firefly.runs.progress import Counts
+from firefly.tasks.base import shares
 from tiny import (
     ListedExamples,
     assert_same,
@@ -80,7 +81,9 @@ def test_nothing_is_shared_where_dropout_is_drawn_for_each_example(tmp_path: Pat
     trial = make_trial(model, tmp_path, alike, budget=ALL_IN_ONE, mode="lora", held_out=alike)
     (batch,) = trial.step().microbatches
     assert batch.input_ids.numel() == sum(len(each.input_ids) for each in alike)
-    assert trial.task.packing(True, False)(ListedExamples(alike), [0, 1], []).input_ids.numel() == 30 + 5 + 33
+    assert (shares(trial.model, False), shares(trial.model, True)) == (False, True)  # nothing is drawn in evaluation
+    packed = trial.task.packing(True, False, True)(ListedExamples(alike), [0, 1], [])
+    assert packed.input_ids.numel() == 30 + 5 + 33
 
 
 @pytest.mark.parametrize("padding_free", [False, True], ids=["padded", "padding-free"])

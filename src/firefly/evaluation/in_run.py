@@ -38,7 +38,7 @@ from firefly.generation.files import Row
 from firefly.generation.generator import Generator, make_engine
 from firefly.generation.loading import Loaded, ServedModel
 from firefly.models.sampling import sampling
-from firefly.tasks.base import Forward
+from firefly.tasks.base import Forward, shares
 
 HELD_OUT_QUESTIONS = 8
 HELD_OUT_TOKENS, PROBE_TOKENS = 48, 24
@@ -267,7 +267,7 @@ def _text_losses(model: TrainableModel, encoder: Encoder, texts: Sequence[ProbeT
     forward = Forward(model, model.module)
     found: dict[int, float] = {}
     for group in plan_microbatches([len(each.input_ids) for each in tokens], max(model.budget, 1)):
-        batch = pack_owned([tokens[number] for number in group], not forward.solo).to(model.device)
+        batch = pack_owned([tokens[number] for number in group], shares(model, True)).to(model.device)
         rows = batch.apart() if forward.solo else batch.rows
         sums = forward.summed_logps(rows, len(group), torch.float64).tolist()
         found |= {number: -total for number, total in zip(group, sums, strict=True)}

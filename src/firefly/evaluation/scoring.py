@@ -73,7 +73,7 @@ def score_targets(
         costs = [scorer.cost(len(example.input_ids), example.num_targets, pass_tokens) for example in window]
         found: list[TargetScores] = [TargetScores(np.zeros(0), np.zeros(0, dtype=bool))] * len(window)
         for group in plan_microbatches(costs, pass_tokens):
-            scores = scorer.score(pack([window[number] for number in group], not scorer.solo))
+            scores = scorer.score(pack([window[number] for number in group], scorer.shares))
             for number, of_one in zip(group, scores.split([window[n].num_targets for n in group]), strict=True):
                 found[number] = of_one
             tick(len(group))
@@ -110,6 +110,11 @@ class Scorer:
         logits = targets if self.keeps else tokens
         vocabulary = self.model.config.get_text_config().vocab_size
         return max(tokens, round(logits * vocabulary / PASS_LOGITS * pass_tokens))
+
+    @property
+    def shares(self) -> bool:
+        """Whether what examples begin with alike is computed once for all of them; see `tasks.base.shares`."""
+        return not self.solo and self.model.device.type == "cpu"
 
     @torch.no_grad()
     def score(self, packed: PackedBatch) -> TargetScores:

@@ -164,8 +164,12 @@ class Task(ABC):
         return
 
     @abstractmethod
-    def packing(self, held_out: bool, solo: bool) -> Packer:
-        """How one microbatch is made of examples."""
+    def packing(self, held_out: bool, solo: bool, share: bool) -> Packer:
+        """How one microbatch is made of examples.
+
+        Args:
+            share: what examples begin with alike may be laid out once (`data.batching.pack`).
+        """
 
     def nll_targets(self, examples: ExampleList) -> np.ndarray | None:
         """Of each example the tokens whose NLL a preference loss adds; None without one."""
@@ -232,7 +236,9 @@ class Task(ABC):
         targets = self.nll_targets(examples)
         plan = StepPlan(examples.counts, settings, model.budget, nll_targets=targets, share=model.share)
         # Not prepared by accelerate, which would shard the steps over ranks once more.
-        return step_loader(PackedExamples(examples, self.packing(False, model.solo)), plan, **loading)
+        return step_loader(
+            PackedExamples(examples, self.packing(False, model.solo, shares(model, False))), plan, **loading
+        )
 
     def in_order(
         self, examples: ExampleList, held_out: bool, model: TrainableModel, rows: np.ndarray | None = None
@@ -246,7 +252,7 @@ class Task(ABC):
             rows=rows,
             share=model.share,
         )
-        return step_loader(PackedExamples(examples, self.packing(held_out, model.solo)), plan)
+        return step_loader(PackedExamples(examples, self.packing(held_out, model.solo, shares(model, held_out))), plan)
 
     def backward(self, model: TrainableModel, step: Step[Any]) -> ComputedStep | OutOfMemory:
         """Loss and gradients of a whole step, without a host sync.
@@ -337,6 +343,15 @@ def without_dropout(config: Config) -> Config:
             value=adapter.dropout,
         )
     return replace(config, adapter=replace(adapter, dropout=0.0))
+
+
+def shares(model: TrainableModel, held_out: bool) -> bool:
+    """Whether what examples of a microbatch begin with alike may be computed once for all of them.
+
+    Not where training draws dropout, which all of them would have in common. Not on GPUs, where the gradients of keys
+    that many segments share are added up in as many rounds; whether that pays was not measured.
+    """
+    return not model.solo and model.device.type == "cpu" and (held_out or not draws_dropout(model.module))
 
 
 def draws_dropout(model: torch.nn.Module) -> bool:

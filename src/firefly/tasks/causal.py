@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from firefly.data.batching import PackedBatch, Packer, RowPacking, StepTotals
-from firefly.models.precision import Precision
-from firefly.tasks.base import Forward, Task, draws_dropout
+from firefly.tasks.base import Forward, Task
 
 
 class TokenTask(Task):
@@ -21,14 +20,8 @@ class TokenTask(Task):
     HEAD = "nll"
     UNIT = "token"
 
-    draws = True
-    """Whether training draws dropout, which a beginning that several examples share would have in common."""
-
-    def attach(self, module: torch.nn.Module, precision: Precision) -> None:
-        self.draws = draws_dropout(module)
-
-    def packing(self, held_out: bool, solo: bool) -> Packer:
-        return RowPacking(share=not solo and (held_out or not self.draws), owned=held_out)
+    def packing(self, held_out: bool, solo: bool, share: bool) -> Packer:
+        return RowPacking(share=share, owned=held_out)
 
     def rows_of(self, batch: PackedBatch, solo: bool) -> tuple[PackedBatch, ...]:
         return batch.apart() if solo else batch.rows

@@ -96,8 +96,8 @@ class KTO(ReferenceTask):
         settings, names = self.config.preference, ("beta", "desirable_weight", "undesirable_weight")
         return {name: getattr(settings, name) for name in names}
 
-    def packing(self, held_out: bool, solo: bool) -> LabelledPacking:
-        return LabelledPacking(self.config.data.max_seq_length, share=not solo)
+    def packing(self, held_out: bool, solo: bool, share: bool) -> LabelledPacking:
+        return LabelledPacking(self.config.data.max_seq_length, share)
 
     def log_ratios(self, forward: Forward, rows: Sequence[PackedBatch], examples: int) -> tuple[Tensor, Tensor]:
         """log π/π_ref and log π of each answer, (examples,) fp32."""

@@ -74,7 +74,7 @@ class PreferenceTask(PairReferenceTask):
         common = {"preference_loss": settings.loss, "beta": settings.beta, "rpo_alpha": settings.rpo_alpha}
         return common | smoothing | own.get(settings.loss, {})
 
-    def packing(self, held_out: bool, solo: bool) -> PairPacking:
+    def packing(self, held_out: bool, solo: bool, share: bool) -> PairPacking:
         return PairPacking(not solo, self.objective.trains_prompt, self.precomputed.get(held_out))
 
     def nll_targets(self, examples: ExampleList) -> np.ndarray:

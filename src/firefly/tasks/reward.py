@@ -78,7 +78,7 @@ class RewardTask(Task):
     def identity(self) -> dict[str, Any]:
         return {"center_rewards_coefficient": self.config.preference.center_rewards_coefficient}
 
-    def packing(self, held_out: bool, solo: bool) -> ScorePacking:
+    def packing(self, held_out: bool, solo: bool, share: bool) -> ScorePacking:
         return ScorePacking(not solo)
 
     def losses(self, forward: Forward, batch: ScoredPairs) -> tuple[Tensor, Tensor]:
