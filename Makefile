@@ -7,7 +7,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.firefly-setup
 
-.PHONY: setup demo test test-slow test-gpu check extras ci clean
+.PHONY: setup demo test test-slow test-browser test-gpu check extras ci clean
 
 setup: $(STAMP)
 
@@ -21,10 +21,14 @@ demo: setup
 # Two processes of one thread: the models are tiny, and threads that wait for each other on a busy machine take ten
 # times as long.
 test: setup
-	OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 2 -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 2 -m "not slow and not gpu and not browser"
 
 test-slow: setup
 	"$(PY)" -m pytest -m "slow and not gpu"
+
+# The page in Debian's chromium (apt-get install chromium fonts-noto-cjk), one process: it trains on both cores.
+test-browser: setup
+	"$(PY)" -m pytest -m browser
 
 test-gpu: setup
 	"$(PY)" -m pytest -m gpu || test $$? -eq 5

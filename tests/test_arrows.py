@@ -33,7 +33,7 @@ ROOMS = (
     ("setup", "run", "saving"),
     ("loop",),
     ("training", "before_after", "export", "server"),
-    ("commands",),
+    ("commands", "studio"),
     ("cli", "__main__"),
 )
 """From the lowest to the highest: a room imports from lower ones and from its own row. "" is the package itself."""

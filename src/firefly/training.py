@@ -12,6 +12,7 @@ from firefly.run import open_run
 from firefly.runs.manifest import recorded_end
 from firefly.runs.memory import keep_freed_memory
 from firefly.runs.plots import drawn_at_end
+from firefly.runs.webhook import told_of_end
 from firefly.saving import save_result
 from firefly.setup.banner import show_before_training
 from firefly.setup.build import build_model
@@ -28,8 +29,9 @@ def train(config: Config) -> Path:
             or a loss was not a number, or the disk did not take the result: checkpoints are there.
         Interrupted: a signal stopped the run between two steps, and left a checkpoint.
     """
+    told = told_of_end(config.webhook, Path(config.output_dir).expanduser())
     # folder, lock, precision, tokenizer, template, data; then the ranks join
-    with open_run(config) as run, threads_of_checkpoint(run.stored_threads):
+    with told, open_run(config) as run, threads_of_checkpoint(run.stored_threads):
         model, facts = build_model(run)  # weights → adapter → kernels → tuned microbatches → backend
         show_before_training(run, model, facts)
         write_records(run, model, facts)

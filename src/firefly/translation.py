@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
@@ -23,8 +25,24 @@ from typing import Any
 CHINESE = Path(__file__).parent / "locale" / "zh.json"
 
 
+_spoken: ContextVar[str | None] = ContextVar("spoken", default=None)
+"""The language that a `speaking` block sets, for its thread alone."""
+
+
+@contextmanager
+def speaking(chosen: str) -> Iterator[None]:
+    """Messages inside in "en" or "zh", whatever the process's own language is: a page has readers of both."""
+    token = _spoken.set(chosen)
+    try:
+        yield
+    finally:
+        _spoken.reset(token)
+
+
 def language() -> str:
-    """The language of messages: FIREFLY_LANG, else Chinese for a Chinese locale, else English."""
+    """The language of messages: a `speaking` block's, FIREFLY_LANG, else Chinese for a Chinese locale, else English."""
+    if spoken := _spoken.get():
+        return spoken
     chosen = os.environ.get("FIREFLY_LANG", "").lower()
     if not chosen:
         chosen = next((os.environ[name] for name in ("LC_ALL", "LC_MESSAGES", "LANG") if os.environ.get(name)), "")

@@ -36,12 +36,16 @@ def check_command(
     config: Annotated[str, typer.Argument(help="JSON or YAML file; or give --train_file alone.")] = "",
     as_json: JsonOption = False,
     html: Annotated[str, typer.Option("--html", help="Also write a page with a preview.")] = "",
+    rows: Annotated[str, typer.Option("--rows", help="With --json: also the texts of these examples, FROM:TO.")] = "",
 ) -> None:
+    shown = parse_range(rows)
     checked = check_data(*given_configuration(context, config))
     if html:
         write_html(checked, Path(html).expanduser())
     if as_json:
-        print_json(json.dumps(checked.as_dict(), ensure_ascii=False))
+        numbers = [index for index in shown if index < len(checked.data.train)]
+        texts = {"examples": [checked.example(index) for index in numbers]} if rows else {}
+        print_json(json.dumps(checked.as_dict() | texts, ensure_ascii=False))
     else:
         show_check(checked, stdout_console())
     if checked.problem:
@@ -74,6 +78,37 @@ class DataCheck:
             "target_share": target_shares(examples.counts.input_tokens, examples.targets),
             "problem": self.problem,
         }
+
+    def example(self, index: int) -> dict[str, Any]:
+        """An example to train, as the model sees it: where its row lies, and of each side (one; of a pair the chosen
+        and the rejected answer) the text in parts that are trained or not."""
+        from firefly.data.schema import Tokens
+
+        example, place = self.data.train[index], self.data.train.place(index)
+        sides = (example,) if isinstance(example, Tokens) else example.sides
+        return {
+            "index": index,
+            "file": place.file,
+            "line": place.line,
+            "tokens": [len(side.input_ids) for side in sides],
+            "desirable": getattr(example, "desirable", None),
+            "sides": [
+                [{"text": text, "trained": trained} for trained, text in text_runs(side, self.tokenizer)]
+                for side in sides
+            ],
+        }
+
+
+def parse_range(text: str) -> range:
+    """The numbers of "FROM:TO", from 0, without TO; none for "".
+
+    Raises:
+        UsageError: it is no such range.
+    """
+    start, colon, end = text.partition(":")
+    if text and not (colon and start.isdecimal() and end.isdecimal()):
+        raise UsageError("check.bad_rows", "--rows {value!r} is not valid: write FROM:TO, such as 0:20.", value=text)
+    return range(int(start), int(end)) if text else range(0)
 
 
 def check_data(
@@ -270,10 +305,21 @@ td {{ padding: .1rem .8rem .1rem 0; vertical-align: top; }}
 
 def marked(tokens: Tokens, tokenizer: Any) -> str:
     """An example's text as HTML, what is trained of it marked."""
-    from firefly.runs.overview import token_runs
-
     return "".join(
-        f"<{tag}>{html.escape(tokenizer.decode(run, skip_special_tokens=False))}</{tag}>"
-        for trained, run in token_runs(tokens.input_ids.tolist(), tokens.labels)
+        f"<{tag}>{html.escape(text)}</{tag}>"
+        for trained, text in text_runs(tokens, tokenizer)
         for tag in ["mark" if trained else "span"]
     )
+
+
+def text_runs(tokens: Tokens, tokenizer: Any) -> list[tuple[bool, str]]:
+    """An example's text in parts: whether one is trained, and what it says."""
+    from firefly.data.schema import IGNORE
+    from firefly.runs.overview import token_runs
+
+    labels = tokens.labels.copy()
+    labels[[start for start in tokens.starts if start < len(labels)]] = IGNORE  # predicted by nothing
+    return [
+        (trained, tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        for trained, run in token_runs(tokens.input_ids.tolist(), labels)
+    ]

@@ -18,22 +18,27 @@ from rich.text import Text
 
 from firefly.commands.options import JsonOption
 from firefly.console import print_json, stdout_console
+from firefly.runs.jobs import WAITING
+from firefly.runs.lock import stop_run
 from firefly.runs.records import (
     FAILED,
     FINISHED,
     INTERRUPTED,
     RUNNING,
     RunRecord,
+    disk_used,
     find_runs,
     finite,
     finite_values,
     mapping,
+    message_of,
     read_run,
+    remove_run,
     series,
 )
-from firefly.translation import Phrase, translate
+from firefly.translation import translate
 
-STYLES = {RUNNING: "bold cyan", FINISHED: "green", INTERRUPTED: "yellow", FAILED: "bold red"}
+STYLES = {WAITING: "dim", RUNNING: "bold cyan", FINISHED: "green", INTERRUPTED: "yellow", FAILED: "bold red"}
 
 COUNTS = ("rows", "kept", "cut", "train_examples", "held_out_examples", "tokens", "target_tokens")
 HARDWARE = ("device", "gpu", "cpu", "cpu_capability", "threads")
@@ -218,6 +223,25 @@ def describe_curve(curve: Mapping[int, float]) -> str:
     return f"{text}  {translate('lowest {value} at step {step}', value=number(known[step]), step=step)}"
 
 
+@app.command("stop")
+def stop_command(run: Annotated[str, typer.Argument(help="The output_dir of a run.")]) -> None:
+    """Ask a run to stop: it finishes its step, saves a checkpoint and ends. `--resume_from_checkpoint true` goes on."""
+    stop_run(read_run(run).folder)
+
+
+@app.command("remove")
+def remove_command(
+    runs: Annotated[list[str], typer.Argument(help="The output_dir of each run.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Delete runs with all that is in their folders: results, checkpoints, records."""
+    records = [read_run(run) for run in runs]
+    for record in records:
+        size = f"{disk_used(record.folder) / 2**30:.2f}"
+        if yes or typer.confirm(translate("Delete {path} ({size} GiB)?", path=record.folder, size=size)):
+            remove_run(record)
+
+
 @app.command("diff")
 def diff_command(
     first: Annotated[str, typer.Argument(metavar="A", help="The output_dir of a run.")],
@@ -324,16 +348,9 @@ def shown(name: str, value: Any) -> str:
 # ---- how values read ----
 
 
-def message_of(recorded: Mapping[str, Any]) -> str:
-    """A notice or an error of run.json in the reader's language; as the run wrote it, where it kept no phrase."""
-    try:
-        return str(Phrase.from_json(recorded))
-    except (LookupError, TypeError, ValueError, AttributeError):
-        return str(recorded.get("message"))
-
-
 def state_name(state: str) -> str:
     names = {
+        WAITING: translate("waiting"),
         RUNNING: translate("running"),
         FINISHED: translate("finished"),
         INTERRUPTED: translate("interrupted"),

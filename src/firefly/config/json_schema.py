@@ -15,12 +15,16 @@ from firefly.config.schema import only_with, own_fields
 from firefly.config.training_arguments import FIELDS, training_fields
 from firefly.translation import Phrase, chinese, language, translate
 
+RUN_SECTION = "run"
+"""The section of keys that are `Config`'s own."""
+
 
 def json_schema() -> dict[str, Any]:
     """The schema of a run file, with descriptions in the user's language.
 
-    `description` is in one language, as editors show it alone and whole; `x-description` has both, for whoever makes
-    forms or pages. transformers describes its keys in English only.
+    `description` is in one language, as editors show it alone and whole. For whoever makes forms or pages, of our own
+    keys `x-description` has both, `x-section` the part of a configuration that a key belongs to, and `x-only` the
+    settings under which it is read, each with its values. transformers describes its keys in English only.
     """
     properties: dict[str, Any] = run_file().model_json_schema()["properties"]
     own = own_fields()
@@ -29,6 +33,7 @@ def json_schema() -> dict[str, Any]:
         if name in own:
             both = {spoken: describe(name, spoken) for spoken in ("en", "zh")}
             item |= {"description": both[language()], "x-description": both}
+            item |= {"x-section": own[name][0] or RUN_SECTION, "x-only": only_with(name)}
             continue
         lines = [" ".join(training_fields()[name].metadata.get("help", "").replace("%%", "%").split())]
         treatment = FIELDS.get(name)

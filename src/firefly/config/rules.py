@@ -44,6 +44,10 @@ def check_together(config: Config) -> None:
     training, adapter, patience = config.training, config.adapter, config.evaluation.patience
     if config.precision.fp16 and config.precision.bf16:
         raise UsageError("config.two_precisions", "fp16 and bf16 are both true; set one of them to false.")
+    if config.webhook and not re.match("https?://[^/]", config.webhook):
+        raise UsageError(
+            "config.bad_webhook", "webhook = {value!r} is no URL: write http://… or https://….", value=config.webhook
+        )
     if config.data.eval_file and config.data.eval_ratio:
         raise UsageError("config.two_held_outs", "eval_file and eval_ratio are both set; keep one of them.")
     evaluating = {name: training.get(name) for name in ("eval_strategy", "eval_on_start", "load_best_model_at_end")}

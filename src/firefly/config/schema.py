@@ -268,6 +268,8 @@ class Config:
     """true, or the path of a checkpoint."""
     resume_anyway: bool = key(False)
     """Resume although something has changed since; a note says what."""
+    webhook: str | None = key(None)
+    """URL that is sent a notice (POST, JSON) when the run ends, fails or dies: see docs/runs.md."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -36,3 +39,27 @@ def only_run(output_dir: Path) -> Iterator[None]:
                     started=who.started,
                 ) from None
         yield
+
+
+def stop_run(output_dir: Path) -> None:
+    """Ask the run in a folder to stop, as SIGTERM does: it finishes its step and saves a checkpoint.
+
+    Raises:
+        UsageError: no run is in there, or it is another machine's.
+    """
+    try:
+        with hold(output_dir / LOCK_FILE):
+            pass
+    except Held as held:
+        who = held.holder
+        if isinstance(who.pid, int) and who.host == socket.gethostname():
+            os.kill(who.pid, signal.SIGTERM)
+            return
+        raise UsageError(
+            "runs.elsewhere",
+            "the run in {path} is process {pid} on {host}; stop it there.",
+            path=output_dir,
+            pid=who.pid,
+            host=who.host,
+        ) from None
+    raise UsageError("runs.not_running", "no run is in {path} at this time.", path=output_dir)

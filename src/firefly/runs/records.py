@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any
 
 from firefly.errors import UsageError
 from firefly.runs.folders import numbered_checkpoints
+from firefly.translation import Phrase
 
 RUNNING, FINISHED, INTERRUPTED, FAILED = "running", "finished", "interrupted", "failed"
 """run.json says "running" until the process that trains writes how it ended. One that was killed writes nothing: then
@@ -206,6 +208,37 @@ def find_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
     return sorted(found.values(), key=lambda record: record.started or 0, reverse=True)
 
 
+def disk_used(folder: Path) -> int:
+    """Bytes that a folder takes on its disk; what cannot be read counts as nothing."""
+    used = 0
+    for place, _, files in os.walk(folder):
+        for name in files:
+            try:
+                used += os.lstat(os.path.join(place, name)).st_blocks * 512
+            except OSError:
+                continue
+    return used
+
+
+def remove_run(record: RunRecord) -> None:
+    """Delete a run with all that its folder holds.
+
+    Raises:
+        UsageError: it runs at this time, or the folder cannot be deleted.
+    """
+    if record.state == RUNNING:
+        raise UsageError("runs.still_running", "{path} is running; stop it first.", path=record.folder)
+    try:
+        shutil.rmtree(record.folder)
+    except OSError as error:
+        raise UsageError(
+            "runs.not_removed",
+            "{path} cannot be deleted: {problem}.",
+            path=error.filename or record.folder,
+            problem=error.strerror or error,
+        ) from None
+
+
 def _folders(root: Path) -> Iterator[Path]:
     """Folders that hold a run.json."""
     for place, below, files in os.walk(root):
@@ -279,6 +312,14 @@ def _parse(text: str) -> dict[str, Any]:
 def mapping(value: Any) -> dict[str, Any]:
     """The value, if it is an object of JSON; otherwise an empty one."""
     return value if isinstance(value, dict) else {}
+
+
+def message_of(recorded: Mapping[str, Any]) -> str:
+    """A notice or an error of run.json in the reader's language; as the run wrote it, where it kept no phrase."""
+    try:
+        return str(Phrase.from_json(recorded))
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return str(recorded.get("message"))
 
 
 def series(metrics: Sequence[dict[str, Any]], name: str) -> dict[int, float]:

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from firefly.server.chat import ChatRun, answer_tutorial
+from firefly.server.chat import ChatRun, answer_tutorial, describe_prompt
 from firefly.server.completions import CompletionRun
 from firefly.server.errors import ApiError, ClientGone
 from firefly.server.protocol import ChatBody, CompletionBody, TutorialBody, parse_json
@@ -62,6 +62,11 @@ def make_app(service: Service, log: Callable[[str], None] = print_line) -> ASGIA
     async def completions(request: Request) -> Response:
         body: CompletionBody = await read(request, CompletionBody)
         return await run(request, CompletionRun(service, body, service.model(body.model), request.state.call))
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        body: ChatBody = await read(request, ChatBody)
+        return JSON(await unless_gone(request.receive, describe_prompt(service, body, service.model(body.model))))
 
     @app.post("/firefly")
     async def tutorial(request: Request) -> Response:

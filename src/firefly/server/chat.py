@@ -85,6 +85,21 @@ def encode(service: Service, model: Model, messages: Sequence[Message], tools: A
     return ids
 
 
+async def describe_prompt(service: Service, body: ChatBody, model: Model) -> dict[str, Any]:
+    """The prompt of a chat, as vLLM's /tokenize has it (`count`, `tokens`), and the text that the template wrote.
+
+    Raises:
+        ApiError: the template refuses the messages, or there is none.
+    """
+    tools = body.offered_tools()
+
+    def prepare() -> tuple[int, ...]:
+        return encode(service, model, *read_conversation(body.messages, tools))
+
+    ids = await service.prepare(prepare)
+    return {"count": len(ids), "tokens": list(ids), "prompt": model.tokenizer.decode(ids, skip_special_tokens=False)}
+
+
 @dataclass
 class Choice:
     """One answer as it grows."""
