@@ -1,0 +1,121 @@
+"""What all parts of the page share: handlers that speak the reader's language, and what survives a refresh."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from firefly.errors import FireflyError
+from firefly.runs import jobs
+from firefly.runs.jobs import Job
+from firefly.studio.roots import Roots
+from firefly.translation import speaking, translate
+
+ANSWER_SECONDS = 600
+"""How long the page waits for a command that answers it, as a check of data does."""
+
+JOB_LINES = 40
+"""Lines of a log's end that the page shows."""
+
+
+@dataclass(frozen=True)
+class Studio:
+    """One page: what it may see, and its language."""
+
+    roots: Roots
+    spoken: str
+    secret: str
+
+    def handler(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """What Gradio calls for an event: an error of ours is shown as a message, in the page's language."""
+        if inspect.isgeneratorfunction(work):
+
+            @functools.wraps(work)
+            def stream(*values: Any) -> Any:
+                steps = work(*values)
+                while True:
+                    with speaking(self.spoken), _shown():
+                        try:
+                            step = next(steps)
+                        except StopIteration:
+                            return
+                    yield step
+
+            return stream
+
+        @functools.wraps(work)
+        def answer(*values: Any) -> Any:
+            with speaking(self.spoken), _shown():
+                return work(*values)
+
+        return answer
+
+    def kept(self, name: str, default: Any = None) -> gr.BrowserState:
+        """What the browser keeps under a name. It has to stand outside of tabs: hidden parts are not there yet."""
+        return gr.BrowserState(default, storage_key=f"firefly-{name}-{self.spoken}", secret=self.secret)
+
+    def remember(self, page: gr.Blocks, kept: gr.BrowserState, fields: Sequence[Any]) -> Any:
+        """Keep what is typed into fields in the browser, so that a refresh loses nothing; returns the event that puts
+        it back when the page is opened. All of it happens in the browser, with no way to here."""
+        for field in fields:
+            field.change(None, inputs=fields, outputs=kept, js="(...values) => [values]", show_progress="hidden")
+        restore = "(kept, ...now) => Array.isArray(kept) && kept.length === now.length ? kept : now"
+        return page.load(None, inputs=[kept, *fields], outputs=fields, js=restore, show_progress="hidden")
+
+    def ask(self, arguments: Sequence[str], config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The value that a command of ours prints with --json, in the page's language; it gives way to what trains.
+
+        Raises:
+            gr.Error: it printed none, and says why.
+        """
+        try:
+            value, said = jobs.ask(arguments, config, cwd=self.roots.first, spoken=self.spoken, seconds=ANSWER_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise gr.Error(translate("no answer within {seconds} s.", seconds=ANSWER_SECONDS)) from None
+        if value is None:
+            lines = [line for line in said.splitlines() if line.strip()]
+            raise gr.Error("\n".join(lines[-5:]), duration=None, print_exception=False)
+        return value
+
+    def begin(self, arguments: Sequence[str], **more: Any) -> Job:
+        """Start a command that outlives the page."""
+        job = jobs.new_job(self.roots.jobs, arguments, cwd=str(self.roots.first), **more)
+        jobs.start(job)
+        return job
+
+
+@contextmanager
+def _shown() -> Iterator[None]:
+    """Turn errors of ours into messages on the page."""
+    try:
+        yield
+    except FireflyError as error:
+        raise gr.Error(str(error), duration=None, print_exception=False) from None
+
+
+def job_text(job: Job | None) -> str:
+    """A job's state and the end of its log, as text."""
+    if job is None:
+        return ""
+    lines = job.log.splitlines()[-JOB_LINES:]
+    head = f"{job.kind}: {state_name(job.state)}"
+    if job.state in ("failed", "interrupted"):
+        head += f" ({job.problem()})"
+    return "\n".join([head, "", *lines])
+
+
+def state_name(state: str) -> str:
+    from firefly.commands.runs import state_name
+
+    return state_name(state)
+
+
+def heading(text: str) -> None:
+    gr.Markdown(f"### {text}")

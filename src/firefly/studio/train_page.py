@@ -1,0 +1,223 @@
+"""Train: a configuration as a form and as text, what it will take, and the queue."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from firefly.commands.runs import clock, moment, state_name
+from firefly.config.loading import read_config_file
+from firefly.errors import UsageError
+from firefly.runs import jobs
+from firefly.runs.queue import enqueue
+from firefly.studio import form
+from firefly.studio.page import Studio, heading
+from firefly.studio.roots import CONFIGS
+from firefly.translation import Phrase, translate
+
+BEGINNING = {
+    "model_name_or_path": "smollm2-135m-instruct",
+    "train_file": "",
+    "output_dir": "output/first-run",
+    "task_type": "sft",
+    "train_mode": "lora",
+    "learning_rate": 2e-4,
+    "num_train_epochs": 1,
+}
+"""What the form begins with."""
+
+QUEUE_SECONDS = 3
+
+
+def build(studio: Studio, page: gr.Blocks, kept: gr.BrowserState, watched: gr.Dropdown) -> None:
+    """The part "Train"; a run that is begun is put into `watched`."""
+    keys = form.fields()
+    with gr.Row():
+        preset = gr.Dropdown(
+            presets(studio), value=None, label=translate("Begin with"), elem_id="preset", scale=3,
+            info=translate("Configurations in these folders."),
+        )  # fmt: skip
+        name = gr.Textbox("first-run", label=translate("Name"), elem_id="config-name", scale=2)
+        save = gr.Button(translate("Save"), elem_id="config-save", scale=1)
+    with gr.Row():
+        with gr.Column(scale=3):
+            inputs = {key.name: key.make() for key in keys if key.name in form.FIRST}
+            for section, title in form.SECTIONS.items():
+                with gr.Accordion(str(title), open=False, elem_id=f"section-{section}"):
+                    inputs |= {
+                        key.name: key.make() for key in keys if key.section == section and key.name not in form.FIRST
+                    }
+        with gr.Column(scale=2):
+            text = gr.Code(
+                form.as_text(BEGINNING), language="json", label=translate("The same as text"), lines=12,
+                interactive=True, elem_id="config",
+            )  # fmt: skip
+            verdict = gr.Markdown(elem_id="config-verdict")
+            command = gr.Code(label=translate("On the command line"), language="shell", interactive=False, lines=1)
+            plan = gr.Button(translate("Plan memory and time"), elem_id="plan")
+            planned = gr.Markdown(elem_id="planned")
+            with gr.Row():
+                start = gr.Button(translate("Start"), variant="primary", elem_id="start")
+                resume = gr.Button(translate("Resume"), elem_id="resume")
+                queue = gr.Button(translate("Add to the queue"), elem_id="enqueue")
+    shown = list(inputs.values())
+    by_name = {key.name: key for key in keys}
+    defaults = {key.name: key.schema.get("default") for key in keys}
+
+    def fill(written: str) -> list[Any]:
+        config = form.parse(written)
+        return [
+            type(inputs[key])(value=by_name[key].shown(config.get(key)), visible=by_name[key].is_read(config, defaults))
+            for key in inputs
+        ]
+
+    def judge(written: str) -> tuple[str, str]:
+        config = form.parse(written)
+        line = shlex.join(["firefly", "train", f"{CONFIGS}/{file_name(config.get('output_dir') or 'run')}"])
+        try:
+            studio.roots.check(config)
+            notes = form.judge(config)
+        except UsageError as error:
+            return f"✗ {escape(str(error))}", line
+        said = "\n".join(f"- {escape(note)}" for note in notes)
+        return f"✓ {translate('The configuration is valid.')}\n{said}", line
+
+    def checked(written: str) -> dict[str, Any]:
+        config = form.parse(written)
+        studio.roots.check(config)
+        form.judge(config)
+        return config
+
+    def show_plan(written: str) -> str:
+        return describe_plan(studio.ask(["plan"], checked(written)))
+
+    def begin(written: str, more: dict[str, Any]) -> list[str]:
+        config = checked(written) | more
+        output = str(config["output_dir"])
+        studio.begin(["train"], config=config, name=output.rpartition("/")[2], output=output)
+        gr.Info(translate("{path}: the run begins; Watch shows it. It goes on when this page is closed.", path=output))
+        return [studio.roots.shown(studio.roots.inside(output))]
+
+    def add(written: str) -> None:
+        config = checked(written)
+        name = str(config["output_dir"]).rpartition("/")[2]
+        enqueue(studio.roots.jobs, config, name=name, cwd=str(studio.roots.first))
+        jobs.start_queue(studio.roots.jobs, studio.roots.first)
+        gr.Info(translate("{path} is queued.", path=config["output_dir"]))
+
+    def load(chosen: str) -> tuple[str, str]:
+        path = studio.roots.inside(chosen)
+        return form.as_text(read_config_file(path)), path.stem
+
+    def keep(written: str, called: str) -> Any:
+        path = studio.roots.inside(f"{CONFIGS}/{file_name(called)}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(form.as_text(form.parse(written)) + "\n", encoding="utf-8")
+        gr.Info(translate("saved: {path}", path=studio.roots.shown(path)))
+        return gr.Dropdown(presets(studio), value=studio.roots.shown(path))
+
+    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    for key, field in inputs.items():
+        # What is pasted counts when the field is left: Gradio's text fields do not report it as input.
+        typed = [field.input, field.blur] if hasattr(field, "blur") else [field.input]
+        gr.on(typed, None, [field, text], text, js=by_name[key].writing(), **quiet)
+    text.change(studio.handler(judge), text, [verdict, command], trigger_mode="always_last", **quiet)
+    gr.on(
+        [text.input, text.blur, inputs["task_type"].change, inputs["train_mode"].change],
+        studio.handler(fill),
+        text,
+        shown,
+        **quiet,
+    )
+    plan.click(studio.handler(show_plan), text, planned, api_visibility="private")
+    start.click(studio.handler(lambda now: begin(now, {})), text, watched, **quiet)
+    resume.click(studio.handler(lambda now: begin(now, {"resume_from_checkpoint": True})), text, watched, **quiet)
+    added = queue.click(studio.handler(add), text, **quiet)
+    preset.input(studio.handler(load), preset, [text, name], **quiet).then(studio.handler(fill), text, shown, **quiet)
+    save.click(studio.handler(keep), [text, name], preset, **quiet)
+    restored = studio.remember(page, kept, [text, name])
+    restored.then(studio.handler(fill), text, shown, **quiet).then(
+        studio.handler(judge), text, [verdict, command], **quiet
+    )
+    build_queue(studio, page, added)
+
+
+def build_queue(studio: Studio, page: gr.Blocks, added: Any) -> None:
+    """What waits, runs and ran, and why one failed."""
+    heading(translate("Queue"))
+    headers = [translate("job"), translate("state"), translate("started"), translate("took"), translate("writes")]
+    table = gr.Dataframe(headers=[*headers, translate("why")], interactive=False, wrap=True, elem_id="queue")
+    with gr.Row():
+        chosen = gr.Dropdown([], label=translate("Job"), elem_id="queue-job", scale=3)
+        stop = gr.Button(translate("Stop (saves)"), elem_id="queue-stop", scale=1)
+        remove = gr.Button(translate("Remove"), elem_id="queue-remove", scale=1)
+    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+
+    def look(kept: str | None) -> tuple[list[list[str]], Any]:
+        found = [job for job in reversed(jobs.list_jobs(studio.roots.jobs)) if job.kind == "train"]
+        names = [job.folder.name for job in found]
+        return [row_of(job) for job in found], gr.Dropdown(names, value=kept if kept in names else None)
+
+    def act(work: Any, chosen: str | None) -> None:
+        found = {job.folder.name: job for job in jobs.list_jobs(studio.roots.jobs)}
+        if chosen not in found:
+            raise gr.Error(translate("Choose a job."))
+        work(found[chosen])
+
+    looked = studio.handler(look)
+    gr.Timer(QUEUE_SECONDS).tick(looked, chosen, [table, chosen], **quiet)
+    page.load(looked, chosen, [table, chosen], **quiet)
+    added.then(looked, chosen, [table, chosen], **quiet)
+    for button, work in ((stop, jobs.stop), (remove, jobs.remove)):
+        done = button.click(studio.handler(lambda name, work=work: act(work, name)), chosen, **quiet)
+        done.then(looked, chosen, [table, chosen], **quiet)
+
+
+def row_of(job: jobs.Job) -> list[str]:
+    began, ended = job.started.get("time"), job.ended.get("time")
+    took = clock(ended - began) if began and ended else "–"
+    why = job.problem() if job.state in ("failed", "interrupted") else ""
+    return [job.folder.name, state_name(job.state), moment(began, "%m-%d %H:%M"), took, job.output, why]
+
+
+def presets(studio: Studio) -> list[str]:
+    """Configurations below the roots: files that name a model and data."""
+    found = []
+    for name in studio.roots.files((".json", ".yaml", ".yml")):
+        path = studio.roots.inside(name)
+        if path.stat().st_size < 64 << 10 and re.search(r'["\s]?train_file["\s]*:', path.read_text("utf-8", "replace")):
+            found.append(name)
+    return found
+
+
+def file_name(name: str) -> str:
+    """The name of a configuration's file."""
+    return re.sub(r"[^\w.-]+", "-", name.rpartition("/")[2].removesuffix(".json")).strip("-.") + ".json"
+
+
+NAMES = {
+    True: Phrase("it fits: {total} GiB of {available} GiB."),
+    False: Phrase("it does not fit: {total} GiB are needed, {available} GiB available."),
+}
+
+
+def describe_plan(plan: Mapping[str, Any]) -> str:
+    """Memory by part and time, as `firefly plan` prints them."""
+    from firefly.models.memory import PARTS
+
+    numbers = {name: f"{plan[f'{name}_bytes'] / 2**30:.2f}" for name in ("total", "available")}
+    verdict = translate(NAMES[plan["fits"]].text, **numbers)
+    lines = [f"**{verdict}**", "", f"|{translate('memory')}|GiB|", "|---|---:|"]
+    lines += [f"|{PARTS[name]}|{size / 2**30:.2f}|" for name, size in plan["parts"].items()]
+    if plan["seconds"]:
+        lines += ["", translate("about {time} for {steps} steps", time=clock(plan["seconds"]), steps=plan["steps"])]
+    lines += ["", *(f"- {escape(note)}" for note in plan["notes"])]
+    if plan["unknown"]:
+        lines += ["", escape(plan["unknown"])]
+    lines += [f"- `{hint['key']} = {hint['value']}`: {escape(hint['cost'])}" for hint in plan["advice"] if hint["key"]]
+    return "\n".join(lines)
