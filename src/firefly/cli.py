@@ -31,7 +31,7 @@ VERBS = {
     "serve": Phrase("An OpenAI-compatible server for a model and adapters over it."),
     "compare": Phrase("Did it help, and what was forgotten: two models side by side, in one report."),
     "templates": Phrase("Chat templates: list, show, render, verify."),
-    "runs": Phrase("Runs and what they left: list, show, diff."),
+    "runs": Phrase("Runs and what they left: list, show, diff, stop, remove."),
     "queue": Phrase("Configurations that are trained one after the other: add, run, list, stop, remove."),
     "studio": Phrase("The whole path in a web page: data, training, talking, comparing, exporting."),
     "schema": Phrase("The JSON schema of a configuration, by which editors complete and check its keys."),

@@ -83,6 +83,7 @@ class DataCheck:
         """An example to train, as the model sees it: where its row lies, and of each side (one; of a pair the chosen
         and the rejected answer) the text in parts that are trained or not."""
         from firefly.data.schema import Tokens
+        from firefly.runs.overview import text_runs
 
         example, place = self.data.train[index], self.data.train.place(index)
         sides = (example,) if isinstance(example, Tokens) else example.sides
@@ -305,21 +306,10 @@ td {{ padding: .1rem .8rem .1rem 0; vertical-align: top; }}
 
 def marked(tokens: Tokens, tokenizer: Any) -> str:
     """An example's text as HTML, what is trained of it marked."""
+    from firefly.runs.overview import text_runs
+
     return "".join(
         f"<{tag}>{html.escape(text)}</{tag}>"
         for trained, text in text_runs(tokens, tokenizer)
         for tag in ["mark" if trained else "span"]
     )
-
-
-def text_runs(tokens: Tokens, tokenizer: Any) -> list[tuple[bool, str]]:
-    """An example's text in parts: whether one is trained, and what it says."""
-    from firefly.data.schema import IGNORE
-    from firefly.runs.overview import token_runs
-
-    labels = tokens.labels.copy()
-    labels[[start for start in tokens.starts if start < len(labels)]] = IGNORE  # predicted by nothing
-    return [
-        (trained, tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        for trained, run in token_runs(tokens.input_ids.tolist(), labels)
-    ]

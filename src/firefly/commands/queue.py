@@ -6,6 +6,7 @@ Nothing heavy is imported but for `add`, which checks what is to run.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ from firefly.errors import UsageError, VerificationError
 from firefly.runs import jobs
 from firefly.runs.jobs import WAITING
 from firefly.runs.queue import enqueue, run_queue
-from firefly.runs.records import FAILED, FINISHED, INTERRUPTED, RUNNING
+from firefly.runs.records import FINISHED, RUNNING
 from firefly.translation import translate
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -49,15 +50,15 @@ def add_command(
 def run_command(folder: FolderOption = DEFAULT_FOLDER) -> None:
     """Train what waits, one after the other, until nothing waits. Exit 3 if one failed; those behind it run all the
     same. Ctrl-C stops the one that runs, which saves a checkpoint, and leaves the others waiting."""
-    console, failed = stderr_console(), []
+    show, failed = partial(stderr_console().print, soft_wrap=True), []  # paths stay whole
     for job in run_queue(Path(folder)):
         if job.state == WAITING:
-            console.print(translate("{job} begins; its log: {path}", job=job.folder.name, path=job.folder / "log.txt"))
+            show(translate("{job} begins; its log: {path}", job=job.folder.name, path=job.folder / "log.txt"))
         elif job.state == FINISHED:
-            console.print(translate("{job} is finished.", job=job.folder.name))
+            show(translate("{job} is finished.", job=job.folder.name))
         else:
             failed.append(job)
-            console.print(f"{job.folder.name}: {state_name(job.state)}: {job.problem()}")
+            show(f"{job.folder.name}: {state_name(job.state)}: {job.problem()}")
     if failed:
         raise VerificationError(
             "queue.failed",
@@ -84,14 +85,13 @@ def list_command(folder: FolderOption = DEFAULT_FOLDER, as_json: JsonOption = Fa
     table.add_column(translate("took"), no_wrap=True, justify="right")
     table.add_column(translate("writes"), overflow="fold", ratio=1)
     for job in found:
-        began, ended = job.started.get("time"), job.ended.get("time")
         state = Text(state_name(job.state), STYLES[job.state])
-        took = clock(ended - began) if began and ended else "–"
-        table.add_row(job.folder.name, state, moment(began, "%m-%d %H:%M"), took, job.output)
+        began = moment(job.started.get("time"), "%m-%d %H:%M")
+        table.add_row(job.folder.name, state, began, clock(job.seconds), job.output)
     stdout_console().print(table)
     for job in found:
-        if job.state in (FAILED, INTERRUPTED):
-            stdout_console().print(Text(f"{job.folder.name}: {job.problem()}", style=STYLES[job.state]))
+        if problem := job.problem():
+            stdout_console().print(Text(f"{job.folder.name}: {problem}", style=STYLES[job.state]), soft_wrap=True)
 
 
 @app.command("stop")

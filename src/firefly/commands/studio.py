@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -75,11 +76,9 @@ def studio_command(
 
 def need_packages() -> None:
     """Say what to install, where the page's packages are not there."""
-    try:
-        import gradio  # noqa: F401
-    except ImportError as error:
+    if find_spec("gradio") is None:  # not imported yet: its settings have to stand first
         raise UsageError(
             "studio.no_packages",
             "firefly studio needs the package {package}: pip install 'firefly-llm[studio]'",
-            package=error.name,
-        ) from None
+            package="gradio",
+        )

@@ -32,6 +32,11 @@ class Interrupted(FireflyError):
         self.exit_code = 128 + number
 
 
+def is_interruption(error: BaseException) -> bool:
+    """Whether an exception says that a signal ended something: its exit code begins at 128, as shells have it."""
+    return isinstance(error, KeyboardInterrupt) or (isinstance(error, FireflyError) and error.exit_code >= 128)
+
+
 class Interruption:
     """Remembers the first signal that asks the run to stop; after it, signals end the process at once.
 

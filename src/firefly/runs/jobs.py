@@ -106,8 +106,17 @@ class Job:
             return ""
         return "\n".join(line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n"))
 
+    @property
+    def seconds(self) -> float | None:
+        """How long it took; None as long as it runs."""
+        began, ended = self.started.get("time"), self.ended.get("time")
+        return ended - began if began and ended else None
+
     def problem(self) -> str:
-        """Why it failed: of a run what its run.json says, else the last error in the log, else its last line."""
+        """Why it failed: of a run what its run.json says, else the last error in the log, else its last line; "" of a
+        job that did not."""
+        if self.state not in (FAILED, INTERRUPTED):
+            return ""
         record = record_in(Path(self.cwd, self.output)) if self.kind == "train" and self.output else None
         if record is not None and record.error and (record.started or 0) >= (self.started.get("time") or 0) - 1:
             return message_of(record.error)
@@ -117,7 +126,6 @@ class Job:
 
     def as_dict(self) -> dict[str, Any]:
         """One element of what `firefly queue list --json` prints."""
-        failed = self.state in (FAILED, INTERRUPTED)
         return {
             "id": self.folder.name,
             "kind": self.kind,
@@ -129,7 +137,7 @@ class Job:
             "started": self.started.get("time"),
             "ended": self.ended.get("time"),
             "exit_code": self.ended.get("code"),
-            "problem": self.problem() if failed else None,
+            "problem": self.problem() or None,
             "log": str(self.folder / "log.txt"),
         }
 

@@ -21,6 +21,7 @@ from firefly.console import take_notices
 from firefly.errors import FireflyError
 from firefly.files import atomic_file
 from firefly.ranks import is_first
+from firefly.runs.interruption import is_interruption
 from firefly.runs.records import FAILED, FINISHED, INTERRUPTED, read_object
 
 PACKAGES = (
@@ -61,10 +62,8 @@ def recorded_end(output_dir: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # A signal's exit codes begin at 128, as shells have it.
-        stopped = isinstance(error, KeyboardInterrupt) or (isinstance(error, FireflyError) and error.exit_code >= 128)
         with suppress(OSError):  # the error is what the user has to hear of
-            if stopped:
+            if is_interruption(error):
                 _record_end(output_dir, INTERRUPTED)
             else:
                 _record_end(output_dir, FAILED, describe_error(error))

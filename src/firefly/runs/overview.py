@@ -26,16 +26,23 @@ def show_example(console: Console, example: Example, tokenizer: Any) -> None:
 
 def _show_tokens(console: Console, tokens: Tokens, tokenizer: Any, title: str, most: int = 400) -> None:
     text = Text()
-    ids, labels = tokens.input_ids[:most].tolist(), tokens.labels[:most].copy()
-    labels[[start for start in tokens.starts if start < len(labels)]] = IGNORE  # predicted by nothing
-    for trained, run in token_runs(ids, labels):
-        shown = tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    for trained, shown in text_runs(tokens, tokenizer, most):
         if trained and not console.color_system:
             shown = f"[{shown}]"
         text.append(shown, style="bold green underline" if trained else "dim")
     if len(tokens.input_ids) > most:
         text.append(" …", style="dim")
     console.print(Panel(text, title=title, title_align="left", border_style="dim"))
+
+
+def text_runs(tokens: Tokens, tokenizer: Any, most: int | None = None) -> list[tuple[bool, str]]:
+    """The text of an example's first tokens (None: all) in parts: whether one is trained, and what it says."""
+    ids, labels = tokens.input_ids[:most].tolist(), tokens.labels[:most].copy()
+    labels[[start for start in tokens.starts if start < len(labels)]] = IGNORE  # predicted by nothing
+    return [
+        (trained, tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        for trained, run in token_runs(ids, labels)
+    ]
 
 
 def token_runs(ids: list[int], labels: Any) -> list[tuple[bool, list[int]]]:

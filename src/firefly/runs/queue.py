@@ -15,7 +15,7 @@ LOCK_FILE = ".queue.lock"
 """Held by the process that runs the queue of a folder."""
 
 
-def enqueue(folder: Path, config: Mapping[str, Any], *, name: str, cwd: str = "") -> Job:
+def enqueue(folder: Path, config: Mapping[str, Any], *, name: str = "", cwd: str = "") -> Job:
     """Write down a training that waits.
 
     Args:

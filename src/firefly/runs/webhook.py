@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from firefly.console import notice
-from firefly.errors import FireflyError
 from firefly.files import first_line
 from firefly.ranks import is_first
+from firefly.runs.interruption import is_interruption
 from firefly.runs.records import FAILED, FINISHED, INTERRUPTED, record_in
 from firefly.translation import translate
 
@@ -61,8 +61,7 @@ def told_of_end(url: str | None, output_dir: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt) or (isinstance(error, FireflyError) and error.exit_code >= 128)
-        end = {"event": INTERRUPTED if stopped else FAILED, "message": first_line(error)}
+        end = {"event": INTERRUPTED if is_interruption(error) else FAILED, "message": first_line(error)}
         raise
     finally:
         _hand_over(watcher, end)

@@ -22,7 +22,7 @@ from firefly.server.completions import CompletionRun
 from firefly.server.errors import ApiError, ClientGone
 from firefly.server.protocol import ChatBody, CompletionBody, TutorialBody, parse_json
 from firefly.server.service import Call, Service
-from firefly.server.transport import JSON, EventStream, error_response, read_body, unless_gone
+from firefly.server.transport import JSON, EventStream, error_response, host_name, read_body, unless_gone
 from firefly.translation import translate
 
 OPEN = ("/health",)
@@ -195,7 +195,7 @@ class Guard:
                 "origin_not_allowed",
                 translate("pages of {origin} may not call this server (--cors_origin).", origin=_shown(origin)),
             )
-        if options.hosts is not None and _host(headers.get("host", "")) not in options.hosts:
+        if options.hosts is not None and host_name(headers.get("host", "")) not in options.hosts:
             raise ApiError(
                 403,
                 "host_not_allowed",
@@ -223,10 +223,3 @@ class Guard:
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-
-
-def _host(header: str) -> str:
-    """The name in a Host header, without the port."""
-    if header.startswith("["):
-        return header.partition("]")[0][1:].lower()
-    return header.partition(":")[0].lower()

@@ -150,3 +150,10 @@ class JSON(Response):
 
 def error_response(error: ApiError) -> Response:
     return JSON(error.as_dict(), error.status, error.headers)
+
+
+def host_name(header: str) -> str:
+    """The name in a Host header, without the port."""
+    if header.startswith("["):
+        return header.partition("]")[0][1:].lower()
+    return header.partition(":")[0].lower()

@@ -20,6 +20,7 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse,
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from firefly.server.transport import host_name
 from firefly.translation import translate
 
 COOKIE = "firefly_studio"
@@ -91,7 +92,7 @@ class Guard:
         """What is answered in place of the page; None where the request may pass."""
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if self.hosts is not None and _name(host) not in self.hosts:
+        if self.hosts is not None and host_name(host) not in self.hosts:
             return PlainTextResponse(translate("this studio is not called so."), 403)
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2] != host:
@@ -173,10 +174,3 @@ p {{ color: #c33; min-height: 1.5em; margin: 0; }}
 <button>{button}</button>
 </form>
 """
-
-
-def _name(host: str) -> str:
-    """The name in a Host header, without the port."""
-    if host.startswith("["):
-        return host.partition("]")[0][1:].lower()
-    return host.partition(":")[0].lower()

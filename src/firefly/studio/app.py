@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 
 from firefly.studio import data_page, export_page, history_page, talk_page, train_page, watch_page
 from firefly.studio.access import Guard
-from firefly.studio.page import Studio
+from firefly.studio.page import QUIET, Studio
 from firefly.studio.roots import Roots
 from firefly.translation import speaking, translate
 
@@ -105,9 +105,8 @@ def build(studio: Studio) -> gr.Blocks:
 
 def keep_tab(page: gr.Blocks, opened: gr.BrowserState, tabs: gr.Tabs) -> None:
     """A refresh comes back to the part that was open."""
-    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    tabs.select(_selected, None, opened, **quiet)
-    page.load(lambda name: gr.Tabs(selected=name), opened, tabs, **quiet)
+    tabs.select(_selected, None, opened, **QUIET)
+    page.load(lambda name: gr.Tabs(selected=name), opened, tabs, **QUIET)
 
 
 def _selected(event: gr.SelectData) -> str:

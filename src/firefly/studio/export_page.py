@@ -16,7 +16,7 @@ from firefly.errors import UsageError
 from firefly.runs import jobs
 from firefly.runs.jobs import Job
 from firefly.runs.records import RUNNING, read_object
-from firefly.studio.page import Studio, job_text
+from firefly.studio.page import QUIET, Studio, job_text
 from firefly.studio.roots import DATA_SUFFIXES
 from firefly.studio.talk_page import tuned_models
 from firefly.translation import translate
@@ -56,7 +56,6 @@ def build(studio: Studio, page: gr.Blocks, kept: gr.BrowserState) -> None:
     result = gr.HTML(elem_id="export-result")
     log = gr.Textbox(lines=10, max_lines=10, interactive=False, label=translate("Log"), elem_id="export-log")
     report = gr.HTML(elem_id="report")
-    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
     def begin_compare(of: str, against: str, rows: str, count: float) -> Any:
         folder = studio.roots.inside(of or "")
@@ -95,19 +94,19 @@ def build(studio: Studio, page: gr.Blocks, kept: gr.BrowserState) -> None:
             jobs.stop(job)
 
     looking = {"fn": studio.handler(look), "inputs": chosen, "outputs": [result, log, report]}
-    compare.click(studio.handler(begin_compare), [tuned, base, held_out, questions], chosen, **quiet)
-    export.click(studio.handler(begin_export), [tuned, base, kind, number_type, target], chosen, **quiet)
-    stop.click(studio.handler(halt), chosen, **quiet)
-    page.load(studio.handler(offer), chosen, chosen, **quiet)
-    chosen.change(**looking, **quiet)
+    compare.click(studio.handler(begin_compare), [tuned, base, held_out, questions], chosen, **QUIET)
+    export.click(studio.handler(begin_export), [tuned, base, kind, number_type, target], chosen, **QUIET)
+    stop.click(studio.handler(halt), chosen, **QUIET)
+    page.load(studio.handler(offer), chosen, chosen, **QUIET)
+    chosen.change(**looking, **QUIET)
     looking_now = {"fn": studio.handler(lambda name: look(name)[:2]), "inputs": chosen, "outputs": [result, log]}
-    gr.Timer(SECONDS).tick(**looking_now, **quiet)
+    gr.Timer(SECONDS).tick(**looking_now, **QUIET)
     ended = gr.State(None)
     # The report is drawn once, when its job has ended: anew every two seconds, nobody could read it.
     ticking = gr.Timer(SECONDS)
-    ticking.tick(studio.handler(lambda name: state_of(studio, name)), chosen, ended, **quiet)
-    ended.change(studio.handler(lambda name: look(name)[2]), chosen, report, **quiet)
-    tuned.focus(studio.handler(lambda: gr.Dropdown(tuned_models(studio))), None, tuned, **quiet)
+    ticking.tick(studio.handler(lambda name: state_of(studio, name)), chosen, ended, **QUIET)
+    ended.change(studio.handler(lambda name: look(name)[2]), chosen, report, **QUIET)
+    tuned.focus(studio.handler(lambda: gr.Dropdown(tuned_models(studio))), None, tuned, **QUIET)
     studio.remember(page, kept, [tuned, base, held_out, questions, kind, number_type, target])
 
 

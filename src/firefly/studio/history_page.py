@@ -11,7 +11,7 @@ from rich.console import Console
 from firefly.commands.runs import clock, moment, number, show_run, state_name, steps_of
 from firefly.errors import UsageError
 from firefly.runs.records import RunRecord, disk_used, find_runs, read_run, remove_run
-from firefly.studio.page import Studio
+from firefly.studio.page import QUIET, Studio
 from firefly.translation import translate
 
 WIDTH = 100
@@ -33,7 +33,6 @@ def build(studio: Studio, page: gr.Blocks) -> None:
     details = gr.Textbox(
         lines=20, max_lines=40, interactive=False, show_label=False, elem_id="history-details", buttons=["copy"]
     )
-    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
     def look(now: str | None) -> tuple[list[list[str]], Any]:
         records = find_runs(studio.roots.folders)
@@ -63,10 +62,10 @@ def build(studio: Studio, page: gr.Blocks) -> None:
         return ""
 
     looking = {"fn": studio.handler(look), "inputs": chosen, "outputs": [table, chosen]}
-    page.load(**looking, **quiet)
-    again.click(**looking, **quiet)
-    chosen.change(studio.handler(show), chosen, details, **quiet)
-    delete.click(studio.handler(remove), [chosen, typed], typed, **quiet).success(**looking, **quiet)
+    page.load(**looking, **QUIET)
+    again.click(**looking, **QUIET)
+    chosen.change(studio.handler(show), chosen, details, **QUIET)
+    delete.click(studio.handler(remove), [chosen, typed], typed, **QUIET).success(**looking, **QUIET)
 
 
 def row_of(studio: Studio, record: RunRecord) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import gradio as gr
 
+from firefly.commands.runs import state_name
 from firefly.errors import FireflyError
 from firefly.runs import jobs
 from firefly.runs.jobs import Job
@@ -20,6 +21,9 @@ from firefly.translation import speaking, translate
 
 ANSWER_SECONDS = 600
 """How long the page waits for a command that answers it, as a check of data does."""
+
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+"""Of events that answer at once: nothing covers what they change, and no program calls them."""
 
 JOB_LINES = 40
 """Lines of a log's end that the page shows."""
@@ -106,15 +110,9 @@ def job_text(job: Job | None) -> str:
         return ""
     lines = job.log.splitlines()[-JOB_LINES:]
     head = f"{job.kind}: {state_name(job.state)}"
-    if job.state in ("failed", "interrupted"):
-        head += f" ({job.problem()})"
+    if problem := job.problem():
+        head += f" ({problem})"
     return "\n".join([head, "", *lines])
-
-
-def state_name(state: str) -> str:
-    from firefly.commands.runs import state_name
-
-    return state_name(state)
 
 
 def heading(text: str) -> None:

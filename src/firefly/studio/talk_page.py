@@ -24,11 +24,10 @@ from firefly.generation.remote import Server, ServerError
 from firefly.runs import jobs
 from firefly.runs.jobs import Job
 from firefly.runs.records import FINISHED, RUNNING, find_runs
-from firefly.studio.page import Studio, job_text
+from firefly.studio.page import QUIET, Studio, job_text
 from firefly.translation import translate
 
 Message = dict[str, Any]
-Chats = tuple[list[Message], list[Message]]
 
 VOTES = "votes.jsonl"
 """Below the first root: pairs for DPO, one a vote."""
@@ -86,7 +85,6 @@ def build(studio: Studio, page: gr.Blocks, kept: gr.BrowserState, data_file: gr.
         open_votes = gr.Button(translate("Show the votes under Data"), elem_id="votes-open")
     asked = gr.State(None)
     settings = [system, temperature, top_p, most, seed]
-    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
     def start(tuned: str, of: str) -> Iterator[str]:
         arguments, output = serving(studio, tuned, of)
@@ -148,24 +146,24 @@ def build(studio: Studio, page: gr.Blocks, kept: gr.BrowserState, data_file: gr.
             said += " · " + translate("{count} votes in {path}", count=count, path=studio.roots.shown(path))
         return said, None
 
-    load.click(studio.handler(start), [adapter, base], status, **quiet)
-    unload.click(studio.handler(end), None, status, **quiet)
-    page.load(studio.handler(lambda: loaded(studio)), None, status, **quiet)
+    load.click(studio.handler(start), [adapter, base], status, **QUIET)
+    unload.click(studio.handler(end), None, status, **QUIET)
+    page.load(studio.handler(lambda: loaded(studio)), None, status, **QUIET)
     outputs = [message, left, right, prompt]
     running: Any = [
         gr.on(
-            [send.click, message.submit], studio.handler(answer), [message, left, right, *settings], outputs, **quiet
+            [send.click, message.submit], studio.handler(answer), [message, left, right, *settings], outputs, **QUIET
         ),
-        again.click(studio.handler(repeat), [left, right, *settings], outputs, **quiet),
-        left.edit(change, [left, right, *settings], outputs, **quiet),
-        ask.click(studio.handler(ask_both), [question, *settings], [first, second, asked, revealed], **quiet),
+        again.click(studio.handler(repeat), [left, right, *settings], outputs, **QUIET),
+        left.edit(change, [left, right, *settings], outputs, **QUIET),
+        ask.click(studio.handler(ask_both), [question, *settings], [first, second, asked, revealed], **QUIET),
     ]
     halt.click(None, cancels=running, api_visibility="private")
-    clear.click(lambda: ([], [], ""), None, [left, right, prompt], **quiet)
+    clear.click(lambda: ([], [], ""), None, [left, right, prompt], **QUIET)
     for button, better in ((better_a, 0), (neither, None), (better_b, 1)):
-        button.click(studio.handler(lambda now, side=better: vote(side, now)), asked, [revealed, asked], **quiet)
-    open_votes.click(lambda: VOTES, None, data_file, **quiet)
-    adapter.focus(studio.handler(lambda: gr.Dropdown(tuned_models(studio))), None, adapter, **quiet)
+        button.click(studio.handler(lambda now, side=better: vote(side, now)), asked, [revealed, asked], **QUIET)
+    open_votes.click(lambda: VOTES, None, data_file, **QUIET)
+    adapter.focus(studio.handler(lambda: gr.Dropdown(tuned_models(studio))), None, adapter, **QUIET)
     studio.remember(page, kept, [adapter, base, *settings, message])
 
 

@@ -16,7 +16,7 @@ from firefly.errors import UsageError
 from firefly.runs import jobs
 from firefly.runs.queue import enqueue
 from firefly.studio import form
-from firefly.studio.page import Studio, heading
+from firefly.studio.page import QUIET, Studio, heading
 from firefly.studio.roots import CONFIGS
 from firefly.translation import Phrase, translate
 
@@ -99,14 +99,13 @@ def build(studio: Studio, page: gr.Blocks, kept: gr.BrowserState, watched: gr.Dr
     def begin(written: str, more: dict[str, Any]) -> list[str]:
         config = checked(written) | more
         output = str(config["output_dir"])
-        studio.begin(["train"], config=config, name=output.rpartition("/")[2], output=output)
+        studio.begin(["train"], config=config, output=output)
         gr.Info(translate("{path}: the run begins; Watch shows it. It goes on when this page is closed.", path=output))
         return [studio.roots.shown(studio.roots.inside(output))]
 
     def add(written: str) -> None:
         config = checked(written)
-        name = str(config["output_dir"]).rpartition("/")[2]
-        enqueue(studio.roots.jobs, config, name=name, cwd=str(studio.roots.first))
+        enqueue(studio.roots.jobs, config, cwd=str(studio.roots.first))
         jobs.start_queue(studio.roots.jobs, studio.roots.first)
         gr.Info(translate("{path} is queued.", path=config["output_dir"]))
 
@@ -121,28 +120,27 @@ def build(studio: Studio, page: gr.Blocks, kept: gr.BrowserState, watched: gr.Dr
         gr.Info(translate("saved: {path}", path=studio.roots.shown(path)))
         return gr.Dropdown(presets(studio), value=studio.roots.shown(path))
 
-    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     for key, field in inputs.items():
         # What is pasted counts when the field is left: Gradio's text fields do not report it as input.
         typed = [field.input, field.blur] if hasattr(field, "blur") else [field.input]
-        gr.on(typed, None, [field, text], text, js=by_name[key].writing(), **quiet)
-    text.change(studio.handler(judge), text, [verdict, command], trigger_mode="always_last", **quiet)
+        gr.on(typed, None, [field, text], text, js=by_name[key].writing(), **QUIET)
+    text.change(studio.handler(judge), text, [verdict, command], trigger_mode="always_last", **QUIET)
     gr.on(
         [text.input, text.blur, inputs["task_type"].change, inputs["train_mode"].change],
         studio.handler(fill),
         text,
         shown,
-        **quiet,
+        **QUIET,
     )
     plan.click(studio.handler(show_plan), text, planned, api_visibility="private")
-    start.click(studio.handler(lambda now: begin(now, {})), text, watched, **quiet)
-    resume.click(studio.handler(lambda now: begin(now, {"resume_from_checkpoint": True})), text, watched, **quiet)
-    added = queue.click(studio.handler(add), text, **quiet)
-    preset.input(studio.handler(load), preset, [text, name], **quiet).then(studio.handler(fill), text, shown, **quiet)
-    save.click(studio.handler(keep), [text, name], preset, **quiet)
+    start.click(studio.handler(lambda now: begin(now, {})), text, watched, **QUIET)
+    resume.click(studio.handler(lambda now: begin(now, {"resume_from_checkpoint": True})), text, watched, **QUIET)
+    added = queue.click(studio.handler(add), text, **QUIET)
+    preset.input(studio.handler(load), preset, [text, name], **QUIET).then(studio.handler(fill), text, shown, **QUIET)
+    save.click(studio.handler(keep), [text, name], preset, **QUIET)
     restored = studio.remember(page, kept, [text, name])
-    restored.then(studio.handler(fill), text, shown, **quiet).then(
-        studio.handler(judge), text, [verdict, command], **quiet
+    restored.then(studio.handler(fill), text, shown, **QUIET).then(
+        studio.handler(judge), text, [verdict, command], **QUIET
     )
     build_queue(studio, page, added)
 
@@ -156,7 +154,6 @@ def build_queue(studio: Studio, page: gr.Blocks, added: Any) -> None:
         chosen = gr.Dropdown([], label=translate("Job"), elem_id="queue-job", scale=3)
         stop = gr.Button(translate("Stop (saves)"), elem_id="queue-stop", scale=1)
         remove = gr.Button(translate("Remove"), elem_id="queue-remove", scale=1)
-    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
     def look(kept: str | None) -> tuple[list[list[str]], Any]:
         found = [job for job in reversed(jobs.list_jobs(studio.roots.jobs)) if job.kind == "train"]
@@ -170,19 +167,17 @@ def build_queue(studio: Studio, page: gr.Blocks, added: Any) -> None:
         work(found[chosen])
 
     looked = studio.handler(look)
-    gr.Timer(QUEUE_SECONDS).tick(looked, chosen, [table, chosen], **quiet)
-    page.load(looked, chosen, [table, chosen], **quiet)
-    added.then(looked, chosen, [table, chosen], **quiet)
+    gr.Timer(QUEUE_SECONDS).tick(looked, chosen, [table, chosen], **QUIET)
+    page.load(looked, chosen, [table, chosen], **QUIET)
+    added.then(looked, chosen, [table, chosen], **QUIET)
     for button, work in ((stop, jobs.stop), (remove, jobs.remove)):
-        done = button.click(studio.handler(lambda name, work=work: act(work, name)), chosen, **quiet)
-        done.then(looked, chosen, [table, chosen], **quiet)
+        done = button.click(studio.handler(lambda name, work=work: act(work, name)), chosen, **QUIET)
+        done.then(looked, chosen, [table, chosen], **QUIET)
 
 
 def row_of(job: jobs.Job) -> list[str]:
-    began, ended = job.started.get("time"), job.ended.get("time")
-    took = clock(ended - began) if began and ended else "–"
-    why = job.problem() if job.state in ("failed", "interrupted") else ""
-    return [job.folder.name, state_name(job.state), moment(began, "%m-%d %H:%M"), took, job.output, why]
+    began = moment(job.started.get("time"), "%m-%d %H:%M")
+    return [job.folder.name, state_name(job.state), began, clock(job.seconds), job.output, job.problem()]
 
 
 def presets(studio: Studio) -> list[str]:

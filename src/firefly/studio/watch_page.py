@@ -12,7 +12,7 @@ from firefly.runs import jobs
 from firefly.runs.jobs import Job
 from firefly.runs.lock import stop_run
 from firefly.runs.records import RunRecord, find_runs, record_in, series
-from firefly.studio.page import JOB_LINES, Studio
+from firefly.studio.page import JOB_LINES, QUIET, Studio
 from firefly.translation import Phrase, translate
 
 CURVES: dict[str, tuple[str, ...]] = {
@@ -76,7 +76,6 @@ def build(studio: Studio, page: gr.Blocks, chosen: gr.Dropdown) -> None:
     with gr.Accordion(translate("Log"), open=False):
         log = gr.Textbox(lines=16, max_lines=16, interactive=False, show_label=False, elem_id="log", buttons=["copy"])
     drawn = [plots[name] for name in names]
-    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
     def offer(now: list[str] | None) -> Any:
         """The runs there are; the newest, where none is chosen."""
@@ -116,14 +115,14 @@ def build(studio: Studio, page: gr.Blocks, chosen: gr.Dropdown) -> None:
             )
 
     looking = {"fn": studio.handler(look), "inputs": chosen, "outputs": [state, *drawn, log]}
-    page.load(studio.handler(offer), chosen, chosen, **quiet).then(**looking, **quiet)
-    gr.Timer(SECONDS).tick(**looking, **quiet)
-    gr.Timer(OFFER_SECONDS).tick(studio.handler(lambda now: gr.skip() if now else offer(now)), chosen, chosen, **quiet)
-    chosen.focus(studio.handler(offer), chosen, chosen, **quiet)
-    chosen.change(**looking, **quiet)
-    chosen.change(studio.handler(diff), chosen, differing, **quiet)
-    stop.click(studio.handler(halt), chosen, **quiet)
-    resume.click(studio.handler(go_on), chosen, **quiet)
+    page.load(studio.handler(offer), chosen, chosen, **QUIET).then(**looking, **QUIET)
+    gr.Timer(SECONDS).tick(**looking, **QUIET)
+    gr.Timer(OFFER_SECONDS).tick(studio.handler(lambda now: gr.skip() if now else offer(now)), chosen, chosen, **QUIET)
+    chosen.focus(studio.handler(offer), chosen, chosen, **QUIET)
+    chosen.change(**looking, **QUIET)
+    chosen.change(studio.handler(diff), chosen, differing, **QUIET)
+    stop.click(studio.handler(halt), chosen, **QUIET)
+    resume.click(studio.handler(go_on), chosen, **QUIET)
 
 
 def curve_table(records: Sequence[RunRecord], plot: str) -> Any:
