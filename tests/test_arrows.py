@@ -30,7 +30,7 @@ ROOMS = (
     ("models",),
     ("runs", "generation", "distributed"),
     ("tasks", "evaluation"),
-    ("setup", "run", "saving"),
+    ("setup", "run", "saving", "samples"),
     ("loop",),
     ("training", "before_after", "export", "server"),
     ("commands", "studio"),

@@ -33,7 +33,6 @@ from firefly.evaluation.in_run import (
     held_out_losses,
     held_out_questions,
     seconds_for_asking,
-    serve,
     that_fit,
 )
 from firefly.evaluation.measurement import Measurement, Question
@@ -44,13 +43,13 @@ from firefly.evaluation.terminal import show_report
 from firefly.files import first_line
 from firefly.loop import Outcome, Training, evaluate_now, evaluate_result
 from firefly.models.adapters import transformers_model
-from firefly.models.loading import eos_ids
 from firefly.models.serving_memory import context_of
 from firefly.run import Run
 from firefly.runs.interruption import stopped_at_once
 from firefly.runs.manifest import record_comparison, write_json
 from firefly.runs.plots import drawn_at_end
 from firefly.runs.records import read_object
+from firefly.samples import served_in_run
 from firefly.translation import Phrase, translate
 
 FOLDER = "comparison"
@@ -130,7 +129,7 @@ def _ask_first(training: Training, material: _Questions) -> Asked:
         ),
         file=sys.stderr,
     )
-    return ask_model(model, _served(training), material.questions, material.texts, seconds)
+    return ask_model(model, served_in_run(run, model), material.questions, material.texts, seconds)
 
 
 def compare_with_before(training: Training, outcome: Outcome) -> None:
@@ -184,7 +183,7 @@ def _compare(training: Training, outcome: Outcome, before: _Before, evaluation: 
     texts = asked_again(probe_texts(), [row.key for row in before.measurement.probe_losses or ()])
     asked = Asked()
     if questions or texts:
-        asked = ask_model(model, _served(training), questions, texts)
+        asked = ask_model(model, served_in_run(run, model), questions, texts)
     adapter = None if model.full else str(run.folder)
     described = _describe(run, adapter, outcome.step)
     after = _measurement(training, str(run.folder), described, evaluation, asked, began)
@@ -256,12 +255,6 @@ def _material_of(training: Training) -> _Questions:
         context=context,
     )
     return _Questions(*fitting, (note,))
-
-
-def _served(training: Training) -> Any:
-    run, settings = training.run, transformers_model(training.model.module).generation_config
-    stops = run.encoder.template.stop_ids if run.chats else (run.tokenizer.eos_token_id,)
-    return serve(run.encoder, list(dict.fromkeys((*stops, *eos_ids(settings)))), run.chats, run.folder)
 
 
 def _measurement(

@@ -30,6 +30,7 @@ from firefly.runs.interruption import Interrupted, Interruption, resume_command
 from firefly.runs.metrics import RunRecorder
 from firefly.runs.observers import Observers, make_observers
 from firefly.runs.progress import Progress
+from firefly.samples import sample_writers
 from firefly.saving import (
     checkpoint_folder,
     count_flops,
@@ -161,8 +162,9 @@ def begin(run: Run, model: TrainableModel) -> Training:
     state.is_world_process_zero = run.args.process_index == 0
     held_out = run.data.held_out
     recorder = RunRecorder(run.folder, progress.counts, run.started)
+    watching = make_observers(run.args, run.config.evaluation, recorder, run.folder)
     observers = Observers(
-        make_observers(run.args, run.config.evaluation, recorder, run.folder),
+        [*watching, *sample_writers(run, model, recorder)],
         run.args,
         progress,
         model=model.module,

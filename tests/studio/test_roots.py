@@ -19,7 +19,17 @@ def roots(tmp_path: Path) -> Roots:
     (tmp_path / "root" / "rows.jsonl").write_text("{}")
     (tmp_path / "root" / "link.jsonl").symlink_to(tmp_path / "outside" / "secret.jsonl")
     (tmp_path / "root" / "folder").symlink_to(tmp_path / "outside")
+    (tmp_path / "root" / "data" / "below").mkdir(parents=True)
+    (tmp_path / "root" / "data" / "below" / "rows.jsonl").symlink_to(tmp_path / "outside" / "secret.jsonl")
     return Roots.of([str(tmp_path / "root"), str(tmp_path / "second")])
+
+
+def arrived(roots: Roots, name: str, text: str) -> Path:
+    """A file as the page receives it."""
+    path = roots.received / "1f2e" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
 
 
 OUTSIDE = [
@@ -58,6 +68,13 @@ def test_what_lies_inside_is_reached_by_any_spelling(roots, tmp_path):
         {"output_dir": "/tmp/elsewhere"},
         {"deepspeed": "~/ds.json"},
         {"train_file": "folder/*.jsonl"},
+        {"train_file": "*/secret.jsonl"},
+        {"train_file": "*.jsonl"},
+        {"train_file": "**/*.jsonl"},
+        {"train_file": "l[i]nk.jsonl"},
+        {"train_file": "."},
+        {"train_file": "data"},
+        {"train_file": ["rows.jsonl", "data"]},
     ],
 )
 def test_a_configuration_that_leads_outside_is_refused(roots, values):
@@ -99,19 +116,14 @@ def test_files_are_offered_newest_first_and_no_links(roots, tmp_path):
     ],
 )
 def test_an_upload_keeps_its_name_as_far_as_it_is_harmless(roots, tmp_path, name, kept):
-    upload = tmp_path / "given" / name
-    upload.parent.mkdir()
-    upload.write_text("[]")
-    found = roots.take(upload)
+    found = roots.take(arrived(roots, name, "[]"))
     assert (found.parent, found.name) == (tmp_path / "root" / "uploads", kept)
     assert found.read_text() == "[]"
 
 
 def test_uploads_of_one_name_are_both_kept(roots, tmp_path):
     for number in range(3):
-        upload = tmp_path / "rows.jsonl"
-        upload.write_text(str(number))
-        roots.take(upload)
+        roots.take(arrived(roots, "rows.jsonl", str(number)))
     folder = tmp_path / "root" / "uploads"
     assert {path.name: path.read_text() for path in folder.iterdir()} == {
         "rows.jsonl": "0",
@@ -122,11 +134,19 @@ def test_uploads_of_one_name_are_both_kept(roots, tmp_path):
 
 def test_uploads_that_are_a_link_elsewhere_are_refused(roots, tmp_path):
     (tmp_path / "root" / "uploads").symlink_to(tmp_path / "outside")
-    upload = tmp_path / "rows.jsonl"
-    upload.write_text("{}")
     with pytest.raises(UsageError, match="outside of the folders"):
-        roots.take(upload)
+        roots.take(arrived(roots, "rows.jsonl", "{}"))
     assert sorted(path.name for path in (tmp_path / "outside").iterdir()) == ["secret.jsonl"]
+
+
+def test_what_was_not_uploaded_is_not_moved(roots, tmp_path):
+    link = arrived(roots, "link.jsonl", "")
+    link.unlink()
+    link.symlink_to(tmp_path / "outside" / "secret.jsonl")
+    for path in (tmp_path / "outside" / "secret.jsonl", tmp_path / "root" / "rows.jsonl", link):
+        with pytest.raises(UsageError, match="was not uploaded here"):
+            roots.take(path)
+        assert path.read_text() == "{}"
 
 
 def test_a_root_that_is_no_folder_is_named(tmp_path):

@@ -115,6 +115,7 @@ def describe_run(record: RunRecord) -> dict[str, Any]:
         },
         "checkpoints": [{"step": step, "complete": complete} for step, complete in record.checkpoints],
         "evaluations": record.evaluations,
+        "samples": record.samples,
     }
 
 
@@ -163,6 +164,7 @@ def show_run(record: RunRecord, console: Console) -> None:
     show_section(console, translate("results"), results)
     verdicts = [message_of(mapping(item)) for item in mapping(manifest.get("comparison")).get("verdicts") or []]
     show_section(console, translate("comparison"), {str(number): message for number, message in enumerate(verdicts, 1)})
+    show_section(console, translate("what the model said at its last checkpoint"), last_samples(record))
     show_section(console, translate("evaluations"), scored(record))
     steps = [
         str(step) if complete else translate("{step} (incomplete)", step=step) for step, complete in record.checkpoints
@@ -210,6 +212,17 @@ def scored(record: RunRecord) -> dict[str, str]:
                 name += f" ({figure['filter']})"
             lines[name] = "  ".join(filter(None, (" → ".join(known), verdict)))
     return lines
+
+
+def last_samples(record: RunRecord) -> dict[str, str]:
+    """The answers of the newest step in samples.jsonl, each by its question."""
+    last = record.samples[-1]["step"] if record.samples else None
+    return {str(line.get("question")): said(line) for line in record.samples if line["step"] == last}
+
+
+def said(sample: Mapping[str, Any]) -> str:
+    """What the model answered, or why it did not."""
+    return str(sample.get("error") or sample.get("answer") or "")
 
 
 def describe_curve(curve: Mapping[int, float]) -> str:

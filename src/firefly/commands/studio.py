@@ -49,7 +49,7 @@ def studio_command(
         )
     roots = Roots.of(root or ["."])
     sock = bind(host, port)
-    os.environ["GRADIO_TEMP_DIR"] = str(roots.own / "tmp")  # read when gradio is imported
+    os.environ["GRADIO_TEMP_DIR"] = str(roots.received)  # read when gradio is imported
     with imports_without_gc():
         import uvicorn
 
@@ -60,6 +60,7 @@ def studio_command(
     os.environ[KEYS] = token  # of what the page starts: a server lets in who has the page's token
     hosts = frozenset({*LOCAL_NAMES, host.lower()}) if is_loopback(host) else None
     studio = make_app(roots, token, password=password or None, hosts=hosts, max_upload_bytes=parse_memory(max_upload))
+    sock.listen()  # whoever is quick with the address waits, and is not refused
     name, number = sock.getsockname()[:2]
     address = f"http://[{name}]:{number}" if ":" in name else f"http://{name}:{number}"
     print(

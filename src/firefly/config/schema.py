@@ -231,6 +231,9 @@ class EvaluationConfig:
     compare: bool = key(True)
     """Compare the result with the model before the first step: held-out losses, answers, what was forgotten; false
     switches it off. See docs/compare.md."""
+    checkpoint_samples: int = key(0, ge=0)
+    """Let the model answer so many held-out prompts (of training rows, where none are held out) before the first step
+    and at each checkpoint; samples.jsonl keeps what it says."""
     patience: int | None = key(None, name="early_stopping_patience", ge=1)
     """Stop after so many evaluations in a row without an improvement; keeps the best checkpoint."""
     threshold: float = key(0.0, name="early_stopping_threshold", ge=0)

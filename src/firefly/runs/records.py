@@ -37,6 +37,8 @@ DEPTH = 3
 """Folders below the one that is searched in which a run may lie."""
 EVALUATIONS = "evaluations"
 """The folder of a run in which `firefly eval` keeps what the result scored."""
+SAMPLES = "samples.jsonl"
+"""What the model said at checkpoints, where `checkpoint_samples` asked for it."""
 SKIPPED = re.compile(r"\..*|checkpoint-\d+|earlier-.*|runs|node_modules|__pycache__|site-packages")
 """Folders that hold no run of their own; `runs` is where TensorBoard's events lie."""
 
@@ -76,6 +78,11 @@ class RunRecord:
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
         return read_metrics(self.folder / "metrics.jsonl")
+
+    @cached_property
+    def samples(self) -> list[dict[str, Any]]:
+        """The lines of samples.jsonl."""
+        return read_samples(self.folder / SAMPLES)
 
     @cached_property
     def _last(self) -> dict[str, float | None]:
@@ -283,6 +290,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [line for text in _lines(path) if (line := _parse(text))]
 
 
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """The lines of samples.jsonl that are whole."""
+    lines = (_parse(line) for line in _lines(path))
+    return [line for line in lines if isinstance(line.get("step"), int)]
+
+
 def last_values(path: Path, names: Sequence[str]) -> dict[str, float | None]:
     """The last number under each name in a metrics.jsonl; only lines that hold a name are parsed."""
     found: dict[str, float | None] = dict.fromkeys(names)
@@ -297,7 +310,7 @@ def last_values(path: Path, names: Sequence[str]) -> dict[str, float | None]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return path.read_text(encoding="utf-8", errors="replace").split("\n")  # a text may hold other ends of lines
     except OSError:
         return []
 

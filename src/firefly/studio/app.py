@@ -8,18 +8,18 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 from gradio.themes import Default
 from starlette.types import ASGIApp
 
+from firefly.errors import UsageError
 from firefly.studio import data_page, export_page, history_page, talk_page, train_page, watch_page
 from firefly.studio.access import Guard
-from firefly.studio.page import QUIET, Studio
+from firefly.studio.page import Studio
 from firefly.studio.roots import Roots
 from firefly.translation import speaking, translate
 
 LANGUAGES = {"en": "English", "zh": "中文"}
-PARTS = ("data", "train", "watch", "talk", "export", "history")
 HERE = Path(__file__).parent
 
 REPORT_POLICY = (
@@ -43,10 +43,17 @@ def make_app(
         asked = request.headers.get("accept-language", "").lower()
         return RedirectResponse("/zh/" if asked.startswith("zh") else "/en/")
 
+    @app.get("/favicon.ico")
+    def icon() -> Response:
+        return FileResponse(HERE / "icon.svg")
+
     @app.get("/report")
     def report(path: str) -> Response:
-        found = roots.inside(path) / export_page.REPORT
-        if not found.is_file() or roots.inside(found) != found:
+        try:
+            found = roots.inside(roots.inside(path) / export_page.REPORT)
+        except UsageError:
+            return HTMLResponse("", 403)
+        if not found.is_file():
             return HTMLResponse("", 404)
         return HTMLResponse(found.read_text("utf-8"), headers={"Content-Security-Policy": REPORT_POLICY})
 
@@ -54,6 +61,7 @@ def make_app(
         studio = Studio(roots, spoken, token)
         with speaking(spoken):
             page = build(studio)
+        page.has_launched = True  # or Gradio, which is mounted here, copies whatever file a request names
         gr.mount_gradio_app(
             app,
             page,
@@ -66,9 +74,10 @@ def make_app(
             enable_monitoring=False,
             pwa=False,
             mcp_server=False,
-            favicon_path=None,
+            favicon_path=str(HERE / "icon.svg"),
             theme=theme(),
             css_paths=[HERE / "studio.css"],
+            head=OPENED,
         )
     return Guard(app, token, password, hosts)
 
@@ -83,34 +92,34 @@ def build(studio: Studio) -> gr.Blocks:
     """The page in one language, which has to be the one that is spoken."""
     with gr.Blocks(title="Firefly Studio", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(header(studio))
-        kept = {name: studio.kept(name) for name in ("data", "train", "talk", "export")}
-        opened = studio.kept("tab", "data")
         watched = watch_page.run_field()
         with gr.Tabs(elem_id="parts") as tabs:
-            with gr.Tab(translate("Data"), id="data"):
-                data_file = data_page.build(studio, page, kept["data"])
-            with gr.Tab(translate("Train"), id="train"):
-                train_page.build(studio, page, kept["train"], watched)
-            with gr.Tab(translate("Watch"), id="watch"):
-                watch_page.build(studio, page, watched)
-            with gr.Tab(translate("Talk"), id="talk"):
-                talk_page.build(studio, page, kept["talk"], data_file)
-            with gr.Tab(translate("Compare and export"), id="export"):
-                export_page.build(studio, page, kept["export"])
-            with gr.Tab(translate("History"), id="history"):
-                history_page.build(studio, page)
-        keep_tab(page, opened, tabs)
+            parts: dict[str, gr.Tab] = {}
+            with gr.Tab(translate("Data"), id="data") as parts["data"]:
+                data = data_page.build(studio, page)
+            with gr.Tab(translate("Train"), id="train") as parts["train"]:
+                train_page.build(studio, page, watched)
+            with gr.Tab(translate("Watch"), id="watch") as parts["watch"]:
+                watch_page.build(studio, page, parts["watch"], watched)
+            with gr.Tab(translate("Talk"), id="talk") as parts["talk"]:
+                talk_page.build(studio, page, parts["talk"], data)
+            with gr.Tab(translate("Compare and export"), id="export") as parts["export"]:
+                export_page.build(studio, page, parts["export"])
+            with gr.Tab(translate("History"), id="history") as parts["history"]:
+                history_page.build(studio, parts["history"])
+        # A refresh comes back to the part that was open. In the browser: from here it would come late, and turn away
+        # from a part that was opened in the meantime.
+        for name, part in parts.items():
+            part.select(
+                None, js=f"() => {{ sessionStorage.setItem('firefly-part', '{name}'); }}", show_progress="hidden"
+            )
+        page.load(None, None, tabs, js=REOPEN, show_progress="hidden")
     return page
 
 
-def keep_tab(page: gr.Blocks, opened: gr.BrowserState, tabs: gr.Tabs) -> None:
-    """A refresh comes back to the part that was open."""
-    tabs.select(_selected, None, opened, **QUIET)
-    page.load(lambda name: gr.Tabs(selected=name), opened, tabs, **QUIET)
-
-
-def _selected(event: gr.SelectData) -> str:
-    return PARTS[event.index]
+# Read before the page draws itself, which selects its first part.
+OPENED = "<script>window.fireflyPart = sessionStorage.getItem('firefly-part') ?? 'data';</script>"
+REOPEN = "() => ({__type__: 'update', selected: window.fireflyPart})"
 
 
 def header(studio: Studio) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from firefly.commands.templates import describe_templates
+from firefly.config.loading import parse_overrides
 from firefly.studio.page import Studio
 from firefly.studio.roots import DATA_SUFFIXES
 from firefly.translation import translate
@@ -19,8 +20,8 @@ ROWS = 10
 TASKS = ("auto", "pretrain", "sft", "dpo", "kto", "reward")
 
 
-def build(studio: Studio, page: gr.Blocks, kept: gr.BrowserState) -> gr.Dropdown:
-    """The part "Data"; returns the field that names the file, which other parts fill in."""
+def build(studio: Studio, page: gr.Blocks) -> tuple[gr.Dropdown, gr.Dropdown]:
+    """The part "Data"; returns the fields of file and task, which other parts fill in."""
     files = studio.roots.files(DATA_SUFFIXES)
     templates = ["auto", *(item["name"] for item in describe_templates())]
     with gr.Row():
@@ -51,10 +52,22 @@ def build(studio: Studio, page: gr.Blocks, kept: gr.BrowserState) -> gr.Dropdown
     verdict = gr.Markdown(elem_id="verdict")
     with gr.Row():
         lengths = gr.BarPlot(
-            x="tokens", y="rows", title=translate("tokens per example"), sort=None, height=220, visible=False
+            x="tokens",
+            y="rows",
+            title=translate("tokens per example"),
+            x_title=" ",
+            y_title=translate("rows"),
+            height=220,
+            visible=False,
         )
         shares = gr.BarPlot(
-            x="share", y="rows", title=translate("share of trained tokens per example"), height=220, visible=False
+            x="share",
+            y="rows",
+            title=translate("share of trained tokens per example"),
+            x_title=" ",
+            y_title=translate("rows"),
+            height=220,
+            visible=False,
         )
     findings = gr.Dataframe(
         headers=[translate("place"), translate("cause"), translate("message")],
@@ -74,19 +87,20 @@ def build(studio: Studio, page: gr.Blocks, kept: gr.BrowserState) -> gr.Dropdown
     def check(chosen: str, beside: str, name: str, chat: str, kind: str, most: float, first: float) -> list[Any]:
         if not chosen:
             raise gr.Error(translate("Choose a file, or upload one."))
-        config = {"train_file": chosen, "eval_file": beside or None, "model_name_or_path": name}
-        config |= {"template_name": chat, "max_seq_length": int(most or 1024)}
-        config |= {} if kind == "auto" else {"task_type": kind}
-        studio.roots.check(config)
+        config = {"train_file": chosen, "eval_file": beside, "model_name_or_path": name, "template_name": chat}
+        config |= {"max_seq_length": str(int(most or 1024)), "task_type": "" if kind == "auto" else kind}
+        # As options, not as a file: without one, the rows tell what they are for.
+        given = [f"--{key}={value}" for key, value in config.items() if value]
+        studio.roots.check(parse_overrides(given))
         begin = max(int(first or 1), 1) - 1
-        found = studio.ask(["check", "--rows", f"{begin}:{begin + ROWS}"], config)
+        found = studio.ask(["check", "--rows", f"{begin}:{begin + ROWS}", *given])
         table = [
             [f"{Path(item['file']).name}:{item['line']}", item["cause"], item["message"]] for item in found["findings"]
         ]
         return [
             describe(found),
-            gr.BarPlot(bars(found["lengths"], "tokens"), visible=True),
-            gr.BarPlot(bars(found["target_share"], "share"), visible=True),
+            bar_plot(found["lengths"], "tokens"),
+            bar_plot(found["target_share"], "share"),
             gr.Dataframe(table, visible=bool(table)),
             gr.Row(visible=found["train_examples"] > ROWS),
             examples_as_html(found["examples"]),
@@ -105,8 +119,8 @@ def build(studio: Studio, page: gr.Blocks, kept: gr.BrowserState) -> gr.Dropdown
         return [gr.Dropdown(choices, value=taken[0]), gr.Dropdown(choices)]
 
     upload.upload(studio.handler(take), upload, [file, held_out], api_visibility="private")
-    studio.remember(page, kept, fields)
-    return file
+    studio.remember(page, "data", fields)
+    return file, task
 
 
 def describe(found: Mapping[str, Any]) -> str:
@@ -115,9 +129,9 @@ def describe(found: Mapping[str, Any]) -> str:
     shared = translate("{format}; task {task}; template {template}", **_said(found))
     numbers = {
         translate("rows"): found["rows"],
-        translate("kept"): found["kept"],
-        translate("cut"): found["cut"],
-        translate("lost"): f"{lost:,}"
+        translate("kept rows"): found["kept"],
+        translate("cut rows"): found["cut"],
+        translate("lost rows"): f"{lost:,}"
         + (f" ({', '.join(f'{c} {n}' for c, n in found['lost'].items())})" if lost else ""),
         translate("examples"): found["train_examples"],
         translate("tokens"): found["tokens"],
@@ -137,8 +151,8 @@ def _said(found: Mapping[str, Any]) -> dict[str, str]:
     return {name: escape(value) for name, value in names.items()}
 
 
-def bars(found: Sequence[Mapping[str, Any]], name: str) -> Any:
-    """A histogram of `firefly check` as a table for a plot."""
+def bar_plot(found: Sequence[Mapping[str, Any]], name: str) -> gr.BarPlot:
+    """A histogram of `firefly check`, its bars in their order."""
     import pandas
 
     def label(item: Mapping[str, Any]) -> str:
@@ -146,7 +160,9 @@ def bars(found: Sequence[Mapping[str, Any]], name: str) -> Any:
             return f"≤{item['to']:.0%}"
         return f"{item['from']:,}" if item["from"] == item["to"] else f"{item['from']:,}–{item['to']:,}"
 
-    return pandas.DataFrame({name: [label(item) for item in found], "rows": [int(item["count"]) for item in found]})
+    labels = [label(item) for item in found]
+    table = pandas.DataFrame({name: labels, "rows": [int(item["count"]) for item in found]})
+    return gr.BarPlot(table, sort=labels, x_label_angle=-40, visible=True)
 
 
 def examples_as_html(examples: Sequence[Mapping[str, Any]]) -> str:

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import gradio as gr
 
-from firefly.errors import UsageError
+from firefly.models.saved_adapter import is_adapter
 from firefly.runs import jobs
 from firefly.runs.jobs import Job
 from firefly.runs.records import RUNNING, read_object
@@ -28,7 +28,7 @@ SECONDS = 2
 REPORT = "report.html"
 
 
-def build(studio: Studio, page: gr.Blocks, kept: gr.BrowserState) -> None:
+def build(studio: Studio, page: gr.Blocks, tab: gr.Tab) -> None:
     """The part "Compare and export"."""
     with gr.Row():
         tuned = gr.Dropdown(
@@ -54,16 +54,17 @@ def build(studio: Studio, page: gr.Blocks, kept: gr.BrowserState) -> None:
         chosen = gr.Dropdown([], label=translate("Job"), elem_id="export-job", scale=4)
         stop = gr.Button(translate("Stop"), elem_id="export-stop", scale=1)
     result = gr.HTML(elem_id="export-result")
-    log = gr.Textbox(lines=10, max_lines=10, interactive=False, label=translate("Log"), elem_id="export-log")
     report = gr.HTML(elem_id="report")
+    log = gr.Textbox(lines=10, max_lines=10, interactive=False, label=translate("Log"), elem_id="export-log")
 
     def begin_compare(of: str, against: str, rows: str, count: float) -> Any:
         folder = studio.roots.inside(of or "")
-        other = against or base_of(folder)
-        studio.roots.check({"base": other, "eval_file": rows or None})
+        base = studio.base_of(folder, against)
+        studio.roots.check({"eval_file": rows or None})
         output = studio.roots.shown(unused(studio.roots.inside(folder.parent / f"{folder.name}-compared")))
-        arguments = ["compare", "--base", other, "--tuned", str(folder), "--save_path", output]
-        arguments += ["--questions", str(int(count or 0)), *(["--eval_file", rows] if rows else [])]
+        arguments = ["compare", f"--base={base.name_or_path}", f"--hub={base.hub}", "--tuned", str(folder)]
+        arguments += ["--save_path", output]
+        arguments += ["--questions", str(int(count or 0)), *([f"--eval_file={rows}"] if rows else [])]
         return offer(studio.begin(arguments, output=output).folder.name)
 
     def begin_export(of: str, against: str, form: str, numbers: str, where: str) -> Any:
@@ -71,8 +72,8 @@ def build(studio: Studio, page: gr.Blocks, kept: gr.BrowserState) -> None:
         ending = ".gguf" if form == "gguf" else ""
         place = studio.roots.inside(where or folder.parent / f"{folder.name}-{form}{ending}")
         output = studio.roots.shown(unused(place) if not where else place)
-        if against:
-            studio.roots.check({"base": against})
+        if against or is_adapter(str(folder)):
+            studio.base_of(folder, against)  # which has to lie where the page may read
         return offer(studio.begin(export_arguments(folder, against, form, numbers, output), output=output).folder.name)
 
     def listed() -> list[str]:
@@ -106,25 +107,13 @@ def build(studio: Studio, page: gr.Blocks, kept: gr.BrowserState) -> None:
     ticking = gr.Timer(SECONDS)
     ticking.tick(studio.handler(lambda name: state_of(studio, name)), chosen, ended, **QUIET)
     ended.change(studio.handler(lambda name: look(name)[2]), chosen, report, **QUIET)
-    tuned.focus(studio.handler(lambda: gr.Dropdown(tuned_models(studio))), None, tuned, **QUIET)
-    studio.remember(page, kept, [tuned, base, held_out, questions, kind, number_type, target])
+    tab.select(studio.handler(lambda: gr.Dropdown(tuned_models(studio))), None, tuned, **QUIET)
+    studio.remember(page, "export", [tuned, base, held_out, questions, kind, number_type, target])
 
 
 def state_of(studio: Studio, name: str | None) -> str | None:
     job = jobs.read_job(studio.roots.jobs / name) if name and re.fullmatch(r"[\w.-]+", name) else None
     return f"{name} {job.state}" if job else None
-
-
-def base_of(folder: Path) -> str:
-    """The base of an adapter, as it recorded it.
-
-    Raises:
-        UsageError: it is no adapter, so that its base has to be named.
-    """
-    found = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
-    if not isinstance(found, str) or not found:
-        raise UsageError("studio.no_base", "{path} is no adapter: name the base to compare with.", path=folder)
-    return found
 
 
 def unused(path: Path) -> Path:
@@ -138,9 +127,8 @@ def unused(path: Path) -> Path:
 
 def export_arguments(folder: Path, base: str, kind: str, numbers: str, output: str) -> list[str]:
     """Of `firefly merge` or `firefly export`."""
-    is_adapter = (folder / "adapter_config.json").is_file()
-    model = ["--model_name_or_path", base] if base else []
-    if is_adapter:
+    model = [f"--model_name_or_path={base}"] if base else []
+    if is_adapter(str(folder)):
         model += ["--adapter_name_or_path", str(folder)]
     elif not base:
         model = ["--model_name_or_path", str(folder)]
@@ -150,16 +138,18 @@ def export_arguments(folder: Path, base: str, kind: str, numbers: str, output: s
 
 
 def describe(studio: Studio, job: Job) -> str:
-    """What became of a job: the verdict of its report, where it wrote one."""
+    """What became of an export: the verdict and figures of its report."""
     place = Path(studio.roots.first, job.output)
-    names = (place / "report.json", place / "merge_report.json", place.with_suffix(".report.json"))
-    found = next((read_object(path) for path in (*names, Path(f"{place}.report.json")) if path.is_file()), {})
+    names = (place / "merge_report.json", place / "export_report.json", Path(f"{place}.json"))
+    found = next((read_object(path) for path in names if path.is_file()), {})
     if job.state == RUNNING or not found:
         return ""
     rows = "".join(
         f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in flat(found) if len(value) < 200
     )
-    return f"<table class='facts'>{rows}</table>"
+    verified = found.get("verified")
+    mark = "" if verified is None else f"<p><strong>{'✓' if verified else '✗'} {translate('verified')}</strong></p>"
+    return f"{mark}<table class='facts'>{rows}</table>"
 
 
 def flat(found: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:

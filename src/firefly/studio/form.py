@@ -98,10 +98,11 @@ class Field:
         kinds = {kind.get("type") for kind in self.schema.get("anyOf", [self.schema])}
         return bool(kinds & {"integer", "number"}) and kinds <= {"integer", "number", "null"}
 
-    def make(self) -> Any:
-        """The field on the page."""
+    def make(self, value: Any, visible: bool) -> Any:
+        """The field on the page, with a value to begin with; None: the default."""
         named: dict[str, Any] = {"label": self.name, "info": self.describe(), "elem_id": f"key-{self.name}"}
-        default = self.shown(None)
+        named["visible"] = visible
+        default = self.shown(value)
         if self.choices:
             return gr.Dropdown(["", *self.choices], value=default, **named)
         return gr.Number(default, **named) if self.is_number else gr.Textbox(default, **named)

@@ -18,12 +18,12 @@ WIDTH = 100
 """Characters of a line in what is shown of a run."""
 
 
-def build(studio: Studio, page: gr.Blocks) -> None:
+def build(studio: Studio, tab: gr.Tab) -> None:
     """The part "History"."""
     headers = [translate("run"), translate("state"), translate("steps"), "loss", "eval_loss", translate("started")]
     table = gr.Dataframe(
         headers=[*headers, translate("took"), "GB"], interactive=False, wrap=True, elem_id="history",
-        show_search="filter",
+        show_search="filter", column_widths=[240, 110, 110, 90, 90, 110, 90, 70],
     )  # fmt: skip
     again = gr.Button(translate("Look again"), elem_id="history-again")
     with gr.Row():
@@ -62,7 +62,7 @@ def build(studio: Studio, page: gr.Blocks) -> None:
         return ""
 
     looking = {"fn": studio.handler(look), "inputs": chosen, "outputs": [table, chosen]}
-    page.load(**looking, **QUIET)
+    tab.select(**looking, **QUIET)
     again.click(**looking, **QUIET)
     chosen.change(studio.handler(show), chosen, details, **QUIET)
     delete.click(studio.handler(remove), [chosen, typed], typed, **QUIET).success(**looking, **QUIET)

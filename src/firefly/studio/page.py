@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from firefly.commands.runs import state_name
+from firefly.config import ModelConfig
 from firefly.errors import FireflyError
+from firefly.models.saved_adapter import base_of_adapter
 from firefly.runs import jobs
 from firefly.runs.jobs import Job
 from firefly.studio.roots import Roots
@@ -27,6 +31,16 @@ QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 JOB_LINES = 40
 """Lines of a log's end that the page shows."""
+
+SAVE = """(...values) => {
+  const text = JSON.stringify(values);
+  for (const kept of [sessionStorage, localStorage]) kept.setItem(%s, text);
+  return [];
+}"""
+RESTORE = """(...now) => {
+  const key = %s, kept = JSON.parse(sessionStorage.getItem(key) ?? localStorage.getItem(key) ?? "null");
+  return Array.isArray(kept) && kept.length === now.length ? kept : now;
+}"""
 
 
 @dataclass(frozen=True)
@@ -61,17 +75,14 @@ class Studio:
 
         return answer
 
-    def kept(self, name: str, default: Any = None) -> gr.BrowserState:
-        """What the browser keeps under a name. It has to stand outside of tabs: hidden parts are not there yet."""
-        return gr.BrowserState(default, storage_key=f"firefly-{name}-{self.spoken}", secret=self.secret)
-
-    def remember(self, page: gr.Blocks, kept: gr.BrowserState, fields: Sequence[Any]) -> Any:
+    def remember(self, page: gr.Blocks, name: str, fields: Sequence[Any]) -> Any:
         """Keep what is typed into fields in the browser, so that a refresh loses nothing; returns the event that puts
-        it back when the page is opened. All of it happens in the browser, with no way to here."""
+        it back when the page is opened. All of it happens in the browser, with no way to here. Each of its pages keeps
+        its own; a new one begins with what was typed last."""
+        key = json.dumps(f"firefly-{name}-{self.spoken}")
         for field in fields:
-            field.change(None, inputs=fields, outputs=kept, js="(...values) => [values]", show_progress="hidden")
-        restore = "(kept, ...now) => Array.isArray(kept) && kept.length === now.length ? kept : now"
-        return page.load(None, inputs=[kept, *fields], outputs=fields, js=restore, show_progress="hidden")
+            field.change(None, inputs=fields, js=SAVE % key, show_progress="hidden")
+        return page.load(None, inputs=fields, outputs=fields, js=RESTORE % key, show_progress="hidden")
 
     def ask(self, arguments: Sequence[str], config: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The value that a command of ours prints with --json, in the page's language; it gives way to what trains.
@@ -87,6 +98,16 @@ class Studio:
             lines = [line for line in said.splitlines() if line.strip()]
             raise gr.Error("\n".join(lines[-5:]), duration=None, print_exception=False)
         return value
+
+    def base_of(self, folder: Path, given: str = "") -> ModelConfig:
+        """The base that belongs to an adapter, or the one given; both have to lie where the page may read.
+
+        Raises:
+            UsageError: they do not, or there is none.
+        """
+        base = base_of_adapter(str(folder), ModelConfig(name_or_path=given))
+        self.roots.check({"model_name_or_path": base.name_or_path})
+        return base
 
     def begin(self, arguments: Sequence[str], **more: Any) -> Job:
         """Start a command that outlives the page."""

@@ -6,7 +6,9 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from glob import iglob
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,11 @@ class Roots:
     def jobs(self) -> Path:
         return self.own / "jobs"
 
+    @property
+    def received(self) -> Path:
+        """Where uploads arrive."""
+        return self.own / "tmp"
+
     def inside(self, name: str | Path) -> Path:
         """The path that is meant, all links in it followed.
 
@@ -86,18 +93,25 @@ class Roots:
         """Refuse a configuration that reads or writes elsewhere. What names no file here may be of a hub.
 
         Raises:
-            UsageError: a path in it lies outside of the roots.
+            UsageError: a path in it lies outside of the roots, or a link leads out of them: one that a pattern matches,
+                or that lies in a folder that is named.
         """
         for text in _texts(values):
             plain = GLOB.split(text)[0]
-            if (
-                os.path.isabs(plain)
-                or plain.startswith("~")
-                or ".." in Path(plain).parts
-                or (self.first / plain).is_symlink()
-                or (plain and _exists(self.first / plain))
-            ):
+            if os.path.isabs(plain) or plain.startswith("~") or ".." in Path(plain).parts:
                 self.inside(plain)
+            for path in self._named(text):
+                self.inside(path)
+                for link in _links_in(path):
+                    self.inside(link)
+
+    def _named(self, text: str) -> Iterator[Path]:
+        """What a text names that is there: a file or folder, or all that match a pattern."""
+        with suppress(OSError, ValueError):
+            if os.path.lexists(path := self.first / text):
+                yield path
+        if GLOB.search(text):
+            yield from (self.first / found for found in iglob(text, root_dir=self.first, recursive=True))
 
     def files(self, suffixes: Sequence[str]) -> list[str]:
         """Files with one of these endings, the newest first, as one would type them."""
@@ -106,7 +120,13 @@ class Roots:
         return [self.shown(path) for path in newest[:MOST_OFFERED]]
 
     def take(self, upload: Path) -> Path:
-        """Move an uploaded file into the uploads, under its own name or, if that is taken, one with a number."""
+        """Move an uploaded file into the uploads, under its own name or, if that is taken, one with a number.
+
+        Raises:
+            UsageError: it was not uploaded: a forged request may name any file.
+        """
+        if not upload.resolve().is_relative_to(self.received):
+            raise UsageError("studio.not_uploaded", "{path} was not uploaded here.", path=str(upload))
         name = re.sub(r"[^\w.\- ]+", "_", upload.name).strip(". ") or "upload"
         folder = self.first / UPLOADS
         folder.mkdir(exist_ok=True)
@@ -133,11 +153,9 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(part)
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return os.path.lexists(path)
-    except (OSError, ValueError):
-        return False
+def _links_in(folder: Path) -> Iterator[Path]:
+    for place, below, files in os.walk(folder):  # which follows no links to folders
+        yield from (path for name in (*below, *files) if (path := Path(place, name)).is_symlink())
 
 
 def _walk(root: Path) -> Iterator[Path]:

@@ -19,8 +19,10 @@ from typing import Any
 
 import gradio as gr
 
+from firefly.errors import UsageError
 from firefly.files import first_line
 from firefly.generation.remote import Server, ServerError
+from firefly.models.saved_adapter import is_adapter
 from firefly.runs import jobs
 from firefly.runs.jobs import Job
 from firefly.runs.records import FINISHED, RUNNING, find_runs
@@ -37,8 +39,8 @@ DRAW_SECONDS = 0.1
 """How often answers that grow are drawn."""
 
 
-def build(studio: Studio, page: gr.Blocks, kept: gr.BrowserState, data_file: gr.Dropdown) -> None:
-    """The part "Talk"."""
+def build(studio: Studio, page: gr.Blocks, tab: gr.Tab, data: Sequence[gr.Dropdown]) -> None:
+    """The part "Talk"; `data` are the fields of the part that shows rows: file and task."""
     with gr.Row():
         adapter = gr.Dropdown(
             tuned_models(studio), label=translate("Tuned: a run's folder, an adapter, or a merged model"),
@@ -48,12 +50,13 @@ def build(studio: Studio, page: gr.Blocks, kept: gr.BrowserState, data_file: gr.
         load = gr.Button(translate("Load"), variant="primary", elem_id="talk-load", scale=1)
         unload = gr.Button(translate("Unload"), elem_id="talk-unload", scale=1)
     status = gr.Markdown(elem_id="talk-status")
-    with gr.Accordion(translate("How answers are drawn"), open=False), gr.Row():
-        system = gr.Textbox("", label=translate("System prompt"), lines=2, scale=3, elem_id="talk-system")
-        temperature = gr.Slider(0, 2, 0.35, step=0.05, label="temperature")
-        top_p = gr.Slider(0.05, 1, 0.9, step=0.05, label="top_p")
-        most = gr.Slider(16, 2048, 256, step=16, label="max_tokens")
-        seed = gr.Number(None, label="seed", precision=0)
+    with gr.Accordion(translate("How answers are drawn"), open=False):
+        system = gr.Textbox("", label=translate("System prompt"), lines=2, elem_id="talk-system")
+        with gr.Row():
+            temperature = gr.Slider(0, 2, 0.35, step=0.05, label="temperature", min_width=240)
+            top_p = gr.Slider(0.05, 1, 0.9, step=0.05, label="top_p", min_width=240)
+            most = gr.Slider(16, 2048, 256, step=16, label="max_tokens", min_width=240)
+            seed = gr.Number(None, label="seed", precision=0, min_width=120)
     with gr.Row():
         left = gr.Chatbot(
             label=translate("Base"), height=420, editable="user", elem_id="chat-base", buttons=["copy_all"]
@@ -162,9 +165,9 @@ def build(studio: Studio, page: gr.Blocks, kept: gr.BrowserState, data_file: gr.
     clear.click(lambda: ([], [], ""), None, [left, right, prompt], **QUIET)
     for button, better in ((better_a, 0), (neither, None), (better_b, 1)):
         button.click(studio.handler(lambda now, side=better: vote(side, now)), asked, [revealed, asked], **QUIET)
-    open_votes.click(lambda: VOTES, None, data_file, **QUIET)
-    adapter.focus(studio.handler(lambda: gr.Dropdown(tuned_models(studio))), None, adapter, **QUIET)
-    studio.remember(page, kept, [adapter, base, *settings, message])
+    open_votes.click(lambda: (VOTES, "dpo"), None, data, **QUIET)
+    tab.select(studio.handler(lambda: gr.Dropdown(tuned_models(studio))), None, adapter, **QUIET)
+    studio.remember(page, "talk", [adapter, base, *settings, message])
 
 
 # ---- the server ----
@@ -178,17 +181,18 @@ def tuned_models(studio: Studio) -> list[str]:
 
 def serving(studio: Studio, tuned: str, base: str) -> tuple[list[str], str]:
     """The arguments of a server for a base and what was tuned of it, and the folder of the latter."""
-    port = str(free_port())
-    arguments = ["serve", "--port", port]
-    if base:
-        studio.roots.check({"base": base})
-        arguments += ["--model_name_or_path", base]
+    arguments = ["serve", "--port", str(free_port())]
     if not tuned:
-        return arguments, base
+        studio.roots.check({"base": base})
+        return [*arguments, f"--model_name_or_path={base}"], base
     folder = studio.roots.inside(tuned)
-    if (folder / "adapter_config.json").is_file():
-        return [*arguments, "--adapter_name_or_path", f"{folder.name}={folder}"], tuned
-    return [*arguments, "--model_name_or_path", str(folder)], tuned
+    if not folder.is_dir():
+        raise UsageError("studio.no_folder", "{path} is no folder.", path=tuned)
+    if not is_adapter(str(folder)):
+        return [*arguments, "--model_name_or_path", str(folder)], tuned
+    studio.base_of(folder, base)  # which has to lie where the page may read
+    arguments += [f"--model_name_or_path={base}"] if base else []
+    return [*arguments, "--adapter_name_or_path", f"{folder.name}={folder}"], tuned
 
 
 def free_port() -> int:
@@ -326,7 +330,7 @@ def stream_both(
     finally:
         stopped.set()
         for connection in open_connections:
-            with suppress(OSError):
+            with suppress(OSError, AttributeError):  # it may have ended by itself, and has no socket then
                 connection.sock.shutdown(socket.SHUT_RDWR)
 
 

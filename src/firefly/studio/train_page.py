@@ -34,9 +34,14 @@ BEGINNING = {
 QUEUE_SECONDS = 3
 
 
-def build(studio: Studio, page: gr.Blocks, kept: gr.BrowserState, watched: gr.Dropdown) -> None:
+def build(studio: Studio, page: gr.Blocks, watched: gr.Dropdown) -> None:
     """The part "Train"; a run that is begun is put into `watched`."""
-    keys = form.fields()
+    by_name = {key.name: key for key in form.fields()}
+    defaults = {name: key.schema.get("default") for name, key in by_name.items()}
+
+    def make(key: form.Field) -> Any:
+        return key.make(BEGINNING.get(key.name), key.is_read(BEGINNING, defaults))
+
     with gr.Row():
         preset = gr.Dropdown(
             presets(studio), value=None, label=translate("Begin with"), elem_id="preset", scale=3,
@@ -46,12 +51,11 @@ def build(studio: Studio, page: gr.Blocks, kept: gr.BrowserState, watched: gr.Dr
         save = gr.Button(translate("Save"), elem_id="config-save", scale=1)
     with gr.Row():
         with gr.Column(scale=3):
-            inputs = {key.name: key.make() for key in keys if key.name in form.FIRST}
+            inputs = {name: make(by_name[name]) for name in form.FIRST}
             for section, title in form.SECTIONS.items():
                 with gr.Accordion(str(title), open=False, elem_id=f"section-{section}"):
-                    inputs |= {
-                        key.name: key.make() for key in keys if key.section == section and key.name not in form.FIRST
-                    }
+                    keys = [key for key in by_name.values() if key.section == section and key.name not in inputs]
+                    inputs |= {key.name: make(key) for key in keys}
         with gr.Column(scale=2):
             text = gr.Code(
                 form.as_text(BEGINNING), language="json", label=translate("The same as text"), lines=12,
@@ -59,26 +63,33 @@ def build(studio: Studio, page: gr.Blocks, kept: gr.BrowserState, watched: gr.Dr
             )  # fmt: skip
             verdict = gr.Markdown(elem_id="config-verdict")
             command = gr.Code(label=translate("On the command line"), language="shell", interactive=False, lines=1)
-            plan = gr.Button(translate("Plan memory and time"), elem_id="plan")
             planned = gr.Markdown(elem_id="planned")
+            settled = gr.Textbox(visible="hidden", show_label=False)  # the text when a field was left: what is planned
             with gr.Row():
                 start = gr.Button(translate("Start"), variant="primary", elem_id="start")
                 resume = gr.Button(translate("Resume"), elem_id="resume")
                 queue = gr.Button(translate("Add to the queue"), elem_id="enqueue")
     shown = list(inputs.values())
-    by_name = {key.name: key for key in keys}
-    defaults = {key.name: key.schema.get("default") for key in keys}
 
     def fill(written: str) -> list[Any]:
+        """All fields, by the text."""
         config = form.parse(written)
         return [
             type(inputs[key])(value=by_name[key].shown(config.get(key)), visible=by_name[key].is_read(config, defaults))
             for key in inputs
         ]
 
-    def judge(written: str) -> tuple[str, str]:
+    def reveal(written: str) -> list[Any]:
+        """The fields that count, as they stand: one may be typed into at this moment."""
         config = form.parse(written)
-        line = shlex.join(["firefly", "train", f"{CONFIGS}/{file_name(config.get('output_dir') or 'run')}"])
+        return [gr.update(visible=by_name[key].is_read(config, defaults)) for key in inputs]
+
+    def restore(written: str) -> list[Any]:
+        return [gr.skip()] * len(inputs) if written == form.as_text(BEGINNING) else fill(written)
+
+    def judge(written: str, called: str) -> tuple[str, str]:
+        config = form.parse(written)
+        line = shlex.join(["firefly", "train", f"{CONFIGS}/{file_name(called)}"])
         try:
             studio.roots.check(config)
             notes = form.judge(config)
@@ -94,7 +105,14 @@ def build(studio: Studio, page: gr.Blocks, kept: gr.BrowserState, watched: gr.Dr
         return config
 
     def show_plan(written: str) -> str:
-        return describe_plan(studio.ask(["plan"], checked(written)))
+        """Nothing where the verdict says already what is wrong, or data are not named yet."""
+        try:
+            config = checked(written)
+            return describe_plan(studio.ask(["plan"], config)) if config.get("train_file") else ""
+        except UsageError:
+            return ""
+        except gr.Error as error:
+            return escape(error.message)
 
     def begin(written: str, more: dict[str, Any]) -> list[str]:
         config = checked(written) | more
@@ -120,28 +138,32 @@ def build(studio: Studio, page: gr.Blocks, kept: gr.BrowserState, watched: gr.Dr
         gr.Info(translate("saved: {path}", path=studio.roots.shown(path)))
         return gr.Dropdown(presets(studio), value=studio.roots.shown(path))
 
+    settling = {"inputs": text, "outputs": settled, "js": "(text) => text", **QUIET}
     for key, field in inputs.items():
+        writing, is_choice = by_name[key].writing(), isinstance(field, gr.Dropdown)
+        if not is_choice:
+            field.input(None, [field, text], text, js=writing, **QUIET)
         # What is pasted counts when the field is left: Gradio's text fields do not report it as input.
-        typed = [field.input, field.blur] if hasattr(field, "blur") else [field.input]
-        gr.on(typed, None, [field, text], text, js=by_name[key].writing(), **QUIET)
-    text.change(studio.handler(judge), text, [verdict, command], trigger_mode="always_last", **QUIET)
-    gr.on(
-        [text.input, text.blur, inputs["task_type"].change, inputs["train_mode"].change],
-        studio.handler(fill),
-        text,
-        shown,
-        **QUIET,
-    )
-    plan.click(studio.handler(show_plan), text, planned, api_visibility="private")
+        left = field.input if is_choice else field.blur
+        left(None, [field, text], [text, settled], js=f"(...now) => Array(2).fill(({writing})(...now))", **QUIET)
+    judging = {"fn": studio.handler(judge), "inputs": [text, name], "outputs": [verdict, command], **QUIET}
+    gr.on([text.change, name.change], **judging, trigger_mode="always_last")
+    gr.on([text.input, text.blur], studio.handler(fill), text, shown, **QUIET)
+    kinds = [inputs["task_type"].change, inputs["train_mode"].change]
+    gr.on(kinds, studio.handler(reveal), text, shown, trigger_mode="always_last", **QUIET)
+    text.blur(None, **settling)
+    settled.change(
+        studio.handler(show_plan), settled, planned,
+        trigger_mode="always_last", show_progress="minimal", api_visibility="private",
+    )  # fmt: skip
     start.click(studio.handler(lambda now: begin(now, {})), text, watched, **QUIET)
     resume.click(studio.handler(lambda now: begin(now, {"resume_from_checkpoint": True})), text, watched, **QUIET)
     added = queue.click(studio.handler(add), text, **QUIET)
-    preset.input(studio.handler(load), preset, [text, name], **QUIET).then(studio.handler(fill), text, shown, **QUIET)
+    loaded = preset.input(studio.handler(load), preset, [text, name], **QUIET)
+    loaded.then(studio.handler(fill), text, shown, **QUIET).then(None, **settling)
     save.click(studio.handler(keep), [text, name], preset, **QUIET)
-    restored = studio.remember(page, kept, [text, name])
-    restored.then(studio.handler(fill), text, shown, **QUIET).then(
-        studio.handler(judge), text, [verdict, command], **QUIET
-    )
+    restored = studio.remember(page, "train", [text, name])
+    restored.then(studio.handler(restore), text, shown, **QUIET).then(**judging).then(None, **settling)
     build_queue(studio, page, added)
 
 
@@ -149,7 +171,10 @@ def build_queue(studio: Studio, page: gr.Blocks, added: Any) -> None:
     """What waits, runs and ran, and why one failed."""
     heading(translate("Queue"))
     headers = [translate("job"), translate("state"), translate("started"), translate("took"), translate("writes")]
-    table = gr.Dataframe(headers=[*headers, translate("why")], interactive=False, wrap=True, elem_id="queue")
+    table = gr.Dataframe(
+        headers=[*headers, translate("why")], interactive=False, wrap=True, elem_id="queue",
+        column_widths=[320, 100, 110, 90, 180, 420],
+    )  # fmt: skip
     with gr.Row():
         chosen = gr.Dropdown([], label=translate("Job"), elem_id="queue-job", scale=3)
         stop = gr.Button(translate("Stop (saves)"), elem_id="queue-stop", scale=1)

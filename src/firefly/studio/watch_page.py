@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import gradio as gr
 
-from firefly.commands.runs import clock, describe_diff, moment, number, shown, state_name, steps_of
+from firefly.commands.runs import clock, describe_diff, moment, number, said, shown, state_name, steps_of
 from firefly.runs import jobs
 from firefly.runs.jobs import Job
 from firefly.runs.lock import stop_run
@@ -55,7 +56,7 @@ def run_field() -> gr.Dropdown:
     )
 
 
-def build(studio: Studio, page: gr.Blocks, chosen: gr.Dropdown) -> None:
+def build(studio: Studio, page: gr.Blocks, tab: gr.Tab, chosen: gr.Dropdown) -> None:
     """The part "Watch"; `chosen` names the runs."""
     with gr.Row():
         chosen.render()
@@ -69,8 +70,11 @@ def build(studio: Studio, page: gr.Blocks, chosen: gr.Dropdown) -> None:
             for name in pair:
                 plots[name] = gr.LinePlot(
                     x="step", y="value", color="run", title=str(TITLES[name]), height=260, visible=name == "loss",
+                    x_title=translate("step"), y_title=" ", color_title=translate("run"),
                     elem_id=f"plot-{name}",
                 )  # fmt: skip
+    with gr.Accordion(translate("What the model said at its checkpoints"), open=False):
+        samples = gr.HTML(elem_id="samples")
     with gr.Accordion(translate("What differs between two runs"), open=False):
         differing = gr.Dataframe(headers=["", "", "A", "B"], interactive=False, wrap=True, elem_id="diff")
     with gr.Accordion(translate("Log"), open=False):
@@ -94,7 +98,8 @@ def build(studio: Studio, page: gr.Blocks, chosen: gr.Dropdown) -> None:
         for name in CURVES:
             table = curve_table(found, name)
             updates.append(gr.LinePlot(table, visible=len(table) > 0 or name == "loss"))
-        return [describe(found), *updates, log_of(studio, found[0]) if found else ""]
+        first = found[0] if found else None
+        return [describe(found), *updates, samples_as_html(first), log_of(studio, first) if first else ""]
 
     def diff(names: list[str] | None) -> list[list[str]]:
         found = records(names)
@@ -114,11 +119,11 @@ def build(studio: Studio, page: gr.Blocks, chosen: gr.Dropdown) -> None:
                 output=str(record.folder),
             )
 
-    looking = {"fn": studio.handler(look), "inputs": chosen, "outputs": [state, *drawn, log]}
+    looking = {"fn": studio.handler(look), "inputs": chosen, "outputs": [state, *drawn, samples, log]}
     page.load(studio.handler(offer), chosen, chosen, **QUIET).then(**looking, **QUIET)
     gr.Timer(SECONDS).tick(**looking, **QUIET)
     gr.Timer(OFFER_SECONDS).tick(studio.handler(lambda now: gr.skip() if now else offer(now)), chosen, chosen, **QUIET)
-    chosen.focus(studio.handler(offer), chosen, chosen, **QUIET)
+    tab.select(studio.handler(offer), chosen, chosen, **QUIET)
     chosen.change(**looking, **QUIET)
     chosen.change(studio.handler(diff), chosen, differing, **QUIET)
     stop.click(studio.handler(halt), chosen, **QUIET)
@@ -145,8 +150,6 @@ def curve_table(records: Sequence[RunRecord], plot: str) -> Any:
 
 def describe(records: Sequence[RunRecord]) -> str:
     """A line for each run: state, steps, losses, pace."""
-    from html import escape
-
     lines = []
     for record in records:
         last = next((line for line in reversed(record.metrics) if "tokens_per_second" in line), {})
@@ -164,6 +167,25 @@ def describe(records: Sequence[RunRecord]) -> str:
         badge = f"<b class='state {record.state}'>{state_name(record.state)}</b>"
         lines.append(f"<p>{badge} <strong>{name}</strong> {' · '.join(filter(None, map(escape, parts)))}{why}</p>")
     return "".join(lines) or f"<p>{translate('No run yet: start one under Train.')}</p>"
+
+
+def samples_as_html(record: RunRecord | None) -> str:
+    """Each prompt with what the model said to it at every checkpoint, the newest first."""
+    lines = record.samples if record else []
+    if not lines:
+        return f"<p>{translate('Nothing: the key checkpoint_samples of a run asks for so many answers.')}</p>"
+    by_prompt: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        by_prompt.setdefault(str(line.get("key")), []).append(line)
+    made = []
+    for said_to in by_prompt.values():
+        rows = [(translate("step {steps}", steps=line["step"]), said(line)) for line in reversed(said_to)]
+        reference = said_to[0].get("reference")
+        rows += [(translate("reference"), str(reference))] if reference else []
+        cells = "".join(f"<tr><th>{name}</th><td>{escape(text)}</td></tr>" for name, text in rows)
+        caption = escape(str(said_to[0].get("question")))
+        made.append(f"<table class='facts'><caption>{caption}</caption>{cells}</table>")
+    return "".join(made)
 
 
 def log_of(studio: Studio, record: RunRecord) -> str:
