@@ -24,6 +24,8 @@ sync_api = pytest.importorskip("playwright.sync_api")
 
 from studio_server import StudioServer  # noqa: E402
 
+from firefly.runs.jobs import list_jobs  # noqa: E402
+
 pytestmark = pytest.mark.browser
 
 PATIENCE = 240_000
@@ -275,6 +277,20 @@ def test_base_and_tuned_answer_side_by_side(page: Any) -> None:
     wait(lambda: "You are brief." in again.locator("#talk-prompt textarea").input_value(), "the prompt is shown")
     wait(lambda: len(again.locator("#chat-tuned .bot").last.inner_text()) > 10, "the tuned model answers")
     keep(again, "talk")
+
+
+def test_an_edited_question_is_asked_again_and_stopping_ends_both_answers(page: Any, root: Path) -> None:
+    again = page.again
+    again.locator("#chat-base button[title=Edit], #chat-base button[aria-label=Edit]").first.click()
+    again.locator("#chat-base textarea").fill("Tell me a long story about a fox.")
+    again.locator("#chat-base button[aria-label=Submit]").click()
+    for side in ("#chat-base", "#chat-tuned"):
+        see(again, side, "a long story")
+        sync_api.expect(again.locator(side)).not_to_contain_text("What is your name?")
+    wait(lambda: len(again.locator("#chat-base .bot").last.inner_text()) > 10, "an answer")
+    again.locator("#talk-stop").click()
+    (job,) = [job for job in list_jobs(root / ".firefly" / "jobs") if job.kind == "serve"]
+    wait(lambda: job.log.count(" 499 "), "the server learns that nobody waits")
 
 
 def test_a_blind_vote_becomes_a_pair_that_data_opens(page: Any, root: Path) -> None:

@@ -53,8 +53,8 @@ def studio_command(
     with imports_without_gc():
         import uvicorn
 
+        from firefly.server.access import stored_token
         from firefly.setup.plan import parse_memory
-        from firefly.studio.access import stored_token
         from firefly.studio.app import make_app
     token = stored_token(roots.own)
     os.environ[KEYS] = token  # of what the page starts: a server lets in who has the page's token

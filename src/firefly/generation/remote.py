@@ -141,12 +141,12 @@ class Server:
         if response.status != http.client.OK:
             wait = response.headers.get("Retry-After", "")
             raise ServerError(
-                _complaint(answer, response.status), response.status, float(wait) if wait.isdecimal() else None
+                complaint(answer, response.status), response.status, float(wait) if wait.isdecimal() else None
             )
         return json.loads(answer) if answer else None
 
 
-def _complaint(answer: bytes, status: int | None = None) -> str:
+def complaint(answer: bytes, status: int | None = None) -> str:
     """What a server says is wrong, in OpenAI's or FastAPI's form or another."""
     text = answer.decode(errors="replace").strip()
     with suppress(ValueError, AttributeError):
@@ -282,7 +282,7 @@ class _Call:
             server.send(connection, "/v1/completions", body)
             response = connection.getresponse()
             if response.status != http.client.OK:
-                raise ServerError(_complaint(response.read(), response.status))
+                raise ServerError(complaint(response.read(), response.status))
             for line in response:
                 if not line.startswith(b"data:"):
                     continue
@@ -291,7 +291,7 @@ class _Call:
                     return
                 event = json.loads(data)
                 if event.get("error"):
-                    raise ServerError(_complaint(data))
+                    raise ServerError(complaint(data))
                 yield event
 
 

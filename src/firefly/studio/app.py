@@ -13,8 +13,8 @@ from gradio.themes import Default
 from starlette.types import ASGIApp
 
 from firefly.errors import UsageError
+from firefly.server.access import Guard
 from firefly.studio import data_page, export_page, history_page, talk_page, train_page, watch_page
-from firefly.studio.access import Guard
 from firefly.studio.page import Studio
 from firefly.studio.roots import Roots
 from firefly.translation import speaking, translate

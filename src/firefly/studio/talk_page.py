@@ -9,18 +9,16 @@ import http.client
 import json
 import random
 import socket
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from queue import Empty, Queue
 from typing import Any
 
 import gradio as gr
 
 from firefly.errors import UsageError
-from firefly.files import first_line
+from firefly.generation.conversing import answers_as_they_grow
 from firefly.generation.remote import Server, ServerError
 from firefly.models.saved_adapter import is_adapter
 from firefly.runs import jobs
@@ -34,9 +32,6 @@ Message = dict[str, Any]
 VOTES = "votes.jsonl"
 """Below the first root: pairs for DPO, one a vote."""
 LOADING_SECONDS = 300
-ANSWER_SECONDS = 600
-DRAW_SECONDS = 0.1
-"""How often answers that grow are drawn."""
 
 
 def build(studio: Studio, page: gr.Blocks, tab: gr.Tab, data: Sequence[gr.Dropdown]) -> None:
@@ -114,7 +109,7 @@ def build(studio: Studio, page: gr.Blocks, tab: gr.Tab, data: Sequence[gr.Dropdo
         body = request_of(*drawn)
         chats = [plain(base_chat), plain(tuned_chat)]
         yield ["", *shown(chats, ["", ""]), prompt_text(server, names[-1], body, chats[1])]
-        for texts in stream_both(server, names, body, chats):
+        for texts in both(server, names, body, chats):
             yield ["", *shown(chats, texts), gr.skip()]
 
     def repeat(base_chat: list[Message], tuned_chat: list[Message], *drawn: Any) -> Iterator[list[Any]]:
@@ -133,7 +128,7 @@ def build(studio: Studio, page: gr.Blocks, tab: gr.Tab, data: Sequence[gr.Dropdo
         chats: list[list[Message]] = [[{"role": "user", "content": text}]] * 2
         order = random.sample(range(2), 2)
         texts = ["", ""]
-        for texts in stream_both(server, names, body, chats):
+        for texts in both(server, names, body, chats):
             yield [*(texts[side] for side in order), None, ""]
         votable = {"question": text, "system": drawn[0], "order": order, "texts": texts, "names": names}
         yield [*(texts[side] for side in order), votable, ""]
@@ -158,7 +153,7 @@ def build(studio: Studio, page: gr.Blocks, tab: gr.Tab, data: Sequence[gr.Dropdo
             [send.click, message.submit], studio.handler(answer), [message, left, right, *settings], outputs, **QUIET
         ),
         again.click(studio.handler(repeat), [left, right, *settings], outputs, **QUIET),
-        left.edit(change, [left, right, *settings], outputs, **QUIET),
+        left.edit(studio.handler(change), [left, right, *settings], outputs, **QUIET),
         ask.click(studio.handler(ask_both), [question, *settings], [first, second, asked, revealed], **QUIET),
     ]
     halt.click(None, cancels=running, api_visibility="private")
@@ -258,7 +253,7 @@ def connection(studio: Studio) -> tuple[Server, list[str]]:
 
 
 def request_of(system: str, temperature: float, top_p: float, most: float, seed: float | None) -> dict[str, Any]:
-    body = {"temperature": temperature, "top_p": top_p, "max_tokens": int(most), "stream": True, "system": system}
+    body = {"temperature": temperature, "top_p": top_p, "max_tokens": int(most), "system": system}
     return body if seed is None else body | {"seed": int(seed)}
 
 
@@ -291,67 +286,17 @@ def prompt_text(server: Server, name: str, body: Mapping[str, Any], chat: list[M
     return server.ask("/tokenize", {"model": name, "messages": messages_of(body, chat)})["prompt"]
 
 
-def stream_both(
+def both(
     server: Server, names: Sequence[str], body: Mapping[str, Any], chats: Sequence[list[Message]]
 ) -> Iterator[list[str]]:
-    """The two answers as they grow. Ending the iteration hangs up, which ends them on the server, too."""
-    pieces: Queue[tuple[int, str | None]] = Queue()
-    open_connections: list[http.client.HTTPConnection] = []
-    stopped = threading.Event()
-
-    def read(side: int) -> None:
-        try:
-            given = {key: value for key, value in body.items() if key != "system"}
-            given |= {"model": names[side], "messages": messages_of(body, chats[side])}
-            with closing(server.connect(ANSWER_SECONDS)) as connection:
-                open_connections.append(connection)
-                server.send(connection, "/v1/chat/completions", given)
-                for text in events_of(connection.getresponse()):
-                    pieces.put((side, text))
-        except Exception as error:
-            if not stopped.is_set():
-                pieces.put((side, f"\n\n⚠ {first_line(error)}"))
-        finally:
-            pieces.put((side, None))
-
-    sides = range(2 if names[0] != names[1] else 1)
-    for side in sides:
-        threading.Thread(target=read, args=(side,), daemon=True).start()
-    texts, left, drawn = ["", ""], len(sides), 0.0
-    try:
-        while left:
-            with suppress(Empty):
-                side, text = pieces.get(timeout=DRAW_SECONDS)
-                left -= text is None
-                texts[side] += text or ""
-            if time.monotonic() - drawn >= DRAW_SECONDS or not left:
-                drawn = time.monotonic()
-                yield list(texts)
-    finally:
-        stopped.set()
-        for connection in open_connections:
-            with suppress(OSError, AttributeError):  # it may have ended by itself, and has no socket then
-                connection.sock.shutdown(socket.SHUT_RDWR)
-
-
-def events_of(response: http.client.HTTPResponse) -> Iterator[str]:
-    """The texts of a stream of chat completions.
-
-    Raises:
-        ServerError: the server refuses.
-    """
-    if response.status != http.client.OK:
-        said = json.loads(response.read() or b"{}").get("error", {})
-        raise ServerError(str(said.get("message", response.reason)), response.status)
-    for line in response:
-        data = line.decode("utf-8", "replace").removeprefix("data:").strip()
-        if not data or data == "[DONE]":
-            continue
-        event = json.loads(data)
-        if "error" in event:
-            raise ServerError(str(event["error"].get("message")))
-        for choice in event.get("choices", ()):
-            yield choice.get("delta", {}).get("content") or ""
+    """The two answers as they grow; of one model alone, one."""
+    settings = {key: value for key, value in body.items() if key != "system"}
+    sides = [
+        {**settings, "model": name, "messages": messages_of(body, chat)}
+        for name, chat in zip(names, chats, strict=True)
+    ]
+    for texts in answers_as_they_grow(server, sides if names[0] != names[1] else sides[:1]):
+        yield [*texts, ""][:2]
 
 
 # ---- votes ----

@@ -12,7 +12,7 @@ pytest.importorskip("httpx")
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from firefly.studio.access import POLICY, Guard, stored_token
+from firefly.server.access import POLICY, Guard, stored_token
 
 TOKEN = "the-token"
 LOCAL = frozenset({"localhost", "127.0.0.1"})
@@ -84,7 +84,7 @@ def test_a_name_that_leads_here_is_refused():
 
 def test_with_a_password_the_page_asks_and_the_token_alone_does_not_open_it(monkeypatch: pytest.MonkeyPatch):
     now = [100.0]
-    monkeypatch.setattr("firefly.studio.access.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("firefly.server.access.time.monotonic", lambda: now[0])
     found = client(password="open sesame", hosts=None)
     asked = found.get("/", params={"token": TOKEN})
     assert asked.status_code == 401
