@@ -207,7 +207,7 @@ def test_the_run_outlives_page_server_and_browser(browser: Any, server: StudioSe
     page.again = again
 
 
-def test_controls_answer_while_a_run_uses_both_cores(page: Any) -> None:
+def test_controls_answer_while_a_run_uses_both_cores(browser: Any, server: StudioServer, page: Any) -> None:
     again = page.again
     part(again, "Train")
     field = again.locator("#key-max_steps textarea, #key-max_steps input").first
@@ -219,8 +219,14 @@ def test_controls_answer_while_a_run_uses_both_cores(page: Any) -> None:
         field.press("Tab")
         see(again, "#config", f'"max_steps": {number}')
         took.append(time.monotonic() - began)
-    print(f"a form's answer under load: {sorted(took)[2] * 1000:.0f} ms (median of 5)")
-    assert sorted(took)[2] < 0.6  # 0.18 on two cores that nothing else wanted
+    fresh = open_page(browser, server)
+    painted = fresh.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime") / 1000
+    shown = fresh.evaluate("performance.now()") / 1000
+    fresh.context.close()
+    answer = sorted(took)[2]
+    print(f"under load: a form's answer {answer:.2f} s (median of 5), paint {painted:.2f} s, fields {shown:.2f} s")
+    assert painted < 4
+    assert answer < 0.6  # 0.18 on two cores that nothing else wanted
 
 
 def test_stopping_saves_and_the_run_is_resumed(page: Any, root: Path) -> None:
