@@ -38,6 +38,7 @@ from firefly.generation.files import Row
 from firefly.generation.generator import Generator, make_engine
 from firefly.generation.loading import Loaded, ServedModel
 from firefly.models.sampling import sampling
+from firefly.runs.memory import give_back_freed_memory
 from firefly.tasks.base import Forward, shares
 
 HELD_OUT_QUESTIONS = 8
@@ -286,6 +287,7 @@ class _InTraining(Loaded):
 def free_memory() -> None:
     """Give back what the cache of an engine took that nobody uses any more: it is part of a circle."""
     gc.collect()
+    give_back_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

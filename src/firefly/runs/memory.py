@@ -61,6 +61,16 @@ def keep_freed_memory(device: torch.device) -> bool:
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))  # -1: never (mallopt(3))
 
 
+def give_back_freed_memory() -> None:
+    """Give the kernel the pages of the heap that hold nothing, also those in its middle, where glibc can.
+
+    After work whose sizes do not come again, as answers before the first step: 0.15 GiB of SmolLM2-135M.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        trim(0)
+
+
 def map_large_arrays() -> None:
     """Let glibc take arrays of a MiB and more from the kernel, and give them back when they are freed.
 
