@@ -36,7 +36,7 @@ from firefly.runs.records import (
     remove_run,
     series,
 )
-from firefly.translation import translate
+from firefly.translation import Phrase, translate
 
 STYLES = {WAITING: "dim", RUNNING: "bold cyan", FINISHED: "green", INTERRUPTED: "yellow", FAILED: "bold red"}
 
@@ -44,6 +44,15 @@ COUNTS = ("rows", "kept", "cut", "train_examples", "held_out_examples", "tokens"
 HARDWARE = ("device", "gpu", "cpu", "cpu_capability", "threads")
 
 Pairs = dict[str, tuple[Any, Any]]
+
+DIFF_PARTS = {
+    "settings": Phrase("settings"),
+    "data": Phrase("model and data"),
+    "choices": Phrase("chosen for this run"),
+    "versions": Phrase("versions and hardware"),
+    "results": Phrase("results"),
+}
+"""The parts of what differs between two runs, and what stands above each."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -328,22 +337,16 @@ def show_diff(a: RunRecord, b: RunRecord, console: Console) -> None:
     """Print the parts that differ, and the results."""
     for label, run in (("A", a), ("B", b)):
         console.print(Text.assemble((f"{label}  ", "bold"), nearby(run.folder), (f"  {state_name(run.state)}", "dim")))
-    titles = {
-        "settings": translate("settings"),
-        "data": translate("model and data"),
-        "choices": translate("chosen for this run"),
-        "versions": translate("versions and hardware"),
-    }
     found = compare_runs(a, b)
     if not any(found.values()):
         console.print(translate("settings, data, choices and versions are the same."))
     ours, theirs = results_of(a), results_of(b)
     results = {name: (value, theirs[name]) for name, value in ours.items() if (value, theirs[name]) != (None, None)}
-    for title, pairs in (*((titles[part], pairs) for part, pairs in found.items()), (translate("results"), results)):
+    for part, pairs in (found | {"results": results}).items():
         if not pairs:
             continue
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-        for heading in (title, "A", "B"):
+        for heading in (str(DIFF_PARTS[part]), "A", "B"):
             table.add_column(heading, overflow="fold")
         for name, values in pairs.items():
             table.add_row(f"  {name}", *(Text("–" if value is None else shown(name, value)) for value in values))

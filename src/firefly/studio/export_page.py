@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -84,36 +83,33 @@ def build(studio: Studio, page: gr.Blocks, tab: gr.Tab) -> None:
         names = listed()
         return gr.Dropdown(names, value=now if now in names else next(iter(names), None))
 
+    def job_named(name: str | None) -> Job | None:
+        return jobs.read_job(studio.roots.jobs / name) if name in listed() else None
+
     def look(name: str | None) -> list[Any]:
-        job = jobs.read_job(studio.roots.jobs / name) if name in listed() else None
-        if job is None:
-            return ["", "", ""]
-        return [describe(studio, job), job_text(job), frame(studio, job)]
+        job = job_named(name)
+        return ["", "", None] if job is None else [describe(studio, job), job_text(job), f"{name} {job.state}"]
+
+    def draw_report(name: str | None) -> str:
+        job = job_named(name)
+        return "" if job is None else frame(studio, job)
 
     def halt(name: str | None) -> None:
-        if name in listed() and (job := jobs.read_job(studio.roots.jobs / str(name))) is not None:
+        if (job := job_named(name)) is not None:
             jobs.stop(job)
 
-    looking = {"fn": studio.handler(look), "inputs": chosen, "outputs": [result, log, report]}
+    ended = gr.State(None)
+    looking = {"fn": studio.handler(look), "inputs": chosen, "outputs": [result, log, ended]}
     compare.click(studio.handler(begin_compare), [tuned, base, held_out, questions], chosen, **QUIET)
     export.click(studio.handler(begin_export), [tuned, base, kind, number_type, target], chosen, **QUIET)
     stop.click(studio.handler(halt), chosen, **QUIET)
     page.load(studio.handler(offer), chosen, chosen, **QUIET)
     chosen.change(**looking, **QUIET)
-    looking_now = {"fn": studio.handler(lambda name: look(name)[:2]), "inputs": chosen, "outputs": [result, log]}
-    gr.Timer(SECONDS).tick(**looking_now, **QUIET)
-    ended = gr.State(None)
+    gr.Timer(SECONDS).tick(**looking, **QUIET)
     # The report is drawn once, when its job has ended: anew every two seconds, nobody could read it.
-    ticking = gr.Timer(SECONDS)
-    ticking.tick(studio.handler(lambda name: state_of(studio, name)), chosen, ended, **QUIET)
-    ended.change(studio.handler(lambda name: look(name)[2]), chosen, report, **QUIET)
+    ended.change(studio.handler(draw_report), chosen, report, **QUIET)
     tab.select(studio.handler(lambda: gr.Dropdown(tuned_models(studio))), None, tuned, **QUIET)
     studio.remember(page, "export", [tuned, base, held_out, questions, kind, number_type, target])
-
-
-def state_of(studio: Studio, name: str | None) -> str | None:
-    job = jobs.read_job(studio.roots.jobs / name) if name and re.fullmatch(r"[\w.-]+", name) else None
-    return f"{name} {job.state}" if job else None
 
 
 def unused(path: Path) -> Path:
@@ -158,7 +154,9 @@ def flat(found: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
     for name, value in found.items():
         if isinstance(value, Mapping) and len(before.split(".")) < 3:
             rows += flat(value, f"{before}{name}.")
-        elif isinstance(value, (str, int, float, bool)):
+        elif isinstance(value, float):
+            rows.append((f"{before}{name}", f"{value:.4g}"))
+        elif isinstance(value, (str, int, bool)):
             rows.append((f"{before}{name}", value if isinstance(value, str) else json.dumps(value)))
     return rows[:40]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from firefly.commands.runs import clock, describe_diff, moment, number, said, shown, state_name, steps_of
+from firefly.commands.runs import DIFF_PARTS, clock, describe_diff, moment, number, said, shown, state_name, steps_of
 from firefly.runs import jobs
 from firefly.runs.jobs import Job
 from firefly.runs.lock import stop_run
@@ -200,15 +200,8 @@ def _writes(studio: Studio, job: Job, record: RunRecord) -> bool:
 
 def diff_rows(found: Mapping[str, Any]) -> list[list[str]]:
     """What `firefly runs diff` says, a row for each value."""
-    titles = {
-        "settings": translate("settings"),
-        "data": translate("model and data"),
-        "choices": translate("chosen for this run"),
-        "versions": translate("versions and hardware"),
-        "results": translate("results"),
-    }
     return [
-        [title, name, *("–" if value is None else shown(name, value) for value in pair)]
-        for part, title in titles.items()
+        [str(title), name, *("–" if value is None else shown(name, value) for value in pair)]
+        for part, title in DIFF_PARTS.items()
         for name, pair in found[part].items()
     ]
