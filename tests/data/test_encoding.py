@@ -126,9 +126,13 @@ def lossy(encoder: Encoder, text: str) -> str:
     return decode(encoder, encoder.tokenizer.encode(text, add_special_tokens=False))
 
 
+ANY_CHARACTER = st.characters(exclude_categories=["Cs"], exclude_characters="\ufdd0\ufdd1\U000f5a1f\U000f5a20")
+"""Without those that are set aside for marks: a text with one is refused by name."""
+
+
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=40)
-@given(contents=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=12), min_size=2, max_size=4))
+@given(contents=st.lists(st.text(ANY_CHARACTER, max_size=12), min_size=2, max_size=4))
 def test_bytes_of_any_reply_are_trained_whole_and_text_is_kept(chatml_tokenizer, name, contents):
     encoder = Encoder(chatml_tokenizer, bind_template(name, chatml_tokenizer))
     contents = [content.replace(BREAK, "").replace(ALIAS, "") for content in contents[: len(contents) // 2 * 2]]
