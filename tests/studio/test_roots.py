@@ -91,6 +91,7 @@ def test_names_of_hubs_and_files_inside_pass(roots):
             "learning_rate": 1e-4,
             "template_name": "auto",
             "bf16": None,
+            "eval_file": "",
         }
     )
 

@@ -96,7 +96,7 @@ class Roots:
             UsageError: a path in it lies outside of the roots, or a link leads out of them: one that a pattern matches,
                 or that lies in a folder that is named.
         """
-        for text in _texts(values):
+        for text in filter(None, _texts(values)):  # "" names nothing, and not the root
             plain = GLOB.split(text)[0]
             if os.path.isabs(plain) or plain.startswith("~") or ".." in Path(plain).parts:
                 self.inside(plain)
