@@ -49,7 +49,7 @@ from firefly.runs.interruption import stopped_at_once
 from firefly.runs.manifest import record_comparison, write_json
 from firefly.runs.plots import drawn_at_end
 from firefly.runs.records import read_object
-from firefly.samples import served_in_run
+from firefly.samples import can_be_asked, served_in_run
 from firefly.translation import Phrase, translate
 
 FOLDER = "comparison"
@@ -234,9 +234,9 @@ class _Questions:
 
 
 def _material_of(training: Training) -> _Questions:
-    """Nothing of a reward model, which writes no answers, and of one whose weights no rank has whole."""
+    """Nothing for a model that cannot be asked."""
     run = training.run
-    if run.task.HEAD == "score" or training.model.backend.shards_weights:
+    if not can_be_asked(run, training.model):
         return _Questions()
     held_out: tuple[Question, ...] = ()
     if run.data.held_out is not None:

@@ -34,12 +34,17 @@ def served_in_run(run: Run, model: TrainableModel) -> ServedModel:
     return serve(run.encoder, list(dict.fromkeys((*stops, *eos_ids(settings)))), run.chats, run.folder)
 
 
+def can_be_asked(run: Run, model: TrainableModel) -> bool:
+    """Not a reward model, which writes no answers, nor one whose weights no process has whole."""
+    return run.task.HEAD != "score" and not model.backend.shards_weights
+
+
 def sample_writers(run: Run, model: TrainableModel, recorder: RunRecorder) -> list[TrainerCallback]:
     """The observer that asks at checkpoints, where the configuration wants one and the model can be asked."""
     count = run.config.evaluation.checkpoint_samples
     if not count or not ranks.is_first():
         return []
-    if run.task.HEAD == "score" or model.backend.shards_weights:
+    if not can_be_asked(run, model):
         notice(
             "samples.impossible",
             "checkpoint_samples: nothing is asked: a reward model writes no answers, and of sharded weights no process "

@@ -27,6 +27,10 @@ REPORT_POLICY = (
 )
 """A report holds texts of models and data: its page may do nothing but draw itself."""
 
+OPENED = "<script>window.fireflyPart = sessionStorage.getItem('firefly-part') ?? 'data';</script>"
+"""Which part was open, read before the page draws itself, which selects its first one."""
+REOPEN = "() => ({__type__: 'update', selected: window.fireflyPart})"
+
 
 def make_app(
     roots: Roots, token: str, *, password: str | None, hosts: frozenset[str] | None, max_upload_bytes: int
@@ -115,11 +119,6 @@ def build(studio: Studio) -> gr.Blocks:
             )
         page.load(None, None, tabs, js=REOPEN, show_progress="hidden")
     return page
-
-
-# Read before the page draws itself, which selects its first part.
-OPENED = "<script>window.fireflyPart = sessionStorage.getItem('firefly-part') ?? 'data';</script>"
-REOPEN = "() => ({__type__: 'update', selected: window.fireflyPart})"
 
 
 def header(studio: Studio) -> str:

@@ -51,24 +51,8 @@ def build(studio: Studio, page: gr.Blocks) -> tuple[gr.Dropdown, gr.Dropdown]:
         look = gr.Button(translate("Check"), variant="primary", elem_id="check", scale=1)
     verdict = gr.Markdown(elem_id="verdict")
     with gr.Row():
-        lengths = gr.BarPlot(
-            x="tokens",
-            y="rows",
-            title=translate("tokens per example"),
-            x_title=" ",
-            y_title=translate("rows"),
-            height=220,
-            visible=False,
-        )
-        shares = gr.BarPlot(
-            x="share",
-            y="rows",
-            title=translate("share of trained tokens per example"),
-            x_title=" ",
-            y_title=translate("rows"),
-            height=220,
-            visible=False,
-        )
+        lengths = empty_plot("tokens", translate("tokens per example"))
+        shares = empty_plot("share", translate("share of trained tokens per example"))
     findings = gr.Dataframe(
         headers=[translate("place"), translate("cause"), translate("message")],
         label=translate("Findings"),
@@ -149,6 +133,13 @@ def describe(found: Mapping[str, Any]) -> str:
 def _said(found: Mapping[str, Any]) -> dict[str, str]:
     names = {"format": ", ".join(found["formats"]) or "–", "task": found["task"], "template": found["template"] or "–"}
     return {name: escape(value) for name, value in names.items()}
+
+
+def empty_plot(name: str, title: str) -> gr.BarPlot:
+    """The place of a histogram, which is shown when there is one."""
+    return gr.BarPlot(
+        x=name, y="rows", title=title, x_title=" ", y_title=translate("rows"), height=220, visible=False
+    )  # fmt: skip
 
 
 def bar_plot(found: Sequence[Mapping[str, Any]], name: str) -> gr.BarPlot:
