@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from firefly.models.kernels import segment_attention
-from firefly.models.kernels.segment_attention import BLOCK, GEMM_LONGEST, SDPA_BLOCK, attend
+from firefly.models.kernels.segment_attention import BLOCKS, GEMM_LONGEST, SDPA_BLOCK, attend
 from firefly.segments import Segment
 from tiny import apart
 
+BLOCK = max(blocks.whole for blocks in BLOCKS.values())
 END = 60 + 3 * BLOCK + 9
 SEGMENTS = (
     *apart(0, 1, 8, 17, 18, 60, 60 + BLOCK, END),  # the last of several blocks by matmuls

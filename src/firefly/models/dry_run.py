@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from firefly.data.batching import PackedBatch
 from firefly.models.attention import segmented
 from firefly.models.checkpointing import decoder_layers
-from firefly.models.kernels.segment_attention import BLOCK, GEMM_LONGEST, AttentionSettings
+from firefly.models.kernels.segment_attention import GEMM_LONGEST, AttentionSettings, blocks_in
 from firefly.models.kernels.target_device import sized_for
 from firefly.models.memory import Activations, Peak
 from firefly.models.reach import Unreached, find_unreached
@@ -73,7 +73,8 @@ def _activations(model: Any, layout: str, autocast: torch.dtype | None, longest:
     layers = decoder_layers(model)
     length = _unique_length(model)
     # Attention goes in blocks of queries, which see no keys behind their own block: half of the square in the end.
-    seen = longest if longest <= BLOCK else (longest + BLOCK) / 2
+    rows = blocks_in(autocast or model.dtype).of(longest)
+    seen = (longest + rows) / 2
     measured = length if layout == "segments" else 2 * length
     bytes_of = [0.0, 0.0]
     for inside, tensor in _kept(model, layers, length, layout, autocast):

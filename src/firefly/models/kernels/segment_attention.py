@@ -26,12 +26,26 @@ from firefly.models.kernels.varlen_attention import attend_varlen, device_has_ke
 from firefly.segments import Segment
 from firefly.translation import translate
 
-BLOCK = 192
-"""Query rows that are computed together; keys beyond a block's last query are never touched. With 256, steps of DPO on
-pairs of 1,000 tokens took 1.07 to 1.12 times as long."""
+
+class Blocks(NamedTuple):
+    """How many queries of a segment are computed together: keys beyond a block's last query are never touched."""
+
+    rows: int
+    whole: int
+    """Segments of up to so many tokens are one block: fewer calls outweigh keys that no query sees."""
+
+    def of(self, length: int) -> int:
+        """Queries of a block in a segment of `length` queries."""
+        return length if length <= self.whole else self.rows
+
+
+BLOCKS = {torch.bfloat16: Blocks(192, 256), torch.float32: Blocks(128, 128)}
+"""Where bf16 products are fast, a segment of 245 tokens took 1.2 times as long in blocks of 192 as in one, and one of
+1,000 tokens 1.07 to 1.12 times as long in blocks of 256 on a slower machine, 0.95 on a faster one. In fp32 blocks of
+192 and 256 took 1.03 to 1.14 times as long as of 128 for 200 to 512 tokens."""
 
 SDPA_BLOCK = 256
-"""As BLOCK, for `sdpa`, which is given a mask for each block."""
+"""Queries of a block for `sdpa`, which is given a mask for each block."""
 
 GEMM_LONGEST = {torch.bfloat16: 1024, torch.float32: 512}
 """Above this many tokens the kept probabilities outweigh the speed."""
@@ -118,6 +132,11 @@ def pick(query: Tensor, window: int | None, softcap: float | None, dropout: floa
     return _sdpa
 
 
+def blocks_in(dtype: torch.dtype) -> Blocks:
+    """The blocks that matmuls of a type go in."""
+    return BLOCKS.get(dtype, BLOCKS[torch.float32])
+
+
 def measure_crossover(heads: int, key_heads: int, width: int, value_width: int, dtype: torch.dtype) -> int:
     """The longest of a few lengths up to which matmuls beat `sdpa` on this CPU, forward and backward; 0: none."""
     longest = 0
@@ -195,7 +214,9 @@ def _plain(
 
 
 def _gemm(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, masks: Masks, *_: Any) -> Tensor:
-    return (_OneBlock if q.shape[1] <= BLOCK else _GemmAttention).apply(q, k, v, scale, window, masks)
+    return (_OneBlock if q.shape[1] <= blocks_in(q.dtype).whole else _GemmAttention).apply(
+        q, k, v, scale, window, masks
+    )
 
 
 class _OneBlock(torch.autograd.Function):
@@ -203,13 +224,12 @@ class _OneBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, masks: Masks) -> Tensor:
-        (block,) = _blocks(q.shape[1], k.shape[1], window, BLOCK)
+        (block,) = _blocks(q.shape[1], k.shape[1], window, q.shape[1])
         if block.low:
             k, v = k[:, block.low :], v[:, block.low :]
-        groups = q.shape[0] // k.shape[0]
-        folded = _fold(q, groups)
-        mask = _mask(masks, block, window, groups, q.dtype, q.device)
-        p = torch.softmax(torch.baddbmm(mask, folded, k.transpose(1, 2), alpha=scale), dim=-1)
+        k, v = k.contiguous(), v.contiguous()
+        folded = _fold(q, q.shape[0] // k.shape[0])
+        p = _probabilities(folded, k, scale, block, window, masks)
         ctx.save_for_backward(folded, k, v, p)
         ctx.scale, ctx.low = scale, block.low
         return torch.bmm(p, v).view(*q.shape[:2], v.shape[2])
@@ -236,14 +256,13 @@ class _GemmAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, masks: Masks) -> Tensor:
         heads, length, _ = q.shape
         groups = heads // k.shape[0]
+        k, v = k.contiguous(), v.contiguous()  # five products read them, two of them 1.2 times as fast
         out = q.new_empty(heads, length, v.shape[2])
         kept = []
-        for block in _blocks(length, k.shape[1], window, BLOCK):
+        for block in _blocks(length, k.shape[1], window, blocks_in(q.dtype).rows):
             rows, columns = slice(block.first, block.last), slice(block.low, block.high)
             folded = _fold(q[:, rows], groups)
-            mask = _mask(masks, block, window, groups, q.dtype, q.device)
-            scores = torch.baddbmm(mask, folded, k[:, columns].transpose(1, 2), alpha=scale)
-            p = torch.softmax(scores, dim=-1)
+            p = _probabilities(folded, k[:, columns], scale, block, window, masks)
             out[:, rows] = torch.bmm(p, v[:, columns]).view(heads, block.last - block.first, v.shape[2])
             kept.append(p)
         ctx.save_for_backward(q, k, v, *kept)
@@ -256,7 +275,7 @@ class _GemmAttention(torch.autograd.Function):
         heads, length, width = q.shape
         groups = heads // k.shape[0]
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for p, block in zip(kept, _blocks(length, k.shape[1], ctx.window, BLOCK), strict=True):
+        for p, block in zip(kept, _blocks(length, k.shape[1], ctx.window, blocks_in(q.dtype).rows), strict=True):
             rows, columns = slice(block.first, block.last), slice(block.low, block.high)
             folded, grads = _fold(q[:, rows], groups), _fold(grad[:, rows], groups)
             grad_v[:, columns].add_(torch.bmm(p.transpose(1, 2), grads))  # `+=` would write it to itself once more
@@ -267,6 +286,23 @@ class _GemmAttention(torch.autograd.Function):
             )
             grad_k[:, columns].add_(torch.bmm(grad_scores.transpose(1, 2), folded), alpha=ctx.scale)
         return grad_q, grad_k, grad_v, None, None, None
+
+
+def _probabilities(folded: Tensor, k: Tensor, scale: float, block: _Block, window: int | None, masks: Masks) -> Tensor:
+    """softmax(scale · q kᵀ) of a block over the keys that its queries see: (key heads, group · rows, keys).
+
+    Where earlier keys are seen by all of its queries, the mask is added to the block's own keys alone: a product that
+    adds one takes a fifth longer.
+    """
+    own = block.last - block.first
+    groups = folded.shape[1] // own
+    if window is not None or k.shape[1] <= 2 * own:
+        mask = _mask(masks, block, window, groups, k.dtype, k.device)
+        return torch.softmax(torch.baddbmm(mask, folded, k.transpose(1, 2), alpha=scale), dim=-1)
+    scores = torch.baddbmm(folded.new_empty(()), folded, k.transpose(1, 2), beta=0, alpha=scale)
+    triangle = _Block(0, own, 0, own)
+    scores[:, :, -own:].add_(_mask(masks, triangle, None, groups, k.dtype, k.device))
+    return torch.softmax(scores, dim=-1)
 
 
 def _fold(x: Tensor, groups: int) -> Tensor:
