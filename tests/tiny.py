@@ -21,6 +21,7 @@ from firefly.data.schema import IGNORE, Example, Source, TokenPair, Tokens
 from firefly.models.adapters import ALL_LINEAR, attach_adapter, target_layers, target_parameters
 from firefly.models.attention import choose_layout
 from firefly.models.forwards import install_training_forwards
+from firefly.models.kernels.dropout import draw, drop, dropped
 from firefly.segments import Segment
 
 VOCABULARY = 264
@@ -289,6 +290,25 @@ def with_plain_lora(model: Any, dropout: float = 0.0) -> Any:
         task_type="CAUSAL_LM",
     )
     return randomise_adapters(get_peft_model(model, settings))
+
+
+class OurDropout(torch.nn.Dropout):
+    """For a model's own forward: drops what our kernels would drop, once they have drawn the same random number."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return input
+        shape = (input.numel() // input.shape[-1], input.shape[-1])
+        away = dropped(draw(shape, self.p, input), shape, self.p)
+        return input * drop(torch.ones(shape), away, self.p).view(input.shape).to(input.dtype)
+
+
+def drop_as_we_do(model: Any) -> None:
+    """Let peft's layers drop what our kernels would."""
+    for module in model.modules():
+        for name, dropout in getattr(module, "lora_dropout", {}).items():
+            if isinstance(dropout, torch.nn.Dropout):
+                module.lora_dropout[name] = OurDropout(dropout.p).train(dropout.training)
 
 
 def gradients(model: Any) -> dict[str, Tensor]:

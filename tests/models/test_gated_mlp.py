@@ -11,9 +11,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Phi3Config, Qwen2Config, Qwen2MoeConfig
 
-from firefly.models.kernels import gated_mlp
+from firefly.models.kernels import dropout, gated_mlp
 from firefly.models.kernels.gated_mlp import install_gated_mlps
 from firefly.models.kernels.lora_linear import install_lora_kernels
+from tiny import drop_as_we_do
 
 SIZES = {
     "hidden_size": 32,
@@ -137,8 +138,33 @@ def test_an_output_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
     assert_same(*found)
 
 
-def test_dropout_takes_the_layers_own_way():
-    model = adapted(tiny(), lora_dropout=0.5)
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("chance", [0.05, 0.3, 0.7])
+@pytest.mark.parametrize("rows", [16, 32, 80])
+def test_dropout_reaches_each_layer_s_adapter(monkeypatch, targets, chance, rows):
+    """In one chunk or several, of blocks of points that are smaller than either."""
+    monkeypatch.setattr(dropout, "BLOCK", 16)
+    monkeypatch.setattr(gated_mlp, "CPU_ROWS", rows)
+    model = adapted(tiny(), TARGETS[targets], lora_dropout=chance)
+    fused = copy.deepcopy(model)
+    drop_as_we_do(model)
+    install_gated_mlps(fused)
+    install_lora_kernels(fused)
+    for each in (model, fused):
+        each.train()
+    torch.manual_seed(3)
+    ours = gradients(fused, IDS)
+    torch.manual_seed(3)
+    assert_same(ours, gradients(model, IDS))
+    assert (gradients(fused, IDS)["loss"] - ours["loss"]).abs() > 1e-4, "drawn anew"
+
+
+def test_trained_weights_take_all_rows_at_once_and_drop_the_same(monkeypatch):
+    """Backward is then in one chunk, where forward was in several."""
+    monkeypatch.setattr(dropout, "BLOCK", 16)
+    monkeypatch.setattr(gated_mlp, "CPU_ROWS", 16)
+    model = adapted(tiny(), lora_dropout=0.3).requires_grad_(True)
+    drop_as_we_do(model)
     fused = copy.deepcopy(model)
     install_gated_mlps(fused)
     for each in (model, fused):

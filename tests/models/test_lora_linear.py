@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from firefly.config import AdapterConfig
 from firefly.models.adapters import ALL_LINEAR, attach_adapter, count_parameters, target_layers
 from firefly.models.kernels.lora_linear import install_lora_kernels
-from tiny import assert_same, gradients, random_examples, tiny_model
+from tiny import assert_same, drop_as_we_do, gradients, random_examples, tiny_model
 
 INNER, OUTER = 64, 48
 
@@ -73,6 +73,7 @@ def make_layer(
     theirs = wrap(quantized(model) if four_bit else model, dropout, **settings)
     ours = copy.deepcopy(theirs)
     ours.installed = install_lora_kernels(ours)
+    drop_as_we_do(theirs)
     return ours, theirs
 
 
@@ -92,7 +93,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> Tensor:
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("four_bit", [False, True], ids=["dense", "nf4"])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [0.0, 0.3, 0.7])
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_fused_layer_has_the_output_and_gradients_of_peft(

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from firefly.models.kernels.dropout import probability
 from firefly.models.kernels.lora_linear import LoraLinear, dense
-from firefly.models.kernels.matmul import probability
 from firefly.models.precision import compute_type
 
 

@@ -19,23 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from firefly.models.kernels.dropout import BLOCK, Drawn, draw, drop, drop_drawing, dropped, probability
 from firefly.models.kernels.elementwise import implementation
 from firefly.models.kernels.lora_linear import dense, is_plain_lora
-from firefly.models.kernels.matmul import (
-    draw_mask,
-    drop,
-    drop_drawing,
-    graph_is_kept,
-    in_type,
-    probability,
-    scaled_matmul,
-    wide_matmul,
-)
+from firefly.models.kernels.matmul import graph_is_kept, in_type, scaled_matmul, wide_matmul
 from firefly.models.kernels.target_device import device_kind
 from firefly.models.precision import compute_type
 from firefly.models.probing import agree, attempt, evaluating
 
-CPU_ROWS = 512
+CPU_ROWS = BLOCK
 """Rows of a chunk on a CPU: enough for matmuls at full rate."""
 
 UNREAD = "firefly_unread"
@@ -54,10 +46,10 @@ class Weights(NamedTuple):
 
 class Projection(NamedTuple):
     """How a linear layer without bias computes now: x Wᵀ, plus scale · (x Aᵀ) Bᵀ where an adapter is on, before which
-    numbers of x are dropped with probability `dropped`."""
+    numbers of x are dropped with probability `chance`."""
 
     scale: float = 1.0
-    dropped: float = 0.0
+    chance: float = 0.0
 
 
 class Block(NamedTuple):
@@ -164,11 +156,11 @@ def _current(layer: Any) -> tuple[Weights, Projection] | None:
     if len(names) != 1 or names[0] not in layer.lora_A:
         return None
     name = names[0]
-    dropped = probability(layer.lora_dropout[name])
-    if dropped is None:
+    chance = probability(layer.lora_dropout[name])
+    if chance is None:
         return None
     weights = Weights(base.weight, layer.lora_A[name].weight, layer.lora_B[name].weight)
-    return weights, Projection(layer.scaling[name], dropped)
+    return weights, Projection(layer.scaling[name], chance)
 
 
 # ---- the gate, φ(g) ∘ u, and its gradients ----
@@ -256,7 +248,7 @@ class GatedMLP(torch.autograd.Function):
         chunks = _chunks(rows)
         if len(chunks) > 1:  # drawn for all rows in the order of the block's own layers, so that chunks change nothing
             for layer in layers:
-                layer.mask = draw_mask((len(rows), layer.inputs), layer.dropped, rows.device)
+                layer.drawn = draw((len(rows), layer.inputs), layer.chance, rows)
         gating = gate_for(block.activation, rows.device, gate.outputs)
         for part in chunks:
             low = [_part(each, part) for each in lows]
@@ -267,16 +259,21 @@ class GatedMLP(torch.autograd.Function):
             elif low[2] is not None:
                 down.lower(gating.forward(g, u), part, low[2])
         if keep:
-            ctx.save_for_backward(rows, *inner, *lows, *(layer.mask for layer in layers), *weights)
+            masks = [layer.drawn if isinstance(layer.drawn, Tensor) else None for layer in layers]
+            ctx.seeds = [None if isinstance(layer.drawn, Tensor) else layer.drawn for layer in layers]
+            ctx.save_for_backward(rows, *inner, *lows, *masks, *weights)
             ctx.gating, ctx.shape, ctx.block = gating, x.shape, block
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         rows, gated, lifted, *kept = ctx.saved_tensors
-        gate_low, up_low, down_low, gate_mask, up_mask, down_mask, *weights = kept
+        gate_low, up_low, down_low, *kept = kept
+        masks, weights = kept[:3], kept[3:]
         needs_x, _, *needs = ctx.needs_input_grad
         gate, up, down = layers = ctx.block.layers(weights, rows.dtype, needs)
+        for layer, mask, seed in zip(layers, masks, ctx.seeds, strict=True):
+            layer.drawn = seed if mask is None else mask
         grad = grad.reshape(-1, grad.shape[-1])
         grad_x = torch.empty_like(rows) if needs_x else None
         spend = not graph_is_kept()
@@ -285,12 +282,12 @@ class GatedMLP(torch.autograd.Function):
             g, u = gated[part], lifted[part]
             product, value = ctx.gating.recomputed(g, u, down.learns)
             grad_h = torch.empty_like(g)
-            down.backward(grad[part], product, _part(down_mask, part), _part(down_low, part), grad_h)
+            down.backward(grad[part], part, product, _part(down_low, part), grad_h)
             del product
             grad_g, grad_u = ctx.gating.backward(g, u, grad_h, value, spend)
             into = _part(grad_x, part)
-            gate.backward(grad_g, rows[part], _part(gate_mask, part), _part(gate_low, part), into)
-            up.backward(grad_u, rows[part], _part(up_mask, part), _part(up_low, part), into, add=True)
+            gate.backward(grad_g, part, rows[part], _part(gate_low, part), into)
+            up.backward(grad_u, part, rows[part], _part(up_low, part), into, add=True)
         gradients = (*gate.gradients(), *up.gradients(), *down.gradients())
         return (None if grad_x is None else grad_x.view(ctx.shape), None, *gradients)
 
@@ -304,9 +301,9 @@ class _Layer:
         self.weight, self.dtype = weight, dtype
         self.a = None if a is None else in_type(a, dtype)
         self.b = None if b is None else in_type(b, dtype)
-        self.scale, self.dropped = projection
-        self.mask: Tensor | None = None
-        """What dropout leaves of the rows on their way into the adapter, of all chunks."""
+        self.scale, self.chance = projection
+        self.drawn: Drawn = None
+        """What decides which numbers of the rows do not come into the adapter, of all chunks."""
         self.needs, self.learns = needs, any(needs)
         self.sums: list[Tensor | None] = [None, None, None]
         """Gradients of W, A and B in fp32."""
@@ -330,25 +327,31 @@ class _Layer:
     def lower(self, rows: Tensor, part: slice, low: Tensor | None) -> Tensor:
         """What the adapter makes of `rows` on its way."""
         assert self.a is not None
-        if self.mask is None:
-            rows, self.mask = drop_drawing(rows, self.dropped)
+        if self.drawn is None:
+            rows, self.drawn = drop_drawing(rows, self.chance)
         else:
-            rows = drop(rows, self.mask[part], self.dropped)
+            rows = drop(rows, self.dropped(len(rows), part), self.chance)
         return scaled_matmul(rows, self.a.T, self.scale, out=low)
+
+    def dropped(self, count: int, part: slice) -> Tensor | None:
+        """What dropout takes from the chunk `part`, of `count` rows, on its way into the adapter."""
+        return dropped(self.drawn, ((part.start or 0) + count, self.inputs), self.chance, part)
 
     def backward(
         self,
         grad: Tensor,
+        part: slice,
         rows: Tensor | None,
-        mask: Tensor | None,
         low: Tensor | None,
         into: Tensor | None,
         add: bool = False,
     ) -> None:
-        """Sum the gradients that `grad` gives; write the gradient of `rows` to `into`, or add it to what is there."""
+        """Sum the gradients that `grad`, of the chunk `part`, gives; write the gradient of `rows` to `into`, or add it
+        to what is there."""
         grad_low = None if self.b is None else scaled_matmul(grad, self.b, self.scale)
-        dropped = drop(rows, mask, self.dropped) if rows is not None and self.needs.a else None
-        for number, (left, right) in enumerate(((grad, rows), (grad_low, dropped), (grad, low))):
+        away = self.dropped(len(grad), part)
+        entering = drop(rows, away, self.chance) if rows is not None and self.needs.a else None
+        for number, (left, right) in enumerate(((grad, rows), (grad_low, entering), (grad, low))):
             if self.needs[number] and left is not None and right is not None:
                 self._add(number, left, right)
         if into is None:
@@ -359,10 +362,10 @@ class _Layer:
             torch.mm(grad, self.w, out=into)
         if grad_low is None or self.a is None:
             return
-        if mask is None:
+        if away is None:
             into.addmm_(grad_low, self.a)
         else:
-            into += drop(grad_low @ self.a, mask, self.dropped)
+            into += drop(grad_low @ self.a, away, self.chance, spend=True)
 
     def _add(self, number: int, left: Tensor, right: Tensor) -> None:
         total = self.sums[number]

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from firefly.models.kernels.matmul import drop, drop_drawing, in_type, probability, scaled_matmul, wide_matmul
+from firefly.models.kernels.dropout import drop, drop_drawing, dropped, probability
+from firefly.models.kernels.matmul import in_type, scaled_matmul, wide_matmul
 from firefly.models.precision import compute_type
 
 DENSE_COPY = "firefly_dense_copy"
@@ -67,14 +68,14 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if self.disable_adapters or self.merged or len(names) != 1 or names[0] not in self.lora_A or args or kwargs:
         return type(self).forward(self, x, *args, **kwargs)
     name = names[0]
-    dropped = probability(self.lora_dropout[name])
-    if dropped is None:
+    chance = probability(self.lora_dropout[name])
+    if chance is None:
         return type(self).forward(self, x)
     base = self.get_base_layer()
     adapter = self.lora_A[name].weight, self.lora_B[name].weight
     dtype = compute_type(x)
     with torch.autocast(x.device.type, enabled=False):
-        return LoraLinear.apply(x.to(dtype), base.weight, base.bias, *adapter, self.scaling[name], dropped)
+        return LoraLinear.apply(x.to(dtype), base.weight, base.bias, *adapter, self.scaling[name], chance)
 
 
 def _base_forward(base: Any, x: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ def _frozen_forward(self: Any, x: Tensor) -> Tensor:
 
 
 class LoraLinear(torch.autograd.Function):
-    """x: (…, in); dropped: the probability of dropout before the adapter; returns (…, out) in x's type."""
+    """x: (…, in); chance: the probability of dropout before the adapter; returns (…, out) in x's type."""
 
     @staticmethod
     def forward(
@@ -110,10 +111,10 @@ class LoraLinear(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         scale: float,
-        dropped: float = 0.0,
+        chance: float = 0.0,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        through, mask = drop_drawing(rows, dropped)
+        through, drawn = drop_drawing(rows, chance)
         w, a16, b16 = dense(weight, x.dtype), in_type(a, x.dtype), in_type(b, x.dtype)
         # What a custom function returns may be changed in place unless it is a view, as Gemma3n and Llama4 do with it.
         out = x.new_empty(*x.shape[:-1], len(w))
@@ -124,8 +125,9 @@ class LoraLinear(torch.autograd.Function):
             torch.addmm(bias.to(x.dtype), rows, w.T, out=flat)
         low = scaled_matmul(through, a16.T, scale)
         flat.addmm_(low, b16.T)
+        mask, ctx.seed = (drawn, None) if isinstance(drawn, Tensor) else (None, drawn)
         ctx.save_for_backward(rows, mask, weight, a16, b16, low)
-        ctx.scale, ctx.dropped, ctx.shape, ctx.types = scale, dropped, x.shape, (a.dtype, b.dtype)
+        ctx.scale, ctx.chance, ctx.shape, ctx.types = scale, chance, x.shape, (a.dtype, b.dtype)
         return out
 
     @staticmethod
@@ -133,15 +135,16 @@ class LoraLinear(torch.autograd.Function):
         rows, mask, weight, a16, b16, low = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
         grad_low = scaled_matmul(grad, b16, ctx.scale)
-        grad_a = wide_matmul(grad_low.T, drop(rows, mask, ctx.dropped), ctx.types[0])
+        away = dropped(ctx.seed if mask is None else mask, rows.shape, ctx.chance)
+        grad_a = wide_matmul(grad_low.T, drop(rows, away, ctx.chance), ctx.types[0])
         grad_b = wide_matmul(grad.T, low, ctx.types[1])
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ dense(weight, grad.dtype)
-            if mask is None:
+            if away is None:
                 grad_x.addmm_(grad_low, a16)
             else:
-                grad_x += drop(grad_low @ a16, mask, ctx.dropped)
+                grad_x += drop(grad_low @ a16, away, ctx.chance, spend=True)
             grad_x = grad_x.view(ctx.shape)
         return grad_x, None, None, grad_a, grad_b, None, None
 
