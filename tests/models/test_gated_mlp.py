@@ -138,6 +138,17 @@ def test_an_output_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
     assert_same(*found)
 
 
+def assert_same_in_training(fused: Any, model: Any) -> dict[str, Tensor]:
+    """Return the fused one's gradients, dropout drawn from one seed in both."""
+    for each in (model, fused):
+        each.train()
+    torch.manual_seed(3)
+    ours = gradients(fused, IDS)
+    torch.manual_seed(3)
+    assert_same(ours, gradients(model, IDS))
+    return ours
+
+
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("chance", [0.05, 0.3, 0.7])
 @pytest.mark.parametrize("rows", [16, 32, 80])
@@ -150,12 +161,7 @@ def test_dropout_reaches_each_layer_s_adapter(monkeypatch, targets, chance, rows
     drop_as_we_do(model)
     install_gated_mlps(fused)
     install_lora_kernels(fused)
-    for each in (model, fused):
-        each.train()
-    torch.manual_seed(3)
-    ours = gradients(fused, IDS)
-    torch.manual_seed(3)
-    assert_same(ours, gradients(model, IDS))
+    ours = assert_same_in_training(fused, model)
     assert (gradients(fused, IDS)["loss"] - ours["loss"]).abs() > 1e-4, "drawn anew"
 
 
@@ -167,12 +173,7 @@ def test_trained_weights_take_all_rows_at_once_and_drop_the_same(monkeypatch):
     drop_as_we_do(model)
     fused = copy.deepcopy(model)
     install_gated_mlps(fused)
-    for each in (model, fused):
-        each.train()
-    torch.manual_seed(3)
-    ours = gradients(fused, IDS)
-    torch.manual_seed(3)
-    assert_same(ours, gradients(model, IDS))
+    assert_same_in_training(fused, model)
 
 
 def test_blocks_of_another_make_keep_their_forward():

@@ -44,8 +44,7 @@ def draw(shape: Sequence[int], probability: float, like: Tensor) -> Drawn:
     """Decide which numbers are dropped from an array of `shape`, on the device of `like`. torch's generator decides."""
     if not probability:
         return None
-    by_points = device_kind(like.device) == "cpu" and probability <= MOST_BY_POINTS
-    if not by_points or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or device_kind(like.device) != "cpu" or probability > MOST_BY_POINTS:
         return torch.empty(shape, dtype=torch.bool, device=like.device).bernoulli_(1 - probability)
     return 0 if isinstance(like, FakeTensor) else int(torch.randint(1 << 62, ()))
 
@@ -56,6 +55,11 @@ def drop_drawing(x: Tensor, probability: float) -> tuple[Tensor, Drawn]:
         return torch.native_dropout(x, probability, True)
     drawn = draw(x.shape, probability, x)
     return drop(x, dropped(drawn, x.shape, probability), probability), drawn
+
+
+def split(drawn: Drawn) -> tuple[Tensor | None, int | None]:
+    """(mask, seed): what an autograd function saves for backward, and what it leaves in its context."""
+    return (drawn, None) if isinstance(drawn, Tensor) else (None, drawn)
 
 
 def dropped(drawn: Drawn, shape: Sequence[int], probability: float, rows: slice = slice(None)) -> Tensor | None:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from firefly.models.kernels.dropout import BLOCK, Drawn, draw, drop, drop_drawing, dropped, probability
+from firefly.models.kernels.dropout import BLOCK, Drawn, draw, drop, drop_drawing, dropped, probability, split
 from firefly.models.kernels.elementwise import implementation
 from firefly.models.kernels.lora_linear import dense, is_plain_lora
 from firefly.models.kernels.matmul import graph_is_kept, in_type, scaled_matmul, wide_matmul
@@ -259,8 +259,7 @@ class GatedMLP(torch.autograd.Function):
             elif low[2] is not None:
                 down.lower(gating.forward(g, u), part, low[2])
         if keep:
-            masks = [layer.drawn if isinstance(layer.drawn, Tensor) else None for layer in layers]
-            ctx.seeds = [None if isinstance(layer.drawn, Tensor) else layer.drawn for layer in layers]
+            masks, ctx.seeds = zip(*(split(layer.drawn) for layer in layers), strict=True)
             ctx.save_for_backward(rows, *inner, *lows, *masks, *weights)
             ctx.gating, ctx.shape, ctx.block = gating, x.shape, block
         return out

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from firefly.models.kernels.dropout import drop, drop_drawing, dropped, probability
+from firefly.models.kernels.dropout import drop, drop_drawing, dropped, probability, split
 from firefly.models.kernels.matmul import in_type, scaled_matmul, wide_matmul
 from firefly.models.precision import compute_type
 
@@ -125,7 +125,7 @@ class LoraLinear(torch.autograd.Function):
             torch.addmm(bias.to(x.dtype), rows, w.T, out=flat)
         low = scaled_matmul(through, a16.T, scale)
         flat.addmm_(low, b16.T)
-        mask, ctx.seed = (drawn, None) if isinstance(drawn, Tensor) else (None, drawn)
+        mask, ctx.seed = split(drawn)
         ctx.save_for_backward(rows, mask, weight, a16, b16, low)
         ctx.scale, ctx.chance, ctx.shape, ctx.types = scale, chance, x.shape, (a.dtype, b.dtype)
         return out
